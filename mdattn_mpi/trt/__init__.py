@@ -1,0 +1,1 @@
+"""TensorRT: networks, engines, ONNX."""

@@ -1,0 +1,1 @@
+"""TensorRT networks, one module a strategy."""

@@ -1,0 +1,1 @@
+"""Float64 reference and comparison; knows nothing of strategies and devices."""
