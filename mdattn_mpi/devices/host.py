@@ -1,0 +1,119 @@
+"""What devices in host memory have in common: everything but the way to the other ranks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
+
+from mdattn_mpi.devices.blocked_attention import BlockedAttention, Partial
+from mdattn_mpi.problem import Span
+
+Array = NDArray[Any]
+
+
+class HostDevice:
+    """NumPy arrays and their arithmetic; a subclass adds `exchange` and `wait`.
+
+    Parameters
+    ----------
+    rank, ranks
+        This rank's number in the group, and the group's size.
+    threads
+        Threads that compute, the caller's own among them.
+
+    Attributes
+    ----------
+    seconds
+        Where the time went: ``compute``, ``exchange`` (time spent waiting for messages) and
+        ``merge``.
+
+    """
+
+    def __init__(self, rank: int, ranks: int, threads: int = 1) -> None:
+        self._rank = rank
+        self._ranks = ranks
+        self._attention = BlockedAttention(threads, self.poll)
+        self.seconds = {"compute": 0.0, "exchange": 0.0, "merge": 0.0}
+        _BlasLimit.acquire()
+        self._open = True
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return self._rank
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the group has."""
+        return self._ranks
+
+    def poll(self) -> None:
+        """Keep messages going; called between blocks, by the thread that called `attend`."""
+
+    def empty(self, shape: tuple[int, ...], like: Array) -> Array:
+        """An array with undefined contents, of the dtype of `like`."""
+        return np.empty(shape, like.dtype)
+
+    def copy(self, source: Array, target: Array) -> None:
+        """Copy `source` into `target`; same shape, any strides."""
+        np.copyto(target, source, casting="no")
+
+    def accumulator(self, q: Array, v_head_dim: int, scale: float) -> Partial:
+        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`."""
+        return Partial(q, v_head_dim, scale)
+
+    def attend(self, accumulator: Partial, rows: Span, k: Array, v: Array, causal: bool) -> None:
+        """Add the attention of the query's `rows` to all of `k` and `v`."""
+        with self.timed("compute"):
+            self._attention.attend(accumulator, rows, k, v, causal)
+
+    def finish(self, accumulator: Partial) -> tuple[Array, Array]:
+        """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""
+        with self.timed("merge"):
+            return accumulator.finish()
+
+    def close(self) -> None:
+        """End the threads and give BLAS back its own. Not needed at the end of a process."""
+        if self._open:
+            self._open = False
+            self._attention.close()
+            _BlasLimit.release()
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add the time that the block takes to ``seconds[phase]``."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] += time.perf_counter() - start
+
+
+class _BlasLimit:
+    """BLAS runs one thread a call while any host device is open: ours are busy already."""
+
+    _lock = threading.Lock()
+    _devices: ClassVar[int] = 0
+    _limit: ClassVar[threadpool_limits | None] = None
+
+    @classmethod
+    def acquire(cls) -> None:
+        with cls._lock:
+            cls._devices += 1
+            if cls._limit is None:
+                cls._limit = threadpool_limits(1, "blas")
+
+    @classmethod
+    def release(cls) -> None:
+        with cls._lock:
+            cls._devices -= 1
+            if cls._devices == 0 and cls._limit is not None:
+                cls._limit.restore_original_limits()
+                cls._limit = None
