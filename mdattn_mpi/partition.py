@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import AttentionProblem, Span, StrategyName
+from mdattn_mpi.problem import AttentionProblem, Partition, Plan, Span, StrategyName
 
 
 def split(length: int, parts: int) -> tuple[Span, ...]:
@@ -25,17 +25,6 @@ def zigzag(tokens: int, ranks: int) -> tuple[tuple[Span, ...], ...]:
     """
     chunks = split(tokens, 2 * ranks)
     return tuple((chunks[r], chunks[2 * ranks - 1 - r]) for r in range(ranks))
-
-
-@dataclass(frozen=True)
-class Partition:
-    """Who owns which tokens: ``query[r]`` and ``kv[r]`` are the spans of rank ``r``.
-
-    A rank holds its spans one after the other in one array, in the order given here.
-    """
-
-    query: tuple[tuple[Span, ...], ...]
-    kv: tuple[tuple[Span, ...], ...]
 
 
 def partition(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> Partition:
@@ -59,9 +48,31 @@ def partition(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> 
     )
 
 
+def partition_of(plan: Plan) -> Partition:
+    """Return the partition that `plan` brings, else the one of its strategy."""
+    return plan.partition or partition(plan.problem, plan.strategy, plan.ranks)
+
+
 def token_count(spans: Sequence[Span]) -> int:
     """Count the tokens in all of `spans`."""
     return sum(len(span) for span in spans)
+
+
+def pieces(spans: Sequence[Span]) -> tuple[tuple[Span, Span], ...]:
+    """Pair each run of a shard with its place in the sequence: ``(local, tokens)``.
+
+    Empty spans are left out; spans that continue the one before are joined to it.
+    """
+    found: list[tuple[Span, Span]] = []
+    local = 0
+    for span in filter(len, spans):
+        if found and found[-1][1].stop == span.start:
+            rows, tokens = found.pop()
+            found.append((Span(rows.start, rows.stop + len(span)), Span(tokens.start, span.stop)))
+        else:
+            found.append((Span(local, local + len(span)), span))
+        local += len(span)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,7 @@ def blocks(query: Sequence[Span], kv: Sequence[Span], diagonal: int | None) -> t
 
     Kernels know two masks, none and ``lower_right``; a shard's part of a causal mask is cut so
     that nothing else is needed. Rectangles without a visible key are left out, and neighbours
-    without a mask are joined, so that a zigzag ring runs one call where one suffices.
+    are joined, so that a zigzag ring runs one call where one suffices.
 
     Parameters
     ----------
@@ -97,43 +108,35 @@ def blocks(query: Sequence[Span], kv: Sequence[Span], diagonal: int | None) -> t
         q_rows, kv_rows = token_count(query), token_count(kv)
         return (Block(Span(0, q_rows), Span(0, kv_rows), False),) if q_rows and kv_rows else ()
     found: list[Block] = []
-    for q_local, q in _with_local(query):
+    for q_local, q in pieces(query):
         row: list[Block] = []
-        for kv_local, keys in _with_local(kv):
+        for kv_local, keys in pieces(kv):
             row.extend(_rectangles(q_local, kv_local, q.start + diagonal - keys.start))
         found.extend(_join(row))
     return tuple(_join(found))
 
 
-def _with_local(spans: Sequence[Span]) -> Iterator[tuple[Span, Span]]:
-    local = 0
-    for span in spans:
-        if len(span):
-            yield Span(local, local + len(span)), span
-        local += len(span)
-
-
 def _rectangles(q: Span, kv: Span, diagonal: int) -> Iterator[Block]:
     """Cut ``q × kv`` under ``j <= i + diagonal`` (both counted inside the block)."""
     first = max(0, -diagonal)  # rows before it see nothing
-    full = max(first, min(len(q), len(kv) - 1 - diagonal))  # rows from it on see everything
+    full = min(len(q), len(kv) - diagonal)  # all rows after the one before it see everything
     if first < full:
         rows = Span(first, full).shift(q.start)
         yield Block(rows, Span(0, full + diagonal).shift(kv.start), full - first > 1)
     if max(first, full) < len(q):
-        yield Block(Span(full, len(q)).shift(q.start), kv, False)
+        yield Block(Span(max(first, full), len(q)).shift(q.start), kv, False)
 
 
 def _join(found: Sequence[Block]) -> list[Block]:
-    """Join neighbours without a mask that differ on one side only and touch on the other."""
+    """Join neighbours that differ on one side only and touch on the other, the first unmasked."""
     joined: list[Block] = []
     for block in found:
         last = joined[-1] if joined else None
-        if last and not last.causal and not block.causal:
+        if last and not last.causal:
             if last.q == block.q and last.kv.stop == block.kv.start:
-                joined[-1] = Block(last.q, Span(last.kv.start, block.kv.stop), False)
+                joined[-1] = Block(last.q, Span(last.kv.start, block.kv.stop), block.causal)
                 continue
-            if last.kv == block.kv and last.q.stop == block.q.start:
+            if last.kv == block.kv and last.q.stop == block.q.start and not block.causal:
                 joined[-1] = Block(Span(last.q.start, block.q.stop), last.kv, False)
                 continue
         joined.append(block)

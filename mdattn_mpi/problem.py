@@ -156,6 +156,17 @@ class AttentionProblem:
 
 
 @dataclass(frozen=True)
+class Partition:
+    """Who owns which tokens: ``query[r]`` and ``kv[r]`` are the spans of rank ``r``.
+
+    A rank holds its spans one after the other in one array, in the order given here.
+    """
+
+    query: tuple[tuple[Span, ...], ...]
+    kv: tuple[tuple[Span, ...], ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a group of ``ranks`` will compute ``problem``, and why so."""
 
@@ -165,6 +176,7 @@ class Plan:
     backend: str = "cpu"
     lse: bool = False
     engine_digest: str = ""  # of a serialized engine; all ranks must hold the same one
+    partition: Partition | None = None  # None means `partition.partition` of the strategy
     reasons: tuple[str, ...] = ()
 
     @cached_property
