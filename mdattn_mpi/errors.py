@@ -92,6 +92,12 @@ class ItemError(MdattnError):
     exit_code = 1
 
 
+class OutputError(MdattnError):
+    """The output can't be written. The job stops; finished items are intact."""
+
+    exit_code = 1
+
+
 class VerificationError(MdattnError):
     """An output is out of tolerance or doesn't match its checksum."""
 

@@ -6,16 +6,26 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
 from mdattn_mpi.devices.blocked_attention import BlockedAttention, Partial
-from mdattn_mpi.problem import Span
+from mdattn_mpi.problem import AttentionProblem, Span
 
 Array = NDArray[Any]
+
+
+class HostDownload(NamedTuple):
+    """Arrays that need no way back."""
+
+    arrays: tuple[Array, ...]
+
+    def wait(self) -> tuple[Array, ...]:
+        """Return the arrays."""
+        return self.arrays
 
 
 class HostDevice:
@@ -78,6 +88,20 @@ class HostDevice:
         """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""
         with self.timed("merge"):
             return accumulator.finish()
+
+    def check(self, problem: AttentionProblem) -> None:
+        """Refuse what this device can't do: nothing, on the host."""
+
+    def upload(self, array: Array) -> Array:
+        """Take an array from the host: it is there already."""
+        return array
+
+    def download(self, *arrays: Array) -> HostDownload:
+        """Bring arrays to the host: they are there already."""
+        return HostDownload(arrays)
+
+    def abort(self) -> None:
+        """Let go without waiting for any other rank."""
 
     def close(self) -> None:
         """End the threads and give BLAS back its own. Not needed at the end of a process."""

@@ -1,0 +1,182 @@
+"""Where strategies, devices and TensorRT meet: one backend under each name that a user types.
+
+A backend takes the shards of an item from the host and gives the shard of the output back, in three
+steps that a batch interleaves, so that neighbouring items overlap::
+
+    begin(i+1)    upload, and the transfers that need nothing computed
+    enqueue(i)    the attention itself
+    collect(i)    start the way back; `Download.wait` gives the arrays
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy.typing as npt
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.lockstep import Group
+from mdattn_mpi.problem import AttentionProblem, Plan
+
+HostArray = npt.NDArray[Any]
+
+
+class Download(Protocol):
+    """An output shard on its way to the host."""
+
+    def wait(self) -> tuple[HostArray, HostArray]:
+        """Return the output ``[Sq, Nq, Hv]`` and the LSE ``[Sq, Nq]``; any thread may call."""
+        ...
+
+
+class Backend(Protocol):
+    """One group's engine. All methods but `describe` and `timings` are collective."""
+
+    name: str
+
+    def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
+        """Choose a strategy, or refuse what this backend can't do.
+
+        Raises
+        ------
+        RejectedError
+            With the reason and the backend or strategy that can.
+
+        """
+        ...
+
+    def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Any:
+        """Take the rank's shards of an item; start what needs nothing computed."""
+        ...
+
+    def enqueue(self, running: Any) -> None:
+        """Compute the attention of a begun item; may return before it is done."""
+        ...
+
+    def collect(self, running: Any) -> Download:
+        """Start bringing the output of an enqueued item to the host."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """The device and the libraries, with versions."""
+        ...
+
+    def timings(self) -> Mapping[str, float]:
+        """Seconds spent so far in ``compute``, ``exchange`` and ``merge``."""
+        ...
+
+    def close(self) -> None:
+        """Release everything, in order."""
+        ...
+
+    def abort(self) -> None:
+        """Let go without waiting for any other rank."""
+        ...
+
+
+@dataclass
+class Running:
+    """An item between `begin` and `collect`."""
+
+    steps: Generator[None, None, tuple[Any, Any]]
+    result: tuple[Any, Any] | None = None
+
+
+class StrategyBackend:
+    """Our own strategies over a device."""
+
+    def __init__(self, name: str, device: Any) -> None:
+        self.name = name
+        self.device = device
+
+    def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
+        """Choose among ring, allgather and ulysses."""
+        from mdattn_mpi.strategies import choose
+
+        self.device.check(problem)
+        name, reasons = choose(problem, self.device.ranks, strategy, self.device.costs())
+        return Plan(problem, name, self.device.ranks, self.name, lse, reasons=reasons)
+
+    def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Running:
+        """Upload the shards and run the strategy up to its ``yield``."""
+        from mdattn_mpi.strategies import STRATEGIES
+
+        upload = self.device.upload
+        steps = STRATEGIES[plan.strategy](self.device, plan, upload(q), upload(k), upload(v))
+        next(steps)
+        return Running(steps)
+
+    def enqueue(self, running: Running) -> None:
+        """Run the strategy to its end."""
+        try:
+            next(running.steps)
+        except StopIteration as end:
+            running.result = end.value
+        else:
+            raise AssertionError("a strategy yields once")
+
+    def collect(self, running: Running) -> Download:
+        """Start the download of output and LSE."""
+        assert running.result is not None
+        download: Download = self.device.download(*running.result)
+        running.result = None
+        return download
+
+    def describe(self) -> Mapping[str, str]:
+        """Ask the device."""
+        return dict(self.device.describe())
+
+    def timings(self) -> Mapping[str, float]:
+        """Ask the device."""
+        return dict(self.device.seconds)
+
+    def close(self) -> None:
+        """Release the device."""
+        self.device.close()
+
+    def abort(self) -> None:
+        """Let go of the device at once."""
+        self.device.abort()
+
+
+def open_backend(
+    name: str, group: Group, *, threads: int = 0, transfer: str = "auto", engine: str = ""
+) -> Backend:
+    """Collective. Open the backend that the user named for this group of ranks.
+
+    Parameters
+    ----------
+    name
+        ``cpu``, ``cuda``, ``tensorrt``, or ``auto``: ``cuda`` where every rank has a GPU of its
+        own and the libraries, else ``cpu``.
+    threads
+        Threads a rank on the CPU; 0 takes the rank's share of its node's cores.
+    transfer
+        How GPUs exchange shards; see `devices.cuda`.
+    engine
+        A serialized TensorRT engine to use instead of building one.
+
+    Raises
+    ------
+    RejectedError, DeviceError
+        The backend isn't there, or not on every rank.
+
+    """
+    if name == "auto":
+        name = "cuda" if _every_rank_has_a_gpu(group) else "cpu"
+    if name == "cpu":
+        from mdattn_mpi.devices.cpu import open_cpu
+
+        return StrategyBackend("cpu", open_cpu(group, threads))
+    if name == "cuda":
+        from mdattn_mpi.devices.cuda import open_cuda
+
+        return StrategyBackend("cuda", open_cuda(group, transfer=transfer))
+    if name == "tensorrt":
+        from mdattn_mpi.trt.engine import open_tensorrt
+
+        backend: Backend = open_tensorrt(group, engine=engine)
+        return backend
+    raise RejectedError(f"backend {name!r}", fix="use cpu, cuda, tensorrt or auto")

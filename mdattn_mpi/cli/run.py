@@ -1,0 +1,123 @@
+"""``mdattn run``: attention over every item of a dataset, by all ranks together."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+DESCRIPTION = """\
+Compute exact attention over every item of a dataset, by all ranks together.
+
+  mpirun -n 4 mdattn run data.h5 -o out.h5
+
+Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
+output. The same command again does only what isn't done. Beside the output, OUT.h5.run/ gets one
+log a rank, summary.json, and a death note if a rank is lost.
+"""
+
+EPILOG = """\
+Signals: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 let the job finish and commit the item in hand, then
+end with 75; a second one ends at once. Finished items are safe in every case.
+
+Exit codes: 0 all done; 1 some items failed, or the output can't be written; 2 rejected before any
+work; 3 ranks disagreed; 4 device or engine error; 75 interrupted, run the same command again.
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the arguments; those left out come from the job file, then from `JobSpec`."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "run",
+        help="compute attention over every item of a dataset",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    add = parser.add_argument
+    add("data", nargs="?", metavar="DATA.h5", help="the dataset")
+    add("-o", "--output", metavar="OUT.h5", help="the output; resumed when it is there")
+    add("--job", metavar="JOB.toml", help="options from a file, under these same names")
+    add("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
+    add("--json", action="store_true", help="print the summary as JSON on standard output")
+
+    how = parser.add_argument_group("how")
+    add = how.add_argument
+    add("-b", "--backend", metavar="NAME", help="auto (default), cpu, cuda, tensorrt")
+    add("-s", "--strategy", metavar="NAME", help="auto (default), ring, allgather, ulysses")
+    add("--group-size", metavar="P", help="ranks that share an item: all (default), auto, a number")
+    add("--threads", type=int, metavar="N", help="CPU threads a rank (default: its share of cores)")
+    add("--transfer", metavar="HOW", help="between GPUs: auto (default), copy, nccl")
+    add("--engine", metavar="FILE", help="a serialized TensorRT engine to run")
+
+    what = parser.add_argument_group("what")
+    add = what.add_argument
+    add("--items", metavar="PATTERN", help="only these: names or globs, separated by commas")
+    add("--lse", action="store_true", help="write the log-sum-exp of every row and head too")
+    add("--layout", metavar="L", help="of the dataset: auto (default), token_major, head_major")
+    add("--nonfinite", metavar="P", help="NaN or infinity in an item: refuse (default) it, or pass")
+    add("--allow", action="append", metavar="DIR", help="folder that HDF5 links may lead to")
+
+    again = parser.add_argument_group("again, and how long")
+    add = again.add_argument
+    add("--overwrite", action="store_true", help="start anew, whatever the output holds")
+    add("--allow-change", action="store_true", help="resume with another -s, -b or rank count")
+    add("--deadline", type=duration, metavar="T", help="longest wait (default: scaled to the work)")
+    add("--max-time", type=duration, metavar="T", help="stop after the item in hand when T is over")
+    add("--chaos", help=argparse.SUPPRESS)
+    return parser
+
+
+def duration(text: str) -> float:
+    """Seconds from ``90``, ``15m``, ``2h`` or Slurm's ``[D-]HH:MM:SS``."""
+    days, _, clock = text.rpartition("-")
+    try:
+        if ":" in clock:
+            parts = [float(part) for part in clock.split(":")]
+            seconds = sum(part * 60**place for place, part in enumerate(reversed(parts)))
+        else:
+            unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(clock[-1:], 0)
+            seconds = float(clock[:-1]) * unit if unit else float(clock)
+        seconds += 86400 * int(days) if days else 0
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90, 15m, 2h or HH:MM:SS")
+    return seconds
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the job under the watchdog; return its exit code."""
+    from mdattn_mpi.lockstep import watch
+
+    return watch(lambda: _work(arguments))
+
+
+def _work(arguments: argparse.Namespace) -> int:
+    from mdattn_mpi.lockstep import start
+    from mdattn_mpi.runner.job import run_job
+
+    world = start()
+    return run_job(lambda: spec_of(arguments), world)
+
+
+def spec_of(arguments: argparse.Namespace) -> Any:
+    """Put command line, job file and defaults together, in this order of precedence.
+
+    Raises
+    ------
+    RejectedError
+        A bad job file, a bad value, or no dataset or output named.
+
+    """
+    from mdattn_mpi.errors import RejectedError
+    from mdattn_mpi.runner.jobspec import JobSpec, load_job_file
+
+    given = {name: value for name, value in vars(arguments).items() if name not in ("main", "job")}
+    if "allow" in given:
+        given["allow"] = tuple(given["allow"])
+    fields = {**(load_job_file(arguments.job) if "job" in arguments else {}), **given}
+    for name, shown in (("data", "DATA.h5"), ("output", "-o OUT.h5")):
+        if name not in fields:
+            raise RejectedError(f"no {name} was named", fix=f"add {shown}, or name it in --job")
+    return JobSpec(**fields)

@@ -1,0 +1,156 @@
+"""What the user asked for: one frozen description, from the command line or a job file."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from mdattn_mpi.errors import RejectedError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+MAX_JOB_FILE = 1 << 20
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One batch job: ``mdattn run``'s arguments, under the same names as in a job file.
+
+    Options that change the bytes of an output are in `result_options`; a job can only be resumed
+    with the same ones.
+    """
+
+    data: str
+    output: str
+    backend: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
+    strategy: Literal["auto", "ring", "allgather", "ulysses"] = "auto"
+    lse: bool = False
+    items: str = "*"
+    layout: Literal["auto", "token_major", "head_major"] = "auto"
+    nonfinite: Literal["refuse", "pass"] = "refuse"
+    overwrite: bool = False
+    allow_change: bool = False
+    allow: tuple[str, ...] = ()
+    threads: int = 0
+    deadline: float = 0.0
+    max_time: float = 0.0
+    group_size: str = "all"
+    transfer: Literal["auto", "copy", "nccl"] = "auto"
+    engine: str = ""
+    chaos: str = ""
+    dry_run: bool = False
+    json: bool = False
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            choices = _CHOICES.get(field.name)
+            if choices and value not in choices:
+                raise RejectedError(
+                    f"{field.name} is {value!r}", fix=f"use one of {', '.join(choices)}"
+                )
+        for name in ("threads", "deadline", "max_time"):
+            if getattr(self, name) < 0:
+                raise RejectedError(
+                    f"{name} is {getattr(self, name)}", fix="use 0 (automatic) or more"
+                )
+        if self.group_size not in ("all", "auto") and not self.group_size.isdecimal():
+            raise RejectedError(
+                f"group_size is {self.group_size!r}", fix="use all, auto or a number of ranks"
+            )
+        if Path(self.data).resolve() == Path(self.output).resolve():
+            raise RejectedError(
+                "the output is the dataset itself", file=self.output, fix="name another output file"
+            )
+
+    def result_options(self) -> dict[str, str]:
+        """What decides the bytes of the output, by name; the number of ranks is the world's."""
+        return {
+            "strategy": self.strategy,
+            "items": self.items,
+            "lse": str(self.lse).lower(),
+            "layout": self.layout,
+            "group_size": self.group_size,
+        }
+
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "backend": ("auto", "cpu", "cuda", "tensorrt"),
+    "strategy": ("auto", "ring", "allgather", "ulysses"),
+    "layout": ("auto", "token_major", "head_major"),
+    "nonfinite": ("refuse", "pass"),
+    "transfer": ("auto", "copy", "nccl"),
+}
+
+
+def load_job_file(path: str) -> dict[str, Any]:
+    """Read a TOML job file: a flat table with the fields of `JobSpec`.
+
+    ``data`` and ``output`` are taken relative to the job file's folder.
+
+    Raises
+    ------
+    RejectedError
+        Not there, too large, not TOML, an unknown key, or a value of the wrong type.
+
+    """
+    try:
+        raw = Path(path).read_bytes()
+        if len(raw) > MAX_JOB_FILE:
+            raise RejectedError(
+                f"{len(raw)} bytes are too many for a job file",
+                file=path,
+                fix=f"keep it under {MAX_JOB_FILE} bytes; was this meant as the dataset?",
+            )
+        table = tomllib.loads(raw.decode())
+    except OSError as error:
+        raise RejectedError(
+            f"cannot read the job file: {error.strerror}", file=path, fix="check the path"
+        ) from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RejectedError(
+            f"not a TOML job file: {error}", file=path, fix="write lines like: strategy = 'ring'"
+        ) from error
+    _check(table, path)
+    folder = Path(path).resolve().parent
+    for name in ("data", "output"):
+        if name in table:
+            table[name] = str(folder / table[name])
+    if "allow" in table:
+        table["allow"] = tuple(table["allow"])
+    return table
+
+
+def _check(table: Mapping[str, Any], path: str) -> None:
+    known = {field.name: field for field in fields(JobSpec)}
+    for name, value in table.items():
+        if name not in known:
+            raise RejectedError(
+                f"unknown key {name!r}", file=path, fix=f"use some of {', '.join(sorted(known))}"
+            )
+        default = known[name].default
+        wanted = str if default is MISSING else type(default)
+        fits = (
+            isinstance(value, list) and all(isinstance(part, str) for part in value)
+            if wanted is tuple
+            else type(value) is wanted or (wanted is float and type(value) is int)
+        )
+        if not fits:
+            raise RejectedError(
+                f"{name} is {value!r}", file=path, fix=f"give it as {_TOML_NAMES[wanted]}"
+            )
+
+
+_TOML_NAMES: dict[type, str] = {
+    str: "a string",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number of seconds",
+    tuple: "a list of folders",
+}

@@ -1,0 +1,98 @@
+"""Reading ahead and writing behind: one thread each, so that files never wait for the engine."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class ReadAhead(Generic[T]):
+    """Run `read` on the next of `tasks` while the caller works on the one before.
+
+    Iterating gives ``(task, future)``; the future raises what `read` raised.
+    """
+
+    def __init__(self, tasks: Iterable[T], read: Callable[[T], Any]) -> None:
+        self._tasks = iter(tasks)
+        self._read = read
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mdattn-read")
+        self.seconds = 0.0
+        self._next = self._start()
+
+    def __iter__(self) -> Iterator[tuple[T, Future[Any]]]:
+        return self
+
+    def __next__(self) -> tuple[T, Future[Any]]:
+        if self._next is None:
+            raise StopIteration
+        ready, self._next = self._next, self._start()
+        return ready
+
+    def _start(self) -> tuple[T, Future[Any]] | None:
+        for task in self._tasks:
+            return task, self._thread.submit(self._timed, task)
+        return None
+
+    def _timed(self, task: T) -> Any:
+        start = perf_counter()
+        try:
+            return self._read(task)
+        finally:
+            self.seconds += perf_counter() - start
+
+    def close(self) -> None:
+        """Forget what was read ahead."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+@dataclass
+class WriteBehind(Generic[T]):
+    """Run `write` on finished work, at most `lag` pieces behind the caller.
+
+    What `write` returns (a checksum) comes back from `oldest`, in the order of `put`.
+    """
+
+    write: Callable[[T], Any]
+    lag: int = 2
+    seconds: float = 0.0
+    _pending: deque[tuple[T, Future[Any]]] = field(default_factory=deque)
+    _errands: deque[Future[Any]] = field(default_factory=deque)
+    _thread: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="mdattn-write")
+    )
+
+    def put(self, work: T) -> None:
+        """Start writing `work` after all that was put before."""
+        self._pending.append((work, self._thread.submit(self._timed, self.write, work)))
+
+    def oldest(self, *, drain: bool = False) -> tuple[T, Future[Any]] | None:
+        """Take the oldest piece, once more than `lag` are under way (or any, to drain)."""
+        if not self._pending or (len(self._pending) <= self.lag and not drain):
+            return None
+        return self._pending.popleft()
+
+    def errand(self, function: Callable[..., None], *arguments: Any) -> None:
+        """Run `function` in the writing thread too; what it raises comes from `check`."""
+        self._errands.append(self._thread.submit(self._timed, function, *arguments))
+
+    def check(self, *, drain: bool = False) -> None:
+        """Raise the error of an errand that has failed; wait for all of them to drain."""
+        while self._errands and (drain or self._errands[0].done()):
+            self._errands.popleft().result()
+
+    def _timed(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        start = perf_counter()
+        try:
+            return function(*arguments)
+        finally:
+            self.seconds += perf_counter() - start
+
+    def close(self, *, wait: bool) -> None:
+        """End the thread; without `wait`, what hasn't started is dropped."""
+        self._thread.shutdown(wait=wait, cancel_futures=not wait)

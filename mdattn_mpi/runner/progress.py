@@ -1,0 +1,105 @@
+"""What rank 0 shows while a job runs: a bar on a terminal, a line every so often in a log."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from time import monotonic
+from typing import TextIO
+
+from tqdm import tqdm
+
+from mdattn_mpi.problem import AttentionProblem
+
+LOG_SECONDS = 30.0
+RATE_ITEMS = 50
+
+
+class Progress:
+    """Counts finished items; silent where `shown` is False."""
+
+    def __init__(
+        self,
+        total: int,
+        done: int,
+        remaining_flops: int,
+        *,
+        shown: bool,
+        stream: TextIO = sys.stderr,
+    ) -> None:
+        self.total = total
+        self.done = done
+        self.failed = 0
+        self.tokens = 0
+        self.flops = 0
+        self.remaining_flops = remaining_flops
+        self.started = monotonic()
+        self._recent: deque[tuple[float, int]] = deque([(self.started, 0)], maxlen=RATE_ITEMS)
+        self._logged = self.started
+        self._stream = stream
+        terminal = shown and stream.isatty()
+        self._lines = shown and not terminal
+        self._bar = tqdm(
+            total=total, initial=done, unit="item", disable=not terminal, file=stream,
+            dynamic_ncols=True,
+        )  # fmt: skip
+
+    def finished(self, problem: AttentionProblem) -> None:
+        """Count one finished item."""
+        self.done += 1
+        self.tokens += problem.q_tokens
+        self.flops += problem.flops
+        self._show()
+
+    def skipped(self, message: str) -> None:
+        """Count one failed item and say why."""
+        self.failed += 1
+        self.say(message)
+        self._show()
+
+    def say(self, message: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._lines or not self._bar.disable:
+            tqdm.write(message, file=self._stream)
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds to the end, by the work of the most recent items; None before the first."""
+        (since, before), now = self._recent[0], monotonic()
+        rate = (self.flops - before) / max(now - since, 1e-9)
+        return (self.remaining_flops - self.flops) / rate if rate else None
+
+    def _show(self) -> None:
+        now = monotonic()
+        self._recent.append((now, self.flops))
+        seconds = max(now - self.started, 1e-9)
+        rates = f"{_si(self.tokens / seconds)}tok/s {_si(self.flops / seconds)}FLOP/s"
+        if not self._bar.disable:
+            self._bar.set_postfix_str(rates, refresh=False)
+            self._bar.update(self.done + self.failed - self._bar.n)
+        elif self._lines and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            eta = self.eta
+            left = f", ETA {duration(eta)}" if eta is not None else ""
+            self.say(f"mdattn: {self.done}/{self.total} items, {rates}{left}")
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._bar.close()
+
+
+def duration(seconds: float) -> str:
+    """For example ``4.2 s``, ``3 min 05 s``, ``11 h 40 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
+
+
+def _si(value: float) -> str:
+    for prefix in ("", "k", "M", "G", "T"):
+        if value < 1000:
+            return f"{value:.3g} {prefix}"
+        value /= 1000
+    return f"{value:.3g} P"

@@ -1,0 +1,60 @@
+"""Where the time went: a table for the person, ``summary.json`` for everything else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mdattn_mpi.runner.progress import duration
+
+PHASES = {
+    "read": "waiting for shards from the dataset",
+    "wait": "waiting for the other ranks",
+    "exchange": "waiting for transfers",
+    "compute": "attention",
+    "merge": "merging partial results",
+    "write": "waiting for shards of the output to be written",
+}
+
+
+def rank_times(phases: Mapping[str, float], backend: Mapping[str, float]) -> dict[str, float]:
+    """Fold one rank's clocks into the six lines of the table, in seconds."""
+    enqueue = phases.get("begin", 0.0) + phases.get("enqueue", 0.0)
+    inside = sum(backend.get(name, 0.0) for name in ("exchange", "merge"))
+    return {
+        "read": phases.get("read", 0.0),
+        "wait": phases.get("agree", 0.0),
+        "exchange": backend.get("exchange", 0.0),
+        "compute": backend.get("compute", max(0.0, enqueue - inside)),
+        "merge": backend.get("merge", 0.0),
+        "write": phases.get("write", 0.0),
+    }
+
+
+def time_table(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """Min, mean and max over ranks of every phase, and the slowest rank by name.
+
+    `ranks` holds for each rank ``host`` and ``seconds`` (of `rank_times`).
+    """
+    lines = [f"{'phase':<10}{'min':>10}{'mean':>10}{'max':>10}   slowest"]
+    for phase in PHASES:
+        seconds = [rank["seconds"][phase] for rank in ranks]
+        slowest = max(range(len(ranks)), key=seconds.__getitem__)
+        mean = sum(seconds) / len(seconds)
+        lines.append(
+            f"{phase:<10}{duration(min(seconds)):>10}{duration(mean):>10}"
+            f"{duration(max(seconds)):>10}   rank {slowest} on {ranks[slowest]['host']}"
+        )
+    return "\n".join(lines)
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
+    """Replace ``summary.json`` in the run folder; never leaves half a file."""
+    path = folder / "summary.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    temporary.replace(path)
+    return path
