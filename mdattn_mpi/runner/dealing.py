@@ -1,0 +1,335 @@
+"""Which ranks work together on which item, and in which order items are taken.
+
+The world is cut into groups of neighbouring ranks, in phases: first the items that want the largest
+groups, then those that want smaller ones. A group that finds its phase empty falls into smaller
+groups and goes on with the next phase; nobody waits for the others. Inside a phase the dearest item
+goes first and whoever is free takes the next, so that the cheap ones at the end fill the gaps.
+
+Who does an item depends on timing. What an item's output looks like doesn't: its group size
+follows from the job and its options alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+from math import gcd
+from typing import Literal
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import AttentionProblem
+
+GroupSize = int | Literal["auto"]
+Take = Callable[[int], int]  # a phase's number -> 0, 1, 2, … each once among all groups
+Time = Callable[[int, int], float]  # an item's number and its ranks -> seconds
+
+# Items that the loop takes ahead: while one computes, one is begun and one is read.
+AHEAD = 2
+
+# `auto` lets no item last longer on its group than one of these shares of a rank's whole work.
+SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 0.0)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What one rank does in a second, roughly: only ratios between items matter.
+
+    Parameters
+    ----------
+    flops
+        Operations a second.
+    bytes
+        Bytes a second from and to the file.
+    start
+        Seconds that every item costs, however small.
+    hop
+        Seconds that every further rank of a group adds.
+
+    """
+
+    flops: float
+    bytes: float
+    start: float
+    hop: float
+
+    def seconds(self, problem: AttentionProblem, ranks: int) -> float:
+        """Estimate the time of `problem` on a group of `ranks`; files are read meanwhile."""
+        work = max(problem.flops / self.flops, file_bytes(problem) / self.bytes)
+        return self.start + work / ranks + self.hop * (ranks - 1)
+
+
+RATES = {
+    "cpu": Rates(flops=7e10, bytes=2e9, start=2e-3, hop=5e-4),
+    "cuda": Rates(flops=5e14, bytes=2e9, start=2e-4, hop=5e-5),
+    "tensorrt": Rates(flops=5e14, bytes=2e9, start=2e-4, hop=5e-5),
+}
+
+
+def file_bytes(problem: AttentionProblem) -> int:
+    """Bytes that an item moves from and to the files: Q, K, V and the output."""
+    q_dims = problem.head_dim + problem.v_head_dim
+    return problem.kv_bytes + 2 * problem.q_tokens * problem.q_heads * q_dims
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Items for groups of ``size`` ranks, dearest first."""
+
+    size: int
+    items: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The whole job: who may work with whom, what is taken in which order, and why so.
+
+    ``order`` lists the world's ranks, a node's ranks together; a group is a run of it that starts
+    at a multiple of its size. ``sizes`` holds every item's group size, those of finished items
+    too.
+    """
+
+    order: tuple[int, ...]
+    phases: tuple[Phase, ...]
+    sizes: tuple[int, ...]
+    reasons: tuple[str, ...]
+
+    @cached_property
+    def _place(self) -> dict[int, int]:
+        return {rank: place for place, rank in enumerate(self.order)}
+
+    @property
+    def largest(self) -> int:
+        """Ranks of the largest group."""
+        return max(self.sizes)
+
+    def group(self, size: int, rank: int) -> tuple[int, ...] | None:
+        """World ranks of the group of `size` that `rank` is in; its first is the leader.
+
+        None where the world's last ranks are too few for such a group: they sit that phase out.
+        """
+        start = self._place[rank] // size * size
+        return self.order[start : start + size] if start + size <= len(self.order) else None
+
+    def items(self, phase: int, take: Take) -> Iterator[int]:
+        """Take items of `phase` until none is left; for the group's leader."""
+        items = self.phases[phase].items
+        while (turn := take(phase)) < len(items):
+            yield items[turn]
+
+
+def deal(
+    problems: Sequence[AttentionProblem],
+    nodes: Sequence[str],
+    group_size: GroupSize | Literal["all"],
+    *,
+    rates: Rates = RATES["cpu"],
+    todo: Sequence[int] | None = None,
+    rank_bytes: int | None = None,
+) -> Schedule:
+    """Choose every item's group size and the order in which items are taken.
+
+    The same arguments give the same schedule on every rank.
+
+    Parameters
+    ----------
+    problems
+        Of all items of the job, finished ones too: sizes must not change when a job is resumed.
+    nodes
+        The node that each rank of the world runs on.
+    group_size
+        Ranks a group, ``all`` of them, or ``auto``: by length.
+    rates
+        What a rank does in a second.
+    todo
+        The items that are still to be done; all of them if None.
+    rank_bytes
+        What the shards of an item may take on one rank; no limit if None.
+
+    Raises
+    ------
+    RejectedError
+        The ranks can't be cut into groups of that size, or an item doesn't fit.
+
+    """
+    world = len(nodes)
+
+    def seconds(item: int, size: int) -> float:
+        return rates.seconds(problems[item], size)
+
+    if group_size == "auto":
+        sizes, reasons = _auto(problems, nodes, seconds, rank_bytes)
+    else:
+        size = world if group_size == "all" else group_size
+        sizes, reasons = (size,) * len(problems), (_fixed(size, world),)
+    wanted = range(len(problems)) if todo is None else todo
+    return Schedule(_order(nodes), _phases(wanted, sizes, seconds), sizes, reasons)
+
+
+def _fixed(size: int, world: int) -> str:
+    if not 1 <= size <= world or world % size:
+        sizes = [str(part) for part in range(1, world + 1) if world % part == 0]
+        raise RejectedError(
+            f"{world} ranks can't be cut into groups of {size}",
+            fix=f"use --group-size {', '.join(sizes)} or auto, or a multiple of "
+            f"{_count(max(size, 1), 'rank')}",
+        )
+    return f"{_count(world // size, 'group')} of {_count(size, 'rank')}"
+
+
+def _order(nodes: Sequence[str]) -> tuple[int, ...]:
+    """Ranks sorted by node, in the order in which nodes first appear."""
+    first = {node: rank for rank, node in reversed(list(enumerate(nodes)))}
+    return tuple(sorted(range(len(nodes)), key=lambda rank: (first[nodes[rank]], rank)))
+
+
+def _phases(todo: Sequence[int], sizes: Sequence[int], seconds: Time) -> tuple[Phase, ...]:
+    by_size: dict[int, list[int]] = {}
+    for item in todo:
+        by_size.setdefault(sizes[item], []).append(item)
+    return tuple(
+        Phase(size, tuple(sorted(by_size[size], key=lambda item: (-seconds(item, size), item))))
+        for size in sorted(by_size, reverse=True)
+    )
+
+
+def ladder(nodes: Sequence[str]) -> tuple[int, ...]:
+    """Group sizes that nest: parts of a node, a node, 2, 4, 8 … nodes, the world; ascending."""
+    world, node = len(nodes), 0
+    for ranks in Counter(nodes).values():
+        node = gcd(node, ranks)
+    inside = [node]
+    while inside[-1] > 1:
+        inside.append(_largest_part(inside[-1]))
+    beyond = [node]
+    while beyond[-1] * 2 < world:
+        beyond.append(beyond[-1] * 2)
+    return tuple(sorted({*inside, *beyond, world}))
+
+
+def _largest_part(number: int) -> int:
+    return next(part for part in range(number // 2, 0, -1) if number % part == 0)
+
+
+def _auto(
+    problems: Sequence[AttentionProblem],
+    nodes: Sequence[str],
+    seconds: Time,
+    rank_bytes: int | None,
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Try each of `SHARES` on paper; take the one that ends first, small groups when in doubt."""
+    rungs, world = ladder(nodes), len(nodes)
+    floors = [_floor(problem, rungs, rank_bytes) for problem in problems]
+    order = _order(nodes)
+    whole = sum(seconds(item, floor) * floor for item, floor in enumerate(floors)) / world
+    best: tuple[float, tuple[int, ...], float] | None = None
+    for share in SHARES:
+        sizes = tuple(
+            _climb(item, floor, rungs, seconds, share * whole) for item, floor in enumerate(floors)
+        )
+        schedule = Schedule(order, _phases(range(len(problems)), sizes, seconds), sizes, ())
+        end = max(simulate(schedule, seconds))
+        if best is None or end < best[0] * 0.99:
+            best = end, sizes, share
+    assert best is not None
+    return best[1], _reasons(problems, floors, best[1], best[2])
+
+
+def _floor(problem: AttentionProblem, rungs: Sequence[int], rank_bytes: int | None) -> int:
+    """Find the smallest group whose ranks can hold the item."""
+    if rank_bytes is None:
+        return rungs[0]
+    needed = 3 * file_bytes(problem)  # this item, the next one, and the one being written
+    for size in rungs:
+        if needed <= rank_bytes * size:
+            return size
+    raise RejectedError(
+        f"an item of {problem} needs {needed >> 20} MiB, {rungs[-1]} ranks hold "
+        f"{rank_bytes * rungs[-1] >> 20} MiB",
+        fix=f"start at least {-(-needed // rank_bytes)} ranks",
+    )
+
+
+def _climb(item: int, floor: int, rungs: Sequence[int], seconds: Time, limit: float) -> int:
+    """From `floor` up to the first size that keeps to `limit`, while more ranks still help."""
+    sizes = [size for size in rungs if size >= floor]
+    for size, larger in pairwise(sizes):
+        if seconds(item, size) <= limit or seconds(item, larger) > 0.8 * seconds(item, size):
+            return size
+    return sizes[-1]
+
+
+def _reasons(
+    problems: Sequence[AttentionProblem], floors: Sequence[int], sizes: Sequence[int], share: float
+) -> tuple[str, ...]:
+    """One line for each group size: how many items, how long, and why that many ranks."""
+    lines = []
+    for size in sorted(set(sizes), reverse=True):
+        those = [item for item, own in enumerate(sizes) if own == size]
+        tokens = [problems[item].q_tokens for item in those]
+        if size == 1:
+            why = "none is worth sharing"
+        elif all(floors[item] == size for item in those):
+            why = "fewer ranks can't hold one"
+        elif share:
+            why = f"fewer ranks would need over {share:.2g} of the whole job's time for one"
+        else:
+            why = "there are more ranks than items to keep them busy"
+        lines.append(
+            f"{_count(len(those), 'item')} of {_range(tokens)} tokens on "
+            f"{_count(size, 'rank')} each: {why}"
+        )
+    return tuple(lines)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return str(low) if low == high else f"{low}…{high}"
+
+
+def simulate(schedule: Schedule, seconds: Time, *, ahead: int = AHEAD) -> list[float]:
+    """Play `schedule` on paper: when each rank (in `order`) has done its last item.
+
+    Parameters
+    ----------
+    schedule
+        What `deal` returned.
+    seconds
+        How long an item takes on a group of so many ranks.
+    ahead
+        How many items a group has taken besides the one that it computes.
+
+    """
+    turns = [0] * len(schedule.phases)
+
+    def take(phase: int) -> int:
+        turns[phase] += 1
+        return turns[phase] - 1
+
+    world = len(schedule.order)
+    ends = [0.0] * world
+    # When it takes next, its run of ranks, its phase, and the ends of the last items it took.
+    start_of_all: tuple[float, ...] = (0.0,)
+    groups = [(0.0, 0, world, -1, start_of_all)]
+    while groups:
+        _, start, stop, phase, taken = heapq.heappop(groups)
+        fits = phase >= 0 and stop - start == schedule.phases[phase].size
+        item = next(schedule.items(phase, take), None) if fits else None
+        if item is not None:
+            taken = (*taken, taken[-1] + seconds(item, stop - start))[-ahead - 1 :]
+            heapq.heappush(groups, (taken[0], start, stop, phase, taken))
+            continue
+        ends[start:stop] = [taken[-1]] * (stop - start)
+        phase += 1
+        if phase < len(schedule.phases):
+            size, free = schedule.phases[phase].size, taken[-1]
+            for low in range(start, stop, size):
+                heapq.heappush(groups, (free, low, min(low + size, stop), phase, (free,)))
+    return ends
