@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from time import perf_counter
 
 import pytest
 from hypothesis import given
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.runner.dealing import RATES, Schedule, deal, ladder, simulate
+from mdattn_mpi.runner.dealing import RATES, Rates, Schedule, deal, ladder, simulate
 
 GPU = RATES["cuda"]
 
@@ -168,10 +167,19 @@ def test_groups_that_do_not_divide_the_world_are_refused(size: int) -> None:
         deal([problem(8192)], cluster(8), size)
 
 
-def test_dealing_costs_little() -> None:
-    problems = long_tailed(1000, 1.3, 1)
-    start = perf_counter()
-    deal(problems, cluster(64), "auto", rates=GPU)
-    # The promise is 1 ms an item. A loaded machine may be late; a quadratic dealer is far off.
-    assert perf_counter() - start < 10.0
-    print(f"{(perf_counter() - start):.3f} ms an item")
+def test_the_work_of_dealing_an_item_does_not_grow_with_the_job() -> None:
+    asked = 0
+
+    class Counting(Rates):
+        def seconds(self, problem: AttentionProblem, ranks: int) -> float:
+            nonlocal asked
+            asked += 1
+            return super().seconds(problem, ranks)
+
+    def estimates(count: int) -> float:
+        nonlocal asked
+        asked = 0
+        deal(long_tailed(count, 1.3, 1), cluster(64), "auto", rates=Counting(5e14, 2e9, 2e-4, 5e-5))
+        return asked / count
+
+    assert estimates(1000) < 1.5 * estimates(100) < 150
