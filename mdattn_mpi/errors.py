@@ -21,6 +21,7 @@ class MdattnError(Exception):
     """
 
     exit_code: ClassVar[int] = 4
+    agreed: bool = False  # all ranks raise this same error: they may still talk to each other
 
     def __init__(
         self,

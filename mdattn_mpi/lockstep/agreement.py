@@ -1,0 +1,142 @@
+"""Agreement: a barrier that is also a check that all ranks are about to do the same.
+
+One all-reduce of a few 64-bit words carries everything: two that tell whether all ranks hold the
+same digest, one for a pending error, one for a wish to stop, and one a rank for the checksum of
+what it wrote. Only when something is wrong do the ranks talk in words.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+from zlib import crc32
+
+import numpy as np
+from mpi4py import MPI
+
+from mdattn_mpi.errors import DisagreementError, MdattnError
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep.world import Group
+
+_MASK = (1 << 64) - 1
+_ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
+_HIGH, _LOW, _ERROR, _STOP, _CHECKSUMS = range(5)
+_VALID = 1 << 32
+
+
+class Step(NamedTuple):
+    """What a rank is about to do.
+
+    ``facts_digest`` stands for everything else that ranks must share; ``describe`` gives it by name
+    and is called only when ranks differ.
+    """
+
+    item_index: int
+    phase: str
+    facts_digest: int
+    describe: Callable[[], dict[str, Any]] = dict
+
+    @property
+    def digest(self) -> int:
+        """64 bits of item, phase and facts; cheap, not cryptographic."""
+        phase = crc32(self.phase.encode()) << 32
+        return (self.facts_digest ^ phase ^ (self.item_index + 1) * _ODD) & _MASK
+
+
+class Agreement(NamedTuple):
+    """What all ranks know after an agreement.
+
+    ``checksums`` has one a rank where checksums were given, else nothing.
+    """
+
+    stop: bool
+    checksums: tuple[int, ...] = ()
+
+
+class Ballot:
+    """The buffers of a group's agreements, used again and again."""
+
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        size = _CHECKSUMS + group.size
+        sent, received = np.zeros(size, np.uint64), np.zeros(size, np.uint64)
+        self._sent, self._received = sent.data, received.data
+        self._messages = [sent, MPI.UINT64_T], [received, MPI.UINT64_T]
+        self._mine = _CHECKSUMS + group.rank
+
+    def agree(
+        self, step: Step, error: MdattnError | None, checksum: int | None, stop: bool
+    ) -> Agreement:
+        """See `Group.agree`."""
+        group, sent, received = self._group, self._sent, self._received
+        digest = step.digest
+        sent[_HIGH] = digest
+        sent[_LOW] = digest ^ _MASK
+        # The greatest is the lowest rank; 0 is none.
+        sent[_ERROR] = group.size - group.rank if error else 0
+        sent[_STOP] = stop
+        sent[self._mine] = 0 if checksum is None else checksum | _VALID
+        group.board.wait()
+        group.control.Allreduce(*self._messages, op=MPI.MAX)
+        if received[_ERROR]:
+            self._raise_error(group.size - received[_ERROR], error)
+        if received[_HIGH] != received[_LOW] ^ _MASK:
+            self._raise_disagreement(step)
+        checksums: tuple[int, ...] = ()
+        if checksum is not None:
+            checksums = tuple(word & (_VALID - 1) for word in received[_CHECKSUMS:])
+        return Agreement(received[_STOP] != 0, checksums)
+
+    def _raise_error(self, root: int, own: MdattnError | None) -> None:
+        """Raise the error of the lowest rank that has one, on all ranks."""
+        data = own.to_json() if own and self._group.rank == root else None
+        error = MdattnError.from_json(self._group.bcast_bytes(data, root))
+        error.rank = root if error.rank is None else error.rank
+        error.agreed = True
+        raise error from (own if self._group.rank == root else None)
+
+    def _raise_disagreement(self, step: Step) -> None:
+        """Collect what the ranks are about to do, and raise who differs in what, on all ranks."""
+        facts = {"item index": step.item_index, "phase": step.phase, **step.describe()}
+        gathered = self._group.gather_bytes(json.dumps(facts, default=str).encode())
+        data = None
+        if gathered is not None:
+            data = differences([json.loads(part) for part in gathered]).encode()
+        error = DisagreementError(
+            self._group.bcast_bytes(data).decode(),
+            fix="start all ranks with the same command, input files, options and software",
+        )
+        error.agreed = True
+        raise error
+
+
+def differences(facts: Sequence[dict[str, Any]]) -> str:
+    """Say which ranks hold which value of what they differ in; `facts` is in rank order."""
+    missing = "nothing"
+    found = []
+    for name in dict.fromkeys(name for each in facts for name in each):
+        holders: dict[str, list[int]] = {}
+        for rank, each in enumerate(facts):
+            value = repr(each[name]) if name in each else missing
+            holders.setdefault(value, []).append(rank)
+        if len(holders) > 1:
+            by_size = sorted(holders.items(), key=lambda holder: -len(holder[1]))
+            values = ", ".join(f"{value} on {_ranks(ranks)}" for value, ranks in by_size)
+            found.append(f"{name} ({values})")
+    if not found:
+        return "ranks differ in something that has no name here: their digests are not the same"
+    return f"ranks differ in {'; '.join(found)}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    """For example ``ranks 0-2, 5``."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {text}"

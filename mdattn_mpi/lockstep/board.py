@@ -1,0 +1,249 @@
+"""Where a rank says what it is doing, so that others can read it when it can't speak any more.
+
+The rank stores into one page of memory that it shares with its watchdog (about a microsecond, no
+system call). The watchdog adds what it sees and copies the page into a file in the run folder, one
+page a rank, where other watchdogs and ``mdattn status`` read it. Page 0 of that file is the
+bulletin: it is empty until a rank is lost.
+
+==========  ======================================================================================
+page part   contents
+==========  ======================================================================================
+identity    who: rank, size, group, processes, host, device; and the job's number, by which records
+            of an earlier run are told apart
+moment      what: agreements entered, phases entered, since when, until when, phase, item
+progress    how far the job is: items done, items in all
+state       started, ended, exit code; whether a stop was asked for
+watch       the watchdog's own part: a heartbeat, the state that the kernel gives the process
+fault       what went wrong, in words
+folder      the run folder: tells the watchdog where the board's file is
+==========  ======================================================================================
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from struct import Struct
+
+PAGE = 4096
+MAGIC = b"mdboard1"
+FILE = "board"
+
+_IDENTITY = Struct("<8sQiiiII128s128s")
+_MOMENT = Struct("<QQQQQQ64s512s")
+_COUNT = Struct("<QQ")
+_PROGRESS = Struct("<QQ")
+_STATE = Struct("<BBxxi")
+_WATCH = Struct("<QQcxxxxxxxQ")
+_FAULT = Struct("<Q1528s")
+_FOLDER = Struct("<1024s")
+
+_AT_IDENTITY = 0
+_AT_MOMENT = 320
+_AT_PROGRESS = 960
+_AT_STATE = 976
+_AT_STOP = _AT_STATE + 1
+_AT_WATCH = 1024
+_AT_FAULT = 1088
+_AT_FOLDER = 3072
+
+RUNNING, STARTED, ENDED = range(3)  # before the world, in it, and after it was left in order
+
+
+@dataclass(frozen=True)
+class Record:
+    """One rank's page, decoded. Times are seconds; ``deadline`` and ``since`` by the host's clock
+    that only goes forward, ``since_wall`` and ``heartbeat`` by the calendar's.
+    """
+
+    job: int
+    rank: int
+    size: int
+    group: int
+    pid: int
+    watchdog_pid: int
+    host: str
+    device: str
+    agreements: int
+    phases: int
+    waiting: bool
+    since: float
+    since_wall: float
+    deadline: float
+    phase: str
+    item: str
+    done: int
+    total: int
+    state: int
+    stop: bool
+    exit_code: int
+    beats: int
+    heartbeat: float
+    process_state: str
+    fault_time: float
+    fault: str
+    folder: str
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """How far the rank has come in the steps that all ranks of its group take alike."""
+        return self.agreements, self.phases
+
+    @property
+    def stopped(self) -> bool:
+        """The kernel says that the process is stopped."""
+        return self.process_state in ("T", "t")
+
+    @staticmethod
+    def decode(page: bytes) -> Record | None:
+        """Read a page; None if it is no record."""
+        if len(page) < PAGE or not page.startswith(MAGIC):
+            return None
+        _, job, rank, size, group, pid, watchdog_pid, host, device = _IDENTITY.unpack_from(page)
+        agreements, phases, waiting, since, since_wall, deadline, phase, item = _MOMENT.unpack_from(
+            page, _AT_MOMENT
+        )
+        done, total = _PROGRESS.unpack_from(page, _AT_PROGRESS)
+        state, stop, exit_code = _STATE.unpack_from(page, _AT_STATE)
+        beats, heartbeat, process_state, _ = _WATCH.unpack_from(page, _AT_WATCH)
+        fault_time, fault = _FAULT.unpack_from(page, _AT_FAULT)
+        (folder,) = _FOLDER.unpack_from(page, _AT_FOLDER)
+        return Record(
+            job, rank, size, group, pid, watchdog_pid, _text(host), _text(device),
+            agreements, phases, bool(waiting), since / 1e9, since_wall / 1e9, deadline / 1e9,
+            _text(phase), _text(item), done, total, state, bool(stop), exit_code,
+            beats, heartbeat / 1e9, _text(process_state), fault_time / 1e9, _text(fault),
+            _text(folder),
+        )  # fmt: skip
+
+
+class Board:
+    """This process's page. Without a watchdog it is private memory, and everything still works."""
+
+    def __init__(self, page: memoryview | None = None) -> None:
+        self.page = memoryview(bytearray(PAGE)) if page is None else page
+        self.patience = 1800.0  # seconds that a phase may last which names no deadline of its own
+        self.on_enter: Callable[[str, str], None] | None = None  # faults on purpose
+        self._agreements = 0
+        self._phases = 0
+        self._identity: dict[str, int | str] = {
+            "job": 0, "rank": -1, "size": 0, "group": 0, "device": "",
+        }  # fmt: skip
+        self._host = socket.gethostname()
+        self.identify()
+
+    # -- the rank says -----------------------------------------------------------------------------
+
+    def enter(self, phase: str, item: str = "", deadline: float | None = None) -> None:
+        """Say that `phase` begins now and lasts `deadline` seconds at most."""
+        now = time.monotonic_ns()
+        self._phases += 1
+        _MOMENT.pack_into(
+            self.page, _AT_MOMENT, self._agreements, self._phases, 0, now, time.time_ns(),
+            now + int(1e9 * (deadline or self.patience)), phase.encode(), item.encode(),
+        )  # fmt: skip
+        if self.on_enter:
+            self.on_enter(phase, item)
+
+    def wait(self) -> None:
+        """Say that this rank now waits for the others, having entered one more agreement."""
+        self._agreements += 1
+        self._phases += 1
+        _COUNT.pack_into(self.page, _AT_MOMENT, self._agreements, self._phases)
+        self.page[_AT_MOMENT + 16] = 1
+
+    def identify(self, **known: int | str) -> None:
+        """Say who this is: any of job, rank, size, group, device."""
+        self._identity.update(known)
+        who = self._identity
+        _IDENTITY.pack_into(
+            self.page, _AT_IDENTITY, MAGIC, who["job"], who["rank"], who["size"], who["group"],
+            os.getpid(), self.watchdog_pid, self._host.encode(), str(who["device"]).encode(),
+        )  # fmt: skip
+
+    def attach(self, run_folder: str | Path, rank: int, size: int, device: str = "") -> None:
+        """Let the watchdog publish this page, and write its death note, in `run_folder`."""
+        self.identify(rank=rank, size=size, device=device)
+        _FOLDER.pack_into(self.page, _AT_FOLDER, os.fsencode(Path(run_folder).resolve()))
+
+    def progress(self, done: int, total: int) -> None:
+        """Say how many items are finished, of how many."""
+        _PROGRESS.pack_into(self.page, _AT_PROGRESS, done, total)
+
+    def fail(self, what: str) -> None:
+        """Say that this rank alone has failed, and why; the watchdog takes it from there."""
+        if not _FAULT.unpack_from(self.page, _AT_FAULT)[0]:
+            _FAULT.pack_into(self.page, _AT_FAULT, time.time_ns(), what.encode())
+
+    def started(self) -> None:
+        """Say that this rank belongs to a world now: from here on others wait for it."""
+        self.page[_AT_STATE] = STARTED
+
+    def end(self) -> None:
+        """Say that this rank left the world in order; whatever its exit code, it is no death."""
+        self.page[_AT_STATE] = ENDED
+
+    def exit(self, code: int) -> None:
+        """Say with which code the process is about to exit."""
+        _STATE.pack_into(self.page, _AT_STATE, self.page[_AT_STATE], self.page[_AT_STOP], code)
+
+    # -- the rank asks -----------------------------------------------------------------------------
+
+    @property
+    def stop_requested(self) -> bool:
+        """A signal asked this rank to stop after the current item."""
+        return self.page[_AT_STOP] != 0
+
+    def request_stop(self) -> None:
+        """Ask this rank to stop after the current item."""
+        self.page[_AT_STOP] = 1
+
+    # -- the watchdog says -------------------------------------------------------------------------
+
+    watchdog_pid = 0
+
+    def beat(self, process_state: str) -> None:
+        """Say that the watchdog lives, and how the kernel calls the state of the rank."""
+        beats = _WATCH.unpack_from(self.page, _AT_WATCH)[0]
+        _WATCH.pack_into(self.page, _AT_WATCH, beats + 1, time.time_ns(), process_state.encode(), 0)
+
+    def record(self) -> Record:
+        """Decode this page."""
+        record = Record.decode(bytes(self.page))
+        assert record is not None
+        return record
+
+
+_board: Board | None = None
+
+
+def board() -> Board:
+    """Return the board of this process; made on first use, unless a watchdog shares it."""
+    return _board or share(Board())
+
+
+def share(new: Board) -> Board:
+    """Make `new` the board of this process."""
+    global _board
+    _board = new
+    return new
+
+
+def read_board(run_folder: str | Path) -> list[Record]:
+    """Read the records of the latest run in `run_folder`, in rank order; [] if there is none."""
+    try:
+        pages = (Path(run_folder) / FILE).read_bytes()
+    except OSError:
+        return []
+    found = [Record.decode(pages[at : at + PAGE]) for at in range(PAGE, len(pages), PAGE)]
+    records = [record for record in found if record is not None]
+    latest = max(records, key=lambda record: record.heartbeat, default=None)
+    return [record for record in records if latest and record.job == latest.job]
+
+
+def _text(raw: bytes) -> str:
+    return raw.rstrip(b"\0").decode(errors="replace")

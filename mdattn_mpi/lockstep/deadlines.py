@@ -1,0 +1,97 @@
+"""How long a phase may last: long at first, then scaled from what phases have taken."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+
+
+class Deadlines:
+    """The longest time that each phase may take before the watchdog ends the job.
+
+    Parameters
+    ----------
+    first
+        Seconds for a phase that has not been seen yet: engines are built and disks wake up in it.
+    minimum
+        No deadline is shorter than this, in seconds.
+    scale
+        After that, a phase may take this many times the slowest one seen, more if it has more work.
+    fixed
+        One deadline for everything, in seconds, instead (``--deadline``).
+
+    """
+
+    def __init__(
+        self,
+        first: float = 1800.0,
+        minimum: float = 60.0,
+        scale: float = 20.0,
+        fixed: float | None = None,
+    ) -> None:
+        self.first = max(first, minimum)
+        self.minimum = minimum
+        self.scale = scale
+        self.fixed = fixed or None
+        self._seen: dict[str, tuple[float, float]] = {}  # seconds, and seconds per unit of work
+
+    def of(self, phase: str, work: float = 0.0) -> float:
+        """Seconds that `phase` may take with so much work (any unit, but always the same)."""
+        if self.fixed is not None:
+            return self.fixed
+        seen = self._seen.get(phase)
+        if seen is None:
+            return self.first
+        # Never below what the longest has taken: small items have costs that work doesn't show.
+        return max(self.minimum, self.scale * max(seen[0], seen[1] * work))
+
+    def took(self, phase: str, seconds: float, work: float = 0.0) -> None:
+        """Learn that `phase` took `seconds`."""
+        longest, rate = self._seen.get(phase, (0.0, 0.0))
+        self._seen[phase] = (
+            max(longest, seconds),
+            max(rate, seconds / work if work else 0.0),
+        )
+
+    def __str__(self) -> str:
+        """For example ``30 s for every phase``."""
+        if self.fixed is not None:
+            return f"{self.fixed:g} s for every phase"
+        return (
+            f"{self.first:g} s for the first of its kind, then {self.scale:g} × the slowest seen, "
+            f"at least {self.minimum:g} s"
+        )
+
+
+class TimeLimit:
+    """When the job must be over: ``--max-time`` or the end of the Slurm allocation.
+
+    Parameters
+    ----------
+    max_time
+        Seconds from now; None or 0 for no limit of the user's.
+    environment
+        Where ``SLURM_JOB_END_TIME`` is looked up, in seconds since 1970.
+
+    """
+
+    def __init__(
+        self, max_time: float | None = None, environment: Mapping[str, str] = os.environ
+    ) -> None:
+        ends = []
+        if max_time:
+            ends.append(time.time() + max_time)
+        slurm = environment.get("SLURM_JOB_END_TIME", "")
+        if slurm.isdecimal() and int(slurm) > 0:
+            ends.append(float(slurm))
+        self.end: float | None = min(ends) if ends else None
+
+    def time_left(self) -> float | None:
+        """Seconds until the job must be over; None without a limit."""
+        return None if self.end is None else self.end - time.time()
+
+    def is_near(self, needed: float) -> bool:
+        """Whether what takes `needed` seconds would no longer be over in time."""
+        left = self.time_left()
+        return left is not None and left < needed

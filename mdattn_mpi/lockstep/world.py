@@ -1,0 +1,207 @@
+"""Start and end of the ranks, the groups they form, and what they say to each other.
+
+Everything on the wire is a buffer or JSON bytes; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+from types import TracebackType
+from typing import cast
+
+import mpi4py
+import numpy as np
+
+# The world starts and ends when `start` and `World.end` say so, and not by the import.
+mpi4py.rc.initialize = False
+mpi4py.rc.finalize = False
+from mpi4py import MPI  # noqa: E402
+
+from mdattn_mpi.errors import MdattnError, RejectedError  # noqa: E402
+from mdattn_mpi.lockstep.agreement import Agreement, Ballot, Step  # noqa: E402
+from mdattn_mpi.lockstep.board import Board  # noqa: E402
+from mdattn_mpi.lockstep.board import board as current_board  # noqa: E402
+from mdattn_mpi.lockstep.launcher import Launcher, launcher  # noqa: E402
+
+PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
+
+
+class Group:
+    """Ranks that work together.
+
+    Parameters
+    ----------
+    comm
+        The communicator of the group. Devices use it; the group itself talks over a copy.
+    board
+        Where waits are told; the process's own board by default.
+
+    """
+
+    def __init__(self, comm: MPI.Intracomm, board: Board | None = None) -> None:
+        self.comm = comm
+        self.control = comm.Dup()
+        self.board = board or current_board()
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+        self._ballot = Ballot(self)
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the group has."""
+        return self.size
+
+    def agree(
+        self,
+        step: Step,
+        *,
+        error: MdattnError | None = None,
+        checksum: int | None = None,
+        stop: bool = False,
+    ) -> Agreement:
+        """Collective. Make sure that all ranks are about to do the same; a barrier that checks.
+
+        Parameters
+        ----------
+        step
+            What this rank is about to do.
+        error
+            What went wrong on this rank since the last agreement.
+        checksum
+            32 bits for all the others; on all ranks or none.
+        stop
+            Whether this rank wants to stop.
+
+        Raises
+        ------
+        MdattnError
+            The error of the lowest rank that brought one; the same on all ranks.
+        DisagreementError
+            Ranks differ in what they are about to do; the same on all ranks.
+
+        """
+        return self._ballot.agree(step, error, checksum, stop)
+
+    def barrier(self) -> None:
+        """Collective. Wait until all ranks are here."""
+        self.board.wait()
+        self.control.Barrier()
+
+    def bcast_bytes(self, data: bytes | None, root: int = 0) -> bytes:
+        """Collective. Give all ranks the root's `data`, of any length."""
+        length = np.array([len(data or b"")], np.int64)
+        self.control.Bcast(length, root)
+        # A bytes object can't be received into; the root sends its own without a copy.
+        received = data if self.rank == root else bytearray(int(length[0]))
+        assert received is not None, "the root broadcasts nothing"
+        view = memoryview(received)
+        for start in range(0, len(view), PIECE):
+            self.control.Bcast([view[start : start + PIECE], MPI.BYTE], root)
+        return received if isinstance(received, bytes) else bytes(received)
+
+    def gather_bytes(self, data: bytes) -> list[bytes] | None:
+        """Collective. Give rank 0 everybody's `data`, in rank order; None elsewhere."""
+        lengths = np.empty(self.size, np.int64)
+        self.control.Allgather(np.array([len(data)], np.int64), lengths)
+        if self.rank:
+            for start in range(0, len(data), PIECE):
+                self.control.Send([memoryview(data)[start : start + PIECE], MPI.BYTE], 0)
+            return None
+        gathered = [data]
+        for rank in range(1, self.size):
+            received = memoryview(bytearray(int(lengths[rank])))
+            for start in range(0, len(received), PIECE):
+                self.control.Recv([received[start : start + PIECE], MPI.BYTE], rank)
+            gathered.append(bytes(received))
+        return gathered
+
+    def split(self, color: int, key: int = 0) -> Group:
+        """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""
+        self.board.identify(group=color)
+        return Group(cast(MPI.Intracomm, self.comm.Split(color, key)), self.board)
+
+    def free(self) -> None:
+        """Collective. Give back the communicators of a group that `split` made."""
+        self.control.Free()
+        self.comm.Free()
+
+
+class World(Group):
+    """All ranks of the job. As a context manager it ends unless this rank alone has failed.
+
+    Attributes
+    ----------
+    job
+        A number that all ranks share and no other run has.
+    local_rank, local_size
+        Which of how many ranks on this host.
+    hostname
+        The host's name.
+
+    """
+
+    def __init__(self, comm: MPI.Intracomm, launched: Launcher, board: Board) -> None:
+        super().__init__(comm, board)
+        self.hostname = socket.gethostname()
+        self.local_rank, self.local_size = launched.local_rank, launched.local_size
+        if self.local_rank < 0 or self.local_size < 0:
+            local = comm.Split_type(MPI.COMM_TYPE_SHARED)
+            self.local_rank, self.local_size = local.rank, local.size
+            local.Free()
+        self.job = int.from_bytes(self.bcast_bytes(secrets.token_bytes(8)), "little")
+        board.identify(job=self.job, rank=self.rank, size=self.size)
+
+    def end(self) -> None:
+        """Collective. Leave the world in order. Safe to call twice."""
+        if MPI.Is_initialized() and not MPI.Is_finalized():
+            self.board.enter("end")
+            MPI.Finalize()
+        self.board.end()
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # Where one rank alone has failed the others are elsewhere: nothing may wait for them.
+        if error is None or getattr(error, "agreed", False):
+            self.end()
+
+
+def start() -> World:
+    """Collective. Initialize MPI and find out who is here.
+
+    Raises
+    ------
+    RejectedError
+        The launcher started several processes, and each of them is alone in its MPI world.
+
+    """
+    board, launched = current_board(), launcher()
+    board.identify(rank=launched.rank, size=launched.size)
+    board.enter("start")
+    if not MPI.Is_initialized():
+        MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    board.started()
+    if launched.size > 1 and MPI.COMM_WORLD.size == 1:
+        MPI.Finalize()
+        board.end()
+        raise _mismatch(launched)
+    return World(MPI.COMM_WORLD, launched, board)
+
+
+def _mismatch(launched: Launcher) -> RejectedError:
+    library = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0 ")
+    error = RejectedError(
+        f"{launched.name} ({launched.speaks}) started {launched.size} processes, but each is alone "
+        f"in a world of 1: mpi4py uses {library}, which doesn't understand this launcher",
+        fix=f"start with the mpirun that belongs to {library}; under Slurm try srun --mpi=pmix "
+        "(`srun --mpi=list` shows what there is), or rebuild mpi4py with the site's MPI",
+    )
+    error.agreed = True  # every process finds the same
+    return error

@@ -1,0 +1,179 @@
+"""Run the package under a real mpirun, and leave nothing behind.
+
+`mpirun` runs Python on N ranks and returns what they printed. `start` does the same without
+waiting, for tests that kill things. `on_ranks` makes a test function run on every rank.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from subprocess import CompletedProcess, Popen
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+MARK = "MDATTN_TEST_RUN"  # every process of one run carries the same value in its environment
+PATIENCE = 90.0  # seconds before a run counts as hung; a busy machine is slow, not wrong
+
+
+@functools.cache
+def launcher() -> tuple[str, ...]:
+    """The mpirun of the MPI that mpi4py uses, with what a test machine needs."""
+    beside = Path(sys.executable).parent / "mpirun"
+    command = str(beside) if beside.exists() else "mpirun"
+    version = subprocess.check_output([command, "--version"], text=True, timeout=60)
+    if "Open MPI" in version:
+        return (command, "--oversubscribe", "--bind-to", "none")
+    return (command,)
+
+
+def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of a run: one BLAS thread a rank, mpirun allowed as root, one mark."""
+    return {
+        **os.environ,
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        MARK: uuid.uuid4().hex,
+        **(changes or {}),
+    }
+
+
+def processes(mark: str) -> dict[int, str]:
+    """Living processes that carry `mark`, with their command names."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes():
+                continue
+            # The command stands in brackets and may itself hold some; the state follows the last.
+            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
+        except OSError:
+            continue  # it ended while we looked, or it is not ours
+        if rest.split()[0] not in "ZX":
+            found[int(folder.name)] = name
+    return found
+
+
+def kill_all(mark: str) -> None:
+    """Kill -9 everything that carries `mark`, stopped or not, until nothing is left."""
+    for _ in range(100):
+        for pid in (left := processes(mark)):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if not left:
+            return
+        time.sleep(0.05)
+
+
+def orphans(mark: str, patience: float = 10.0) -> dict[int, str]:
+    """Processes of a run that are still there some time after its end."""
+    end = time.monotonic() + patience
+    while (left := processes(mark)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return left
+
+
+def start(
+    ranks: int,
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+    **popen: Any,
+) -> Popen[str]:
+    """Start `python *argv` on `ranks` ranks; the mark is ``process.mark``."""
+    variables = environment(env)
+    process = Popen(
+        [*launcher(), *options, "-n", str(ranks), sys.executable, *argv],
+        env=variables,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **popen},
+    )
+    process.mark = variables[MARK]  # type: ignore[attr-defined]
+    return process
+
+
+def mpirun(
+    ranks: int,
+    argv: Sequence[str],
+    *,
+    timeout: float = PATIENCE,
+    env: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+    check: bool = False,
+    cwd: str | Path | None = None,
+) -> CompletedProcess[str]:
+    """Run ``python *argv`` on `ranks` ranks to its end.
+
+    Parameters
+    ----------
+    ranks
+        How many.
+    argv
+        What follows ``python``: a script, ``-c CODE`` or ``-m MODULE …``.
+    timeout
+        Seconds after which the run is killed and the test fails with what was printed.
+    env, options
+        Changes to the environment; more options for mpirun.
+    check
+        Fail the test unless the exit code is 0.
+
+    Fails the test when a process of the run outlives it.
+
+    """
+    process = start(ranks, argv, env=env, options=options, cwd=cwd)
+    mark: str = process.mark  # type: ignore[attr-defined]
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill_all(mark)
+        out, err = process.communicate()
+        pytest.fail(f"mpirun -n {ranks} {list(argv)} hung for {timeout} s\n{out}\n{err}")
+    finally:
+        left = orphans(mark)
+        kill_all(mark)
+    assert not left, f"mpirun -n {ranks} {list(argv)} left {left} behind\n{out}\n{err}"
+    if check and process.returncode:
+        pytest.fail(f"mpirun -n {ranks} {list(argv)}: exit {process.returncode}\n{out}\n{err}")
+    return CompletedProcess(process.args, process.returncode, out, err)
+
+
+def on_ranks(*counts: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Run the decorated test on every rank of a real mpirun, once for each of `counts`.
+
+    The test takes the world, and the folder ``tmp_path`` if it names a second argument. What any
+    rank raises is printed with its rank and fails the test. ``@on_ranks()`` means 1, 2, 3 and 4.
+    """
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        file = inspect.getfile(body)
+        name = body.__qualname__
+
+        @pytest.mark.parametrize("ranks", counts or (1, 2, 3, 4))
+        def test(ranks: int, tmp_path: Path) -> None:
+            mpirun(
+                ranks, ["-m", "tests.support.ranks", f"{file}::{name}", str(tmp_path)], check=True
+            )
+
+        test.__doc__ = body.__doc__
+        test.body = body  # type: ignore[attr-defined]
+        return test
+
+    return decorate
