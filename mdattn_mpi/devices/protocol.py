@@ -98,7 +98,7 @@ class Device(Protocol[A]):
         ...
 
     def copy(self, source: A, target: A) -> None:
-        """Copy `source` into `target`; same shape, any strides."""
+        """Copy `source` into `target`; same shape, any strides; nothing to do for empty ones."""
         ...
 
     def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> Transfer:
@@ -116,7 +116,7 @@ class Device(Protocol[A]):
         ...
 
     def accumulator(self, q: A, v_head_dim: int, scale: float) -> Accumulator:
-        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`."""
+        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`, if any."""
         ...
 
     def attend(self, accumulator: Accumulator, rows: Span, k: A, v: A, causal: bool) -> None:

@@ -1,1 +1,27 @@
-"""How a group shares a sequence: one loop each, written in device verbs."""
+"""How a group shares one item: a generator function each, written in the verbs of a device.
+
+``attend(device, plan, q, k, v)`` takes the rank's own shards, token-major, in the order of the
+plan's partition. What comes before its single ``yield`` needs nothing computed (it posts
+transfers), so a batch runs it for item i+1 before it enqueues item i; the rest computes. It
+returns ``(output, lse)`` of the rank's query shard: ``[Sq, Nq, Hv]`` in the dtype of the query,
+``[Sq, Nq]`` in float32.
+
+All are collective and exact for any number of ranks, any lengths and any partition of the tokens.
+"""
+
+from collections.abc import Callable, Generator, Mapping
+from typing import Any
+
+from mdattn_mpi.problem import StrategyName
+from mdattn_mpi.strategies import allgather, ring, ulysses
+from mdattn_mpi.strategies.auto import choose
+
+Attend = Callable[..., Generator[None, None, tuple[Any, Any]]]
+
+STRATEGIES: Mapping[StrategyName, Attend] = {
+    "ring": ring.attend,
+    "allgather": allgather.attend,
+    "ulysses": ulysses.attend,
+}
+
+__all__ = ["STRATEGIES", "Attend", "choose"]
