@@ -17,6 +17,16 @@ def split(length: int, parts: int) -> tuple[Span, ...]:
     return tuple(Span(a, b) for a, b in pairwise(starts))
 
 
+def equal_shards(tokens: int, ranks: int) -> tuple[Span, ...]:
+    """Give every rank ``ceil(tokens / ranks)`` tokens; those at the end get fewer, or none.
+
+    What collectives of equal shards take: filled up at the end, they gather the sequence in order.
+    """
+    length = -(-tokens // ranks)
+    starts = [min(rank * length, tokens) for rank in range(ranks + 1)]
+    return tuple(Span(a, b) for a, b in pairwise(starts))
+
+
 def zigzag(tokens: int, ranks: int) -> tuple[tuple[Span, ...], ...]:
     """Give rank ``r`` the chunks ``r`` and ``2P-1-r`` of ``2P``.
 
@@ -25,6 +35,14 @@ def zigzag(tokens: int, ranks: int) -> tuple[tuple[Span, ...], ...]:
     """
     chunks = split(tokens, 2 * ranks)
     return tuple((chunks[r], chunks[2 * ranks - 1 - r]) for r in range(ranks))
+
+
+def equal_partition(problem: AttentionProblem, ranks: int) -> Partition:
+    """Cut queries and keys by `equal_shards`, whatever the mask: what TensorRT's engines take."""
+    return Partition(
+        query=tuple((span,) for span in equal_shards(problem.q_tokens, ranks)),
+        kv=tuple((span,) for span in equal_shards(problem.kv_tokens, ranks)),
+    )
 
 
 def partition(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> Partition:

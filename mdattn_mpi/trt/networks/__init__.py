@@ -1,1 +1,51 @@
-"""TensorRT networks, one module a strategy."""
+"""TensorRT networks, one module a strategy.
+
+All take ``query [L, Nq, H]``, ``key`` and ``value [L, Nkv, H]``, a rank's own tokens, and give
+``output [L, Nq, H]``; some take ``keys [1]`` (int64, on the host), the number of keys that count.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any, Protocol, cast
+
+from mdattn_mpi.problem import AttentionProblem, Causal, StrategyName
+from mdattn_mpi.trt.library import Library
+from mdattn_mpi.trt.networks.draft import Draft
+from mdattn_mpi.trt.spec import EngineSpec, Shapes
+
+
+class NetworkModule(Protocol):
+    """What the module of a strategy has."""
+
+    def refuse(self, problem: AttentionProblem, ranks: int) -> None:
+        """Raise RejectedError for what can't be expressed, naming what can."""
+        ...
+
+    def mask(self, problem: AttentionProblem) -> Causal:
+        """Choose the mask of the attention layer."""
+        ...
+
+    def shapes(self, problem: AttentionProblem, ranks: int, rank: int) -> Shapes:
+        """Tell what `rank` hands to the engine."""
+        ...
+
+    def define(self, draft: Draft) -> None:
+        """Write the network."""
+        ...
+
+
+def network_of(strategy: StrategyName) -> NetworkModule:
+    """Return the module of `strategy`."""
+    return cast("NetworkModule", import_module(f"{__name__}.{strategy}"))
+
+
+def define(library: Library, builder: Any, spec: EngineSpec) -> Any:
+    """Make the strongly typed ``INetworkDefinition`` of `spec`."""
+    api = library.api
+    flag = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(flag)
+    network.name = f"{spec.strategy}-{spec.ranks}"
+    draft = Draft(api, network, spec)
+    network_of(spec.strategy).define(draft)
+    return network

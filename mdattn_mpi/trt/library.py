@@ -1,0 +1,214 @@
+"""TensorRT, whichever there is: flavour, version, and what it can do on a GPU, as data.
+
+Two packages carry the same Python API: ``tensorrt`` (11 and later; any data-centre GPU) and
+``tensorrt_rtx`` (a complete wheel for workstation GPUs). This module alone imports either.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from mdattn_mpi.errors import DeviceError, RejectedError
+
+Flavour = Literal["tensorrt", "tensorrt_rtx"]
+SM = tuple[int, int]
+
+FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
+INSTALL = (
+    "pip install 'mdattn_mpi[tensorrt]' (any GPU since SM 8.0; fetches TensorRT from NVIDIA's "
+    "index) or 'mdattn_mpi[tensorrt-rtx]' (SM 8.0, 8.6, 8.9 and 12.x; a complete wheel)"
+)
+LOGGER = logging.getLogger("mdattn_mpi.tensorrt")
+
+# Where full TensorRT has what: "GPU Architecture and Precision Support" and "Multi-Device
+# Inference" of its documentation, 11.x.
+COLLECTIVES_SINCE: SM = (8, 0)
+RING_SINCE: SM = (10, 0)
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a library can run on GPUs of one SM, and why not the rest."""
+
+    collectives: bool
+    ring: bool
+    reason: str = ""
+
+    def strategies(self) -> tuple[str, ...]:
+        """Name the strategies of more than one rank that run."""
+        found = ("ring",) if self.ring else ()
+        return (*found, "allgather", "ulysses") if self.collectives else found
+
+
+@dataclass(frozen=True)
+class Library:
+    """One TensorRT package.
+
+    Parameters
+    ----------
+    flavour, version
+        Which package, and its version.
+    api
+        The imported module.
+
+    """
+
+    flavour: Flavour
+    version: str
+    api: Any
+
+    @cached_property
+    def targets(self) -> tuple[SM, ...]:
+        """The SMs for which it builds without having such a GPU; full TensorRT: none."""
+        names = getattr(self.api, "ComputeCapability", None)
+        if self.flavour == "tensorrt" or names is None:
+            return ()
+        numbers = [name[2:] for name in vars(names) if name.startswith("SM")]
+        return tuple(sorted((int(number[:-1]), int(number[-1])) for number in numbers))
+
+    def capabilities(self, sm: SM) -> Capabilities:
+        """Tell what runs on GPUs of `sm`."""
+        if self.flavour == "tensorrt":
+            if sm < COLLECTIVES_SINCE:
+                return Capabilities(False, False, "TensorRT's collectives need SM 8.0 or later")
+            if sm < RING_SINCE:
+                return Capabilities(True, False, "multi-device attention needs SM 10.0 or later")
+            return Capabilities(True, True)
+        if sm < COLLECTIVES_SINCE or sm not in self.targets:
+            known = ", ".join(show_sm(target) for target in self.targets if target >= (8, 0))
+            return Capabilities(False, False, f"TensorRT-RTX runs on SM {known} only")
+        return Capabilities(True, False, "TensorRT-RTX has no multi-device attention")
+
+    def __str__(self) -> str:
+        """For example ``tensorrt_rtx 1.7.1.116``."""
+        return f"{self.flavour} {self.version}"
+
+
+def show_sm(sm: SM) -> str:
+    """Write compute capability ``(9, 0)`` as ``9.0``."""
+    return f"{sm[0]}.{sm[1]}"
+
+
+def find_library(flavours: Sequence[Flavour] = FLAVOURS) -> Library:
+    """Import the first of `flavours` that is installed and has the multi-device API.
+
+    Raises
+    ------
+    RejectedError
+        None is there, or too old; both packages are named, with what each needs.
+
+    """
+    tried: list[str] = []
+    for flavour in flavours:
+        try:
+            api = import_module(flavour)
+        except ImportError as error:
+            missing = isinstance(error, ModuleNotFoundError) and error.name == flavour
+            tried.append(f"{flavour} is not installed" if missing else f"{flavour}: {error}")
+            continue
+        version = str(api.__version__)
+        if hasattr(api.INetworkDefinition, "add_dist_collective"):
+            return Library(flavour, version, api)
+        tried.append(f"{flavour} {version} has no multi-device layers")
+    raise RejectedError(f"no TensorRT that can be used: {'; '.join(tried)}", fix=INSTALL)
+
+
+class Log:
+    """TensorRT's words: into Python logging, and the last of them for an error.
+
+    Parameters
+    ----------
+    library
+        Whose words.
+    keep
+        How many warnings and errors to keep.
+
+    """
+
+    def __init__(self, library: Library, keep: int = 8) -> None:
+        self._kept: deque[tuple[int, str]] = deque(maxlen=keep)
+        self.sink = _sink(library.api, self._take)
+
+    def _take(self, level: int, text: str) -> None:
+        LOGGER.log(level, "%s", text)
+        if level >= logging.WARNING:
+            self._kept.append((level, text))
+
+    def clear(self) -> None:
+        """Forget what was kept."""
+        self._kept.clear()
+
+    def last_words(self) -> str:
+        """Join the kept errors, or the kept warnings where there is no error."""
+        worst = max((level for level, _ in self._kept), default=0)
+        words = [text for level, text in self._kept if level == worst]
+        return " | ".join(dict.fromkeys(words)) or "TensorRT gave no reason"
+
+    def error(self, what: str, fix: str = "") -> DeviceError:
+        """Make an error with TensorRT's words inside."""
+        return DeviceError(f"{what}: {self.last_words()}", fix=fix)
+
+
+def _sink(api: Any, take: Callable[[int, str], None]) -> Any:
+    """Derive from TensorRT's ILogger, which exists only once the library is imported."""
+    severity = api.ILogger.Severity
+    levels = {
+        severity.INTERNAL_ERROR: logging.CRITICAL,
+        severity.ERROR: logging.ERROR,
+        severity.WARNING: logging.WARNING,
+        severity.INFO: logging.DEBUG,
+        severity.VERBOSE: logging.DEBUG,
+    }
+
+    class Sink(api.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            api.ILogger.__init__(self)
+
+        def log(self, level: Any, text: str) -> None:
+            if level in (severity.INFO, severity.VERBOSE) and not verbose:
+                return
+            take(levels[level], text)
+
+    verbose = LOGGER.isEnabledFor(logging.DEBUG)
+    return Sink()
+
+
+def loaded_nccl(maps: Path = Path("/proc/self/maps")) -> tuple[str, ...]:
+    """List the NCCL libraries that this process has mapped; `maps` as Linux writes it."""
+    if not sys.platform.startswith("linux") and not maps.exists():
+        return ()
+    paths = (line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines())
+    return tuple(sorted({path for path in paths if "/libnccl.so" in path}))
+
+
+def check_one_nccl(found: Sequence[str]) -> None:
+    """Refuse a process in which TensorRT and nccl4py would talk to different libraries.
+
+    A communicator of one NCCL means nothing to another.
+
+    Raises
+    ------
+    DeviceError
+        NCCL isn't loaded, or more than once.
+
+    """
+    if len(found) == 1:
+        return
+    what = (
+        f"{len(found)} NCCL libraries are loaded: {', '.join(found)}"
+        if found
+        else ("no NCCL library is loaded")
+    )
+    raise DeviceError(
+        what,
+        fix="let nccl4py and TensorRT find the same libnccl.so.2: remove one of the two, or put "
+        "the folder of the other first in LD_LIBRARY_PATH",
+    )

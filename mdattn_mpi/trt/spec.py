@@ -1,0 +1,205 @@
+"""What an attention engine is made for: the key of its cache, and the shapes it takes.
+
+TensorRT's collectives gather and scatter equal shards. So a rank owns ``ceil(S / P)`` tokens, and
+the ranks at the end fewer or none; their buffers are filled up, and the engine is told at run time
+how many of the collected keys count (input ``keys``). The same input carries the causal mask of
+``allgather``: a rank sees the keys up to its last query.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName, StrategyName
+
+
+@dataclass(frozen=True)
+class Extent:
+    """One dim of an optimization profile: the lengths that it takes, tuned for `opt`."""
+
+    min: int
+    opt: int
+    max: int
+
+    @staticmethod
+    def over(lengths: Iterable[int]) -> Extent:
+        """Cover `lengths`, tuned for the longest, where the time goes."""
+        found = sorted(lengths)
+        return Extent(found[0], found[-1], found[-1])
+
+    @property
+    def static(self) -> bool:
+        """Whether there is only one length."""
+        return self.min == self.max
+
+    def covers(self, length: int) -> bool:
+        """Whether `length` can run."""
+        return self.min <= length <= self.max
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What one rank hands to the engine for one problem: rows of its buffers.
+
+    Parameters
+    ----------
+    q, kv
+        Tokens of the query's and of key's and value's buffer, filled up where TensorRT needs
+        equal shards.
+    keys
+        How many of the collected keys count.
+
+    """
+
+    q: int
+    kv: int
+    keys: int
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """Everything that makes one attention engine different from another.
+
+    ``mask`` is what the engine's attention layer does, which is not always the problem's.
+    """
+
+    strategy: StrategyName
+    ranks: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    dtype: DTypeName
+    mask: Causal
+    scale: float
+    q: Extent
+    kv: Extent
+    keys: Extent
+
+    @property
+    def takes_keys(self) -> bool:
+        """Whether the engine has the input ``keys``; without it all collected keys count."""
+        return not (self.keys.static and self.kv.static and self.keys.max == self.collected.max)
+
+    @property
+    def collected(self) -> Extent:
+        """Keys that the attention layer could see."""
+        times = 1 if self.strategy == "ring" else self.ranks
+        return Extent(self.kv.min * times, self.kv.opt * times, self.kv.max * times)
+
+    def takes(self, shapes: Shapes) -> bool:
+        """Whether the optimization profile covers `shapes`."""
+        return (
+            self.q.covers(shapes.q)
+            and self.kv.covers(shapes.kv)
+            and (not self.takes_keys or self.keys.covers(shapes.keys))
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """All fields, ready for JSON."""
+        return asdict(self)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over the fields, in hex."""
+        canonical = json.dumps(self.facts(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    @staticmethod
+    def from_facts(facts: dict[str, Any]) -> EngineSpec:
+        """Make it from what `facts` gave; raise TypeError or KeyError when these aren't."""
+        extents = {name: Extent(**facts[name]) for name in ("q", "kv", "keys")}
+        return EngineSpec(**{**facts, **extents})
+
+    def __str__(self) -> str:
+        """For example ``ring on 4 ranks, 8/2 heads of 128, float16, 1–8192 tokens a rank``."""
+        length = f"{self.q.max}" if self.q.static else f"{self.q.min}–{self.q.max}"
+        mask = "" if self.mask == "none" else f", {self.mask}"
+        return (
+            f"{self.strategy} on {self.ranks} ranks, {self.q_heads}/{self.kv_heads} heads of "
+            f"{self.head_dim}, {self.dtype}{mask}, {length} tokens a rank"
+        )
+
+
+def shard_length(tokens: int, ranks: int) -> int:
+    """``ceil(tokens / ranks)``: the rows of every rank's buffer."""
+    return -(-tokens // ranks)
+
+
+def refuse_everywhere(problem: AttentionProblem) -> None:
+    """Raise for what TensorRT's attention layer can't express under any strategy.
+
+    Raises
+    ------
+    RejectedError
+        Value heads of another dim than query and key; queries that see no key.
+
+    """
+    if problem.v_head_dim != problem.head_dim:
+        raise RejectedError(
+            f"value heads of {problem.v_head_dim} under query heads of {problem.head_dim}: "
+            "TensorRT's attention takes one head dim",
+            fix="use -b cuda or -b cpu",
+        )
+    if problem.causal == "lower_right" and problem.q_tokens > problem.kv_tokens:
+        raise RejectedError(
+            f"lower_right with {problem.q_tokens} queries over {problem.kv_tokens} keys: the "
+            "first queries see no key, and TensorRT divides by zero there",
+            fix="use -b cuda or -b cpu",
+        )
+
+
+def spec_for(
+    problems: Sequence[AttentionProblem], strategy: StrategyName, ranks: int
+) -> tuple[EngineSpec, ...]:
+    """Cover `problems` with as few engines as possible: one a kind, whatever the lengths.
+
+    Raises
+    ------
+    RejectedError
+        The strategy can't do one of them with TensorRT; see the network's ``refuse``.
+
+    """
+    from mdattn_mpi.trt.networks import network_of
+
+    network = network_of(strategy)
+    shapes: dict[EngineSpec, set[Shapes]] = {}
+    for problem in problems:
+        refuse_everywhere(problem)
+        network.refuse(problem, ranks)
+        found = shapes.setdefault(_kind(problem, strategy, ranks), set())
+        found.update(network.shapes(problem, ranks, rank) for rank in range(ranks))
+    return tuple(
+        replace(
+            kind,
+            q=Extent.over(one.q for one in group),
+            kv=Extent.over(one.kv for one in group),
+            keys=Extent.over(one.keys for one in group),
+        )
+        for kind, group in shapes.items()
+    )
+
+
+def _kind(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> EngineSpec:
+    """Make the spec of `problem` without its lengths."""
+    from mdattn_mpi.trt.networks import network_of
+
+    one = Extent(1, 1, 1)
+    return EngineSpec(
+        strategy=strategy,
+        ranks=ranks,
+        q_heads=problem.q_heads,
+        kv_heads=problem.kv_heads,
+        head_dim=problem.head_dim,
+        dtype=problem.dtype,
+        mask=network_of(strategy).mask(problem),
+        scale=problem.scale,
+        q=one,
+        kv=one,
+        keys=one,
+    )

@@ -1,0 +1,287 @@
+"""Engines on disk. A serialized engine is native code: only what a manifest vouches for is run.
+
+Beside ``X.engine`` lies ``X.engine.json``: the SHA-256 of the engine, what it was made for, and by
+which library. The cache keeps the manifest of a key under ``KEY.json`` and the engine under its own
+SHA-256, so that jobs that build at the same time never mix two engines up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import NamedTemporaryFile
+from typing import Any
+
+from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.trt.library import SM, Library, show_sm
+from mdattn_mpi.trt.spec import EngineSpec
+
+FORMAT = "mdattn-engine"
+VERSION = 1
+MAX_MANIFEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of a serialized engine.
+
+    Parameters
+    ----------
+    sha256, size
+        Of the serialized engine.
+    flavour, version
+        Of the TensorRT package that built it.
+    sm
+        The GPU that it is for.
+    ranks
+        How many ranks run it together.
+    spec
+        The attention that it computes, as `EngineSpec.facts`; empty for a model.
+    model
+        SHA-256 of the ONNX file that it was built from; empty for plain attention.
+
+    """
+
+    sha256: str
+    size: int
+    flavour: str
+    version: str
+    sm: SM
+    ranks: int
+    spec: dict[str, Any]
+    model: str = ""
+
+    def to_json(self) -> bytes:
+        """Encode, readably."""
+        return json.dumps(
+            {"format": FORMAT, "format_version": VERSION, **asdict(self)}, indent=1
+        ).encode()
+
+    @staticmethod
+    def from_json(data: bytes, path: Path) -> Manifest:
+        """Decode; `path` is for the message.
+
+        Raises
+        ------
+        RejectedError
+            Not a manifest.
+
+        """
+        try:
+            fields = json.loads(data)
+            found = (fields.pop("format"), fields.pop("format_version"))
+            if found != (FORMAT, VERSION):
+                raise ValueError(f"format {found[0]!r}, version {found[1]!r}")
+            fields["sm"] = (int(fields["sm"][0]), int(fields["sm"][1]))
+            manifest = Manifest(**fields)
+            if manifest.spec:
+                manifest.attention()
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            RecursionError,
+        ) as error:
+            raise RejectedError(
+                f"not an engine manifest ({error})", file=str(path), fix="build the engine again"
+            ) from error
+        return manifest
+
+    def attention(self) -> EngineSpec:
+        """Make the `EngineSpec` of an attention engine."""
+        return EngineSpec.from_facts(self.spec)
+
+
+def sha256_of(engine: bytes | memoryview) -> str:
+    """SHA-256 in hex."""
+    return hashlib.sha256(engine).hexdigest()
+
+
+def describe(
+    engine: bytes | memoryview,
+    library: Library,
+    sm: SM,
+    ranks: int,
+    spec: dict[str, Any],
+    model: str = "",
+) -> Manifest:
+    """Make the manifest of an engine that has just been built."""
+    return Manifest(
+        sha256_of(engine), len(engine), library.flavour, library.version, sm, ranks, spec, model
+    )
+
+
+def write_engine(path: Path, engine: bytes | memoryview, manifest: Manifest) -> None:
+    """Write `path` and its manifest; each appears whole or not at all.
+
+    Raises
+    ------
+    RejectedError
+        The folder can't be written.
+
+    """
+    try:
+        _put(path, engine)
+        _put(manifest_path(path), manifest.to_json())
+    except OSError as error:
+        raise RejectedError(
+            f"cannot write the engine: {error.strerror}",
+            file=str(path),
+            fix="name a folder that is there, may be written and has room",
+        ) from error
+
+
+def manifest_path(engine: Path) -> Path:
+    """``X.engine.json`` for ``X.engine``."""
+    return engine.with_name(engine.name + ".json")
+
+
+def read_engine(path: Path, *, unlisted: bool = False) -> tuple[bytes, Manifest | None]:
+    """Read an engine and check it against its manifest; the bytes checked are those returned.
+
+    Parameters
+    ----------
+    path
+        The serialized engine.
+    unlisted
+        Take an engine without a manifest too: the user says so on purpose.
+
+    Raises
+    ------
+    RejectedError
+        Not there, no manifest, or not what the manifest vouches for.
+
+    """
+    try:
+        engine = path.read_bytes()
+    except OSError as error:
+        raise RejectedError(
+            f"cannot read the engine: {error.strerror}", file=str(path), fix="check the path"
+        ) from error
+    try:
+        with manifest_path(path).open("rb") as file:
+            manifest = Manifest.from_json(file.read(MAX_MANIFEST), manifest_path(path))
+    except OSError as error:
+        if unlisted:
+            return engine, None
+        raise RejectedError(
+            f"no manifest vouches for this engine ({manifest_path(path).name}: {error.strerror}), "
+            "and an engine is native code",
+            file=str(path),
+            fix="build it with `mdattn build`, or add --unlisted-engine if you trust its origin",
+        ) from error
+    _check_bytes(engine, manifest, path)
+    return engine, manifest
+
+
+def _check_bytes(engine: bytes, manifest: Manifest, path: Path) -> None:
+    found = sha256_of(engine)
+    if found != manifest.sha256:
+        raise RejectedError(
+            f"SHA-256 is {found[:16]}…, the manifest says {manifest.sha256[:16]}…: the engine "
+            "was changed or is incomplete",
+            file=str(path),
+            fix="build it again; don't run it",
+        )
+
+
+def check_fits(manifest: Manifest, library: Library, sm: SM | None, ranks: int, file: str) -> None:
+    """Refuse an engine of another library, another number of ranks or another GPU.
+
+    Raises
+    ------
+    RejectedError, DeviceError
+        With both values.
+
+    """
+    built_by = f"{manifest.flavour} {manifest.version}"
+    if built_by != str(library):
+        raise RejectedError(
+            f"the engine was built by {built_by}, here is {library}",
+            file=file,
+            fix=f"build it again with {library}",
+        )
+    if manifest.ranks != ranks:
+        raise RejectedError(
+            f"the engine is for {manifest.ranks} ranks, this group has {ranks}",
+            file=file,
+            fix=f"start {manifest.ranks} ranks, or build it with -n {ranks}",
+        )
+    if sm is not None and manifest.sm != sm:
+        raise DeviceError(
+            f"the engine is for SM {show_sm(manifest.sm)}, this GPU has SM {show_sm(sm)}",
+            file=file,
+            fix=f"build it for this GPU (mdattn build --sm {show_sm(sm)}), or use -b cuda",
+        )
+
+
+class Cache:
+    """Built engines, by key, in a folder that only its owner may write.
+
+    Parameters
+    ----------
+    folder
+        Where; made when the first engine comes.
+
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @staticmethod
+    def default() -> Cache:
+        """``$MDATTN_CACHE``, else ``mdattn`` in the user's cache folder."""
+        named = os.environ.get("MDATTN_CACHE")
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        return Cache((Path(named) if named else base / "mdattn") / "engines")
+
+    def get(self, key: str) -> tuple[bytes, Manifest] | None:
+        """Return the engine of `key`; None where there is none, or one that isn't whole or ours."""
+        try:
+            if not _only_ours(self.folder):
+                return None
+            listed = self.folder / f"{key}.json"
+            manifest = Manifest.from_json(listed.read_bytes(), listed)
+            path = self._path(manifest)
+            engine = path.read_bytes()
+            _check_bytes(engine, manifest, path)
+        except (OSError, RejectedError):
+            return None
+        return engine, manifest
+
+    def put(self, key: str, engine: bytes | memoryview, manifest: Manifest) -> None:
+        """Keep an engine. A cache that can't be written is no cache: nothing is raised."""
+        with suppress(OSError):
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _put(self._path(manifest), engine)
+            _put(self.folder / f"{key}.json", manifest.to_json())
+
+    def _path(self, manifest: Manifest) -> Path:
+        digest = int(manifest.sha256, 16)  # the manifest is only text until here
+        return self.folder / f"{digest:064x}.engine"
+
+
+def _only_ours(folder: Path) -> bool:
+    found = folder.stat()
+    writable_by_others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid == os.geteuid() and not writable_by_others
+
+
+def _put(path: Path, data: bytes | memoryview) -> None:
+    """Write to a temporary name in the same folder, sync, rename."""
+    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise

@@ -1,0 +1,364 @@
+"""Execute a TensorRT network in NumPy, one rank a thread or one rank an MPI process.
+
+It walks the very ``INetworkDefinition`` that goes to the builder, layer by layer, and rounds where
+the network rounds. What it proves is what a network *says*: layout, order of heads and of what is
+gathered, offsets, masks, scale. What a kernel does with it only a GPU can show.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import ml_dtypes
+import numpy as np
+
+Arrays = dict[str, Any]
+Collectives = Mapping[str, str]  # the operation of each DistCollective layer, by layer name
+
+
+class Ranks(Protocol):
+    """How the interpreters of a group exchange arrays of equal shape."""
+
+    rank: int
+    size: int
+
+    def all_gather(self, array: Any) -> list[Any]: ...
+
+
+class ThreadRanks:
+    """Ranks that are threads of one process."""
+
+    def __init__(self, rank: int, slots: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size = rank, len(slots)
+        self._slots, self._barrier = slots, barrier
+
+    def all_gather(self, array: Any) -> list[Any]:
+        self._slots[self.rank] = array
+        self._barrier.wait()
+        found = list(self._slots)
+        self._barrier.wait()
+        return found
+
+    @staticmethod
+    def run(size: int, body: Callable[[ThreadRanks], Any]) -> list[Any]:
+        """Call `body` on every rank; a rank that raises frees the others."""
+        slots, barrier = [None] * size, threading.Barrier(size, timeout=60)
+
+        def one(rank: int) -> Any:
+            try:
+                return body(ThreadRanks(rank, slots, barrier))
+            except BaseException:
+                barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(size) as pool:
+            futures = [pool.submit(one, rank) for rank in range(size)]
+        errors = [future.exception() for future in futures if future.exception()]
+        root = [error for error in errors if not isinstance(error, threading.BrokenBarrierError)]
+        if errors:
+            raise (root or errors)[0]  # type: ignore[misc]
+        return [future.result() for future in futures]
+
+
+class MpiRanks:
+    """Ranks that are MPI processes."""
+
+    def __init__(self, comm: Any) -> None:
+        self.rank, self.size, self._comm = comm.rank, comm.size, comm
+
+    def all_gather(self, array: Any) -> list[Any]:
+        own = np.ascontiguousarray(array)
+        found = np.empty((self.size, *own.shape), own.dtype)
+        self._comm.Allgather(own.view(np.uint8).reshape(-1), found.view(np.uint8).reshape(-1))
+        return list(found)
+
+
+@contextmanager
+def recorded(api: Any) -> Iterator[dict[str, str]]:
+    """Note the operation of every DistCollective that is added: the layer itself won't tell."""
+    original = api.INetworkDefinition.add_dist_collective
+    found: dict[str, str] = {}
+
+    def add(network: Any, tensor: Any, operation: Any, *rest: Any) -> Any:
+        layer = original(network, tensor, operation, *rest)
+        found[layer.name] = operation.name
+        return layer
+
+    api.INetworkDefinition.add_dist_collective = add
+    try:
+        yield found
+    finally:
+        api.INetworkDefinition.add_dist_collective = original
+
+
+def interpret(
+    api: Any, network: Any, inputs: Mapping[str, Any], ranks: Ranks, collectives: Collectives
+) -> Arrays:
+    """Execute `network` on this rank; return its outputs by name.
+
+    Parameters
+    ----------
+    api
+        The TensorRT module.
+    network
+        A strongly typed ``INetworkDefinition``.
+    inputs
+        By name, of the dtype and shape that the network declares.
+    ranks
+        The group. All ranks call this with the same network.
+    collectives
+        See `recorded`.
+
+    """
+    values: Arrays = {}
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        value = np.asarray(inputs[tensor.name])
+        _check(api, tensor, value)
+        values[tensor.name] = value
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        kind = layer.type.name
+        if kind not in LAYERS:
+            raise NotImplementedError(f"layer {layer.name!r} of type {kind}")
+        given = [
+            None if layer.get_input(i) is None else values[layer.get_input(i).name]
+            for i in range(layer.num_inputs)
+        ]
+        operation = collectives.get(layer.name, "")
+        result = LAYERS[kind](_Layer(api, layer, ranks, operation), *given)
+        results = result if isinstance(result, tuple) else (result,)
+        for number, value in enumerate(results):
+            tensor = layer.get_output(number)
+            value = np.asarray(value).astype(_dtype(api, tensor.dtype))
+            _check(api, tensor, value)
+            values[tensor.name] = value
+    outputs = (network.get_output(i).name for i in range(network.num_outputs))
+    return {name: values[name] for name in outputs}
+
+
+def _check(api: Any, tensor: Any, value: Any) -> None:
+    declared = tuple(tensor.shape)
+    assert len(declared) == value.ndim, f"{tensor.name}: {declared} against {value.shape}"
+    for wanted, found in zip(declared, value.shape, strict=True):
+        assert wanted in (-1, found), f"{tensor.name}: {declared} against {value.shape}"
+    assert value.dtype == _dtype(api, tensor.dtype), f"{tensor.name}: {value.dtype}"
+
+
+def _dtype(api: Any, dtype: Any) -> Any:
+    if dtype == api.bfloat16:
+        return np.dtype(ml_dtypes.bfloat16)
+    return np.dtype(api.nptype(dtype))
+
+
+class _Layer:
+    """A layer with the attributes of its own class, which ``get_layer`` hides."""
+
+    def __init__(self, api: Any, layer: Any, ranks: Ranks, operation: str) -> None:
+        self.api, self.ranks, self.operation = api, ranks, operation
+        classes = {
+            "SHUFFLE": api.IShuffleLayer,
+            "SLICE": api.ISliceLayer,
+            "ELEMENTWISE": api.IElementWiseLayer,
+            "CONSTANT": api.IConstantLayer,
+            "CONCATENATION": api.IConcatenationLayer,
+            "GATHER": api.IGatherLayer,
+            "DIST_COLLECTIVE": api.IDistCollectiveLayer,
+            "ATTENTION_INPUT": api.IAttentionBoundaryLayer,
+            "MATRIX_MULTIPLY": api.IMatrixMultiplyLayer,
+            "SOFTMAX": api.ISoftMaxLayer,
+            "REDUCE": api.IReduceLayer,
+            "UNARY": api.IUnaryLayer,
+            "ACTIVATION": api.IActivationLayer,
+            "NORMALIZATION": api.INormalizationLayer,
+        }
+        if layer.type.name in classes:
+            layer.__class__ = classes[layer.type.name]
+        self.of = layer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.of, name)
+
+
+def _constant(layer: _Layer) -> Any:
+    dtype = _dtype(layer.api, layer.get_output(0).dtype)
+    shape = tuple(layer.shape)
+    weights = layer.weights
+    if not isinstance(weights, np.ndarray):  # bfloat16: NumPy has no such type
+        weights = weights.numpy() if hasattr(weights, "numpy") else np.asarray(weights)
+    if weights.dtype != dtype and weights.dtype.itemsize == dtype.itemsize:
+        weights = weights.view(dtype)
+    return weights.reshape(shape)
+
+
+def _shuffle(layer: _Layer, data: Any, shape: Any = None) -> Any:
+    first = list(layer.first_transpose)[: data.ndim]
+    data = data.transpose(first)
+    if shape is not None:
+        wanted = [int(dim) for dim in shape]
+    else:
+        try:
+            wanted = [int(dim) for dim in layer.reshape_dims]
+        except ValueError:  # no reshape: the dims are invalid
+            wanted = list(data.shape)
+    if layer.zero_is_placeholder:
+        wanted = [data.shape[i] if dim == 0 else dim for i, dim in enumerate(wanted)]
+    data = data.reshape(wanted)
+    return data.transpose(list(layer.second_transpose)[: data.ndim])
+
+
+def _slice(layer: _Layer, data: Any, *given: Any) -> Any:
+    assert layer.mode.name == "STRICT_BOUNDS", layer.mode
+    given = (*given, *[None] * (3 - len(given)))
+    start, size, stride = (
+        list(fixed) if value is None else [int(dim) for dim in value]
+        for value, fixed in zip(given, (layer.start, layer.shape, layer.stride), strict=False)
+    )
+    index = []
+    for begin, count, step, extent in zip(start, size, stride, data.shape, strict=True):
+        assert step > 0
+        assert begin >= 0
+        assert begin + (count - 1) * step < extent, f"{start} {size} of {data.shape}"
+        index.append(slice(begin, begin + count * step, step))
+    return data[tuple(index)]
+
+
+ELEMENTWISE = {
+    "SUM": np.add,
+    "PROD": np.multiply,
+    "SUB": np.subtract,
+    "DIV": np.divide,
+    "POW": np.power,
+    "MAX": np.maximum,
+    "MIN": np.minimum,
+}
+UNARY = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "EXP": np.exp, "NEG": np.negative, "ABS": np.abs}
+REDUCE = {"SUM": np.sum, "AVG": np.mean, "MAX": np.max, "MIN": np.min, "PROD": np.prod}
+
+
+def _elementwise(layer: _Layer, a: Any, b: Any) -> Any:
+    operation = layer.of.op.name
+    if operation == "FLOOR_DIV" or (operation == "DIV" and np.issubdtype(a.dtype, np.integer)):
+        return a // b
+    return ELEMENTWISE[operation](a, b)
+
+
+def _reduce(layer: _Layer, data: Any) -> Any:
+    axes = _axes(layer.axes, data.ndim)
+    return REDUCE[layer.of.op.name](data.astype(np.float64), axis=axes, keepdims=layer.keep_dims)
+
+
+def _axes(mask: int, ndim: int) -> tuple[int, ...]:
+    return tuple(axis for axis in range(ndim) if mask >> axis & 1)
+
+
+def _softmax(layer: _Layer, data: Any) -> Any:
+    (axis,) = _axes(layer.axes, data.ndim)
+    return softmax(data.astype(np.float64), axis)
+
+
+def softmax(scores: Any, axis: int = -1) -> Any:
+    weights = np.exp(scores - scores.max(axis=axis, keepdims=True))
+    return weights / weights.sum(axis=axis, keepdims=True)
+
+
+def _matmul(layer: _Layer, a: Any, b: Any) -> Any:
+    def operand(data: Any, operation: Any) -> Any:
+        data = data.astype(np.float64)
+        return data.swapaxes(-1, -2) if operation.name == "TRANSPOSE" else data
+
+    return operand(a, layer.op0) @ operand(b, layer.op1)
+
+
+def _gather(layer: _Layer, data: Any, indices: Any) -> Any:
+    assert layer.mode.name == "DEFAULT"
+    assert layer.num_elementwise_dims == 0
+    return np.take(data, indices, axis=layer.axis)
+
+
+def _collective(layer: _Layer, data: Any) -> Any:
+    ranks = layer.ranks
+    assert layer.num_ranks == ranks.size, f"{layer.num_ranks} ranks, the group has {ranks.size}"
+    everyone = ranks.all_gather(data)
+    if layer.operation == "ALL_GATHER":
+        return np.concatenate(everyone)
+    if layer.operation == "ALL_TO_ALL":
+        assert len(data) % ranks.size == 0, f"{len(data)} rows don't scatter"
+        return np.concatenate([np.split(other, ranks.size)[ranks.rank] for other in everyone])
+    raise NotImplementedError(f"{layer.name}: {layer.operation or 'unknown operation'}")
+
+
+def _attention(layer: _Layer, query: Any, key: Any, value: Any) -> Any:
+    """Attend in float64, ``[B, N, S, H]``; with ``num_ranks`` to the keys of all ranks."""
+    of = layer.attention
+    assert of.mask is None
+    assert of.norm_op.name == "SOFTMAX"
+    assert of.query_form.name == of.key_value_form.name == "PADDED_BHND"
+    kind = of.causal_kind.name
+    if of.num_ranks > 1:
+        assert of.num_ranks == layer.ranks.size
+        assert kind == "NONE", "multi-device attention has no mask"
+        shards = layer.ranks.all_gather(np.stack([key, value]))
+        key, value = np.concatenate(shards, axis=3)
+    groups = query.shape[1] // key.shape[1]
+    q, k, v = (array.astype(np.float64) for array in (query, key, value))
+    k, v = (np.repeat(array, groups, axis=1) for array in (k, v))
+    scores = q @ k.swapaxes(-1, -2)
+    rows, columns = scores.shape[-2:]
+    if kind != "NONE":
+        diagonal = columns - rows if kind == "LOWER_RIGHT" else 0
+        seen = np.arange(columns) <= np.arange(rows)[:, None] + diagonal
+        assert seen.any(axis=1).all(), "a row sees no key: TensorRT divides by zero"
+        scores = np.where(seen, scores, -np.inf)
+    return softmax(scores) @ v
+
+
+def _normalization(layer: _Layer, data: Any, scale: Any, bias: Any = None) -> Any:
+    wide = data.astype(np.float64)
+    axes = _axes(layer.axes, data.ndim)
+    centred = wide - wide.mean(axis=axes, keepdims=True)
+    variance = (centred**2).mean(axis=axes, keepdims=True)
+    found = centred / np.sqrt(variance + layer.epsilon) * scale
+    return found if bias is None else found + bias
+
+
+def _shape_of(layer: _Layer, data: Any) -> Any:
+    return np.array(data.shape, np.int64)
+
+
+LAYERS: dict[str, Callable[..., Any]] = {
+    "CONSTANT": _constant,
+    "SHUFFLE": _shuffle,
+    "SLICE": _slice,
+    "ELEMENTWISE": _elementwise,
+    "CAST": lambda layer, data: data,
+    "IDENTITY": lambda layer, data: data,
+    "CONCATENATION": lambda layer, *data: np.concatenate(data, axis=layer.axis),
+    "GATHER": _gather,
+    "DIST_COLLECTIVE": _collective,
+    "ATTENTION_INPUT": _attention,
+    "ATTENTION_OUTPUT": lambda layer, data: data,
+    "MATRIX_MULTIPLY": _matmul,
+    "SOFTMAX": _softmax,
+    "REDUCE": _reduce,
+    "UNARY": lambda layer, data: UNARY[layer.of.op.name](data),
+    "NORMALIZATION": _normalization,
+    "SHAPE": _shape_of,
+    "UNSQUEEZE": lambda layer, data, axes: np.expand_dims(data, tuple(int(a) for a in axes)),
+    "SQUEEZE": lambda layer, data, axes: np.squeeze(data, tuple(int(a) for a in axes)),
+}
+
+
+def padded(array: Any, rows: int) -> Any:
+    """Fill a rank's shard up to `rows` tokens with what must not count."""
+    filler = np.full((rows - len(array), *array.shape[1:]), 7.0, array.dtype)
+    return np.concatenate([array, filler])
+
+
+def shards(array: Any, spans: Sequence[Sequence[Any]], rank: int) -> Any:
+    """Cut what `rank` owns out of the whole sequence."""
+    return np.concatenate([array[span.slice] for span in spans[rank]])
