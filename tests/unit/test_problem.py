@@ -1,0 +1,97 @@
+"""The problem: what is refused, what follows from the shapes, what all ranks must share."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import AttentionProblem, Plan, Span, digest_of, seen_pairs
+from tests.support.reference import problems, visible
+
+GOOD = AttentionProblem(48, 64, 8, 2, 32, 16, "float16", "lower_right", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"q_tokens": 0}, "q_tokens is 0"),
+        ({"kv_tokens": -1}, "kv_tokens is -1"),
+        ({"kv_heads": 0}, "kv_heads is 0"),
+        ({"kv_heads": 3}, "8 query heads are no multiple of 3"),
+        ({"head_dim": 257}, "head_dim is 257"),
+        ({"v_head_dim": 0}, "v_head_dim is 0"),
+        ({"dtype": "float32"}, "float32"),
+        ({"causal": "right"}, "right"),
+        ({"scale": -1.0}, "scale is -1.0"),
+        ({"scale": float("nan")}, "scale is nan"),
+        ({"scale": float("inf")}, "scale is inf"),
+    ],
+)
+def test_what_no_backend_takes_is_refused_with_the_value_and_a_fix(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RejectedError, match=message) as caught:
+        replace(GOOD, **changes)
+    assert caught.value.fix
+    assert caught.value.exit_code == 2
+
+
+def test_the_default_scale_is_one_over_the_root_of_the_head_dim() -> None:
+    assert AttentionProblem(1, 1, 1, 1, 64, 8).scale == 0.125
+
+
+@given(q_rows=st.integers(0, 40), kv_rows=st.integers(0, 40), diagonal=st.integers(-50, 50))
+def test_seen_pairs_counts_the_mask(q_rows: int, kv_rows: int, diagonal: int) -> None:
+    i, j = np.ogrid[:q_rows, :kv_rows]
+    assert seen_pairs(q_rows, kv_rows, diagonal) == int((j <= i + diagonal).sum())
+
+
+@given(problem=problems())
+def test_pairs_flops_and_bytes_follow_from_the_mask_and_the_shapes(
+    problem: AttentionProblem,
+) -> None:
+    assert problem.pairs == visible(problem).sum()
+    assert problem.flops == 2 * problem.pairs * problem.q_heads * (
+        problem.head_dim + problem.v_head_dim
+    )
+    k = problem.kv_tokens * problem.kv_heads * problem.head_dim
+    v = problem.kv_tokens * problem.kv_heads * problem.v_head_dim
+    assert problem.kv_bytes == 2 * (k + v)
+    assert problem.group_heads * problem.kv_heads == problem.q_heads
+
+
+def test_every_field_changes_the_digest() -> None:
+    other = {
+        "q_tokens": 49, "kv_tokens": 65, "q_heads": 4, "kv_heads": 4, "head_dim": 31,
+        "v_head_dim": 15, "dtype": "bfloat16", "causal": "upper_left", "scale": 0.25,
+    }  # fmt: skip
+    assert set(other) == {field.name for field in fields(AttentionProblem)}
+    digests = {replace(GOOD, **{name: value}).digest for name, value in other.items()}
+    assert len(digests | {GOOD.digest}) == len(other) + 1
+    assert all(0 <= digest < 2**63 for digest in digests)
+
+
+def test_reasons_don_t_change_the_digest_of_a_plan() -> None:
+    plan = Plan(GOOD, "ring", 4)
+    assert plan.digest == replace(plan, reasons=("because",)).digest
+    assert plan.digest != replace(plan, strategy="ulysses").digest
+    assert plan.digest != replace(plan, problem=replace(GOOD, scale=0.25)).digest
+    assert plan.facts()["kv_tokens"] == 64
+
+
+def test_the_digest_stays_the_same_between_runs_and_versions() -> None:
+    """It is stored in files: a change here makes every old output unresumable."""
+    assert digest_of({"b": 1, "a": "x"}) == digest_of({"a": "x", "b": 1}) == 1834545938811803110
+
+
+def test_words() -> None:
+    assert str(GOOD) == "48×64 tokens, 8/2 heads of 32 (value 16), float16, lower_right"
+    assert len(Span(3, 7)) == 4
+    assert list(range(10))[Span(3, 7).slice] == [3, 4, 5, 6]
+    assert Span(3, 7).shift(2) == Span(5, 9)
