@@ -1,1 +1,21 @@
 """The files: what they look like, reading by shard, writing, and the ledger."""
+
+from mdattn_mpi.dataset.layout import Item, Layout, State, Tensor
+from mdattn_mpi.dataset.ledger import Entry, Ledger
+from mdattn_mpi.dataset.output import Output, open_output
+from mdattn_mpi.dataset.reader import Dataset, open_dataset
+from mdattn_mpi.dataset.writer import create_output
+
+__all__ = [
+    "Dataset",
+    "Entry",
+    "Item",
+    "Layout",
+    "Ledger",
+    "Output",
+    "State",
+    "Tensor",
+    "create_output",
+    "open_dataset",
+    "open_output",
+]

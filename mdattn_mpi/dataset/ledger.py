@@ -1,0 +1,149 @@
+"""Which items are finished. Lives inside the output, at offsets that never change."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mdattn_mpi.dataset.layout import REASON_BYTES, STATES, STRATEGIES, Item, State
+from mdattn_mpi.dataset.reader import read_exactly
+from mdattn_mpi.dataset.writer import write_exactly
+from mdattn_mpi.errors import OutputError, RejectedError
+
+
+class Entry(NamedTuple):
+    """What the ledger says about one item."""
+
+    state: State
+    strategy: str = ""
+    crc32s: tuple[int, ...] = ()  # of each rank's shard
+    reason: str = ""
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks made it."""
+        return len(self.crc32s)
+
+
+@dataclass
+class Ledger:
+    """The ledger of an open output.
+
+    An item is done or it is not: its state is written after its checksums have reached the disk,
+    and those after every rank's shard has.
+    """
+
+    path: str
+    fd: int
+    rows: dict[str, int]  # of each item, by its name
+    width: int  # ranks that an item may have
+    offsets: dict[str, int]  # of each dataset of the ledger, in the file
+
+    def state(self, item: Item) -> State:
+        """Say whether `item` is to be done, done, or failed."""
+        return self.entry(item).state
+
+    def entry(self, item: Item) -> Entry:
+        """Read all that is known of `item`."""
+        row = self.rows[item.name]
+        return self._entries(row, row + 1)[0]
+
+    def entries(self) -> list[Entry]:
+        """Read all that is known of every item, in order."""
+        return self._entries(0, len(self.rows))
+
+    def commit(self, item: Item, crc32s: Sequence[int], strategy: str) -> None:
+        """Declare `item` done; every rank has synced its shard before.
+
+        Parameters
+        ----------
+        item
+            An item of this name.
+        crc32s
+            What `Output.write` returned on each rank of the group.
+        strategy
+            How the group shared the item: it decides which spans each checksum is of.
+
+        """
+        if not 1 <= len(crc32s) <= self.width:
+            raise RejectedError(
+                f"{len(crc32s)} ranks, and the ledger has room for {self.width}",
+                fix="use fewer ranks, or --overwrite",
+                file=self.path,
+            )
+        row = np.zeros(self.width, "<u4")
+        row[: len(crc32s)] = crc32s
+        self._write(item, "crc32", row)
+        self._write(item, "ranks", np.array(len(crc32s), "<u4"))
+        self._write(item, "strategy", np.array(STRATEGIES.index(strategy), "<u1"))
+        self._write(item, "reason", np.zeros(REASON_BYTES, "u1"))
+        self._set_state(item, "done")
+
+    def fail(self, item: Item, reason: str) -> None:
+        """Note why `item` couldn't be done; the next run tries again."""
+        text = reason.encode(errors="replace")[:REASON_BYTES]
+        text = text.decode(errors="ignore").encode()  # may have been cut inside a character
+        self._write(item, "reason", np.frombuffer(text.ljust(REASON_BYTES, b"\0"), "u1"))
+        self._set_state(item, "failed")
+
+    def _set_state(self, item: Item, state: State) -> None:
+        self._sync(item)
+        self._write(item, "state", np.array(STATES.index(state), "<u1"))
+        self._sync(item)
+
+    def _write(self, item: Item, name: str, row: np.ndarray[Any, Any]) -> None:
+        try:
+            start = self.offsets[name] + self.rows[item.name] * row.nbytes
+            write_exactly(self.fd, start, row.tobytes())
+        except OSError as error:
+            raise self._failed(item, error) from error
+
+    def _sync(self, item: Item) -> None:
+        try:
+            os.fdatasync(self.fd)
+        except OSError as error:
+            raise self._failed(item, error) from error
+
+    def _failed(self, item: Item, error: OSError) -> OutputError:
+        return OutputError(
+            f"the ledger can't be written: {error.strerror or error}",
+            fix="free some space or mend the filesystem, then run the same command again",
+            file=self.path,
+            item=item.name,
+        )
+
+    def _entries(self, start: int, stop: int) -> list[Entry]:
+        state = self._column("state", start, stop, "<u1")
+        crc32 = self._column("crc32", start, stop, "<u4", self.width)
+        ranks = self._column("ranks", start, stop, "<u4")
+        strategy = self._column("strategy", start, stop, "<u1")
+        reason = self._column("reason", start, stop, f"S{REASON_BYTES}")
+        return [_entry(*row) for row in zip(state, crc32, ranks, strategy, reason, strict=True)]
+
+    def _column(self, name: str, start: int, stop: int, dtype: str, width: int = 0) -> Any:
+        column = np.empty((stop - start, width) if width else stop - start, dtype)
+        row = column.dtype.itemsize * (width or 1)
+        try:
+            read_exactly(self.fd, self.offsets[name] + start * row, column)
+        except OSError as error:
+            raise RejectedError(
+                f"the ledger can't be read: {error}", fix="start anew: --overwrite", file=self.path
+            ) from error
+        return column
+
+
+def _entry(state: int, crc32: Any, ranks: int, strategy: int, reason: bytes) -> Entry:
+    """Make sense of one row; what makes none is still to be done.
+
+    A flipped bit can't turn an item into a finished one: that has checksums as well.
+    """
+    if state == STATES.index("failed"):
+        return Entry("failed", reason=reason.decode(errors="replace"))
+    sound = 1 <= ranks <= len(crc32) and strategy < len(STRATEGIES) and crc32[:ranks].any()
+    if state != STATES.index("done") or not sound:
+        return Entry("todo")
+    return Entry("done", STRATEGIES[strategy], tuple(int(crc) for crc in crc32[:ranks]))

@@ -1,0 +1,224 @@
+"""Making files: under a temporary name, whole, synced, then renamed.
+
+All datasets are contiguous and allocated when they are made, so that their offsets are known and
+HDF5 has nothing left to do: the contents are written by `os.pwrite`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from math import prod
+from typing import Any
+
+import h5py
+import numpy as np
+
+from mdattn_mpi.dataset.dtypes import hdf5_type
+from mdattn_mpi.dataset.hdf5 import Value
+from mdattn_mpi.dataset.layout import (
+    ITEMS,
+    LEDGER,
+    MIN_LEDGER_WIDTH,
+    OUTPUT_FORMAT,
+    REASON_BYTES,
+    VERSION,
+    Item,
+)
+from mdattn_mpi.errors import RejectedError
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def create_output(
+    path: str | os.PathLike[str],
+    items: Sequence[Item],
+    *,
+    ranks: int,
+    lse: bool = False,
+    attributes: Mapping[str, Value] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make an output with room for the results of all `items`; on one rank only.
+
+    The file is there in whole or not at all. `attributes` are noted at its root.
+
+    Raises
+    ------
+    RejectedError
+        It exists (without `overwrite`), its folder doesn't, or the filesystem has no room.
+
+    """
+    nbytes = sum(output_bytes(item, lse) for item in items) + 4096 * (len(items) + 1)
+    with new_file(path, nbytes, overwrite=overwrite) as file:
+        put_attributes(
+            file.id,
+            {
+                **(attributes or {}),
+                "format": OUTPUT_FORMAT,
+                "version": VERSION,
+                "ranks": ranks,
+            },
+        )
+        group = file.create_group(ITEMS)
+        for index, item in enumerate(items):
+            problem = item.problem
+            folder = group.create_group(item.name)
+            put_attributes(folder.id, {"index": index, **asdict(problem)})
+            shape = (problem.q_tokens, problem.q_heads, problem.v_head_dim)
+            allocate(folder, "output", shape, hdf5_type(problem.dtype))
+            if lse:
+                allocate(folder, "lse", shape[:2], h5py.h5t.IEEE_F32LE)
+        _create_ledger(file.create_group(LEDGER), len(items), max(ranks, MIN_LEDGER_WIDTH))
+
+
+def output_bytes(item: Item, lse: bool) -> int:
+    """Bytes of one item's results."""
+    problem = item.problem
+    return problem.q_tokens * problem.q_heads * (problem.v_head_dim * 2 + 4 * lse)
+
+
+def _create_ledger(group: Any, items: int, width: int) -> None:
+    """Make the ledger, all zeros: every item is to be done."""
+    for name, shape, stored in (
+        ("state", (items,), h5py.h5t.STD_U8LE),
+        ("crc32", (items, width), h5py.h5t.STD_U32LE),
+        ("ranks", (items,), h5py.h5t.STD_U32LE),
+        ("strategy", (items,), h5py.h5t.STD_U8LE),
+        ("reason", (items,), h5py.h5t.py_create(np.dtype(f"S{REASON_BYTES}"))),
+    ):
+        offset = allocate(group, name, shape, stored)
+        write_exactly(
+            group.file.id.get_vfd_handle(), offset, bytes(prod(shape) * stored.get_size())
+        )
+
+
+@contextmanager
+def new_file(
+    path: str | os.PathLike[str], nbytes: int, *, overwrite: bool = False
+) -> Iterator[h5py.File]:
+    """Make a file of about `nbytes`: in place when the block ends well, gone when it doesn't.
+
+    Raises
+    ------
+    RejectedError
+        It exists (without `overwrite`), its folder doesn't, or the filesystem has no room.
+
+    """
+    shown, final = os.fspath(path), os.path.realpath(path)
+    folder, name = os.path.split(final)
+    temporary = os.path.join(folder, f".{name}.creating")
+    if not os.path.isdir(folder):
+        raise RejectedError(f"its folder {folder} doesn't exist", fix="make it", file=shown)
+    if os.path.isdir(final):
+        raise RejectedError("is a folder", fix="name a file", file=shown)
+    if os.path.lexists(final) and not overwrite:
+        raise RejectedError(
+            "exists already", fix="name another file, or use --overwrite", file=shown
+        )
+    _check_room(folder, nbytes, shown)
+    try:
+        # v108 puts a checksum on every piece of metadata, and any HDF5 since 2008 reads it.
+        with h5py.File(temporary, "w", libver=("v108", "v108"), locking=False) as file:
+            yield file
+        with open(temporary, "rb+") as made:
+            _reserve(made.fileno(), os.fstat(made.fileno()).st_size)
+            os.fsync(made.fileno())
+        os.rename(temporary, final)
+        sync_folder(folder)
+    except OSError as error:
+        raise RejectedError(
+            f"can't be made: {error.strerror or error}", fix=_fix_of(error), file=shown
+        ) from error
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _check_room(folder: str, nbytes: int, shown: str) -> None:
+    about = os.statvfs(folder)
+    free = about.f_bavail * about.f_frsize
+    if nbytes > free:
+        raise RejectedError(
+            f"needs {nbytes / 1e9:.3f} GB, and {folder} has {free / 1e9:.3f} GB free",
+            fix="free some space, or write to another filesystem",
+            file=shown,
+        )
+
+
+def _reserve(fd: int, nbytes: int) -> None:
+    """Reserve the blocks of a file now, where the filesystem can.
+
+    `os.posix_fallocate` would write to every block where it can't: hours on a parallel filesystem.
+    """
+    size = ctypes.c_int64
+    if _libc.fallocate(fd, 0, size(0), size(nbytes)) != 0:
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise OSError(code, os.strerror(code))
+
+
+def _fix_of(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or write to another filesystem"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "check who may write there"
+    return "check the path and the filesystem"
+
+
+def sync_folder(folder: str) -> None:
+    """Make a rename in `folder` survive a crash."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def allocate(group: Any, name: str, shape: tuple[int, ...], stored: Any) -> int:
+    """Make a contiguous dataset, allocated now and not filled; return its offset in the file."""
+    created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    created.set_layout(h5py.h5d.CONTIGUOUS)
+    created.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
+    created.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    space = h5py.h5s.create_simple(shape)
+    offset: int = h5py.h5d.create(group.id, name.encode(), stored, space, created).get_offset()
+    return offset
+
+
+def put_attributes(target: Any, attributes: Mapping[str, Value]) -> None:
+    """Write attributes of an HDF5 object; text with its length fixed, in UTF-8.
+
+    Text of variable length would lie in a heap that carries no checksum.
+    """
+    for name, value in attributes.items():
+        if isinstance(value, str):
+            data = np.array(value.encode(errors="surrogateescape"))
+            stored = h5py.h5t.C_S1.copy()
+            stored.set_size(max(1, data.dtype.itemsize))
+            stored.set_cset(h5py.h5t.CSET_UTF8)
+            stored.set_strpad(h5py.h5t.STR_NULLPAD)
+        else:
+            data = np.asarray(value)
+            stored = h5py.h5t.py_create(data.dtype)
+        made = h5py.h5a.create(target, name.encode(), stored, h5py.h5s.create(h5py.h5s.SCALAR))
+        made.write(data, mtype=stored)
+
+
+def write_exactly(fd: int, offset: int, data: Any) -> None:
+    """Write a buffer of bytes to a file; `os.pwrite` alone may stop short.
+
+    Raises
+    ------
+    OSError
+        The disk is full, or failed.
+
+    """
+    buffer = memoryview(data)
+    done = 0
+    while done < len(buffer):
+        done += os.pwrite(fd, buffer[done:], offset + done)
