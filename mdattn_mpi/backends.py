@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy.typing as npt
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Group
-from mdattn_mpi.problem import AttentionProblem, Plan
+from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 
 HostArray = npt.NDArray[Any]
 
@@ -36,7 +36,9 @@ class Backend(Protocol):
 
     name: str
 
-    def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
+    def plan(
+        self, problem: AttentionProblem, strategy: StrategyName | Literal["auto"], *, lse: bool
+    ) -> Plan:
         """Choose a strategy, or refuse what this backend can't do.
 
         Raises
@@ -91,7 +93,9 @@ class StrategyBackend:
         self.name = name
         self.device = device
 
-    def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
+    def plan(
+        self, problem: AttentionProblem, strategy: StrategyName | Literal["auto"], *, lse: bool
+    ) -> Plan:
         """Choose among ring, allgather and ulysses."""
         from mdattn_mpi.strategies import choose
 
@@ -141,6 +145,15 @@ class StrategyBackend:
         self.device.abort()
 
 
+def _why_not_cuda(group: Group) -> str:
+    """Collective. Say why `cuda` can't be used on all ranks; empty when it can."""
+    from mdattn_mpi.devices.presence import why_no_cuda
+
+    answers = group.gather_bytes(why_no_cuda().encode())
+    refusals = [f"rank {rank}: {no.decode()}" for rank, no in enumerate(answers or ()) if no]
+    return group.bcast_bytes("; ".join(refusals[:1]).encode() if group.rank == 0 else None).decode()
+
+
 def open_backend(
     name: str, group: Group, *, threads: int = 0, transfer: str = "auto", engine: str = ""
 ) -> Backend:
@@ -165,7 +178,7 @@ def open_backend(
 
     """
     if name == "auto":
-        name = "cuda" if _every_rank_has_a_gpu(group) else "cpu"
+        name = "cpu" if _why_not_cuda(group) else "cuda"
     if name == "cpu":
         from mdattn_mpi.devices.cpu import open_cpu
 

@@ -74,7 +74,7 @@ def duration(text: str) -> float:
     try:
         if ":" in clock:
             parts = [float(part) for part in clock.split(":")]
-            seconds = sum(part * 60**place for place, part in enumerate(reversed(parts)))
+            seconds = sum(part * 60.0**place for place, part in enumerate(reversed(parts)))
         else:
             unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(clock[-1:], 0)
             seconds = float(clock[:-1]) * unit if unit else float(clock)

@@ -108,7 +108,7 @@ def load_job_file(path: str) -> dict[str, Any]:
                 file=path,
                 fix=f"keep it under {MAX_JOB_FILE} bytes; was this meant as the dataset?",
             )
-        table = tomllib.loads(raw.decode())
+        table: dict[str, Any] = tomllib.loads(raw.decode())
     except OSError as error:
         raise RejectedError(
             f"cannot read the job file: {error.strerror}", file=path, fix="check the path"

@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from time import time
+from typing import TYPE_CHECKING, Any
 
+from mdattn_mpi.lockstep import launcher
 from mdattn_mpi.runner.progress import duration
+from mdattn_mpi.runner.provenance import provenance
+
+if TYPE_CHECKING:
+    from mdattn_mpi.runner.job import Job
 
 PHASES = {
     "read": "waiting for shards from the dataset",
@@ -48,6 +56,48 @@ def time_table(ranks: Sequence[Mapping[str, Any]]) -> str:
             f"{phase:<10}{duration(min(seconds)):>10}{duration(mean):>10}"
             f"{duration(max(seconds)):>10}   rank {slowest} on {ranks[slowest]['host']}"
         )
+    return "\n".join(lines)
+
+
+def summarize(job: Job, ranks: Sequence[Mapping[str, Any]], code: int) -> dict[str, Any]:
+    """Everything worth keeping of a job that came to its end; `ranks` as in `time_table`."""
+    elapsed = time() - job.started - job.opening
+    finished = [item for item in job.todo if job.output and job.output.ledger.state(item) == "done"]
+    return {
+        "exit_code": code,
+        "config": asdict(job.spec),
+        **provenance(job.backend),
+        "launcher": str(launcher()),
+        "started": datetime.fromtimestamp(job.started, timezone.utc).isoformat(),
+        "seconds": {"opening": job.opening, "items": elapsed},
+        "items": {
+            "all": len(job.dataset.items),
+            "done_before": len(job.dataset.items) - len(job.todo),
+            "done_now": len(finished),
+            "failed": [{"item": failure.item, "why": str(failure)} for failure in job.failed],
+        },
+        "tokens_per_second": sum(item.problem.q_tokens for item in finished) / elapsed,
+        "flops_per_second": sum(item.problem.flops for item in finished) / elapsed,
+        "strategies": sorted({plan.strategy for plan in job.plans.values()}),
+        "ranks": list(ranks),
+    }
+
+
+def closing_words(summary: Mapping[str, Any], path: Path) -> str:
+    """What the person reads last: the table, what is done, what isn't, and what to do about it."""
+    items, code = summary["items"], summary["exit_code"]
+    done = items["done_before"] + items["done_now"]
+    lines = [time_table(summary["ranks"])]
+    lines.append(
+        f"mdattn: {done} of {items['all']} items done, {items['done_now']} of them now, in "
+        f"{duration(summary['seconds']['items'])} after {duration(summary['seconds']['opening'])} "
+        f"of opening; {summary['flops_per_second'] / 1e9:.1f} GFLOP/s"
+    )
+    if items["failed"]:
+        lines.append("mdattn: failed: " + ", ".join(each["item"] for each in items["failed"]))
+    if code == 75:
+        lines.append("mdattn: stopped as asked; run the same command again to resume")
+    lines.append(f"mdattn: summary in {path}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,37 @@
+"""Whether this process could use CUDA at all, found out without importing any of it."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.util import find_spec
+
+EXTRA = "pip install 'mdattn_mpi[cuda]'"
+PACKAGES = {"cuda.core": "cuda-core", "nccl.core": "nccl4py", "cudnn": "nvidia-cudnn-frontend"}
+
+
+def why_no_cuda() -> str:
+    """Say why `cuda` can't be used here; empty when it can."""
+    count = gpu_count()
+    if count < 1:
+        return "no NVIDIA GPU is visible" if count == 0 else "there is no NVIDIA driver"
+    missing = [package for module, package in PACKAGES.items() if not _importable(module)]
+    return f"not installed: {', '.join(missing)} ({EXTRA})" if missing else ""
+
+
+def gpu_count() -> int:
+    """Count the visible GPUs by the driver's own library; −1 without a driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return -1
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0
+    return count.value
+
+
+def _importable(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
