@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 import zlib
-from collections import defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -34,42 +35,50 @@ class LostPeerError(RuntimeError):
 
 
 class Wire:
-    """What is under way between the ranks of one process."""
+    """What is under way between the ranks of one process.
+
+    The n-th message that one rank sends another goes to the n-th place where that one receives,
+    as under MPI and NCCL; `send` and `receive` return that n.
+    """
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
         self._changed = threading.Condition()
-        self._messages: dict[tuple[int, int], deque[Array]] = defaultdict(deque)
-        self._expected: dict[tuple[int, int], int] = defaultdict(int)
+        self._messages: dict[tuple[int, int, int], Array] = {}
+        self._sent: Counter[tuple[int, int]] = Counter()
+        self._expected: Counter[tuple[int, int]] = Counter()
         self._failed = False
 
-    def send(self, source: int, target: int, array: Array) -> None:
+    def send(self, source: int, target: int, array: Array) -> int:
         """Leave a message; `array` is the receiver's to keep."""
         with self._changed:
-            self._messages[source, target].append(array)
+            number = self._sent[source, target]
+            self._sent[source, target] += 1
+            self._messages[source, target, number] = array
             self._changed.notify_all()
+            return number
 
-    def expect(self, source: int, target: int) -> None:
-        """Say that the receiver is ready for one more message."""
+    def receive(self, source: int, target: int) -> int:
+        """Get ready for one more message."""
         with self._changed:
             self._expected[source, target] += 1
             self._changed.notify_all()
+            return self._expected[source, target] - 1
 
-    def receive(self, source: int, target: int) -> Array:
-        """Wait for the oldest message."""
-        messages = self._messages[source, target]
+    def wait_received(self, source: int, target: int, number: int) -> Array:
+        """Wait for a message and take it."""
+        key = (source, target, number)
         with self._changed:
-            self._wait(lambda: bool(messages), f"rank {source} sent rank {target} nothing")
-            return messages.popleft()
+            self._wait(lambda: key in self._messages, f"rank {source} sent rank {target} nothing")
+            return self._messages.pop(key)
 
-    def wait_expected(self, source: int, target: int) -> None:
+    def wait_sent(self, source: int, target: int, number: int) -> None:
         """Wait until the receiver is ready, as a large message does under MPI."""
-        pair = (source, target)
         with self._changed:
             self._wait(
-                lambda: self._expected[pair] > 0, f"rank {target} expected nothing from {source}"
+                lambda: self._expected[source, target] > number,
+                f"rank {target} expected nothing from {source}",
             )
-            self._expected[pair] -= 1
 
     def fail(self) -> None:
         """Let nobody wait any more."""
@@ -80,7 +89,7 @@ class Wire:
     def leftovers(self) -> list[str]:
         """Name the messages that nobody received."""
         with self._changed:
-            return [f"{s} -> {t}: {len(m)}" for (s, t), m in self._messages.items() if m]
+            return [f"{source} -> {target}" for source, target, _ in self._messages]
 
     def _wait(self, ready: Callable[[], bool], otherwise: str) -> None:
         done = self._changed.wait_for(lambda: self._failed or ready(), self._deadline)
@@ -90,13 +99,21 @@ class Wire:
             raise LostPeerError(otherwise)
 
 
-class LoopbackTransfer:
-    """Messages of one `exchange`, with what is needed to tell whether they were touched."""
+class Posted(NamedTuple):
+    """One message under way: its place on the wire, and what the array held when it was sent."""
 
-    def __init__(self, send: Sequence[Message], receive: Sequence[Message]) -> None:
-        self.send = [Message(*message) for message in send if message.array.size]
-        self.receive = [Message(*message) for message in receive if message.array.size]
-        self.checksums = [_checksum(message.array) for message in self.send]
+    array: Array
+    peer: int
+    number: int
+    checksum: int = 0
+
+
+@dataclass(eq=False)
+class LoopbackTransfer:
+    """Messages of one `exchange`."""
+
+    sent: list[Posted] = field(default_factory=list)
+    received: list[Posted] = field(default_factory=list)
 
 
 class LoopbackDevice(HostDevice):
@@ -112,16 +129,19 @@ class LoopbackDevice(HostDevice):
         """Start sending copies; fill with NaN what will be received."""
         for array, _ in (*send, *receive):
             _require(array.flags.c_contiguous, "a message isn't contiguous")
-        for array, _ in send:
-            self._require_readable(array, "sent")
-        transfer = LoopbackTransfer(send, receive)
+        transfer = LoopbackTransfer()
         self._under_way.append(transfer)
-        for position, (array, peer) in enumerate(transfer.receive):
-            self._require_writable(array, "to be received into", but=position)
-            _bytes(array)[...] = 0xFF  # NaN in bfloat16, float16 and float32
-            self._wire.expect(peer, self.rank)
-        for array, peer in transfer.send:
-            self._wire.send(self.rank, peer, array.copy())
+        for array, peer in receive:
+            if array.size:
+                self._require_writable(array, "to be received into")
+                _bytes(array)[...] = 0xFF  # NaN in bfloat16, float16 and float32
+                number = self._wire.receive(peer, self.rank)
+                transfer.received.append(Posted(array, peer, number))
+        for array, peer in send:
+            if array.size:
+                self._require_readable(array, "sent")
+                number = self._wire.send(self.rank, peer, array.copy())
+                transfer.sent.append(Posted(array, peer, number, _checksum(array)))
         self.exchanges += 1
         return transfer
 
@@ -129,17 +149,17 @@ class LoopbackDevice(HostDevice):
         """Deliver what was received; check that nothing was touched in the meantime."""
         _require(transfer in self._under_way, "a transfer is waited for that isn't under way")
         with self.timed("exchange"):
-            for array, peer in transfer.receive:
+            for array, peer, number, _ in transfer.received:
                 _require(bool((_bytes(array) == 0xFF).all()), "written before wait: received array")
-                message = self._wire.receive(peer, self.rank)
+                message = self._wire.wait_received(peer, self.rank, number)
                 _require(
                     (message.shape, message.dtype) == (array.shape, array.dtype),
                     f"rank {peer} sent {message.shape} {message.dtype}, "
                     f"rank {self.rank} expected {array.shape} {array.dtype}",
                 )
                 array[...] = message
-            for (array, peer), checksum in zip(transfer.send, transfer.checksums, strict=True):
-                self._wire.wait_expected(self.rank, peer)
+            for array, peer, number, checksum in transfer.sent:
+                self._wire.wait_sent(self.rank, peer, number)
                 _require(_checksum(array) == checksum, "written before wait: sent array")
         self._under_way.remove(transfer)
 
@@ -163,15 +183,12 @@ class LoopbackDevice(HostDevice):
 
     def _require_readable(self, array: Array, use: str) -> None:
         for transfer in self._under_way:
-            for coming, _ in transfer.receive:
-                _require(not np.may_share_memory(array, coming), f"{use} before wait")
+            _require(not _overlaps(array, transfer.received), f"{use} before wait")
 
-    def _require_writable(self, array: Array, use: str, but: int = -1) -> None:
+    def _require_writable(self, array: Array, use: str) -> None:
+        self._require_readable(array, use)
         for transfer in self._under_way:
-            latest = transfer is self._under_way[-1]
-            for position, (busy, _) in enumerate((*transfer.receive, *transfer.send)):
-                if not (latest and position == but):
-                    _require(not np.may_share_memory(array, busy), f"{use} before wait")
+            _require(not _overlaps(array, transfer.sent), f"{use} before wait")
 
 
 def run_ranks(
@@ -224,6 +241,10 @@ def run_ranks(
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
         raise ProtocolError(otherwise)
+
+
+def _overlaps(array: Array, posted: Sequence[Posted]) -> bool:
+    return any(np.may_share_memory(array, busy.array) for busy in posted)
 
 
 def _bytes(array: Array) -> Array:

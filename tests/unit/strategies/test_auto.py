@@ -1,0 +1,106 @@
+"""`auto` picks what fits and is fast, says why, and refuses what can't fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdattn_mpi.devices.protocol import Costs
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import AttentionProblem, StrategyName
+from mdattn_mpi.strategies import STRATEGIES, choose
+from mdattn_mpi.strategies.auto import TIE, estimate
+from tests.support.reference import problems
+
+NAMES = get_args(StrategyName)
+GPU = Costs(flops=6e14, bandwidth=2.8e11, latency=2e-5, merge=2e12, call=1e-5)
+SLOW_NETWORK = replace(GPU, bandwidth=1e9)
+LONG = AttentionProblem(131072, 131072, 32, 8, 128, 128)
+
+
+def test_every_name_has_a_strategy() -> None:
+    assert tuple(STRATEGIES) == NAMES
+
+
+def test_one_rank_has_nothing_to_choose() -> None:
+    name, reasons = choose(LONG, 1, "auto", GPU)
+    assert name == "ring"
+    assert "one rank" in reasons[0]
+
+
+def test_long_items_in_a_batch_are_gathered_for_nothing_is_merged() -> None:
+    assert choose(LONG, 4, "auto", GPU)[0] == "allgather"
+
+
+def test_ring_where_all_of_k_and_v_don_t_fit() -> None:
+    most = estimate(LONG, 8, "ring", GPU, batch=True).memory
+    name, reasons = choose(LONG, 8, "auto", replace(GPU, memory=most))
+    assert name == "ring"
+    assert any("does not fit" in reason and "allgather" in reason for reason in reasons)
+
+
+def test_ring_for_a_single_long_item_over_a_slow_network_with_few_kv_heads() -> None:
+    problem = AttentionProblem(32768, 32768, 32, 1, 128, 128)
+    assert choose(problem, 4, "auto", SLOW_NETWORK, batch=False)[0] != "allgather"
+
+
+def test_ulysses_where_heads_divide_and_the_network_is_the_limit() -> None:
+    problem = AttentionProblem(4096, 4096, 32, 32, 128, 128)
+    assert choose(problem, 8, "auto", SLOW_NETWORK)[0] == "ulysses"
+
+
+def test_too_few_heads_make_ulysses_slow() -> None:
+    problem = AttentionProblem(65536, 65536, 2, 2, 128, 128)
+    slow, fast = (estimate(problem, 8, name, GPU, batch=True) for name in ("ulysses", "ring"))  # type: ignore[arg-type]
+    assert slow.compute == pytest.approx(4 * fast.compute)
+
+
+def test_what_the_user_asked_for_is_taken() -> None:
+    for name in NAMES:
+        assert choose(LONG, 4, name, GPU) == (name, choose(LONG, 4, name, GPU)[1])
+
+
+def test_what_does_not_fit_is_refused_with_what_does() -> None:
+    enough = estimate(LONG, 8, "ring", GPU, batch=True).memory
+    with pytest.raises(RejectedError, match=r"allgather.*Fix: use -s ring"):
+        choose(LONG, 8, "allgather", replace(GPU, memory=enough))
+    with pytest.raises(RejectedError, match="Fix: use more ranks"):
+        choose(LONG, 8, "auto", replace(GPU, memory=1000))
+
+
+def test_an_unknown_name_is_refused() -> None:
+    with pytest.raises(RejectedError, match=r"'star'.*ring"):
+        choose(LONG, 2, "star", GPU)  # type: ignore[arg-type]
+
+
+@given(
+    problem=problems(max_tokens=10**6, max_head_dim=256),
+    ranks=st.integers(1, 64),
+    bandwidth=st.sampled_from([1e9, 1e11]),
+    batch=st.booleans(),
+)
+def test_the_choice_is_within_a_tie_of_the_best_and_always_the_same(
+    problem: AttentionProblem, ranks: int, bandwidth: float, batch: bool
+) -> None:
+    costs: Any = replace(GPU, bandwidth=bandwidth)
+    name, reasons = choose(problem, ranks, "auto", costs, batch=batch)
+    found = {n: estimate(problem, ranks, n, costs, batch=batch) for n in NAMES}
+    assert all(e.seconds > 0 and e.memory > 0 for e in found.values())
+    if ranks > 1:
+        assert found[name].seconds <= TIE * min(e.seconds for e in found.values())
+        assert reasons[0].startswith(f"{name}: chosen")
+        assert len(reasons) == 3
+    assert choose(problem, ranks, "auto", costs, batch=batch) == (name, reasons)
+
+
+def test_memory_of_a_ring_falls_with_the_ranks_and_that_of_allgather_does_not() -> None:
+    ring, gathered = (
+        [estimate(LONG, p, name, GPU, batch=False).memory for p in (4, 8, 16)]  # type: ignore[arg-type]
+        for name in ("ring", "allgather")
+    )
+    assert ring[0] == pytest.approx(2 * ring[1]) == pytest.approx(4 * ring[2])
+    assert gathered[2] > LONG.kv_bytes
