@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdattn_mpi.dataset.layout import REASON_BYTES, STATES, STRATEGIES, Item, State
-from mdattn_mpi.dataset.reader import read_exactly
-from mdattn_mpi.dataset.writer import write_exactly
+from mdattn_mpi.dataset.positioned import read_exactly, write_exactly
 from mdattn_mpi.errors import OutputError, RejectedError
 
 

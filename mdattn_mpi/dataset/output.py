@@ -17,6 +17,7 @@ import numpy as np
 
 from mdattn_mpi.dataset.dtypes import NUMPY, stored_as
 from mdattn_mpi.dataset.hdf5 import File, Node, Value
+from mdattn_mpi.dataset.index import check_format
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
@@ -28,8 +29,8 @@ from mdattn_mpi.dataset.layout import (
     shown,
 )
 from mdattn_mpi.dataset.ledger import Ledger
-from mdattn_mpi.dataset.reader import Dataset, check_format, read_exactly
-from mdattn_mpi.dataset.writer import write_exactly
+from mdattn_mpi.dataset.positioned import read_exactly, write_exactly
+from mdattn_mpi.dataset.reader import Dataset
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, Span
 

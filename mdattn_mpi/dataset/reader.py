@@ -11,9 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
-from fnmatch import fnmatchcase
+from dataclasses import asdict
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -21,68 +19,18 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import NUMPY, Stored, stored_as
-from mdattn_mpi.dataset.hdf5 import File, Node, Storage
-from mdattn_mpi.dataset.layout import (
-    DATASET_FORMAT,
-    ITEMS,
-    LAYOUTS,
-    MAX_ITEMS,
-    TENSORS,
-    VERSION,
-    Item,
-    Layout,
-    Tensor,
-    batch_item_name,
-    item_name_fault,
-    natural_order,
-    shown,
-)
+from mdattn_mpi.dataset.hdf5 import File
+from mdattn_mpi.dataset.index import Entry, TensorData, find_entries, first_of, patterns_of
+from mdattn_mpi.dataset.layout import LAYOUTS, TENSORS, Item, Tensor, natural_order
+from mdattn_mpi.dataset.positioned import read_exactly
 from mdattn_mpi.errors import ItemError, MdattnError, RejectedError
-from mdattn_mpi.problem import AttentionProblem, Span, digest_of
+from mdattn_mpi.problem import Span, digest_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SAMPLES = 4096  # blocks of the content that go into a digest, over all items
 SAMPLE_BYTES = 4096
 SCRATCH_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class TensorData:
-    """One tensor of one item: what it looks like and where it lies."""
-
-    tokens: int
-    heads: int
-    head_dim: int
-    layout: Layout
-    stored: Stored
-    storage: Storage
-    node: Node
-    position: int | None = None  # in the batch dim
-    crc32: int | None = None  # of the whole dataset, where its writer has noted it
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The NumPy dtype."""
-        return NUMPY[self.stored.dtype]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token over all heads."""
-        return self.heads * self.head_dim * 2
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this item's part."""
-        return self.tokens * self.token_bytes
-
-    @property
-    def offset(self) -> int | None:
-        """Where this item's part begins in the file; None when only HDF5 can read it."""
-        if self.storage.offset is None:
-            return None
-        return self.storage.offset + (self.position or 0) * self.nbytes
 
 
 class Dataset:
@@ -101,7 +49,7 @@ class Dataset:
 
     """
 
-    def __init__(self, file: File, entries: Sequence[_Entry], faults: Sequence[RejectedError]):
+    def __init__(self, file: File, entries: Sequence[Entry], faults: Sequence[RejectedError]):
         ordered = sorted(entries, key=lambda entry: natural_order(entry.name))
         self._file = file
         self.path = file.path
@@ -235,13 +183,6 @@ class Dataset:
         return warnings
 
 
-@dataclass(frozen=True)
-class _Entry:
-    name: str
-    problem: AttentionProblem
-    tensors: dict[Tensor, TensorData]
-
-
 def open_dataset(
     path: str | os.PathLike[str],
     *,
@@ -275,227 +216,13 @@ def open_dataset(
         raise RejectedError(f"layout is {layout!r}", fix=f"use auto, {' or '.join(LAYOUTS)}")
     file = File(path, allow)
     try:
-        found, faults = _find(file, _patterns(select), layout)
+        found, faults = find_entries(file, patterns_of(select), layout)
         if not keep_faults and faults:
-            raise _first_of(faults)
+            raise first_of(faults)
         return Dataset(file, found, faults)
     except BaseException:
         file.close()
         raise
-
-
-def check_format(root: Node, wanted: str) -> None:
-    """Compare the root attributes ``format`` and ``version`` with what is wanted.
-
-    Raises
-    ------
-    RejectedError
-        They differ.
-
-    """
-    reject = root.file.reject
-    found, version = root.attribute("format"), root.attribute("version")
-    if found is None:
-        raise reject(
-            f"has no attribute format, so it is no {wanted}",
-            "make one from it with `mdattn convert`",
-        )
-    if found != wanted:
-        raise reject(
-            f"format is {shown(str(found))!r}, not {wanted!r}",
-            "name the other file: datasets and outputs are two formats",
-        )
-    if version != VERSION:
-        raise reject(f"version is {version}, not {VERSION}", "use the mdattn that wrote it")
-
-
-def _patterns(select: str) -> list[str]:
-    patterns = [pattern.strip() for pattern in select.split(",") if pattern.strip()]
-    if not patterns:
-        raise RejectedError("no item is selected", fix="name items, or * for all")
-    return patterns
-
-
-def _find(
-    file: File, patterns: Sequence[str], layout: str
-) -> tuple[list[_Entry], list[RejectedError]]:
-    root = file.root
-    check_format(root, DATASET_FORMAT)
-    group = root.child(ITEMS)
-    if group is None or not group.is_group:
-        raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
-    default = layout if layout != "auto" else str(root.attribute("layout") or "token_major")
-    names = sorted(group.names(MAX_ITEMS), key=natural_order)
-    found: list[_Entry] = []
-    faults: list[RejectedError] = []
-    for name in names:
-        if not any(_may_match(name, pattern) for pattern in patterns):
-            continue
-        try:
-            entries = _entries(group, name, layout, default)
-            if len(found) + len(entries) > MAX_ITEMS:
-                raise file.reject(f"has more than {MAX_ITEMS} items", "split the file")
-        except RejectedError as fault:
-            fault.item = shown(name)
-            if any(fnmatchcase(n, p) for n in (name, f"{name}.0") for p in patterns):
-                faults.append(fault)
-            continue
-        found += [e for e in entries if any(fnmatchcase(e.name, p) for p in patterns)]
-    _check_selection(file, patterns, names, found, faults)
-    return found, faults
-
-
-def _may_match(name: str, pattern: str) -> bool:
-    """Whether `pattern` may match the item, or an entry of its batch dim."""
-    literal = pattern.split("*")[0].split("?")[0].split("[")[0]
-    batch = batch_item_name(name, 0)[:-1]
-    return fnmatchcase(name, pattern) or batch.startswith(literal) or literal.startswith(batch)
-
-
-def _check_selection(
-    file: File,
-    patterns: Sequence[str],
-    names: Sequence[str],
-    found: Sequence[_Entry],
-    faults: Sequence[RejectedError],
-) -> None:
-    """Every pattern matches something, and every name is there once."""
-    taken: set[str] = set()
-    for entry in found:
-        if entry.name in taken:
-            raise file.reject(
-                f"two items are called {entry.name!r}: one of them is an entry of a batch dim",
-                "rename one of them",
-            )
-        taken.add(entry.name)
-    taken |= {fault.item for fault in faults}
-    if not names:
-        raise file.reject(f"/{ITEMS} is empty", "put at least one item into it")
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in taken):
-            close = get_close_matches(pattern, [shown(name) for name in names[:10_000]], 3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see `mdattn inspect`"
-            raise file.reject(f"no item matches {pattern!r}", hint)
-
-
-def _first_of(faults: Sequence[RejectedError]) -> RejectedError:
-    first = faults[0]
-    more = f" (and {len(faults) - 1} more items are bad)" if len(faults) > 1 else ""
-    return RejectedError(
-        first.what + more,
-        fix=f"{first.fix}; `mdattn inspect` lists all, --items leaves some out",
-        file=first.file,
-        item=first.item,
-    )
-
-
-def _entries(group: Node, name: str, layout: str, default: str) -> list[_Entry]:
-    """Look at one item, or at all entries of its batch dim."""
-    reject = group.file.reject
-    fault = item_name_fault(name)
-    if fault:
-        raise reject(f"its name {fault}", "rename it")
-    item = group.child(name)
-    if item is None or not item.is_group:
-        raise reject("is no group", f"store it as /{ITEMS}/{name}/query, key and value")
-    chosen = str(item.attribute("layout") or default) if layout == "auto" else layout
-    if chosen not in LAYOUTS:
-        raise reject(f"layout is {shown(chosen)!r}", f"use {' or '.join(LAYOUTS)}")
-    tensors = {tensor: _tensor(item, tensor, chosen) for tensor in TENSORS}
-    problem = _problem(item, tensors)
-    query = tensors["query"]
-    if len(query.storage.shape) == 3:
-        return [_Entry(name, problem, tensors)]
-    return [
-        _Entry(
-            batch_item_name(name, position),
-            problem,
-            {tensor: replace(data, position=position) for tensor, data in tensors.items()},
-        )
-        for position in range(query.storage.shape[0])
-    ]
-
-
-def _tensor(item: Node, tensor: Tensor, layout: str) -> TensorData:
-    reject = item.file.reject
-    node = item.child(tensor)
-    if node is None or not node.is_dataset:
-        raise reject(f"has no dataset {tensor!r}", f"write its {tensor}")
-    storage = node.storage()
-    if len(storage.shape) not in (3, 4):
-        raise reject(
-            f"{tensor} has shape {list(storage.shape)}",
-            "use [S, N, H], or [B, S, N, H] for B items",
-        )
-    with node.file.guard(node.path):
-        stored = stored_as(node.id.get_type(), str(node.attribute("dtype") or ""))
-    if isinstance(stored, str):
-        raise reject(
-            f"{tensor} holds {stored}; only BF16 and FP16 can be read",
-            "rewrite it with `mdattn convert`; uint16 takes the attribute dtype='bfloat16'",
-        )
-    if not stored.little_endian:
-        raise reject(f"{tensor} is big-endian", "rewrite it with `mdattn convert`")
-    first, second, head_dim = storage.shape[-3:]
-    tokens, heads = (first, second) if layout == "token_major" else (second, first)
-    crc32 = node.attribute("crc32")
-    return TensorData(
-        tokens,
-        heads,
-        head_dim,
-        "token_major" if layout == "token_major" else "head_major",
-        stored,
-        storage,
-        node,
-        crc32=crc32 if isinstance(crc32, int) else None,
-    )
-
-
-def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
-    """Compare the three tensors with one another, and make one problem of them."""
-    reject = item.file.reject
-    query, key, value = (tensors[name] for name in TENSORS)
-
-    def same(what: str, values: Sequence[object], fix: str) -> None:
-        if len(set(values)) > 1:
-            raise reject(
-                f"{what} disagree: "
-                + ", ".join(f"{n} {v}" for n, v in zip(TENSORS, values, strict=True)),
-                fix,
-            )
-
-    same("dtypes", [d.stored.dtype for d in (query, key, value)], "store all three in one dtype")
-    batch = [d.storage.shape[:-3] for d in (query, key, value)]
-    same("batch dims", [b[0] if b else "none" for b in batch], "give all three the same")
-    shapes = f"key is {list(key.storage.shape)} and value {list(value.storage.shape)}"
-    if (key.tokens, key.heads) != (value.tokens, value.heads):
-        raise reject(f"key and value disagree: {shapes}", "give both the same tokens and heads")
-    if query.head_dim != key.head_dim:
-        raise reject(
-            f"head dims disagree: query {query.head_dim}, key {key.head_dim}",
-            "give query and key the same head dim",
-        )
-    causal, scale = item.attribute("causal"), item.attribute("scale")
-    if isinstance(scale, str) or scale == 0:
-        raise reject(f"scale is {scale!r}", "use a positive number, or leave it out for 1/√H")
-    try:
-        return AttentionProblem(
-            q_tokens=query.tokens,
-            kv_tokens=key.tokens,
-            q_heads=query.heads,
-            kv_heads=key.heads,
-            head_dim=query.head_dim,
-            v_head_dim=value.head_dim,
-            dtype=query.stored.dtype,
-            causal=str(causal) if causal is not None else "none",  # type: ignore[arg-type]
-            scale=float(scale) if scale is not None else 0.0,
-        )
-    except RejectedError as error:
-        raise reject(f"{error.what} (shapes {_shapes(tensors)})", error.fix) from None
-
-
-def _shapes(tensors: dict[Tensor, TensorData]) -> str:
-    return ", ".join(f"{name} {list(data.storage.shape)}" for name, data in tensors.items())
 
 
 def _check_runs(spans: Sequence[Span], length: int) -> None:
@@ -559,24 +286,6 @@ def _read_by_hdf5(data: TensorData, span: Span, heads: Span, bits: Array) -> Non
     data.node.id.read(memory, space, target.reshape(-1), data.node.id.get_type())
     if target is not bits:
         bits[...] = target.swapaxes(0, 1)
-
-
-def read_exactly(fd: int, offset: int, array: Array) -> None:
-    """Fill a contiguous array from a file; `os.preadv` alone may stop short.
-
-    Raises
-    ------
-    OSError
-        The file ends before, or can't be read.
-
-    """
-    buffer = array.reshape(-1).view(np.uint8).data
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done)
-        if count == 0:
-            raise OSError(f"the file ends at byte {offset + done}: it was cut while open")
-        done += count
 
 
 def _sample_spans(data: TensorData, blocks: int) -> list[Span]:

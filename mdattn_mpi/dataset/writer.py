@@ -29,6 +29,7 @@ from mdattn_mpi.dataset.layout import (
     VERSION,
     Item,
 )
+from mdattn_mpi.dataset.positioned import write_exactly
 from mdattn_mpi.errors import RejectedError
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -207,18 +208,3 @@ def put_attributes(target: Any, attributes: Mapping[str, Value]) -> None:
             stored = h5py.h5t.py_create(data.dtype)
         made = h5py.h5a.create(target, name.encode(), stored, h5py.h5s.create(h5py.h5s.SCALAR))
         made.write(data, mtype=stored)
-
-
-def write_exactly(fd: int, offset: int, data: Any) -> None:
-    """Write a buffer of bytes to a file; `os.pwrite` alone may stop short.
-
-    Raises
-    ------
-    OSError
-        The disk is full, or failed.
-
-    """
-    buffer = memoryview(data)
-    done = 0
-    while done < len(buffer):
-        done += os.pwrite(fd, buffer[done:], offset + done)
