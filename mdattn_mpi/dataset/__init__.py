@@ -2,12 +2,14 @@
 
 from mdattn_mpi.dataset.layout import Item, Layout, State, Tensor
 from mdattn_mpi.dataset.ledger import Entry, Ledger
+from mdattn_mpi.dataset.making import DatasetWriter, create_dataset
 from mdattn_mpi.dataset.output import Output, open_output
 from mdattn_mpi.dataset.reader import Dataset, open_dataset
 from mdattn_mpi.dataset.writer import create_output
 
 __all__ = [
     "Dataset",
+    "DatasetWriter",
     "Entry",
     "Item",
     "Layout",
@@ -15,6 +17,7 @@ __all__ = [
     "Output",
     "State",
     "Tensor",
+    "create_dataset",
     "create_output",
     "open_dataset",
     "open_output",

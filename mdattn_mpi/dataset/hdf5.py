@@ -109,8 +109,14 @@ class File:
         access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
         access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
         access.set_file_locking(False, True)  # ranks write beside us, and Lustre may have no locks
+        name = os.fsencode(self.path)
         try:
-            return h5py.h5f.open(os.fsencode(self.path), h5py.h5f.ACC_RDONLY, access)
+            try:
+                return h5py.h5f.open(name, h5py.h5f.ACC_RDONLY, access)
+            except OSError as error:
+                if "locking flag" not in str(error):
+                    raise
+                return h5py.h5f.open(name, h5py.h5f.ACC_RDONLY)  # as this process has it open
         except Exception as error:
             reason = str(error)
             if "signature" in reason:
@@ -131,12 +137,18 @@ class File:
 
     def close(self) -> None:
         """Close this file and those that links led to."""
+        self.release()
         for file in self._linked.values():
             file.close()
-        self._linked.clear()
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    def release(self) -> None:
+        """Let go of HDF5's handles; the file descriptors stay open."""
+        for file in self._linked.values():
+            file.release()
+        if self.id.valid:
             self.id.close()
 
     @property

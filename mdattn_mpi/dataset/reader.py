@@ -60,6 +60,8 @@ class Dataset:
         self.faults = tuple(faults)
         self._tensors = {entry.name: entry.tensors for entry in ordered}
         self.warnings = tuple(self._warnings())
+        if all(data.offset is not None for data in self._all_tensors()):
+            file.release()
 
     def __enter__(self) -> Dataset:
         return self
@@ -163,8 +165,11 @@ class Dataset:
             "input_digest": self.digest,
         }
 
+    def _all_tensors(self) -> list[TensorData]:
+        return [data for found in self._tensors.values() for data in found.values()]
+
     def _warnings(self) -> list[str]:
-        tensors = [data for found in self._tensors.values() for data in found.values()]
+        tensors = self._all_tensors()
         swapped = sum(data.layout == "head_major" for data in tensors)
         indirect = [data for data in tensors if data.offset is None]
         warnings = []

@@ -1,0 +1,160 @@
+"""``mdattn make-data``: a synthetic dataset, the same for the same seed."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mdattn_mpi.dataset import Item
+
+DESCRIPTION = """\
+Write a dataset of normally distributed Q, K and V.
+
+  mdattn make-data data.h5 --items 4 --length 8192 --q-heads 8 --kv-heads 2
+
+The same arguments and seed give the same bytes. A tensor is drawn from a generator of its own, so
+the first items stay the same when there are more of them.
+"""
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+BLOCK = 1 << 22  # numbers that are drawn at once
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "make-data",
+        help="write a synthetic dataset",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("path", metavar="OUT.h5", help="the dataset to write")
+    add("--items", type=int, default=4, metavar="N", help="how many (default 4)")
+    add("--length", type=int, default=8192, metavar="S", help="tokens of an item (default 8192)")
+    add("--lengths", type=_range, metavar="A:B", help="instead, each item's drawn from A to B")
+    add("--kv-length", type=int, metavar="S", help="tokens of key and value (default: the query's)")
+    add("--q-heads", type=int, default=8, metavar="N", help="query heads (default 8)")
+    add("--kv-heads", type=int, default=2, metavar="N", help="kv heads (default 2)")
+    add("--head-dim", type=int, default=128, metavar="H", help="of query and key (default 128)")
+    add("--v-head-dim", type=int, metavar="H", help="of value (default: the same)")
+    add("--dtype", choices=DTYPES, default="bf16", help="default bf16")
+    masks = parser.add_mutually_exclusive_group()
+    masks.add_argument(
+        "--causal",
+        action="store_const",
+        const="upper_left",
+        default="none",
+        help="token i sees keys 0 … i",
+    )
+    masks.add_argument(
+        "--causal-lower-right",
+        dest="causal",
+        action="store_const",
+        const="lower_right",
+        help="the last token sees all keys, the one before it one less, …",
+    )
+    add("--scale", type=float, default=0.0, metavar="X", help="of the scores (default 1/√H)")
+    add(
+        "--encoding",
+        choices=("float", "uint16", "opaque"),
+        default="float",
+        help="of BF16 in HDF5 (default float: it describes itself)",
+    )
+    add(
+        "--layout",
+        choices=("token_major", "head_major"),
+        default="token_major",
+        help=argparse.SUPPRESS,
+    )
+    add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add("--overwrite", action="store_true", help="replace a file that is there")
+    return parser
+
+
+def _range(text: str) -> tuple[int, int]:
+    first, _, last = text.partition(":")
+    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range; write A:B with 1 <= A <= B")
+    return int(first), int(last)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Write the dataset."""
+    from tqdm import tqdm
+
+    from mdattn_mpi.dataset import create_dataset
+    from mdattn_mpi.dataset.making import shapes
+
+    items = plan_items(arguments)
+    sizes = [
+        (item, tensor, shape[0] * shape[1] * shape[2])
+        for item in items
+        for tensor, shape in shapes(item.problem).items()
+    ]
+    total = 2 * sum(size for *_, size in sizes)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        create_dataset(
+            arguments.path,
+            items,
+            encoding=arguments.encoding,
+            layout=arguments.layout,
+            overwrite=arguments.overwrite,
+        ) as dataset,
+    ):
+        for number, (item, tensor, size) in enumerate(sizes):
+            for block in random_blocks(arguments.seed, number, size, item.problem.dtype):
+                dataset.append(item, tensor, block)
+                bar.update(block.nbytes)
+    print(f"{arguments.path}: {len(items)} items, {total / 1e6:.1f} MB, seed {arguments.seed}")
+    return 0
+
+
+def plan_items(arguments: argparse.Namespace) -> list[Item]:
+    """Describe the items that the arguments ask for."""
+    import numpy as np
+
+    from mdattn_mpi.dataset import Item
+    from mdattn_mpi.errors import RejectedError
+    from mdattn_mpi.problem import AttentionProblem
+
+    if arguments.items < 1 or arguments.seed < 0:
+        raise RejectedError(
+            f"--items is {arguments.items}, --seed {arguments.seed}",
+            fix="use at least one item, and a seed that is not negative",
+        )
+    first, last = arguments.lengths or (arguments.length, arguments.length)
+    draw = np.random.default_rng(arguments.seed)
+    items = []
+    for index in range(arguments.items):
+        length = int(draw.integers(first, last, endpoint=True))
+        problem = AttentionProblem(
+            q_tokens=length,
+            kv_tokens=length if arguments.kv_length is None else arguments.kv_length,
+            q_heads=arguments.q_heads,
+            kv_heads=arguments.kv_heads,
+            head_dim=arguments.head_dim,
+            v_head_dim=arguments.v_head_dim or arguments.head_dim,
+            dtype=DTYPES[arguments.dtype],  # type: ignore[arg-type]
+            causal=arguments.causal,
+            scale=arguments.scale,
+        )
+        items.append(Item(f"item{index}", index, problem))
+    return items
+
+
+def random_blocks(seed: int, tensor: int, size: int, dtype: str) -> Iterator[np.ndarray[Any, Any]]:
+    """Draw `size` numbers of the standard normal distribution, by blocks."""
+    import numpy as np
+
+    from mdattn_mpi.dataset.dtypes import NUMPY
+
+    draw = np.random.Generator(np.random.SFC64([seed, tensor]))
+    for start in range(0, size, BLOCK):
+        numbers = draw.standard_normal(min(BLOCK, size - start), np.float32)
+        yield numbers.astype(NUMPY[dtype])
