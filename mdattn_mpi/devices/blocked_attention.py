@@ -1,20 +1,31 @@
 """Exact attention in NumPy: blocks that stay in cache, softmax on the fly, one task a tile.
 
-The work is cut into tiles (some query tokens of one kv head, with all query heads that read it
-stacked as rows, so that K and V are never copied per query head). A tile walks over the keys block
-by block and keeps, in float32, the sum of ``exp(score - reference) · value``, the sum of
-``exp(score - reference)`` and the reference, which follows the largest score (online softmax;
-Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv 2205.14135).
+The work is cut into tiles: some query tokens of one kv head, with all query heads that read it
+stacked as rows, so that K and V are never copied per query head. A tile walks over the keys block
+by block and keeps, in float32, the sums of ``exp(score - reference)`` and of ``exp(score -
+reference) · value`` (online softmax: Milakov and Gimelshein, arXiv 1805.02867; Dao et al., arXiv
+2205.14135).
 
-Tiles and blocks are cut by the shapes alone, so the bytes of a result don't depend on the number
-of threads.
+What makes it fast is leaving passes over the scores to the matrix products:
+
+- a column of ones in V makes the product with V return the row sums as well;
+- a column ``-reference`` in Q against ones in K makes the product with K return scores that have
+  the reference subtracted;
+- the reference need not be the largest score, only within `HEADROOM` of it: a block whose scores
+  stay below that (nearly all do) is neither searched row by row nor rescaled.
+
+What is left is one product, one maximum, one exp in place, one product. Tiles and blocks are cut
+by the shapes alone, so that the bytes of a result don't depend on the number of threads.
 """
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,9 +35,13 @@ from mdattn_mpi.problem import Span
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
+Poll = Callable[[], None]
 
-TILE_ROWS = 256  # query tokens × query heads of one kv head
+TILE_ROWS = 256  # query tokens × query heads of one kv head; with BLOCK_KEYS it fills the L2 cache
 BLOCK_KEYS = 512
+STRIP_ROWS = 64  # on the diagonal of a causal mask: half a square of this is computed in vain
+PANEL_KEYS = 8192  # keys of one head that are held in float32 at a time
+HEADROOM = np.float32(16)  # exp(16) · 1M keys is far from the end of float32
 
 
 class Partial:
@@ -47,19 +62,9 @@ class Partial:
         tokens, heads, _ = q.shape
         self.q = q
         self.scale = np.float32(scale)
-        self.values = np.zeros((tokens, heads, v_head_dim), np.float32)
-        self.total = np.zeros((tokens, heads), np.float32)
-        self.reference = np.full((tokens, heads), -np.inf, np.float32)
-
-    def finish(self) -> tuple[Array, Floats]:
-        """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""
-        with np.errstate(all="ignore"):
-            seen = self.total != 0  # a NaN counts as seen
-            lse = np.where(seen, self.reference + np.log(self.total), np.float32(-np.inf))
-            weight = np.where(seen, 1 / self.total, np.float32(0))
-            out = np.empty(self.values.shape, self.q.dtype)
-            out[...] = self.values * weight[..., None]
-        return out, lse
+        # The last column holds the sum of the weights.
+        self.sums = np.zeros((tokens, heads, v_head_dim + 1), np.float32)
+        self.reference = np.zeros((tokens, heads), np.float32)
 
 
 class BlockedAttention:
@@ -69,7 +74,7 @@ class BlockedAttention:
     while the rank computes.
     """
 
-    def __init__(self, threads: int, poll: Callable[[], None]) -> None:
+    def __init__(self, threads: int, poll: Poll) -> None:
         self._poll = poll
         self._helpers = threads - 1
         self._pool = ThreadPoolExecutor(self._helpers, "attention") if self._helpers else None
@@ -79,89 +84,250 @@ class BlockedAttention:
 
         `k` is ``[Skv, Nkv, H]``, `v` ``[Skv, Nkv, Hv]``. `causal` means ``lower_right``.
         """
-        if not len(rows) or not len(k):
-            return
-        tasks = deque(self._tiles(partial, rows, k, v, causal))
-        helpers = (
-            [self._pool.submit(_drain, tasks, _nothing) for _ in range(self._helpers)]
-            if (self._pool)
-            else []
+        for start in range(0, len(k), PANEL_KEYS):
+            keys = slice(start, start + PANEL_KEYS)
+            diagonal = len(k) - len(rows) - start if causal else None
+            self._run(_tiles(partial, rows, k[keys], v[keys], diagonal))
+
+    def finish(self, partial: Partial) -> tuple[Array, Floats]:
+        """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""
+        tokens, heads, width = partial.sums.shape
+        out = np.empty((tokens, heads, width - 1), partial.q.dtype)
+        lse = np.empty((tokens, heads), np.float32)
+        self._run(
+            _Finish(partial, slice(start, start + TILE_ROWS), out, lse)
+            for start in range(0, tokens, TILE_ROWS)
         )
-        _drain(tasks, self._poll)
-        for helper in helpers:
-            helper.result()
+        return out, lse
 
     def close(self) -> None:
         """End the threads."""
         if self._pool:
             self._pool.shutdown()
 
-    def _tiles(
-        self, partial: Partial, rows: Span, k: Array, v: Array, causal: bool
-    ) -> Iterator[Callable[[Callable[[], None]], None]]:
-        group = partial.q.shape[1] // k.shape[1]
-        step = max(1, TILE_ROWS // group)
-        for kv_head in range(k.shape[1]):
-            heads = slice(kv_head * group, (kv_head + 1) * group)
-            for start in range(rows.start, rows.stop, step):
-                tokens = slice(start, min(start + step, rows.stop))
-                # The first row of the tile sees keys up to and with this one.
-                diagonal = start - rows.start + len(k) - len(rows) if causal else None
-                yield _Tile(partial, tokens, heads, k[:, kv_head], v[:, kv_head], diagonal)
+    def _run(self, tasks: Iterator[Callable[[Poll], None]]) -> None:
+        queue = deque(tasks)
+        helpers = min(self._helpers, len(queue) - 1)
+        running = [self._pool.submit(_drain, queue, _rest) for _ in range(helpers) if self._pool]
+        try:
+            _drain(queue, self._poll)
+        finally:
+            queue.clear()
+            for helper in running:
+                helper.result()
 
 
-class _Tile:
-    def __init__(
-        self,
-        partial: Partial,
-        tokens: slice,
-        heads: slice,
-        k: Array,
-        v: Array,
-        diagonal: int | None,
-    ) -> None:
-        self.partial = partial
-        self.index = (tokens, heads)
-        self.k, self.v = k, v
-        self.diagonal = diagonal
-
-    def __call__(self, poll: Callable[[], None]) -> None:
-        partial = self.partial
-        q = partial.q[self.index].astype(np.float32) * partial.scale
-        count, group, dim = q.shape
-        q = q.reshape(-1, dim)
-        values = partial.values[self.index].reshape(count * group, -1)
-        total = partial.total[self.index].reshape(-1)
-        reference = partial.reference[self.index].reshape(-1)
-        visible = len(self.k) if self.diagonal is None else self.diagonal + count
-        for start in range(0, visible, BLOCK_KEYS):
-            keys = slice(start, min(start + BLOCK_KEYS, visible))
-            scores = q @ self.k[keys].astype(np.float32).T
-            if self.diagonal is not None and keys.stop > self.diagonal + 1:
-                limit = np.repeat(np.arange(count), group) + self.diagonal
-                np.copyto(scores, -np.inf, where=np.arange(start, keys.stop) > limit[:, None])
-            top = np.maximum(reference, scores.max(axis=1))
-            safe = np.where(top == -np.inf, np.float32(0), top)
-            weight = np.exp(reference - safe)
-            np.exp(scores - safe[:, None], out=scores)
-            total = total * weight + scores.sum(axis=1)
-            values = values * weight[:, None] + scores @ self.v[keys].astype(np.float32)
-            reference = top
-            poll()
-        partial.values[self.index] = values.reshape(count, group, -1)
-        partial.total[self.index] = total.reshape(count, group)
-        partial.reference[self.index] = reference.reshape(count, group)
-
-
-def _drain(tasks: deque[Callable[[Callable[[], None]], None]], poll: Callable[[], None]) -> None:
-    with np.errstate(all="ignore"):
+def _drain(queue: deque[Callable[[Poll], None]], poll: Poll) -> None:
+    with np.errstate(all="ignore"):  # NaN and infinity travel to the rows that they touch
         while True:
             try:
-                task = tasks.popleft()
+                task = queue.popleft()
             except IndexError:
                 return
             task(poll)
 
 
-def _nothing() -> None:
-    pass
+def _rest() -> None:
+    """Poll nothing: the caller's thread does it."""
+
+
+def _tiles(
+    partial: Partial, rows: Span, k: Array, v: Array, diagonal: int | None
+) -> Iterator[Callable[[Poll], None]]:
+    """Cut rows × keys into tiles; row ``i`` of `rows` sees keys up to and with ``i + diagonal``."""
+    group = partial.q.shape[1] // k.shape[1]
+    step = max(1, TILE_ROWS // group)
+    for kv_head in range(k.shape[1]):
+        panel = _Panel(k[:, kv_head], v[:, kv_head])
+        heads = slice(kv_head * group, (kv_head + 1) * group)
+        # Backwards: under a causal mask the last tile is the longest.
+        for start in reversed(range(rows.start, rows.stop, step)):
+            tokens = Span(start, min(start + step, rows.stop))
+            shift = None if diagonal is None else start - rows.start + diagonal
+            if shift is None or shift + len(tokens) > 0:
+                yield _Tile(partial, tokens, heads, panel, shift)
+
+
+class _Panel:
+    """Keys and values of one head in float32, each row with a 1 at its end.
+
+    Converted by all threads together, when the first of them needs it.
+    """
+
+    def __init__(self, k: Array, v: Array) -> None:
+        self._sources = (k, v)
+        self._chunks = deque(range(0, len(k), BLOCK_KEYS))
+        self._left = len(self._chunks)
+        self._lock = threading.Lock()
+        self._converted = threading.Event()
+        self.k: Floats
+        self.v: Floats
+
+    def __len__(self) -> int:
+        return len(self._sources[0])
+
+    def convert(self) -> None:
+        """Return when all of it is there; does its share of the work."""
+        if self._converted.is_set():
+            return
+        with self._lock:
+            if not hasattr(self, "v"):
+                self.k, self.v = (
+                    np.empty((len(source), source.shape[1] + 1), np.float32)
+                    for source in self._sources
+                )
+        while True:
+            try:
+                start = self._chunks.popleft()
+            except IndexError:
+                break
+            for source, target in zip(self._sources, (self.k, self.v), strict=True):
+                chunk = slice(start, start + BLOCK_KEYS)
+                target[chunk, :-1] = source[chunk]
+                target[chunk, -1] = 1
+            with self._lock:
+                self._left -= 1
+                if not self._left:
+                    self._converted.set()
+        self._converted.wait()
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """The `tokens` and `heads` of a query against a panel of keys.
+
+    Token ``i`` of the tile sees keys up to and with ``i + diagonal``, or all where that is None.
+    """
+
+    partial: Partial
+    tokens: Span
+    heads: slice
+    panel: _Panel
+    diagonal: int | None
+
+    def __call__(self, poll: Poll) -> None:
+        self.panel.convert()
+        index = (self.tokens.slice, self.heads)
+        rows = _Rows(self.partial, index)
+        for strip, keys in self._blocks(rows.group):
+            first = None if self.diagonal is None else self.diagonal + strip.start // rows.group
+            rows.attend(
+                strip,
+                self.panel.k[keys.slice],
+                self.panel.v[keys.slice],
+                None if first is None or first + 1 >= keys.stop else first - keys.start,
+            )
+            poll()
+        rows.store(self.partial, index)
+
+    def _blocks(self, group: int) -> Iterator[tuple[Span, Span]]:
+        """Rows and keys of each product; on the diagonal in strips, to compute less in vain."""
+        rows = Span(0, len(self.tokens) * group)
+        seen = len(self.panel) if self.diagonal is None else min(self.diagonal, len(self.panel))
+        for start in range(0, seen, BLOCK_KEYS):
+            yield rows, Span(start, min(start + BLOCK_KEYS, seen))
+        if self.diagonal is None:
+            return
+        step = max(1, STRIP_ROWS // group)
+        for start in range(0, len(self.tokens), step):
+            stop = min(start + step, len(self.tokens))
+            end = min(self.diagonal + stop, len(self.panel))
+            if end > max(0, seen):
+                yield Span(start * group, stop * group), Span(max(0, seen), end)
+
+
+class _Rows:
+    """The rows of a tile while it is computed: token-major, the heads of the group inside."""
+
+    def __init__(self, partial: Partial, index: tuple[slice, slice]) -> None:
+        q = partial.q[index]
+        tokens, self.group, dim = q.shape
+        rows = tokens * self.group
+        self.sums = partial.sums[index].copy().reshape(rows, -1)
+        self.reference = partial.reference[index].copy().reshape(rows)
+        self.q = np.empty((rows, dim + 1), np.float32)
+        np.multiply(q.reshape(rows, dim), partial.scale, out=self.q[:, :-1], dtype=np.float32)
+        np.negative(self.reference, out=self.q[:, -1])
+        self.fresh = not self.sums[:, -1].all()
+
+    def store(self, partial: Partial, index: tuple[slice, slice]) -> None:
+        partial.sums[index] = self.sums.reshape(partial.sums[index].shape)
+        partial.reference[index] = self.reference.reshape(partial.reference[index].shape)
+
+    def attend(self, strip: Span, k: Floats, v: Floats, diagonal: int | None) -> None:
+        """Add the attention of the rows in `strip` to `k` and `v`, masked if `diagonal` is given.
+
+        Token ``i`` of the strip sees keys up to and with ``i + diagonal``.
+        """
+        scores, added = _scratch(len(strip), len(k), v.shape[1])
+        np.matmul(self.q[strip.slice], k.T, out=scores)
+        if diagonal is not None:
+            np.copyto(scores, -np.inf, where=_hidden(len(strip), len(k), self.group, diagonal))
+        # Said so that a NaN goes this way too.
+        if self.fresh or not scores.max() <= HEADROOM:
+            self._raise_reference(strip, scores)
+        np.exp(scores, out=scores)
+        np.matmul(scores, v, out=added)
+        self.sums[strip.slice] += added
+        if self.fresh:
+            self.fresh = not self.sums[:, -1].all()
+
+    def _raise_reference(self, strip: Span, scores: Floats) -> None:
+        """Make the largest score of a row its reference, where it is new or out of reach."""
+        sums, reference = self.sums[strip.slice], self.reference[strip.slice]
+        new = sums[:, -1] == 0
+        top = scores.max(axis=1)
+        rise = np.where((new & (top != -np.inf)) | ~(top <= HEADROOM), top, np.float32(0))
+        scores -= rise[:, None]
+        sums *= np.where(new, np.float32(0), np.exp(-rise))[:, None]
+        reference += rise
+        np.negative(reference, out=self.q[strip.slice, -1])
+
+
+@lru_cache(maxsize=64)
+def _hidden(rows: int, keys: int, group: int, diagonal: int) -> NDArray[np.bool_]:
+    """Where a row of a strip must not look."""
+    token = np.arange(rows)[:, None] // group
+    return np.arange(keys) > token + diagonal
+
+
+class _Scratch(threading.local):
+    """A thread's own buffer, in which the scores of one block stay in cache."""
+
+    def __init__(self) -> None:
+        self.buffer = np.empty(0, np.float32)
+
+
+_scratches = _Scratch()
+
+
+def _scratch(rows: int, keys: int, width: int) -> tuple[Floats, Floats]:
+    """Scores ``[rows, keys]`` and a product ``[rows, width]``, undefined, valid until the next."""
+    cut, needed = rows * keys, rows * (keys + width)
+    if _scratches.buffer.size < needed:
+        _scratches.buffer = np.empty(needed, np.float32)
+    buffer = _scratches.buffer
+    return buffer[:cut].reshape(rows, keys), buffer[cut:needed].reshape(rows, width)
+
+
+@dataclass(frozen=True)
+class _Finish:
+    """Divide the sums of some tokens by their weights; round once."""
+
+    partial: Partial
+    tokens: slice
+    out: Array
+    lse: Floats
+
+    def __call__(self, poll: Poll) -> None:
+        sums = self.partial.sums[self.tokens]
+        total = sums[..., -1]
+        quotient = sums[..., :-1] / total[..., None]
+        lse = np.log(total) + self.partial.reference[self.tokens]
+        unseen = total == 0
+        if unseen.any():
+            quotient[unseen] = 0
+            lse[unseen] = -np.inf
+        self.out[self.tokens] = quotient
+        self.lse[self.tokens] = lse
+        poll()

@@ -87,7 +87,7 @@ class HostDevice:
     def finish(self, accumulator: Partial) -> tuple[Array, Array]:
         """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""
         with self.timed("merge"):
-            return accumulator.finish()
+            return self._attention.finish(accumulator)
 
     def check(self, problem: AttentionProblem) -> None:
         """Refuse what this device can't do: nothing, on the host."""
