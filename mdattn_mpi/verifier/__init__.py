@@ -1,1 +1,4 @@
-"""Float64 reference and comparison; knows nothing of strategies and devices."""
+"""Is an output right? Float64 attention over the dataset, and checksums, against what was written.
+
+Nothing here knows how an output was computed: this room imports the problem and the files alone.
+"""

@@ -1,0 +1,167 @@
+"""``mdattn verify``: is an output right?"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mdattn_mpi.verifier.check import Finding
+
+DESCRIPTION = """\
+Compare an output with attention computed in float64 from the dataset, and the bytes of every shard
+with the checksum that its rank wrote down.
+
+  mdattn verify out.h5 --data data.h5
+
+Looked at are, of every item, its first and last row, both sides of every border between shards, and
+some rows at random. How much error is allowed follows from how an engine has to round; "used" says
+how much of that an item takes up at its worst row and head. One process does it, without MPI, on a
+file that may still be written by others.
+"""
+
+EPILOG = """\
+Exit codes: 0 everything is right; 1 something is wrong, or isn't finished (--partial lets that
+pass); 2 the files can't be used.
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "verify",
+        help="compare an output with float64 attention",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("output", metavar="OUT.h5", help="the output")
+    add("--data", required=True, metavar="DATA.h5", help="the dataset that it was made from")
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument(
+        "--rows", type=_count, default=64, metavar="N", help="random rows an item (default: 64)"
+    )
+    rows.add_argument("--all", action="store_true", help="all rows")
+    add("--items", default="*", metavar="PATTERN", help="only these: names or globs, with commas")
+    add("--seed", type=_count, default=0, metavar="N", help="of the random rows (default: 0)")
+    add("--partial", action="store_true", help="let it pass that items aren't finished")
+    add("--other-data", action="store_true", help="compare even if the dataset's digest differs")
+    add("-b", "--backend", metavar="NAME", help="what computed it, if not what the output names")
+    add("--allow", action="append", default=[], metavar="DIR", help="folder HDF5 links may lead to")
+    add("--json", action="store_true", help="print what was found as JSON")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 0 on")
+    return int(text)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Verify; return 0.
+
+    Raises
+    ------
+    VerificationError
+        Something is wrong or isn't finished; everything has been looked at and printed.
+    RejectedError
+        The files can't be used.
+
+    """
+    findings = []
+    table = _Table(quiet=arguments.json)
+    for finding in _findings(arguments):
+        table.add(finding)
+        findings.append(finding)
+    _conclude(arguments, findings)
+    return 0
+
+
+def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
+    from mdattn_mpi.dataset import open_output
+    from mdattn_mpi.verifier.check import Choice, check, open_input, pair
+
+    choice = Choice(None if arguments.all else arguments.rows, arguments.seed, arguments.backend)
+    with (
+        open_output(arguments.output) as output,
+        open_input(
+            output, arguments.data, allow=arguments.allow, other=arguments.other_data
+        ) as dataset,
+    ):
+        for items in pair(output, dataset, arguments.items):
+            yield check(output, dataset, items, choice)
+
+
+class _Table:
+    """Prints a line an item, as soon as it is known; what is wrong below it."""
+
+    def __init__(self, quiet: bool) -> None:
+        self.quiet = quiet
+        if not quiet:
+            print(f"{'item':<28}{'rows':>7}{'error':>10}{'allowed':>10}{'used':>6}  shards")
+
+    def add(self, finding: Finding) -> None:
+        """Print one item."""
+        if self.quiet:
+            return
+        name, found = finding.item.name, finding.judgement
+        name = name if len(name) <= 27 else name[:26] + "…"
+        line = f"{name:<28}"
+        if found is not None:
+            ranks = finding.entry.ranks
+            used = max(found.used, found.lse_used or 0.0)
+            share = f"{used:.0%}" if used < 9.995 else "> 9×"
+            good = ranks - len(finding.bad_shards)
+            line += f"{found.rows:>7}{found.error:>10.1e}{found.tolerance:>10.1e}{share:>6}"
+            line += f"  {good}/{ranks}"
+        print(f"{line:<70} {finding.verdict}", flush=True)
+        for complaint in finding.complaints():
+            print(f"  {complaint}", flush=True)
+
+
+def _conclude(arguments: argparse.Namespace, findings: list[Finding]) -> None:
+    from mdattn_mpi.errors import VerificationError
+
+    count = {
+        verdict: sum(finding.verdict == verdict for finding in findings)
+        for verdict in ("right", "wrong", "unfinished")
+    }
+    bad = count["wrong"] or (count["unfinished"] and not arguments.partial)
+    if arguments.json:
+        _print_json(arguments, findings, count, exit_code=1 if bad else 0)
+    else:
+        summary = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
+        print(f"{arguments.output}: {len(findings)} items: {summary}")
+    if count["wrong"]:
+        raise VerificationError(
+            f"{count['wrong']} of {len(findings)} items are wrong",
+            fix="look for a failing disk or device (`mdattn doctor`), then run it again "
+            "with --overwrite",
+            file=arguments.output,
+        )
+    if bad:
+        raise VerificationError(
+            f"{count['unfinished']} of {len(findings)} items aren't finished",
+            fix="run the same `mdattn run` again, or verify with --partial",
+            file=arguments.output,
+        )
+
+
+def _print_json(
+    arguments: argparse.Namespace, findings: list[Finding], count: dict[str, int], exit_code: int
+) -> None:
+    import json
+
+    facts = {
+        "output": arguments.output,
+        "data": arguments.data,
+        "seed": arguments.seed,
+        **count,
+        "exit_code": exit_code,
+        "items": [finding.to_json() for finding in findings],
+    }
+    print(json.dumps(facts, indent=1, ensure_ascii=False))

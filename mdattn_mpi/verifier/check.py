@@ -1,0 +1,212 @@
+"""One output against its dataset: every item that is done, row by row and shard by shard."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import chain
+from typing import Any, Literal
+
+import numpy as np
+
+from mdattn_mpi.dataset import Dataset, Entry, Item, Output, open_dataset
+from mdattn_mpi.errors import ItemError, RejectedError
+from mdattn_mpi.partition import partition
+from mdattn_mpi.problem import Partition, Span
+from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_rows, judge
+from mdattn_mpi.verifier.tolerance import rounding_of
+
+Verdict = Literal["right", "wrong", "unfinished"]
+Shards = tuple[tuple[Span, ...], ...]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found out about one item."""
+
+    item: Item
+    entry: Entry
+    judgement: Judgement | None = None  # None when it isn't done
+    shards: Shards = ()
+    bad_shards: tuple[int, ...] = ()  # ranks whose bytes don't match the ledger's checksum
+    fault: str = ""  # why it can't be read
+
+    @property
+    def verdict(self) -> Verdict:
+        """What it comes to."""
+        if self.fault:
+            return "wrong"
+        if self.judgement is None:
+            return "unfinished"
+        return "right" if self.judgement.right and not self.bad_shards else "wrong"
+
+    def owner(self, row: int) -> int:
+        """The rank that wrote a query row."""
+        owners = (rank for rank, spans in enumerate(self.shards) if _holds(spans, row))
+        return next(owners)
+
+    def complaints(self) -> Iterator[str]:
+        """Say what is wrong, one sentence each."""
+        found = self.judgement
+        if found is None:
+            failed = f"failed: {self.entry.reason}" if self.entry.reason else ""
+            yield self.fault or failed or "has not been computed"
+            return
+        for rank in self.bad_shards:
+            yield f"the shard of rank {rank} has other bytes than that rank wrote"
+        if found.used > 1 and found.worst:
+            yield (
+                f"{self._place(found.worst)}: error {found.error:.2g}, {found.used:.3g} times "
+                f"what is allowed"
+            )
+        if (found.lse_used or 0) > 1 and found.lse_worst:
+            yield (
+                f"{self._place(found.lse_worst)}: the log-sum-exp's error is "
+                f"{found.lse_used:.3g} times what is allowed"
+            )
+        if found.not_judged:
+            yield f"{found.not_judged} rows × heads not judged: their input is not finite"
+
+    def _place(self, place: Place) -> str:
+        return f"row {place.row} of head {place.head} (rank {self.owner(place.row)})"
+
+    def to_json(self) -> dict[str, Any]:
+        """The same as plain numbers and text; what isn't finite as None."""
+        found = self.judgement
+        facts: dict[str, Any] = {
+            "item": self.item.name,
+            "problem": str(self.item.problem),
+            "state": self.entry.state,
+            "verdict": self.verdict,
+            "complaints": list(self.complaints()),
+        }
+        if found is not None:
+            facts |= {
+                "strategy": self.entry.strategy,
+                "ranks": self.entry.ranks,
+                "rows": found.rows,
+                "error": _plain(found.error),
+                "tolerance": found.tolerance,
+                "used": _plain(found.used),
+                "lse_used": _plain(found.lse_used),
+                "wrong": found.wrong,
+                "not_judged": found.not_judged,
+                "bad_shards": list(self.bad_shards),
+            }
+        return facts
+
+
+def open_input(output: Output, path: str, *, allow: Sequence[str], other: bool) -> Dataset:
+    """Open the dataset that `output` was made from, as the job did.
+
+    Raises
+    ------
+    RejectedError
+        It can't be opened, or it is another one; with `other` its content may differ.
+
+    """
+    dataset = open_dataset(
+        path,
+        select=str(output.attributes.get("items", "*")),
+        layout=str(output.attributes.get("layout", "auto")),
+        allow=allow,
+    )
+    recorded = output.attributes.get("input_digest")
+    if recorded is not None and recorded != dataset.digest and not other:
+        dataset.close()
+        raise RejectedError(
+            f"is not the dataset that {output.path} was made from: its content differs",
+            fix=f"name {output.attributes.get('input_path', 'the other one')}; "
+            "--other-data compares all the same",
+            file=path,
+        )
+    return dataset
+
+
+def pair(output: Output, dataset: Dataset, patterns: str) -> list[tuple[Item, Item]]:
+    """Find the items of both files that `patterns` select: ``(of the output, of the dataset)``.
+
+    Raises
+    ------
+    RejectedError
+        Nothing matches, or an item isn't in the dataset, or is another problem there.
+
+    """
+    wanted = [pattern.strip() for pattern in patterns.split(",")]
+    chosen = [i for i in output.items if any(fnmatchcase(i.name, pattern) for pattern in wanted)]
+    if not chosen:
+        raise RejectedError(
+            f"no item matches {patterns!r}", fix="see `mdattn inspect`", file=output.path
+        )
+    inputs = {item.name: item for item in dataset.items}
+    for item in chosen:
+        other = inputs.get(item.name)
+        if other is None or other.problem != item.problem:
+            found = f"holds {other.problem}" if other else "has no such item"
+            raise RejectedError(
+                f"{output.path} was made for {item.problem}; this dataset {found}",
+                fix="name the dataset that it was made from",
+                file=dataset.path,
+                item=item.name,
+            )
+    return [(item, inputs[item.name]) for item in chosen]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to look at, and how strictly.
+
+    ``rows`` are those drawn at random, beside the telling ones; None means all. ``backend`` is what
+    computed the output; None means the one that it names.
+    """
+
+    rows: int | None = 64
+    seed: int = 0
+    backend: str | None = None
+
+
+def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Choice) -> Finding:
+    """Verify one item, given as the output and as the dataset number it."""
+    item, given = items
+    entry = output.ledger.entry(item)
+    if entry.state != "done":
+        return Finding(item, entry)
+    owners = partition(item.problem, entry.strategy, entry.ranks)  # type: ignore[arg-type]
+    source = Source(
+        item.problem,
+        lambda tensor, spans: dataset.read(given, tensor, spans),  # type: ignore[arg-type]
+        lambda result, spans: output.read(item, result, spans),  # type: ignore[arg-type]
+        output.lse,
+    )
+    backend = choice.backend or str(output.attributes.get("backend", ""))
+    try:
+        bad = tuple(
+            rank
+            for rank, (spans, crc32) in enumerate(zip(owners.query, entry.crc32s, strict=True))
+            if output.checksum(item, spans) != crc32
+        )
+        found = judge(source, _rows(item, owners, choice), rounding_of(backend))
+    except ItemError as error:
+        return Finding(item, entry, fault=str(error))
+    return Finding(item, entry, found, owners.query, bad)
+
+
+def _rows(item: Item, owners: Partition, choice: Choice) -> Array:
+    problem = item.problem
+    if choice.rows is None:
+        return np.arange(problem.q_tokens)
+    borders = [span.start for span in chain(*owners.query)]
+    if problem.diagonal is not None:  # the first rows that see into another shard of the keys
+        borders += [span.start - problem.diagonal for span in chain(*owners.kv)]
+    seed = (choice.seed, zlib.crc32(item.name.encode()))
+    return choose_rows(problem, borders, choice.rows, seed)
+
+
+def _holds(spans: Sequence[Span], row: int) -> bool:
+    return any(span.start <= row < span.stop for span in spans)
+
+
+def _plain(number: float | None) -> float | None:
+    return number if number is not None and np.isfinite(number) else None
