@@ -104,8 +104,12 @@ def open_job(spec: JobSpec, world: World) -> Job:
         lambda: open_dataset(spec.data, select=spec.items, layout=spec.layout, allow=spec.allow),
         dataset_facts,
     )
-    backend = open_backend(
-        spec.backend, world, threads=spec.threads, transfer=spec.transfer, engine=spec.engine
+    backend = together(
+        world,
+        "backend",
+        lambda: open_backend(
+            spec.backend, world, threads=spec.threads, transfer=spec.transfer, engine=spec.engine
+        ),
     )
     world.board.identify(device=backend.describe().get("device", ""))
 
