@@ -22,24 +22,28 @@ folder      the run folder: tells the watchdog where the board's file is
 from __future__ import annotations
 
 import os
-import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
 
+from mdattn_mpi.lockstep.death_note import put_aside
+
 PAGE = 4096
 MAGIC = b"mdboard1"
+BULLETIN_MAGIC = b"mdlost01"
 FILE = "board"
 
 _IDENTITY = Struct("<8sQiiiII128s128s")
 _MOMENT = Struct("<QQQQQQ64s512s")
 _COUNT = Struct("<QQ")
 _PROGRESS = Struct("<QQ")
-_STATE = Struct("<BBxxi")
+_STATE = Struct("<BBxxi")  # of the three, the watchdog sets the second
 _WATCH = Struct("<QQcxxxxxxxQ")
-_FAULT = Struct("<Q1528s")
+_FAULT = Struct("<Q?1527s")
+_BULLETIN = Struct("<8sQi")
 _FOLDER = Struct("<1024s")
 
 _AT_IDENTITY = 0
@@ -85,6 +89,7 @@ class Record:
     heartbeat: float
     process_state: str
     fault_time: float
+    late: bool
     fault: str
     folder: str
 
@@ -110,13 +115,13 @@ class Record:
         done, total = _PROGRESS.unpack_from(page, _AT_PROGRESS)
         state, stop, exit_code = _STATE.unpack_from(page, _AT_STATE)
         beats, heartbeat, process_state, _ = _WATCH.unpack_from(page, _AT_WATCH)
-        fault_time, fault = _FAULT.unpack_from(page, _AT_FAULT)
+        fault_time, late, fault = _FAULT.unpack_from(page, _AT_FAULT)
         (folder,) = _FOLDER.unpack_from(page, _AT_FOLDER)
         return Record(
             job, rank, size, group, pid, watchdog_pid, _text(host), _text(device),
             agreements, phases, bool(waiting), since / 1e9, since_wall / 1e9, deadline / 1e9,
             _text(phase), _text(item), done, total, state, bool(stop), exit_code,
-            beats, heartbeat / 1e9, _text(process_state), fault_time / 1e9, _text(fault),
+            beats, heartbeat / 1e9, _text(process_state), fault_time / 1e9, late, _text(fault),
             _text(folder),
         )  # fmt: skip
 
@@ -133,7 +138,7 @@ class Board:
         self._identity: dict[str, int | str] = {
             "job": 0, "rank": -1, "size": 0, "group": 0, "device": "",
         }  # fmt: skip
-        self._host = socket.gethostname()
+        self._host = os.uname().nodename
         self.identify()
 
     # -- the rank says -----------------------------------------------------------------------------
@@ -168,16 +173,18 @@ class Board:
     def attach(self, run_folder: str | Path, rank: int, size: int, device: str = "") -> None:
         """Let the watchdog publish this page, and write its death note, in `run_folder`."""
         self.identify(rank=rank, size=size, device=device)
+        if rank == 0:
+            put_aside(run_folder, int(self._identity["job"]))
         _FOLDER.pack_into(self.page, _AT_FOLDER, os.fsencode(Path(run_folder).resolve()))
 
     def progress(self, done: int, total: int) -> None:
         """Say how many items are finished, of how many."""
         _PROGRESS.pack_into(self.page, _AT_PROGRESS, done, total)
 
-    def fail(self, what: str) -> None:
-        """Say that this rank alone has failed, and why; the watchdog takes it from there."""
+    def fail(self, what: str, *, late: bool = False) -> None:
+        """Say that this rank alone has failed, and how; what is said first stays."""
         if not _FAULT.unpack_from(self.page, _AT_FAULT)[0]:
-            _FAULT.pack_into(self.page, _AT_FAULT, time.time_ns(), what.encode())
+            _FAULT.pack_into(self.page, _AT_FAULT, time.time_ns(), late, what.encode())
 
     def started(self) -> None:
         """Say that this rank belongs to a world now: from here on others wait for it."""
@@ -204,12 +211,14 @@ class Board:
 
     # -- the watchdog says -------------------------------------------------------------------------
 
-    watchdog_pid = 0
+    watchdog_pid = 0  # none
 
     def beat(self, process_state: str) -> None:
         """Say that the watchdog lives, and how the kernel calls the state of the rank."""
         beats = _WATCH.unpack_from(self.page, _AT_WATCH)[0]
-        _WATCH.pack_into(self.page, _AT_WATCH, beats + 1, time.time_ns(), process_state.encode(), 0)
+        _WATCH.pack_into(
+            self.page, _AT_WATCH, beats + 1, time.time_ns(), (process_state or "X").encode(), 0
+        )
 
     def record(self) -> Record:
         """Decode this page."""
@@ -233,16 +242,54 @@ def share(new: Board) -> Board:
     return new
 
 
-def read_board(run_folder: str | Path) -> list[Record]:
-    """Read the records of the latest run in `run_folder`, in rank order; [] if there is none."""
-    try:
-        pages = (Path(run_folder) / FILE).read_bytes()
-    except OSError:
-        return []
-    found = [Record.decode(pages[at : at + PAGE]) for at in range(PAGE, len(pages), PAGE)]
-    records = [record for record in found if record is not None]
-    latest = max(records, key=lambda record: record.heartbeat, default=None)
-    return [record for record in records if latest and record.job == latest.job]
+@dataclass(frozen=True)
+class BoardFile:
+    """All ranks' pages in the run folder, and the bulletin.
+
+    The file is opened anew every time: that is what makes NFS show what other hosts wrote.
+    """
+
+    folder: str | Path
+
+    def publish(self, page: bytes, rank: int, size: int) -> None:
+        """Write the page of `rank`."""
+        with self._open() as file:
+            if os.fstat(file).st_size < PAGE * (1 + size):
+                os.posix_fallocate(
+                    file, 0, PAGE * (1 + size)
+                )  # so that a full disk can't refuse later
+            os.pwrite(file, page, PAGE * (1 + rank))
+
+    def announce(self, job: int, rank: int) -> None:
+        """Tell all watchdogs of `job` that `rank` (-1: nobody in particular) is lost."""
+        with self._open() as file:
+            os.pwrite(file, _BULLETIN.pack(BULLETIN_MAGIC, job, rank), 0)
+
+    def lost(self, job: int) -> bool:
+        """Whether a rank of `job` has been announced as lost."""
+        with self._open() as file:
+            raw = os.pread(file, _BULLETIN.size, 0)
+        return len(raw) == _BULLETIN.size and _BULLETIN.unpack(raw)[:2] == (BULLETIN_MAGIC, job)
+
+    def records(self, job: int | None = None) -> list[Record]:
+        """Read the records of `job`, or of the latest run, in rank order; [] if there are none."""
+        try:
+            pages = (Path(self.folder) / FILE).read_bytes()
+        except OSError:
+            return []
+        found = [Record.decode(pages[at : at + PAGE]) for at in range(PAGE, len(pages), PAGE)]
+        records = [record for record in found if record is not None]
+        if job is None:
+            job = max(records, key=lambda record: record.heartbeat).job if records else 0
+        return [record for record in records if record.job == job]
+
+    @contextmanager
+    def _open(self) -> Iterator[int]:
+        file = os.open(Path(self.folder) / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            yield file
+        finally:
+            os.close(file)
 
 
 def _text(raw: bytes) -> str:

@@ -1,10 +1,477 @@
-"""The watchdog."""
+"""The watchdog: a process that a rank can't take with it.
+
+A thread can't watch: it doesn't run while native code holds the GIL, nor when the process is
+stopped. So the process that the launcher started forks before MPI, NumPy or a thread exist. The
+child becomes the MPI rank; the parent watches it, and reads the board's page that both share. It
+acts when the rank dies, when it ends without having left the world, and when it is late. It also
+acts when another rank is lost, when another watchdog has vanished, and when the launcher has. It
+needs no collective and no answer from anybody to end the job, and it never waits for a file: all
+files are a second thread's business.
+"""
 
 from __future__ import annotations
 
+import ctypes
+import faulthandler
+import mmap
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from typing import TypeVar
+
+from mdattn_mpi.errors import MdattnError
+from mdattn_mpi.lockstep import death_note
+from mdattn_mpi.lockstep.board import ENDED, PAGE, RUNNING, Board, BoardFile, Record, share
+from mdattn_mpi.lockstep.launcher import launcher
+
+INTERRUPTED = 75
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_DUMP = signal.SIGRTMIN + 9  # asks the rank for its stacks
+_POLL = 0.05
+_SCRIBE_POLL = 0.2
+_HEARTBEAT = 2.0
+_DEAF = 10.0  # seconds without a heartbeat after which nobody is home
+_REPEAT = 0.5  # launchers send one signal several times, to the process and to its group
+_NOTE_PATIENCE = 1.0
+_PR_SET_PDEATHSIG = 1
+
+T = TypeVar("T")
+
+# Phases in which a rank may be waiting for another one without having said so.
+_SHARED_PHASES = frozenset({"start", "begin", "enqueue", "collect", "agree", "end"})
 
 
 def watch(main: Callable[[], int]) -> int:
-    """Run `main` under a watchdog; return the exit code."""
-    return main()
+    """Run `main` as an MPI rank with a watchdog; return the job's exit code.
+
+    Must be called before MPI, NumPy or a thread exist. `main` runs in a child process and never
+    returns here. An error that all ranks agreed on is printed once; any other ends the job.
+    """
+    page = memoryview(mmap.mmap(-1, PAGE))
+    board = share(Board(page))
+    stacks = os.memfd_create("mdattn-stacks")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPS, signal.SIGCHLD})
+    watchdog = os.getpid()
+    child = os.fork()
+    if child == 0:
+        _be_the_rank(main, board, stacks, watchdog)
+    return Watchdog(child, board, stacks).run()
+
+
+# -- the child ------------------------------------------------------------------------------------
+
+
+def _be_the_rank(main: Callable[[], int], board: Board, stacks: int, watchdog: int) -> None:
+    """Run `main` and exit with its code; never return."""
+    code = 4
+    try:
+        _die_with(watchdog)
+        board.watchdog_pid = watchdog
+        board.identify()
+        faulthandler.enable(stacks)
+        faulthandler.register(_DUMP, stacks)
+        threading.excepthook = lambda thread: _fail(board, stacks, thread.exc_value)
+        for number in STOPS:
+            signal.signal(number, lambda *_: board.request_stop())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*STOPS, signal.SIGCHLD})
+        code = _run(main, board, stacks)
+    except BaseException as error:
+        code = _note_failure(board, stacks, error)
+    finally:
+        _exit(board, code)
+
+
+def _run(main: Callable[[], int], board: Board, stacks: int) -> int:
+    """Call `main` and leave the world with the others, if they are leaving too."""
+    try:
+        code = main()
+    except MdattnError as error:
+        if not error.agreed and board.record().state != RUNNING:
+            raise
+        if not error.agreed or launcher().rank == 0:
+            print(f"mdattn: error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except SystemExit as stop:
+        if board.record().state != RUNNING:
+            raise
+        code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+    if board.record().state == RUNNING:
+        board.end()
+    elif board.record().state != ENDED:
+        from mdattn_mpi.lockstep.world import leave
+
+        leave(board)
+    return code
+
+
+def _note_failure(board: Board, stacks: int, error: BaseException | None) -> int:
+    """Leave for the watchdog what went wrong, and where; return the exit code."""
+    if isinstance(error, SystemExit):
+        board.fail(f"called sys.exit({error.code!r})")
+        code = INTERRUPTED
+    else:
+        board.fail(f"raised {type(error).__name__}: {error}")
+        code = error.exit_code if isinstance(error, MdattnError) else 4
+    if error is not None:
+        text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+        os.write(stacks, text.encode(errors="replace"))
+    return code
+
+
+def _fail(board: Board, stacks: int, error: BaseException | None) -> None:
+    """Take the rank down for an exception that nobody caught in a thread."""
+    if not isinstance(error, SystemExit):  # a thread may end itself like this
+        _exit(board, _note_failure(board, stacks, error))
+
+
+def _exit(board: Board, code: int) -> None:
+    """Exit at once: no thread is waited for, and no destructor talks to ranks that are gone."""
+    board.exit(code)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when `parent` dies."""
+    with suppress(AttributeError, OSError):  # not Linux
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(INTERRUPTED)
+
+
+# -- the parent -----------------------------------------------------------------------------------
+
+
+class Watchdog:
+    """What the parent does until the rank is gone."""
+
+    def __init__(self, child: int, board: Board, stacks: int) -> None:
+        self.child = child
+        self.board = board
+        self.stacks = stacks
+        self.launched = launcher()
+        self.launcher_pid = os.getppid()
+        self.scribe = Scribe(board, child)
+        self._stop_asked = 0.0
+        self._late_since: tuple[int, int] | None = None
+        self._excuse = Excuse()
+        self._looked = time.monotonic()
+        self._suspended = 0.0
+        with suppress(OSError), open("/proc/self/comm", "w") as name:
+            name.write("mdattn-watchdog")
+
+    def run(self) -> int:
+        """Watch until the rank has ended, or must; return the exit code."""
+        self.scribe.start()
+        signals = {*STOPS, signal.SIGCHLD}
+        while True:
+            arrived = signal.sigtimedwait(signals, _POLL)
+            if arrived and arrived.si_signo in STOPS and self._second_stop():
+                return self._stop_now()
+            code = self._look()
+            if code is not None:
+                return code
+
+    def _second_stop(self) -> bool:
+        """Take note of a signal to stop; True if it is one too many to be polite."""
+        now = time.monotonic()
+        first, self._stop_asked = self._stop_asked, self._stop_asked or now
+        self.board.request_stop()
+        return first > 0 and now - first > _REPEAT
+
+    def _stop_now(self) -> int:
+        self._kill()
+        within(_NOTE_PATIENCE, self.scribe.look)  # was it a launcher that mourns a rank?
+        return self._lost_peer() or INTERRUPTED
+
+    def _look(self) -> int | None:
+        """Look once at everything that can be wrong; an exit code if something is."""
+        pid, status = os.waitpid(self.child, os.WNOHANG)
+        if pid:
+            return self._ended(os.waitstatus_to_exitcode(status))
+        if self.launched.name and os.getppid() != self.launcher_pid:
+            return self._end_job(
+                f"lost its launcher ({self.launched.name}, pid {self.launcher_pid})"
+            )
+        if self.scribe.lost:
+            self._kill()
+            return INTERRUPTED
+        return self._lost_peer() or self._late()
+
+    def _ended(self, code: int) -> int:
+        """Judge the end of the rank: in order, or a death."""
+        record = self.board.record()
+        if record.state == ENDED and code >= 0:
+            within(_NOTE_PATIENCE, self.scribe.publish)
+            return code
+        if record.fault:
+            return self._end_job(record.fault, code=code if code > 0 else INTERRUPTED)
+        if code < 0:
+            return self._end_job(f"was killed by signal {-code} ({_signal_name(-code)})")
+        return self._end_job(f"exited with code {code} and without a word")
+
+    def _late(self) -> int | None:
+        """End the job if the rank has passed the deadline of its phase and has no excuse."""
+        record, now = self.board.record(), time.monotonic()
+        if now - self._looked > 1.0:  # this process was stopped, and the rank probably too
+            self._suspended += now - self._looked
+        self._looked = now
+        if not record.deadline or now < record.deadline + self._suspended:
+            self._late_since = None
+            return None
+        if self._late_since != record.progress:  # the rank may be in the middle of storing it
+            self._late_since = record.progress
+            return None
+        if record.state == ENDED:
+            self._kill()
+            return record.exit_code
+        state = process_state(self.child)
+        if state not in ("T", "t") and self._excuse.holds(record, self.scribe.records()):
+            return None
+        page = bytes(self.board.page)
+        self._ask_for_stacks(state)
+        if self.board.record().state == ENDED:
+            return None
+        self._kill()
+        self.board.page[:] = page  # being asked may have woken it up; it was too late
+        stopped = "was stopped (by SIGSTOP?) and " if state in ("T", "t") else ""
+        limit = record.deadline - record.since
+        return self._end_job(f"{stopped}passed its deadline of {limit:.3g} s", late=True)
+
+    def _lost_peer(self) -> int | None:
+        peer = self.scribe.vanished
+        if peer is None:
+            return None
+        self._kill()
+        what = "vanished, and its watchdog with it (killed from outside?)"
+        self._write_note(peer, what, stack="")
+        return INTERRUPTED
+
+    def _end_job(self, what: str, *, code: int = INTERRUPTED, late: bool = False) -> int:
+        """This rank is lost: say so everywhere, and let the job end."""
+        self._kill()
+        self.board.fail(what, late=late)
+        within(_NOTE_PATIENCE, self.scribe.publish)
+        time.sleep(_SCRIBE_POLL)  # by now all others have published where they are
+        records = within(_NOTE_PATIENCE, self.scribe.records) or []
+        own = self.board.record()
+        first = first_lost([own, *(other for other in records if other.rank != own.rank)])
+        if first.rank != own.rank and first.fault:
+            self._wait_for_note()
+        stack = self._stack() if first.rank == own.rank else ""
+        self._write_note(first, first.fault or own.fault, stack)
+        return code
+
+    def _write_note(self, culprit: Record, what: str, stack: str) -> None:
+        """Write the death note and the bulletin, and say it on stderr if nobody has."""
+
+        def write() -> bool:
+            return self.scribe.write_note(note)
+
+        records = within(_NOTE_PATIENCE, self.scribe.records) or []
+        note = death_note.compose(
+            culprit,
+            what,
+            records,
+            stack=stack,
+            command=death_note.resume_command(self.launched, max(1, culprit.size)),
+            folder=culprit.folder,
+        )
+        if within(_NOTE_PATIENCE, write) is not False:
+            within(_NOTE_PATIENCE, lambda: print(death_note.paragraph(note), file=sys.stderr))
+            within(_NOTE_PATIENCE, sys.stderr.flush)
+
+    def _wait_for_note(self) -> None:
+        end = time.monotonic() + _NOTE_PATIENCE
+        while time.monotonic() < end and not within(_NOTE_PATIENCE, self.scribe.note_exists):
+            time.sleep(_POLL)
+
+    def _ask_for_stacks(self, state: str) -> None:
+        """Let the rank's C-level handler write its stacks; a stopped one can't."""
+        if state in ("T", "t"):
+            return
+        with suppress(ProcessLookupError):
+            os.kill(self.child, _DUMP)
+        size = -1
+        for _ in range(10):
+            time.sleep(0.05)
+            before, size = size, os.fstat(self.stacks).st_size
+            if size and size == before:
+                return
+
+    def _stack(self) -> str:
+        return os.pread(self.stacks, 1 << 16, 0).decode(errors="replace")
+
+    def _kill(self) -> None:
+        """Kill the rank; don't wait long for one that the kernel can't kill yet."""
+        with suppress(ProcessLookupError):
+            os.kill(self.child, signal.SIGKILL)
+        for _ in range(20):
+            with suppress(ChildProcessError):
+                if os.waitpid(self.child, os.WNOHANG) == (0, 0):
+                    time.sleep(0.01)
+                    continue
+            return
+
+
+class Excuse:
+    """Why a rank may be past its deadline: it waits for one that is behind, busy and watched."""
+
+    def __init__(self) -> None:
+        self._beats: dict[int, tuple[int, float]] = {}
+
+    def holds(self, own: Record, others: list[Record]) -> bool:
+        """Whether somebody of the same group is behind `own`, alive and in time."""
+        if not own.waiting and own.phase.split(" ")[0] not in _SHARED_PHASES:
+            return False
+        now = time.monotonic()
+        excused = False
+        for other in others:
+            if other.rank == own.rank or other.group != own.group:
+                continue
+            beats, since = self._beats.get(other.rank, (-1, now))
+            if beats != other.beats:
+                since = now
+                self._beats[other.rank] = other.beats, now
+            behind = other.progress < own.progress and other.state != ENDED and not other.fault
+            excused |= behind and now - since < _DEAF
+        return excused
+
+
+def first_lost(records: list[Record]) -> Record:
+    """Tell who failed or was late first.
+
+    Deaths go by the clock: what follows from one comes after it. Lateness goes by progress: who
+    waits has come further than who is waited for.
+    """
+    dead = [record for record in records if record.fault and not record.late]
+    if dead:
+        return min(dead, key=lambda record: record.fault_time)
+    own = records[0]
+    group = [record for record in records if record.group == own.group and record.state != ENDED]
+    return min(
+        group or records,
+        key=lambda record: (record.progress, not record.stopped, record.since_wall),
+    )
+
+
+class Scribe(threading.Thread):
+    """The watchdog's hand for files; if a file system hangs, this thread does, and nobody else."""
+
+    def __init__(self, board: Board, child: int) -> None:
+        super().__init__(name="mdattn-scribe", daemon=True)
+        self.board = board
+        self.child = child
+        self.lost = False  # a rank was announced as lost
+        self.vanished: Record | None = None  # a rank of this host whose watchdog is gone
+        self._published = b""
+        self._heartbeat = 0.0
+        self._peers: dict[int, int] = {}  # rank: its watchdog's pid
+
+    def run(self) -> None:
+        """Publish and look around, again and again."""
+        while True:
+            time.sleep(_SCRIBE_POLL)
+            with suppress(OSError):
+                self.publish()
+            with suppress(OSError):
+                self.look()
+
+    def publish(self) -> None:
+        """Copy the page into the run folder, if it changed or the heartbeat is due."""
+        record = self.board.record()
+        if not record.folder:
+            return
+        state, now = process_state(self.child), time.monotonic()
+        page = bytes(self.board.page)
+        if page == self._published and state == record.process_state and now < self._heartbeat:
+            return
+        self.board.beat(state)
+        self._published = bytes(self.board.page)
+        self._heartbeat = now + _HEARTBEAT
+        BoardFile(record.folder).publish(self._published, record.rank, record.size)
+
+    def look(self) -> None:
+        """Look for a bulletin, and for watchdogs of this host that have vanished."""
+        record = self.board.record()
+        if not record.folder:
+            return
+        self.lost = self.lost or BoardFile(record.folder).lost(record.job)
+        if len(self._peers) < record.size:
+            self._meet(record)
+        for rank, pid in self._peers.items():
+            if pid and process_state(pid) in ("", "Z", "X"):
+                self._peers[rank] = 0
+                last = {other.rank: other for other in self.records()}.get(rank)
+                # In order, or with a fault that it will write about itself.
+                if last and last.state != ENDED and not last.fault:
+                    self.vanished = last
+
+    def _meet(self, own: Record) -> None:
+        """Remember the watchdogs of all ranks; 0 for those on other hosts."""
+        for other in self.records():
+            here = other.host == own.host and other.rank != own.rank
+            # In another container the same host's pids may mean nothing: watch what is seen alive.
+            if not here or process_state(other.watchdog_pid) not in ("", "Z", "X"):
+                self._peers.setdefault(other.rank, other.watchdog_pid if here else 0)
+
+    def records(self) -> list[Record]:
+        """Read what all ranks of this job have published."""
+        record = self.board.record()
+        return BoardFile(record.folder).records(record.job) if record.folder else []
+
+    def note_exists(self) -> bool:
+        """Whether there is a death note."""
+        record = self.board.record()
+        return bool(record.folder) and death_note.read(record.folder) is not None
+
+    def write_note(self, note: death_note.Note) -> bool:
+        """Write the death note unless there is one, then the bulletin; whether this one counts."""
+        record = self.board.record()
+        if not record.folder:
+            return True
+        written = True
+        with suppress(OSError):  # a full disk: stderr gets the note anyway
+            written = death_note.write(record.folder, note)
+        with suppress(OSError):
+            BoardFile(record.folder).announce(record.job, note["rank"])
+        return written
+
+
+def within(seconds: float, function: Callable[[], T]) -> T | None:
+    """Call `function` in a thread; None if it raises or isn't back in time."""
+    result: list[T] = []
+
+    def call() -> None:
+        with suppress(OSError):
+            result.append(function())
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result[0] if result else None
+
+
+def process_state(pid: int) -> str:
+    """Return the kernel's letter for the state of a process; "" if there is none such."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return "a real-time signal"

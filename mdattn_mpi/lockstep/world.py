@@ -5,8 +5,8 @@ Everything on the wire is a buffer or JSON bytes; nothing is pickled.
 
 from __future__ import annotations
 
+import os
 import secrets
-import socket
 from types import TracebackType
 from typing import cast
 
@@ -143,7 +143,7 @@ class World(Group):
 
     def __init__(self, comm: MPI.Intracomm, launched: Launcher, board: Board) -> None:
         super().__init__(comm, board)
-        self.hostname = socket.gethostname()
+        self.hostname = os.uname().nodename
         self.local_rank, self.local_size = launched.local_rank, launched.local_size
         if self.local_rank < 0 or self.local_size < 0:
             local = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -154,10 +154,7 @@ class World(Group):
 
     def end(self) -> None:
         """Collective. Leave the world in order. Safe to call twice."""
-        if MPI.Is_initialized() and not MPI.Is_finalized():
-            self.board.enter("end")
-            MPI.Finalize()
-        self.board.end()
+        leave(self.board)
 
     def __enter__(self) -> World:
         return self
@@ -189,10 +186,17 @@ def start() -> World:
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
     board.started()
     if launched.size > 1 and MPI.COMM_WORLD.size == 1:
-        MPI.Finalize()
-        board.end()
+        leave(board)
         raise _mismatch(launched)
     return World(MPI.COMM_WORLD, launched, board)
+
+
+def leave(board: Board) -> None:
+    """Collective. Finalize MPI, if that is still to be done."""
+    if MPI.Is_initialized() and not MPI.Is_finalized():
+        board.enter("end")
+        MPI.Finalize()
+    board.end()
 
 
 def _mismatch(launched: Launcher) -> RejectedError:
