@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter, time
+from time import perf_counter
 from typing import Any, TypeVar
 
 from mdattn_mpi.backends import Backend, open_backend
@@ -18,12 +20,16 @@ from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, digest_of
 from mdattn_mpi.runner.finite import check_finite
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.log import LOGGER, open_log
 from mdattn_mpi.runner.loop import Files, Loop, Shards, Work
 from mdattn_mpi.runner.progress import Progress
 from mdattn_mpi.runner.provenance import provenance
 from mdattn_mpi.runner.report import closing_words, rank_times, summarize, write_summary
 
 T = TypeVar("T")
+
+WIDTH = 80  # columns of a narrow terminal
+KINDS = 6  # kinds of item that are described one by one
 
 
 @dataclass
@@ -38,8 +44,7 @@ class Job:
     output: Output | None = None
     todo: list[Item] = field(default_factory=list)
     failed: list[ItemError] = field(default_factory=list)
-    started: float = field(default_factory=time)
-    opening: float = 0.0
+    seconds: dict[str, float] = field(default_factory=dict)  # opening, and all items
 
 
 def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
@@ -60,8 +65,9 @@ def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
             job.backend.close()
             return 0
         open_files(job)
-        job.opening = perf_counter() - began
+        opened = perf_counter()
         loop = run_items(job)
+        job.seconds = {"opening": opened - began, "items": perf_counter() - opened}
         job.backend.close()
         return close_job(job, loop)
     except BaseException:
@@ -138,23 +144,29 @@ def _plan(backend: Backend, spec: JobSpec, item: Item) -> Plan:
 
 
 def describe_plans(job: Job) -> str:
-    """One line a kind of item: what will be computed how, and why so."""
-    counts: dict[Plan, int] = {}
-    for plan in job.plans.values():
-        counts[plan] = counts.get(plan, 0) + 1
-    backend = job.backend.describe()
-    lines = [
-        f"mdattn: {len(job.plans)} items of {job.spec.data} on {job.world.size} ranks",
-        f"  backend   {job.backend.name}: " + ", ".join(f"{k} {v}" for k, v in backend.items()),
+    """What will be computed how, and why so: one entry a kind of item."""
+    counts = Counter(job.plans.values())
+    about = ", ".join(f"{name} {value}" for name, value in job.backend.describe().items())
+    entries = [
+        ("", f"{len(job.plans)} items of {job.spec.data} on {job.world.size} ranks"),
+        ("backend", f"{job.backend.name}: {about}"),
     ]
-    shown = list(counts.items())[:8]
-    for plan, count in shown:
-        lines.append(f"  {count:>4} ×    {plan.problem}")
-        lines.append(f"            {plan.strategy}: {'; '.join(plan.reasons)}")
-    if len(counts) > len(shown):
-        lines.append(f"            … and {len(counts) - len(shown)} more kinds of item")
-    lines += [f"  warning   {warning}" for warning in job.dataset.warnings]
-    return "\n".join(lines)
+    for plan, count in counts.most_common(KINDS):
+        why = plan.reasons if job.spec.dry_run else plan.reasons[:1]
+        entries.append((f"{count} ×", f"{plan.problem}; {'; '.join(why)}"))
+    entries += [("warning", warning) for warning in job.dataset.warnings]
+    if len(counts) > KINDS:
+        entries.append(("", f"and {len(counts) - KINDS} more kinds of item"))
+    return "\n".join(
+        textwrap.fill(
+            text,
+            WIDTH,
+            initial_indent=f"mdattn: {name} " if name else "mdattn: ",
+            subsequent_indent=" " * 12,
+            break_long_words=False,
+        )
+        for name, text in entries
+    )
 
 
 def open_files(job: Job) -> None:
@@ -166,10 +178,14 @@ def open_files(job: Job) -> None:
     world.board.attach(
         run_folder(spec), world.rank, world.size, job.backend.describe().get("device", "")
     )
+    open_log(run_folder(spec), world.rank)
+    LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, sys.argv)
+    for plan in dict.fromkeys(job.plans.values()):
+        LOGGER.info("%s: %s", plan.problem, "; ".join(plan.reasons))
     done = len(items) - len(job.todo)
     world.board.progress(done, len(items))
     if done:
-        say(world, f"mdattn: resuming: {done} of {len(items)} items are done")
+        say(world, f"mdattn: resuming: {done} of {len(items)} items are done already")
 
 
 def _prepare_output(job: Job) -> None:
@@ -207,7 +223,7 @@ def run_items(job: Job) -> Loop:
     assert output is not None
     deadlines = Deadlines(fixed=spec.deadline)
     limit = TimeLimit(spec.max_time)
-    say(world, f"mdattn: deadlines: {deadlines}")
+    say(world, textwrap.fill(f"mdattn: deadlines: {deadlines}", WIDTH, subsequent_indent=" " * 12))
     done = len(job.dataset.items) - len(job.todo)
     progress = Progress(
         len(job.dataset.items),
@@ -221,12 +237,14 @@ def run_items(job: Job) -> Loop:
     def finished(work: Work) -> None:
         nonlocal slowest, last
         now = perf_counter()
+        LOGGER.info("item %s done, %.3f s after the one before", work.item.name, now - last)
         slowest, last = max(slowest, now - last), now
         progress.finished(work.item.problem)
         world.board.progress(progress.done, progress.total)
 
     def failed(item: Item, failure: ItemError) -> None:
         job.failed.append(failure)
+        LOGGER.error("%s", failure)
         progress.skipped(f"mdattn: {failure}")
 
     def tasks() -> Iterator[Work]:

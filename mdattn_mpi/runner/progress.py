@@ -89,7 +89,9 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """For example ``4.2 s``, ``3 min 05 s``, ``11 h 40 min``."""
+    """For example ``12.3 ms``, ``4.2 s``, ``3 min 05 s``, ``11 h 40 min``."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.1f} ms"
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

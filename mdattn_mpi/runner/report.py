@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
-from time import time
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.lockstep import launcher
@@ -61,15 +60,15 @@ def time_table(ranks: Sequence[Mapping[str, Any]]) -> str:
 
 def summarize(job: Job, ranks: Sequence[Mapping[str, Any]], code: int) -> dict[str, Any]:
     """Everything worth keeping of a job that came to its end; `ranks` as in `time_table`."""
-    elapsed = time() - job.started - job.opening
+    elapsed = job.seconds["items"]
     finished = [item for item in job.todo if job.output and job.output.ledger.state(item) == "done"]
     return {
         "exit_code": code,
         "config": asdict(job.spec),
         **provenance(job.backend),
         "launcher": str(launcher()),
-        "started": datetime.fromtimestamp(job.started, timezone.utc).isoformat(),
-        "seconds": {"opening": job.opening, "items": elapsed},
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": job.seconds,
         "items": {
             "all": len(job.dataset.items),
             "done_before": len(job.dataset.items) - len(job.todo),
@@ -87,11 +86,10 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
     """What the person reads last: the table, what is done, what isn't, and what to do about it."""
     items, code = summary["items"], summary["exit_code"]
     done = items["done_before"] + items["done_now"]
-    lines = [time_table(summary["ranks"])]
+    lines = [time_table(summary["ranks"])] if items["done_now"] else []
     lines.append(
         f"mdattn: {done} of {items['all']} items done, {items['done_now']} of them now, in "
-        f"{duration(summary['seconds']['items'])} after {duration(summary['seconds']['opening'])} "
-        f"of opening; {summary['flops_per_second'] / 1e9:.1f} GFLOP/s"
+        f"{duration(summary['seconds']['items'])}; {summary['flops_per_second'] / 1e9:.1f} GFLOP/s"
     )
     if items["failed"]:
         lines.append("mdattn: failed: " + ", ".join(each["item"] for each in items["failed"]))
