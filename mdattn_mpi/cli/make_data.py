@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from mdattn_mpi.cli.options import DTYPES, add_writing_options
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -20,7 +22,6 @@ The same arguments and seed give the same bytes. A tensor is drawn from a genera
 the first items stay the same when there are more of them.
 """
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 BLOCK = 1 << 22  # numbers that are drawn at once
 
 
@@ -43,22 +44,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--head-dim", type=int, default=128, metavar="H", help="of query and key (default 128)")
     add("--v-head-dim", type=int, metavar="H", help="of value (default: the same)")
     add("--dtype", choices=DTYPES, default="bf16", help="default bf16")
-    masks = parser.add_mutually_exclusive_group()
-    masks.add_argument(
-        "--causal",
-        action="store_const",
-        const="upper_left",
-        default="none",
-        help="token i sees keys 0 … i",
-    )
-    masks.add_argument(
-        "--causal-lower-right",
-        dest="causal",
-        action="store_const",
-        const="lower_right",
-        help="the last token sees all keys, the one before it one less, …",
-    )
-    add("--scale", type=float, default=0.0, metavar="X", help="of the scores (default 1/√H)")
     add(
         "--encoding",
         choices=("float", "uint16", "opaque"),
@@ -72,7 +57,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help=argparse.SUPPRESS,
     )
     add("--seed", type=int, default=0, metavar="N", help="default 0")
-    add("--overwrite", action="store_true", help="replace a file that is there")
+    add_writing_options(parser)
     return parser
 
 

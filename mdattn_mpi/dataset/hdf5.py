@@ -428,6 +428,15 @@ class Node:
             raise self.file.reject(f"{self.path} lies in other files", f"unset {variable}")
 
 
+def format_of(path: str) -> str:
+    """Read the root attribute ``format`` of a file; empty when it is not HDF5 or has none."""
+    try:
+        with File(path) as file:
+            return str(file.root.attribute("format") or "")
+    except RejectedError:
+        return ""
+
+
 def drop_plugins(allow: Sequence[str]) -> None:
     """Take every folder that isn't allowed off HDF5's search path for filter plugins.
 

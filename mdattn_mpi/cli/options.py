@@ -1,0 +1,30 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+def add_writing_options(parser: argparse.ArgumentParser) -> None:
+    """Declare what every command that writes a dataset takes: mask, scale, overwriting."""
+    masks = parser.add_mutually_exclusive_group()
+    masks.add_argument(
+        "--causal",
+        action="store_const",
+        const="upper_left",
+        default="none",
+        help="token i sees keys 0 … i",
+    )
+    masks.add_argument(
+        "--causal-lower-right",
+        dest="causal",
+        action="store_const",
+        const="lower_right",
+        help="the last token sees all keys, the one before it one less, …",
+    )
+    parser.add_argument(
+        "--scale", type=float, default=0.0, metavar="X", help="of the scores (default 1/√H)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
