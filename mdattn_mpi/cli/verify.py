@@ -135,7 +135,7 @@ def _conclude(arguments: argparse.Namespace, findings: list[Finding]) -> None:
         _print_json(arguments, findings, count, exit_code=1 if bad else 0)
     else:
         summary = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
-        print(f"{arguments.output}: {len(findings)} items: {summary}")
+        print(f"{arguments.output}: {len(findings)} items, {summary}")
     if count["wrong"]:
         raise VerificationError(
             f"{count['wrong']} of {len(findings)} items are wrong",

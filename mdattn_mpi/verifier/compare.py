@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,13 +32,20 @@ class Place:
     head: int
 
 
+class Measure(NamedTuple):
+    """Error and tolerance of every row and head, ``[R, Nq]``."""
+
+    error: Doubles
+    tolerance: Doubles
+
+
 @dataclass
 class Judgement:
     """What was found in the rows of one item that were looked at.
 
-    ``used`` is the largest share of a tolerance that any row and head used up; right means at most
-    1. ``error`` and ``tolerance`` are the root mean squares at that place. The LSE's count with
-    ``lse_used``; None where the output has none.
+    ``used`` is the largest share of a tolerance that any row and head used up: right is at most 1.
+    ``error`` and ``tolerance`` are of that place, ``worst``. ``lse_used`` is the same of the
+    log-sum-exp; None where the output has none.
     """
 
     rows: int = 0
@@ -97,15 +104,15 @@ def _add(
     lse: Array | None,
     rounding: Rounding,
 ) -> None:
-    used = np.where(truth.finite, excess(problem, truth, output, rounding), 0.0)
+    measures = measure(problem, truth, output, rounding)
+    used = np.where(truth.finite, excess(measures), 0.0)
     wrong = used > 1
     place = np.unravel_index(used.argmax(), used.shape)
     if found.worst is None or used[place] > found.used:
-        sigma = deviation(problem, truth, rounding)[place]
+        stricter = max(measures, key=lambda pair: float(_ratio(*pair)[place]))
         found.used = float(used[place])
         found.worst = Place(int(rows[place[0]]), int(place[1]))
-        found.error = _rms(output[place].astype(np.float64) - truth.output[place])
-        found.tolerance = rms_limit(problem.v_head_dim) * _rms(sigma)
+        found.error, found.tolerance = (float(array[place]) for array in stricter)
     if lse is not None:
         lse_used = np.where(truth.finite, lse_excess(problem, truth, lse), 0.0)
         wrong |= lse_used > 1
@@ -117,19 +124,29 @@ def _add(
     found.not_judged += int((~truth.finite).sum())
 
 
-def excess(
+def measure(
     problem: AttentionProblem, truth: Reference, output: Array, rounding: Rounding
-) -> Doubles:
+) -> tuple[Measure, Measure]:
+    """Measure every row and head twice: root mean square over its elements, and worst element."""
+    sigma = deviation(problem, truth, rounding)
+    error = np.abs(output.astype(np.float64) - truth.output)
+    allowed = ELEMENT * sigma
+    worst = _ratio(error, allowed).argmax(axis=2)[..., None]
+    return (
+        Measure(
+            np.sqrt((error**2).mean(axis=2)),
+            rms_limit(problem.v_head_dim) * np.sqrt((sigma**2).mean(axis=2)),
+        ),
+        Measure(*(np.take_along_axis(array, worst, axis=2)[..., 0] for array in (error, allowed))),
+    )
+
+
+def excess(measures: Sequence[Measure]) -> Doubles:
     """Return error / tolerance of every row and head, ``[R, Nq]``: above 1 is wrong.
 
     An output that isn't finite is infinitely wrong.
     """
-    sigma = deviation(problem, truth, rounding)
-    error = np.abs(output.astype(np.float64) - truth.output)
-    root_mean = np.sqrt((error**2).mean(axis=2))
-    allowed = rms_limit(problem.v_head_dim) * np.sqrt((sigma**2).mean(axis=2))
-    largest = _ratio(error, ELEMENT * sigma).max(axis=2)
-    used: Doubles = np.maximum(_ratio(root_mean, allowed), largest)
+    used: Doubles = np.maximum.reduce([_ratio(*found) for found in measures])
     return used
 
 
@@ -147,10 +164,6 @@ def _ratio(error: Doubles, allowed: Doubles) -> Doubles:
         ratio = np.where(error == 0, 0.0, error / allowed)
     judged: Doubles = np.where(np.isnan(ratio), np.inf, ratio)
     return judged
-
-
-def _rms(array: Doubles) -> float:
-    return float(np.sqrt((array**2).mean()))
 
 
 def choose_rows(

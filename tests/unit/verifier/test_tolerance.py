@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.verifier.compare import excess
+from mdattn_mpi.verifier.compare import excess, measure
 from mdattn_mpi.verifier.reference import reference
 from mdattn_mpi.verifier.tolerance import HOST, TENSOR_CORES, lse_tolerance, rounding_of
 
@@ -63,7 +63,7 @@ def judge(problem, q, k, v, output, rounding=HOST):
     tensor = {"key": k, "value": v}
     rows = np.arange(problem.q_tokens)
     found = reference(problem, rows, q, lambda name, span: tensor[name][span.slice])
-    return float(excess(problem, found, output, rounding).max())
+    return float(excess(measure(problem, found, output, rounding)).max())
 
 
 problems = st.builds(
