@@ -19,11 +19,25 @@ class PhaseClock:
         self.seconds: dict[str, float] = defaultdict(float)
 
     @contextmanager
-    def phase(self, name: str, item: str = "", *, flops: int = 0) -> Iterator[None]:
-        """Enter a phase: publish it with its deadline, and time it."""
-        self.board.enter(name, item=item, deadline=self.deadlines.of(name, flops))
+    def phase(
+        self, name: str, item: str = "", *, work: int = 0, meanwhile: tuple[str, ...] = ()
+    ) -> Iterator[None]:
+        """Enter a phase: publish it with its deadline, and time it.
+
+        Parameters
+        ----------
+        name, item
+            What begins, with which item.
+        work
+            The item's operations: deadlines are scaled by them.
+        meanwhile
+            Phases that other ranks may still be in; this one may last as long as those.
+
+        """
+        deadline = max(self.deadlines.of(each, work) for each in (name, *meanwhile))
+        self.board.enter(name, item=item, deadline=deadline)
         start = perf_counter()
         yield
         elapsed = perf_counter() - start
         self.seconds[name] += elapsed
-        self.deadlines.took(name, elapsed, flops)
+        self.deadlines.took(name, elapsed, work)

@@ -72,6 +72,7 @@ class Loop:
         self.finished = finished
         self.failed = failed
         self.stopped = False
+        self.work = 0  # operations of the item in hand
 
     def run(self, tasks: Iterable[Work]) -> None:
         """Collective. Compute and commit all `tasks`, or those before a stop was agreed on.
@@ -89,7 +90,7 @@ class Loop:
             while current is not None:
                 following = self._begin_next()  # its agreement is the barrier before this enqueue
                 self._enqueue(current)
-                self._commit_oldest(f"enqueued {current.item.name}")
+                self._commit_oldest("enqueued")
                 current = following
             while self._commit_oldest("drain", drain=True):
                 pass
@@ -114,7 +115,7 @@ class Loop:
                 self.stopped = self.stopped or stop
                 return None
             assert shards is not None
-            with self.clock.phase("begin", work.item.name):
+            with self.clock.phase("begin", work.item.name, work=work.item.problem.flops):
                 work.running = self.backend.begin(work.plan, *shards)
             return work
 
@@ -124,12 +125,13 @@ class Loop:
         if ready is None:
             return None, None, None
         work, future = ready
-        with self.clock.phase("read", work.item.name):
+        with self.clock.phase("read", work.item.name, work=work.item.problem.flops):
             shards, error = _outcome(future, work, self.group.rank)
         return work, shards, error
 
     def _enqueue(self, work: Work) -> None:
-        with self.clock.phase("enqueue", work.item.name, flops=work.plan.problem.flops):
+        self.work = work.item.problem.flops
+        with self.clock.phase("enqueue", work.item.name, work=self.work):
             self.backend.enqueue(work.running)
             work.download = self.backend.collect(work.running)
             work.running = None
@@ -141,7 +143,7 @@ class Loop:
         work, checksum, error = None, None, None
         if oldest is not None:
             work, future = oldest
-            with self.clock.phase("write", work.item.name):
+            with self.clock.phase("write", work.item.name, work=work.item.problem.flops):
                 checksum, error = _outcome(future, work, self.group.rank)
         try:
             self.writes.check(drain=work is None and drain)
@@ -174,7 +176,12 @@ class Loop:
             work.plan.digest if work else 0,
             (lambda: {"item": work.item.name, **work.plan.facts()}) if work else dict,
         )
-        with self.clock.phase("agree", work.item.name if work else ""):
+        with self.clock.phase(
+            "agree",
+            work.item.name if work else "",
+            work=max(self.work, work.item.problem.flops if work else 0),
+            meanwhile=("read", "begin", "enqueue", "write"),
+        ):
             agreement = self.group.agree(
                 step, error=error, checksum=checksum, stop=self.wants_to_stop()
             )
