@@ -291,7 +291,7 @@ def _problem(
             v,
             dtype,
             arguments.causal,
-            arguments.scale,  # type: ignore[arg-type]
+            arguments.scale,
         )
     except RejectedError as error:
         raise reject(f"{error.what} (shapes {shapes})", f"{error.fix}; see --layout") from None

@@ -20,8 +20,10 @@ Output::
     /items/<name>/lse     [Sq, Nq]        float32, optional
     /ledger/state         [items]         uint8: 0 todo, 1 done, 2 failed
     /ledger/crc32         [items, width]  uint32: of each rank's shard, output spans then LSE spans
+    /ledger/spans         [items, width, 2, 2]  uint64: each rank's query tokens, as two runs
+                                          of start and stop; an unused one is 0, 0
     /ledger/ranks         [items]         uint32: how many ranks made the item
-    /ledger/strategy      [items]         uint8: position in STRATEGIES; decides the spans
+    /ledger/strategy      [items]         uint8: how they shared it, a position in STRATEGIES
     /ledger/reason        [items]         256 bytes: why it failed, UTF-8, zero-padded
 
 Row ``i`` of the ledger belongs to the item whose attribute ``index`` is ``i``. Every dataset of an
@@ -52,6 +54,7 @@ LAYOUTS: tuple[Layout, ...] = ("token_major", "head_major")
 STATES: tuple[State, ...] = ("todo", "done", "failed")  # the position is the byte in the ledger
 STRATEGIES = ("ring", "allgather", "ulysses")  # the position is the byte in the ledger
 REASON_BYTES = 256
+RANK_SPANS = 2  # runs of query tokens that a rank may own
 MIN_LEDGER_WIDTH = 64  # room for a resume with more ranks
 
 # What a file can make us do, at most. An honest file is far from all of these.

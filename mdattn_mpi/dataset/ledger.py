@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from mdattn_mpi.dataset.layout import REASON_BYTES, STATES, STRATEGIES, Item, State
+from mdattn_mpi.dataset.layout import (
+    RANK_SPANS,
+    REASON_BYTES,
+    STATES,
+    STRATEGIES,
+    Item,
+    State,
+)
 from mdattn_mpi.dataset.positioned import read_exactly, write_exactly
 from mdattn_mpi.errors import OutputError, RejectedError
+from mdattn_mpi.problem import Span
 
 
 class Entry(NamedTuple):
@@ -20,6 +31,7 @@ class Entry(NamedTuple):
     state: State
     strategy: str = ""
     crc32s: tuple[int, ...] = ()  # of each rank's shard
+    shards: tuple[tuple[Span, ...], ...] = ()  # each rank's query tokens, in their order there
     reason: str = ""
 
     @property
@@ -38,9 +50,13 @@ class Ledger:
 
     path: str
     fd: int
-    rows: dict[str, int]  # of each item, by its name
+    items: tuple[Item, ...]  # in the order of the rows
     width: int  # ranks that an item may have
     offsets: dict[str, int]  # of each dataset of the ledger, in the file
+
+    @cached_property
+    def _rows(self) -> dict[str, int]:
+        return {item.name: row for row, item in enumerate(self.items)}
 
     def state(self, item: Item) -> State:
         """Say whether `item` is to be done, done, or failed."""
@@ -48,14 +64,20 @@ class Ledger:
 
     def entry(self, item: Item) -> Entry:
         """Read all that is known of `item`."""
-        row = self.rows[item.name]
+        row = self._rows[item.name]
         return self._entries(row, row + 1)[0]
 
     def entries(self) -> list[Entry]:
         """Read all that is known of every item, in order."""
-        return self._entries(0, len(self.rows))
+        return self._entries(0, len(self.items))
 
-    def commit(self, item: Item, crc32s: Sequence[int], strategy: str) -> None:
+    def commit(
+        self,
+        item: Item,
+        crc32s: Sequence[int],
+        strategy: str,
+        shards: Sequence[Sequence[Span]],
+    ) -> None:
         """Declare `item` done; every rank has synced its shard before.
 
         Parameters
@@ -65,7 +87,9 @@ class Ledger:
         crc32s
             What `Output.write` returned on each rank of the group.
         strategy
-            How the group shared the item: it decides which spans each checksum is of.
+            How the group shared the item.
+        shards
+            The query tokens of each rank, as they were given to `Output.write`.
 
         """
         if not 1 <= len(crc32s) <= self.width:
@@ -74,9 +98,14 @@ class Ledger:
                 fix="use fewer ranks, or --overwrite",
                 file=self.path,
             )
-        row = np.zeros(self.width, "<u4")
-        row[: len(crc32s)] = crc32s
-        self._write(item, "crc32", row)
+        checksums = np.zeros(self.width, "<u4")
+        spans = np.zeros((self.width, RANK_SPANS, 2), "<u8")
+        for rank, (crc32, runs) in enumerate(zip(crc32s, shards, strict=True)):
+            checksums[rank] = crc32
+            for position, run in enumerate(runs):
+                spans[rank, position] = run.start, run.stop
+        self._write(item, "crc32", checksums)
+        self._write(item, "spans", spans)
         self._write(item, "ranks", np.array(len(crc32s), "<u4"))
         self._write(item, "strategy", np.array(STRATEGIES.index(strategy), "<u1"))
         self._write(item, "reason", np.zeros(REASON_BYTES, "u1"))
@@ -96,7 +125,7 @@ class Ledger:
 
     def _write(self, item: Item, name: str, row: np.ndarray[Any, Any]) -> None:
         try:
-            start = self.offsets[name] + self.rows[item.name] * row.nbytes
+            start = self.offsets[name] + self._rows[item.name] * row.nbytes
             write_exactly(self.fd, start, row.tobytes())
         except OSError as error:
             raise self._failed(item, error) from error
@@ -118,16 +147,21 @@ class Ledger:
     def _entries(self, start: int, stop: int) -> list[Entry]:
         state = self._column("state", start, stop, "<u1")
         crc32 = self._column("crc32", start, stop, "<u4", self.width)
+        spans = self._column("spans", start, stop, "<u8", self.width, RANK_SPANS, 2)
         ranks = self._column("ranks", start, stop, "<u4")
         strategy = self._column("strategy", start, stop, "<u1")
         reason = self._column("reason", start, stop, f"S{REASON_BYTES}")
-        return [_entry(*row) for row in zip(state, crc32, ranks, strategy, reason, strict=True)]
+        tokens = [item.problem.q_tokens for item in self.items[start:stop]]
+        return [
+            _entry(*row)
+            for row in zip(tokens, state, crc32, spans, ranks, strategy, reason, strict=True)
+        ]
 
-    def _column(self, name: str, start: int, stop: int, dtype: str, width: int = 0) -> Any:
-        column = np.empty((stop - start, width) if width else stop - start, dtype)
-        row = column.dtype.itemsize * (width or 1)
+    def _column(self, name: str, start: int, stop: int, dtype: str, *row: int) -> Any:
+        column = np.empty((stop - start, *row), dtype)
         try:
-            read_exactly(self.fd, self.offsets[name] + start * row, column)
+            offset = self.offsets[name] + start * prod(row) * column.itemsize
+            read_exactly(self.fd, offset, column)
         except OSError as error:
             raise RejectedError(
                 f"the ledger can't be read: {error}", fix="start anew: --overwrite", file=self.path
@@ -135,14 +169,32 @@ class Ledger:
         return column
 
 
-def _entry(state: int, crc32: Any, ranks: int, strategy: int, reason: bytes) -> Entry:
+def _entry(
+    tokens: int, state: int, crc32: Any, spans: Any, ranks: int, strategy: int, reason: bytes
+) -> Entry:
     """Make sense of one row; what makes none is still to be done.
 
-    A flipped bit can't turn an item into a finished one: that has checksums as well.
+    A flipped bit can't turn an item into a finished one: that has checksums and spans as well.
     """
     if state == STATES.index("failed"):
         return Entry("failed", reason=reason.decode(errors="replace"))
-    sound = 1 <= ranks <= len(crc32) and strategy < len(STRATEGIES) and crc32[:ranks].any()
-    if state != STATES.index("done") or not sound:
+    known = state == STATES.index("done") and strategy < len(STRATEGIES)
+    if not known or not 1 <= ranks <= len(crc32) or not crc32[:ranks].any():
         return Entry("todo")
-    return Entry("done", STRATEGIES[strategy], tuple(int(crc) for crc in crc32[:ranks]))
+    shards = tuple(
+        tuple(Span(int(start), int(stop)) for start, stop in runs if stop > start)
+        for runs in spans[:ranks]
+    )
+    if not _cover(sorted(chain(*shards)), tokens):
+        return Entry("todo")
+    return Entry("done", STRATEGIES[strategy], tuple(int(crc) for crc in crc32[:ranks]), shards)
+
+
+def _cover(spans: Sequence[Span], tokens: int) -> bool:
+    """Whether sorted `spans` hold every token once."""
+    at = 0
+    for span in spans:
+        if span.start != at:
+            return False
+        at = span.stop
+    return at == tokens

@@ -23,6 +23,7 @@ from mdattn_mpi.dataset.layout import (
     LEDGER,
     MAX_ITEMS,
     OUTPUT_FORMAT,
+    RANK_SPANS,
     REASON_BYTES,
     Item,
     item_name_fault,
@@ -350,7 +351,7 @@ def _contents(root: Node, fd: int) -> _Contents:
     ledger = Ledger(
         path=root.file.path,
         fd=fd,
-        rows={item.name: item.index for item in items},
+        items=items,
         width=ledger_regions["crc32"].shape[1],
         offsets={name: region.offset for name, region in ledger_regions.items()},
     )
@@ -389,6 +390,7 @@ def _ledger_regions(book: Node, items: int) -> dict[str, Region]:
     return {
         "state": _region(book, "state", (items,), np.dtype("<u1")),
         "crc32": _region(book, "crc32", (items, width), np.dtype("<u4")),
+        "spans": _region(book, "spans", (items, width, RANK_SPANS, 2), np.dtype("<u8")),
         "ranks": _region(book, "ranks", (items,), np.dtype("<u4")),
         "strategy": _region(book, "strategy", (items,), np.dtype("<u1")),
         "reason": _region(book, "reason", (items,), np.dtype(f"S{REASON_BYTES}")),

@@ -25,6 +25,7 @@ from mdattn_mpi.dataset.layout import (
     LEDGER,
     MIN_LEDGER_WIDTH,
     OUTPUT_FORMAT,
+    RANK_SPANS,
     REASON_BYTES,
     VERSION,
     Item,
@@ -88,6 +89,7 @@ def _create_ledger(group: Any, items: int, width: int) -> None:
     for name, shape, stored in (
         ("state", (items,), h5py.h5t.STD_U8LE),
         ("crc32", (items, width), h5py.h5t.STD_U32LE),
+        ("spans", (items, width, RANK_SPANS, 2), h5py.h5t.STD_U64LE),
         ("ranks", (items,), h5py.h5t.STD_U32LE),
         ("strategy", (items,), h5py.h5t.STD_U8LE),
         ("reason", (items,), h5py.h5t.py_create(np.dtype(f"S{REASON_BYTES}"))),

@@ -292,7 +292,8 @@ def _files(job: Job, output: Output) -> Files:
         return checksum
 
     def commit(work: Work, checksums: list[int]) -> None:
-        output.ledger.commit(work.item, checksums, work.plan.strategy)
+        shards = partition_of(work.plan).query
+        output.ledger.commit(work.item, checksums, work.plan.strategy, shards)
 
     return Files(read, write, commit, output.ledger.fail)
 

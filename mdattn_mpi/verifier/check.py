@@ -184,13 +184,13 @@ def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Ch
     try:
         bad = tuple(
             rank
-            for rank, (spans, crc32) in enumerate(zip(owners.query, entry.crc32s, strict=True))
+            for rank, (spans, crc32) in enumerate(zip(entry.shards, entry.crc32s, strict=True))
             if output.checksum(item, spans) != crc32
         )
         found = judge(source, _rows(item, owners, choice), rounding_of(backend))
     except ItemError as error:
         return Finding(item, entry, fault=str(error))
-    return Finding(item, entry, found, owners.query, bad)
+    return Finding(item, entry, found, entry.shards, bad)
 
 
 def _rows(item: Item, owners: Partition, choice: Choice) -> Array:
