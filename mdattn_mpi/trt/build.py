@@ -5,38 +5,12 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, show_sm
 from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.spec import EngineSpec, Extent
 from mdattn_mpi.trt.store import Cache, Manifest, describe
-
-
-def check_target(library: Library, spec_strategy: str, ranks: int, sm: SM) -> None:
-    """Refuse a GPU on which an engine of this strategy couldn't run, before anything is built.
-
-    Raises
-    ------
-    DeviceError
-        Naming the SM, the library and what would work.
-
-    """
-    can = library.capabilities(sm)
-    ring = spec_strategy == "ring" and ranks > 1
-    if can.collectives and (can.ring or not ring):
-        return
-    if can.collectives:
-        fix = (
-            "use -s allgather or -s ulysses, -b cuda -s ring, or full TensorRT on SM 10.0 or later"
-        )
-    elif library.flavour == "tensorrt_rtx" and sm >= (8, 0):
-        fix = "use -b cuda, or full TensorRT (pip install 'mdattn_mpi[tensorrt]')"
-    else:
-        fix = "use -b cpu, or a GPU of SM 8.0 or later"
-    raise DeviceError(
-        f"{spec_strategy} can't run on a GPU of SM {show_sm(sm)} with {library}: {can.reason}",
-        fix=fix,
-    )
 
 
 def cached_engine(

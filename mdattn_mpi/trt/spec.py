@@ -38,9 +38,9 @@ class Extent:
         """Whether there is only one length."""
         return self.min == self.max
 
-    def covers(self, length: int) -> bool:
-        """Whether `length` can run."""
-        return self.min <= length <= self.max
+    def covers(self, other: Extent) -> bool:
+        """Whether every length of `other` can run."""
+        return self.min <= other.min and other.max <= self.max
 
 
 @dataclass(frozen=True)
@@ -92,12 +92,13 @@ class EngineSpec:
         times = 1 if self.strategy == "ring" else self.ranks
         return Extent(self.kv.min * times, self.kv.opt * times, self.kv.max * times)
 
-    def takes(self, shapes: Shapes) -> bool:
-        """Whether the optimization profile covers `shapes`."""
+    def includes(self, other: EngineSpec) -> bool:
+        """Whether an engine of this spec does all that one of `other` would."""
         return (
-            self.q.covers(shapes.q)
-            and self.kv.covers(shapes.kv)
-            and (not self.takes_keys or self.keys.covers(shapes.keys))
+            self.q.covers(other.q)
+            and self.kv.covers(other.kv)
+            and self.keys.covers(other.keys)
+            and self == replace(other, q=self.q, kv=self.kv, keys=self.keys)
         )
 
     def facts(self) -> dict[str, Any]:

@@ -143,15 +143,8 @@ def manifest_path(engine: Path) -> Path:
     return engine.with_name(engine.name + ".json")
 
 
-def read_engine(path: Path, *, unlisted: bool = False) -> tuple[bytes, Manifest | None]:
+def read_engine(path: Path) -> tuple[bytes, Manifest]:
     """Read an engine and check it against its manifest; the bytes checked are those returned.
-
-    Parameters
-    ----------
-    path
-        The serialized engine.
-    unlisted
-        Take an engine without a manifest too: the user says so on purpose.
 
     Raises
     ------
@@ -159,26 +152,27 @@ def read_engine(path: Path, *, unlisted: bool = False) -> tuple[bytes, Manifest 
         Not there, no manifest, or not what the manifest vouches for.
 
     """
-    try:
-        engine = path.read_bytes()
-    except OSError as error:
-        raise RejectedError(
-            f"cannot read the engine: {error.strerror}", file=str(path), fix="check the path"
-        ) from error
-    try:
-        with manifest_path(path).open("rb") as file:
-            manifest = Manifest.from_json(file.read(MAX_MANIFEST), manifest_path(path))
-    except OSError as error:
-        if unlisted:
-            return engine, None
-        raise RejectedError(
-            f"no manifest vouches for this engine ({manifest_path(path).name}: {error.strerror}), "
-            "and an engine is native code",
-            file=str(path),
-            fix="build it with `mdattn build`, or add --unlisted-engine if you trust its origin",
-        ) from error
+    engine = _read(path, "the engine", "check the path")
+    listed = _read(
+        manifest_path(path),
+        "the manifest of an engine, and an engine is native code",
+        "build it with `mdattn build`; or, if you trust where it comes from, vouch for it with "
+        "`mdattn build --adopt`",
+        MAX_MANIFEST,
+    )
+    manifest = Manifest.from_json(listed, manifest_path(path))
     _check_bytes(engine, manifest, path)
     return engine, manifest
+
+
+def _read(path: Path, what: str, fix: str, most: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(most)
+    except OSError as error:
+        raise RejectedError(
+            f"cannot read {what}: {error.strerror}", file=str(path), fix=fix
+        ) from error
 
 
 def _check_bytes(engine: bytes, manifest: Manifest, path: Path) -> None:

@@ -23,6 +23,9 @@ def _found() -> Library | str:
         return str(error)
 
 
+needs_tensorrt = pytest.mark.skipif(isinstance(_found(), str), reason=str(_found()))
+
+
 def library() -> Library:
     """Return TensorRT, or skip the test."""
     found = _found()

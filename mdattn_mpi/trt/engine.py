@@ -1,0 +1,145 @@
+"""One engine at run time: deserialize, hand over the communicator, bind, enqueue.
+
+All calls to TensorRT's runtime are here, in the order that multi-device execution asks for:
+communicator on all ranks at once, then shapes and addresses, then the enqueue.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.trt.library import SM, Library, Log, show_sm
+
+CAPSULE = b"ncclComm_t"
+
+
+def communicator_capsule(pointer: int) -> Any:
+    """Wrap an ``ncclComm_t`` as TensorRT's Python API takes it."""
+    new = ctypes.pythonapi.PyCapsule_New
+    new.restype = ctypes.py_object
+    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+    return new(pointer, CAPSULE, None)
+
+
+class Engine:
+    """A deserialized engine with one execution context.
+
+    Parameters
+    ----------
+    library
+        The TensorRT that is to run it.
+    serialized
+        The engine, already checked against its manifest.
+    sm
+        Of this rank's GPU, for the message.
+
+    Raises
+    ------
+    DeviceError
+        The engine can't run on this GPU or with this library.
+
+    """
+
+    def __init__(self, library: Library, serialized: bytes | memoryview, sm: SM) -> None:
+        self._library = library
+        self._log = Log(library)
+        self._sm = sm
+        self._runtime = library.api.Runtime(self._log.sink)
+        self._engine = self._runtime.deserialize_cuda_engine(serialized)
+        if self._engine is None:
+            raise self._cannot_run("TensorRT can't load the engine")
+        self._context = self._engine.create_execution_context()
+        if self._context is None:
+            raise self._cannot_run("TensorRT can't make an execution context")
+
+    def _cannot_run(self, what: str) -> DeviceError:
+        return self._log.error(
+            f"{what} on a GPU of SM {show_sm(self._sm)} with {self._library}",
+            fix="use -b cuda; or an engine built for this SM by the same library; or full "
+            "TensorRT, which has collectives since SM 8.0 and multi-device attention since SM 10.0",
+        )
+
+    def connect(self, pointer: int) -> None:
+        """Collective. Hand over the NCCL communicator at `pointer`; returns when all ranks have.
+
+        Raises
+        ------
+        DeviceError
+            TensorRT took it not.
+
+        """
+        self._log.clear()
+        if not self._context.set_communicator(communicator_capsule(pointer)):
+            raise self._log.error(
+                "TensorRT took no communicator",
+                fix="let TensorRT find the libnccl.so.2 that nccl4py loads: put its folder first "
+                "in LD_LIBRARY_PATH",
+            )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the inputs."""
+        return self._names(self._library.api.TensorIOMode.INPUT)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs."""
+        return self._names(self._library.api.TensorIOMode.OUTPUT)
+
+    def _names(self, mode: Any) -> tuple[str, ...]:
+        engine = self._engine
+        names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+        return tuple(name for name in names if engine.get_tensor_mode(name) == mode)
+
+    def set_input(self, name: str, address: int, shape: tuple[int, ...]) -> None:
+        """Bind an input to device memory at `address`."""
+        self._check(self._context.set_input_shape(name, shape), f"input {name!r} of shape {shape}")
+        self._check(self._context.set_tensor_address(name, address), f"the address of {name!r}")
+
+    def set_host_input(self, name: str, values: npt.NDArray[np.int64]) -> None:
+        """Bind a shape input, which stays on the host; `values` must outlive the enqueue."""
+        address = values.ctypes.data
+        self._check(self._context.set_tensor_address(name, address), f"the values of {name!r}")
+
+    def set_output(self, name: str, address: int) -> None:
+        """Bind an output to device memory at `address`."""
+        self._check(self._context.set_tensor_address(name, address), f"the address of {name!r}")
+
+    def output_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of an output, once all inputs are bound.
+
+        Raises
+        ------
+        RejectedError
+            Some input isn't bound.
+
+        """
+        missing = self._context.infer_shapes()
+        if missing:
+            raise RejectedError(
+                f"the engine's inputs {', '.join(missing)} are bound to nothing",
+                fix="bind each input to a dataset: NAME=items/*/DATASET:DIM",
+            )
+        return tuple(self._context.get_tensor_shape(name))
+
+    def enqueue(self, stream: int) -> None:
+        """Collective. Put the engine's work on `stream`."""
+        self._check(self._context.execute_async_v3(stream), "the enqueue")
+
+    def _check(self, done: bool, what: str) -> None:
+        if not done:
+            raise self._log.error(
+                f"TensorRT refused {what}", fix="build the engine for these lengths"
+            )
+        self._log.clear()
+
+    def close(self) -> None:
+        """Let go: context before engine before runtime."""
+        for part in ("_context", "_engine", "_runtime"):
+            if hasattr(self, part):
+                delattr(self, part)

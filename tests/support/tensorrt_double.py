@@ -1,0 +1,217 @@
+"""TensorRT's runtime and a GPU, recorded: for what only hardware could run.
+
+The double "deserializes" the JSON of an `EngineSpec`, defines the real network of it, and at the
+enqueue interprets that network on what lies at the addresses that were bound. Everything else is
+the real library. So a test sees the order of calls, and whether the answer is right.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mdattn_mpi.trt.backend import TensorRTBackend
+from mdattn_mpi.trt.gpu import Buffer
+from mdattn_mpi.trt.library import Library
+from mdattn_mpi.trt.networks import define
+from mdattn_mpi.trt.spec import EngineSpec
+from mdattn_mpi.trt.store import describe
+from tests.support.network_interpreter import MpiRanks, interpret, recorded
+
+POINTER = 0x5EED
+
+
+@dataclass
+class Tape:
+    """What was called, in order; and what goes wrong."""
+
+    calls: list[Any] = field(default_factory=list)
+    words: str = ""
+    refuses: str = ""  # deserialize, context, communicator, enqueue
+
+    def note(self, name: str, *values: Any) -> None:
+        self.calls.append((name, *values))
+
+    def names(self) -> list[str]:
+        return [name for name, *_ in self.calls]
+
+
+class Context:
+    def __init__(self, double: Double, spec: EngineSpec) -> None:
+        self._double, self._spec = double, spec
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+
+    def set_communicator(self, capsule: Any) -> bool:
+        get = ctypes.pythonapi.PyCapsule_GetPointer
+        get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+        self._double.tape.note("set_communicator", get(capsule, b"ncclComm_t"))
+        return not self._double.fails("communicator")
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._double.tape.note("set_input_shape", name, shape)
+        extents = {"query": self._spec.q, "key": self._spec.kv, "value": self._spec.kv}
+        self._shapes[name] = shape
+        return extents[name].min <= shape[0] <= extents[name].max
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._double.tape.note("set_tensor_address", name)
+        self._addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self._double.tape.note("enqueue", stream)
+        if self._double.fails("enqueue"):
+            return False
+        dtype = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[self._spec.dtype]
+        inputs = {name: _view(self._addresses[name], s, dtype) for name, s in self._shapes.items()}
+        if self._spec.takes_keys:
+            inputs["keys"] = _view(self._addresses["keys"], (1,), np.int64)
+        result = self._double.interpret(self._spec, inputs)
+        _view(self._addresses["output"], result.shape, dtype)[:] = result
+        return True
+
+
+def _view(address: int, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The array at a host address."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    raw = (ctypes.c_uint8 * size).from_address(address)
+    return np.frombuffer(raw, np.uint8).view(dtype).reshape(shape)
+
+
+class Double:
+    """Stands for the TensorRT module; only ``Runtime`` is not the real one's."""
+
+    def __init__(self, real: Library, comm: Any) -> None:
+        self._real, self._comm = real, comm
+        self.tape = Tape()
+        self._sink: Any = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real.api, name)
+
+    def library(self) -> Library:
+        return Library(self._real.flavour, self._real.version, self)
+
+    def fails(self, what: str) -> bool:
+        if self.tape.refuses != what:
+            return False
+        self._sink.log(self._real.api.ILogger.Severity.ERROR, self.tape.words)
+        return True
+
+    def Runtime(self, sink: Any) -> Any:
+        self._sink = sink
+        return SimpleNamespace(deserialize_cuda_engine=self._deserialize)
+
+    def _deserialize(self, serialized: bytes) -> Any:
+        self.tape.note("deserialize", len(serialized))
+        if self.fails("deserialize"):
+            return None
+        spec = EngineSpec.from_facts(json.loads(bytes(serialized)))
+
+        def context() -> Any:
+            self.tape.note("context")
+            return None if self.fails("context") else Context(self, spec)
+
+        return SimpleNamespace(create_execution_context=context)
+
+    def interpret(self, spec: EngineSpec, inputs: Any) -> Any:
+        api = self._real.api
+        builder = api.Builder(api.Logger(api.Logger.ERROR))
+        with recorded(api) as collectives:
+            network = define(self._real, builder, spec)
+        ranks = MpiRanks(self._comm)
+        return interpret(api, network, inputs, ranks, collectives)["output"]
+
+
+class HostGpu:
+    """A "GPU" whose memory is the host's, full of junk where nothing was written."""
+
+    name = "double"
+    stream = 7
+
+    def __init__(self, tape: Tape, sm: tuple[int, int] = (12, 0)) -> None:
+        self._tape, self.sm = tape, sm
+        self._memory: dict[int, Any] = {}
+        self.lent = 0
+
+    def buffer(self, size: int) -> Buffer:
+        self.lent += 1
+        memory = np.full(size, 0x41, np.uint8)
+        self._memory[memory.ctypes.data] = memory
+        return Buffer(memory.ctypes.data, size)
+
+    def give_back(self, buffer: Buffer) -> None:
+        self.lent -= 1
+        del self._memory[buffer.address]
+
+    def upload(self, host: Any, buffer: Buffer) -> None:
+        self._tape.note("upload")
+        memory = self._memory[buffer.address]
+        raw = np.ascontiguousarray(host).view(np.uint8).reshape(-1)
+        memory[: raw.size] = raw
+        memory[raw.size :] = 0
+
+    def uploads_before_compute(self) -> None:
+        self._tape.note("wait for uploads")
+
+    def mark(self) -> Any:
+        return object()
+
+    def download(self, buffer: Buffer, host: Any, mark: Any) -> None:
+        self._tape.note("download")
+        raw = host.view(np.uint8).reshape(-1)
+        raw[:] = self._memory[buffer.address][: raw.size]
+
+    def seconds(self, first: Any, second: Any) -> float:
+        return 0.25
+
+    def close(self) -> None:
+        self._tape.note("gpu.close")
+
+
+class HostCommunicator:
+    pointer = POINTER
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def close(self) -> None:
+        self._tape.note("communicator.close")
+
+    def abort(self) -> None:
+        self._tape.note("communicator.abort")
+
+
+class DoubleBackend(TensorRTBackend):
+    """The backend, with engines that the double can run."""
+
+    def __init__(self, world: Any, real: Library, sm: tuple[int, int] = (12, 0)) -> None:
+        self.double = Double(real, world.comm)
+        self.tape = self.double.tape
+        self.gpu = HostGpu(self.tape, sm)
+        self.built: list[EngineSpec] = []
+        self.nccl = ["/nccl/lib/libnccl.so.2"]
+        super().__init__(
+            world,
+            self.double.library(),
+            self.gpu,
+            HostCommunicator(self.tape),
+            cache=None,
+            nccl=lambda: self.nccl,
+        )
+
+    def _builder(self, spec: EngineSpec) -> Callable[[], Any]:
+        def build() -> Any:
+            self.built.append(spec)
+            engine = json.dumps(spec.facts()).encode()
+            return engine, describe(engine, self._library, self.gpu.sm, spec.ranks, spec.facts())
+
+        return build
