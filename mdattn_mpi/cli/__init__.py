@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext, redirect_stderr
 from importlib import import_module
 from importlib.util import find_spec
 
 from mdattn_mpi.errors import MdattnError
+from mdattn_mpi.lockstep import launcher
 
 COMMANDS = (
     "run",
@@ -40,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if find_spec(f"mdattn_mpi.cli.{name}"):
             command = import_module(f"mdattn_mpi.cli.{name}")
             command.add_parser(commands).set_defaults(main=command.main)
-    arguments = parser.parse_args(argv)
+    with redirect_stderr(None) if launcher().rank > 0 else nullcontext():  # said once is enough
+        arguments = parser.parse_args(argv)
     command_main: Main = arguments.main
     try:
         return command_main(arguments)

@@ -94,10 +94,16 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _work(arguments: argparse.Namespace) -> int:
-    from mdattn_mpi.lockstep import start
+    from mdattn_mpi.lockstep import board, start
+    from mdattn_mpi.lockstep.chaos import arm
+
+    if "deadline" in arguments and arguments.deadline:
+        board().patience = arguments.deadline
+    if "chaos" in arguments:
+        arm(arguments.chaos, board())
+    world = start()
     from mdattn_mpi.runner.job import run_job
 
-    world = start()
     return run_job(lambda: spec_of(arguments), world)
 
 
