@@ -8,7 +8,7 @@ from typing import Literal, get_args
 from mdattn_mpi.devices.protocol import Costs
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.partition import head_shards, partition, token_count
-from mdattn_mpi.problem import AttentionProblem, StrategyName, seen_pairs
+from mdattn_mpi.problem import AttentionProblem, Partition, StrategyName, seen_pairs
 
 TIE = 1.05  # the less a strategy merges the more exact it is: worth this much time
 
@@ -42,6 +42,7 @@ def choose(
     costs: Costs,
     *,
     batch: bool = True,
+    owners: Partition | None = None,
 ) -> tuple[StrategyName, tuple[str, ...]]:
     """Pick the fastest strategy that fits into memory; near ties go to the one that merges least.
 
@@ -65,6 +66,8 @@ def choose(
         What the user asked for; any other than ``auto`` is only checked.
     batch
         Whether other items follow, so that transfers can run ahead.
+    owners
+        Who owns which tokens, if that is given; None leaves it to the strategy.
 
     Returns
     -------
@@ -80,7 +83,9 @@ def choose(
     names: tuple[StrategyName, ...] = get_args(StrategyName)
     if strategy not in ("auto", *names):
         raise RejectedError(f"strategy {strategy!r}", fix=f"use auto, {', '.join(names)}")
-    estimates = {name: estimate(problem, ranks, name, costs, batch=batch) for name in names}
+    estimates = {
+        name: estimate(problem, ranks, name, costs, batch=batch, owners=owners) for name in names
+    }
     fitting = {
         name: found
         for name, found in estimates.items()
@@ -105,10 +110,17 @@ def choose(
 
 
 def estimate(
-    problem: AttentionProblem, ranks: int, strategy: StrategyName, costs: Costs, *, batch: bool
+    problem: AttentionProblem,
+    ranks: int,
+    strategy: StrategyName,
+    costs: Costs,
+    *,
+    batch: bool,
+    owners: Partition | None = None,
 ) -> Estimate:
     """Work out the formulas of `choose` for one strategy."""
-    q_tokens, kv_tokens = (-(-n // ranks) for n in (problem.q_tokens, problem.kv_tokens))
+    owners = owners or partition(problem, strategy, ranks)
+    q_tokens, kv_tokens = (max(map(token_count, side)) for side in (owners.query, owners.kv))
     q_row = 2 * problem.q_heads * problem.head_dim
     kv_row = 2 * problem.kv_heads * (problem.head_dim + problem.v_head_dim)
     out_row = problem.q_heads * (2 * problem.v_head_dim + 4)
@@ -116,7 +128,7 @@ def estimate(
     shards = q_tokens * (q_row + out_row) + kv_tokens * kv_row
     ahead = 2 if batch else 1  # items whose inputs are held at a time
     others = (ranks - 1) / ranks
-    compute = _busiest_share(problem, ranks, strategy) * problem.flops / costs.flops
+    compute = _busiest_share(problem, strategy, owners) * problem.flops / costs.flops
 
     if strategy == "ring":
         hop = costs.latency + kv_tokens * kv_row / costs.bandwidth
@@ -147,17 +159,17 @@ def estimate(
     return Estimate(seconds, compute, gather + back, merge, memory)
 
 
-def _busiest_share(problem: AttentionProblem, ranks: int, strategy: StrategyName) -> float:
+def _busiest_share(problem: AttentionProblem, strategy: StrategyName, owners: Partition) -> float:
     """Return the share of all query–key pairs that the busiest rank computes."""
     if strategy == "ulysses":
-        heads = head_shards(problem.q_heads, problem.kv_heads, ranks)
+        heads = head_shards(problem.q_heads, problem.kv_heads, len(owners.query))
         return max(len(shard.q) for shard in heads) / problem.q_heads
-    query, diagonal = partition(problem, strategy, ranks).query, problem.diagonal
+    diagonal = problem.diagonal
     if diagonal is None:
-        return max(map(token_count, query)) / problem.q_tokens
+        return max(map(token_count, owners.query)) / problem.q_tokens
     pairs = (
         sum(seen_pairs(len(span), problem.kv_tokens, span.start + diagonal) for span in spans)
-        for spans in query
+        for spans in owners.query
     )
     return max(pairs) / max(1, problem.pairs)
 
