@@ -1,0 +1,313 @@
+"""``mdattn submit``: write the batch script of a job, and hand it to Slurm."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from mdattn_mpi.errors import RejectedError
+
+DESCRIPTION = """\
+Write the Slurm script of a job beside its output, submit it, and say how to watch it.
+
+  mdattn submit data.h5 -o out.h5 --nodes 2 --gpus-per-node 8 --time 04:00:00
+  mdattn submit *.h5 -o results/ --array 4 --nodes 1 --gpus-per-node 8     (4 files at a time)
+  mdattn submit data.h5 -o out.h5 --nodes 1 --gpus-per-node 8 --requeue --run -s ring --lse
+
+What follows --run goes to mdattn run. The same command again resumes.
+"""
+
+EPILOG = """\
+Exit codes: 0 submitted (or shown); 2 refused, by mdattn or by Slurm.
+"""
+
+SIGNATURE = "# Written by mdattn submit; the same command replaces it."
+
+# What may stand in an #SBATCH line. Slurm checks the meaning.
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,+@-]{0,199}")
+_TIME = re.compile(r"(?:\d{1,4}-)?\d{1,6}(?::\d{1,2}){0,2}")
+_NAMES = ("account", "partition", "qos", "constraint", "reservation", "mpi")
+
+Lines = list[str]
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "submit",
+        help="submit a job to Slurm",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("data", nargs="+", metavar="DATA.h5", help="the dataset; several with --array")
+    add("-o", "--output", required=True, metavar="OUT", help="the output; a folder with --array")
+    add("--dry-run", action="store_true", help="print the script; write and submit nothing")
+
+    size = parser.add_argument_group("how large")
+    add = size.add_argument
+    add("--nodes", type=_count, required=True, metavar="N")
+    add(
+        "--gpus-per-node", type=_count, default=0, metavar="G", help="one rank each (default: none)"
+    )
+    add("--ranks-per-node", type=_count, metavar="R", help="without GPUs (default: 1)")
+    add(
+        "--cpus-per-rank",
+        type=_count,
+        metavar="C",
+        help="cores a rank (default: 8 with GPUs, else 1)",
+    )
+    add("--time", default="", metavar="T", help="the limit: MM, HH:MM:SS or D-HH:MM:SS")
+    add("--array", type=_count, metavar="K", help="a job for every dataset, K of them at a time")
+
+    where = parser.add_argument_group("where and how")
+    add = where.add_argument
+    for name in ("account", "partition", "qos", "constraint", "reservation"):
+        add(f"--{name}", default="", metavar="NAME", help="as for sbatch")
+    add("--setup", metavar="FILE", help="a shell file to source first: modules, environment")
+    add("--requeue", action="store_true", help="go back to the queue when preempted or out of time")
+    add("--warning", type=_count, default=180, metavar="S", help="seconds before the limit (180)")
+    add("--launcher", choices=("srun", "mpirun"), default="srun", help="default: srun")
+    add("--mpi", default="pmix", metavar="TYPE", help="of `srun --mpi=list` (default: pmix)")
+    add("--doctor", action="store_true", help="check all nodes first; stop when one is unfit")
+    add("--run", nargs=argparse.REMAINDER, default=[], help="all that follows goes to mdattn run")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Write, submit, and say how to watch."""
+    check(arguments)
+    text = script(arguments)
+    if arguments.dry_run:
+        print(text, end="")
+        return 0
+    path = write(arguments, text)
+    job = submit(path)
+    print(f"submitted job {job} with {path}")
+    print(f"log:    {job_name(arguments)}-{_log_number(arguments, job)}.log")
+    print(f"watch:  squeue --jobs {job}")
+    if not arguments.array:
+        print(f"        mdattn status {shlex.quote(arguments.output)}")
+    return 0
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuse what can't be, and whatever could mean more to a shell or to Slurm than it says.
+
+    Raises
+    ------
+    RejectedError
+        Names the option, the value and what would do.
+
+    """
+    for path in (*arguments.data, arguments.output, arguments.setup or ""):
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in path):
+            raise RejectedError(f"control characters in the name {path!r}", fix="rename the file")
+    for name in _NAMES:
+        value = getattr(arguments, name)
+        if value and not _NAME.fullmatch(value):
+            raise RejectedError(
+                f"--{name} is {value!r}", fix="use letters, digits and any of _.,+@- only"
+            )
+    if arguments.time and not _TIME.fullmatch(arguments.time):
+        raise RejectedError(
+            f"--time is {arguments.time!r}", fix="write minutes, HH:MM:SS or D-HH:MM:SS"
+        )
+    if arguments.gpus_per_node and arguments.ranks_per_node not in (None, arguments.gpus_per_node):
+        raise RejectedError(
+            f"{arguments.ranks_per_node} ranks for {arguments.gpus_per_node} GPUs a node",
+            fix="leave --ranks-per-node out: every GPU gets one rank",
+        )
+    if arguments.requeue and arguments.launcher == "mpirun":
+        raise RejectedError(
+            "--requeue doesn't go with mpirun, whose daemons die of Slurm's signals",
+            fix="use --launcher srun",
+        )
+    _check_files(arguments)
+    _check_run_options(arguments.run)
+
+
+def _check_files(arguments: argparse.Namespace) -> None:
+    for path in (*arguments.data, *([arguments.setup] if arguments.setup else [])):
+        if not Path(path).is_file():
+            raise RejectedError("no such file", file=path, fix="check the path")
+    if arguments.array:
+        names = [Path(path).name for path in arguments.data]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise RejectedError(
+                f"two datasets would write {twice[0]!r} into one folder",
+                fix="submit them with different -o",
+            )
+    elif len(arguments.data) > 1:
+        raise RejectedError(
+            f"{len(arguments.data)} datasets for one job",
+            fix="add --array K to run a job for each, K at a time, with -o naming a folder",
+        )
+    if not Path(arguments.output).resolve().parent.is_dir():
+        raise RejectedError("the folder isn't there", file=arguments.output, fix="create it")
+
+
+def _check_run_options(options: list[str]) -> None:
+    """Let ``mdattn run`` look at its options now rather than in the queue."""
+    from mdattn_mpi.cli import run
+
+    class Refusing(argparse.ArgumentParser):
+        def error(self, message: str) -> Any:
+            raise RejectedError(
+                f"mdattn run would refuse what follows --run: {message}",
+                fix="see mdattn run --help",
+            )
+
+    for word in options:
+        if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):
+            raise RejectedError(f"control characters in {word!r}", fix="leave them out")
+    parser = Refusing(prog="mdattn run", add_help=False)
+    commands = parser.add_subparsers(parser_class=Refusing)
+    given = run.add_parser(commands).parse_args(options)
+    for name in ("data", "output"):
+        if name in given:
+            raise RejectedError(
+                f"the {name} is named twice, before and after --run",
+                fix="give only options of mdattn run after --run",
+            )
+
+
+def script(arguments: argparse.Namespace) -> str:
+    """Write the batch script: the one template."""
+    parts: list[Lines] = [
+        ["#!/bin/bash", SIGNATURE, *_resources(arguments)],
+        _environment(arguments),
+        _names(arguments),
+        _doctor(arguments),
+        _job(arguments),
+    ]
+    return "\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def job_name(arguments: argparse.Namespace) -> str:
+    """``mdattn-OUT`` with nothing in it that Slurm or a file system could take amiss."""
+    stem = Path(arguments.output).resolve().stem
+    return f"mdattn-{re.sub(r'[^A-Za-z0-9_.-]', '_', stem)[:60]}"
+
+
+def _log_number(arguments: argparse.Namespace, job: str) -> str:
+    return f"{job}_*" if arguments.array else job
+
+
+def _resources(arguments: argparse.Namespace) -> Lines:
+    gpus = arguments.gpus_per_node
+    options = {
+        "job-name": job_name(arguments),
+        "output": "%x-%A_%a.log" if arguments.array else "%x-%j.log",
+        "open-mode": "append",
+        "nodes": arguments.nodes,
+        "ntasks-per-node": gpus or arguments.ranks_per_node or 1,
+        "cpus-per-task": arguments.cpus_per_rank or (8 if gpus else 1),
+        "gpus-per-node": gpus,
+        "time": arguments.time,
+        "array": f"1-{len(arguments.data)}%{arguments.array}" if arguments.array else "",
+        "signal": f"{'B:' if arguments.launcher == 'mpirun' else ''}USR1@{arguments.warning}",
+        **{name: getattr(arguments, name) for name in _NAMES if name != "mpi"},
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value]
+    return [*lines, "#SBATCH --requeue" if arguments.requeue else "#SBATCH --no-requeue"]
+
+
+def _environment(arguments: argparse.Namespace) -> Lines:
+    lines = [f"source {_path(arguments.setup)} || exit 2"] if arguments.setup else []
+    if arguments.launcher == "srun":
+        lines.append("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK")
+    return lines
+
+
+def _names(arguments: argparse.Namespace) -> Lines:
+    if not arguments.array:
+        return [f"data={_path(arguments.data[0])}", f"out={_path(arguments.output)}"]
+    return [
+        "files=(",
+        *(f"    {_path(path)}" for path in arguments.data),
+        ")",
+        "data=${files[SLURM_ARRAY_TASK_ID - 1]}",
+        f"mkdir -p {_path(arguments.output)}",
+        f'out={_path(arguments.output)}/"$(basename "$data")"',
+    ]
+
+
+def _launch(arguments: argparse.Namespace, *options: str) -> str:
+    if arguments.launcher == "srun":
+        return " ".join(["srun", f"--mpi={arguments.mpi}", *options])
+    return f"mpirun -n {arguments.nodes * _ranks_per_node(arguments)}"
+
+
+def _ranks_per_node(arguments: argparse.Namespace) -> int:
+    return int(arguments.gpus_per_node or arguments.ranks_per_node or 1)
+
+
+def _doctor(arguments: argparse.Namespace) -> Lines:
+    if not arguments.doctor:
+        return []
+    return [
+        f'{_launch(arguments)} mdattn doctor --folder "$(dirname "$out")"',
+        "[ $? -le 1 ] || exit 2",
+    ]
+
+
+def _job(arguments: argparse.Namespace) -> Lines:
+    launch = _launch(arguments, "--kill-on-bad-exit=1")
+    command = " ".join([f'{launch} mdattn run "$data" -o "$out"', *map(shlex.quote, arguments.run)])
+    if not arguments.requeue:
+        return [f"exec {command}"]
+    return [
+        command,
+        "status=$?",
+        '[ "$status" -eq 75 ] && exec scontrol requeue "$SLURM_JOB_ID"',
+        'exit "$status"',
+    ]
+
+
+def _path(path: str) -> str:
+    """Quote for the shell; from the root, so that the script works wherever it is submitted."""
+    return shlex.quote(str(Path(path).absolute()))
+
+
+def write(arguments: argparse.Namespace, text: str) -> Path:
+    """Put the script beside the output; replace only what this command has written before."""
+    output = Path(arguments.output)
+    path = output.with_name(f"{output.name or 'mdattn'}.sbatch")
+    if path.exists() and SIGNATURE not in path.read_text(errors="replace").splitlines()[:2]:
+        raise RejectedError(
+            "there is a script of somebody else's here", file=str(path), fix="move it away"
+        )
+    path.write_text(text)
+    return path
+
+
+def submit(path: Path) -> str:
+    """Hand the script to Slurm; the job's number."""
+    if not shutil.which("sbatch"):
+        raise RejectedError(
+            "there is no sbatch here", fix="run this on a login node, or see --dry-run"
+        )
+    done = subprocess.run(
+        ["sbatch", "--parsable", "--", str(path)], text=True, capture_output=True, check=False
+    )
+    if done.returncode:
+        raise RejectedError(
+            f"Slurm refused the job: {done.stderr.strip() or done.returncode}",
+            file=str(path),
+            fix="change the options that it names",
+        )
+    return done.stdout.strip().partition(";")[0]
