@@ -17,19 +17,20 @@ say() { printf '%s\n' "$*"; }
 case $("$mpirun" --version 2>&1) in
 *"Open MPI"* | *OpenRTE*)
     options="--oversubscribe"
+    say "(Open MPI: with --oversubscribe, which two ranks on one core need.)"
     if [ "$(id -u)" = 0 ]; then
-        say "(Open MPI wants OMPI_ALLOW_RUN_AS_ROOT=1 and ..._CONFIRM=1 from root: set here.)"
+        say "(As root: with OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.)"
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
     ;;
 esac
 
-say "Queries, keys and values of a language model reading the Declaration of Independence:"
-say "4 sequences, 257 to 1301 tokens, BF16 and FP16, with and without a causal mask."
+say "The queries, keys and values of a language model that reads the Declaration of"
+say "Independence: 4 sequences of 257 to 1301 tokens, BF16 and FP16, causal and not."
 
 for strategy in ring allgather ulysses; do
-    file=$out/sample-$strategy.h5
-    log=$out/sample-$strategy.log
+    file=$out/$strategy.h5
+    log=$out/$strategy.log
     say
     say "\$ mpirun -n 2 mdattn run $data -o $file -s $strategy"
     "$mpirun" $options -n 2 mdattn run "$data" -o "$file" -s "$strategy" --overwrite \
@@ -51,9 +52,9 @@ lockstep, written to one HDF5 file, and compared with float64 attention.
 "used" is the share of the allowed rounding error at the worst row and head.
 
 Next, after \`. ${VENV:-.venv}/bin/activate\`:
-  mdattn inspect $out/sample-ring.h5     what it holds, who made it and how
-  less $out/sample-ring.log              the log: plan, reasons, where the time went
+  mdattn inspect $out/ring.h5          what it holds, who made it and how
+  less $out/ring.log                   the log: plan, reasons, where the time went
   mdattn make-data big.h5 --items 3 --length 8192 --causal
   mpirun -n 2 mdattn run big.h5 -o big-out.h5
-  mdattn run --help                   and README.md: GPUs, Slurm, resuming
+  mdattn run --help                 and README.md: GPUs, Slurm, resuming
 END

@@ -12,14 +12,12 @@ from typing import Any, Literal
 import numpy as np
 
 from mdattn_mpi.dataset import Dataset, Entry, Item, Output, open_dataset
-from mdattn_mpi.errors import ItemError, RejectedError
-from mdattn_mpi.partition import partition
-from mdattn_mpi.problem import Partition, Span
+from mdattn_mpi.errors import ItemError, OutputError, RejectedError
+from mdattn_mpi.problem import Span
 from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_rows, judge
 from mdattn_mpi.verifier.tolerance import rounding_of
 
 Verdict = Literal["right", "wrong", "unfinished"]
-Shards = tuple[tuple[Span, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -29,7 +27,6 @@ class Finding:
     item: Item
     entry: Entry
     judgement: Judgement | None = None  # None when it isn't done
-    shards: Shards = ()
     bad_shards: tuple[int, ...] = ()  # ranks whose bytes don't match the ledger's checksum
     fault: str = ""  # why it can't be read
 
@@ -44,7 +41,7 @@ class Finding:
 
     def owner(self, row: int) -> int:
         """The rank that wrote a query row."""
-        owners = (rank for rank, spans in enumerate(self.shards) if _holds(spans, row))
+        owners = (rank for rank, spans in enumerate(self.entry.shards) if _holds(spans, row))
         return next(owners)
 
     def complaints(self) -> Iterator[str]:
@@ -173,7 +170,6 @@ def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Ch
     entry = output.ledger.entry(item)
     if entry.state != "done":
         return Finding(item, entry)
-    owners = partition(item.problem, entry.strategy, entry.ranks)  # type: ignore[arg-type]
     source = Source(
         item.problem,
         lambda tensor, spans: dataset.read(given, tensor, spans),  # type: ignore[arg-type]
@@ -187,21 +183,18 @@ def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Ch
             for rank, (spans, crc32) in enumerate(zip(entry.shards, entry.crc32s, strict=True))
             if output.checksum(item, spans) != crc32
         )
-        found = judge(source, _rows(item, owners, choice), rounding_of(backend))
-    except ItemError as error:
+        found = judge(source, _rows(item, entry, choice), rounding_of(backend))
+    except (ItemError, OutputError) as error:
         return Finding(item, entry, fault=str(error))
-    return Finding(item, entry, found, entry.shards, bad)
+    return Finding(item, entry, found, bad)
 
 
-def _rows(item: Item, owners: Partition, choice: Choice) -> Array:
-    problem = item.problem
+def _rows(item: Item, entry: Entry, choice: Choice) -> Array:
     if choice.rows is None:
-        return np.arange(problem.q_tokens)
-    borders = [span.start for span in chain(*owners.query)]
-    if problem.diagonal is not None:  # the first rows that see into another shard of the keys
-        borders += [span.start - problem.diagonal for span in chain(*owners.kv)]
+        return np.arange(item.problem.q_tokens)
+    borders = [span.start for span in chain(*entry.shards)]
     seed = (choice.seed, zlib.crc32(item.name.encode()))
-    return choose_rows(problem, borders, choice.rows, seed)
+    return choose_rows(item.problem, borders, choice.rows, seed)
 
 
 def _holds(spans: Sequence[Span], row: int) -> bool:

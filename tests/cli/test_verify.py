@@ -1,0 +1,209 @@
+"""``mdattn verify``: what it says and its exit codes; outputs right, wrong and unfinished."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import h5py
+import numpy as np
+import pytest
+
+from mdattn_mpi.cli import main
+from mdattn_mpi.dataset import open_output
+from mdattn_mpi.problem import AttentionProblem, Span
+from tests.support.finished import finished
+
+PROBLEMS = {
+    "plain": AttentionProblem(300, 300, 4, 2, 32, 32),
+    "causal": AttentionProblem(257, 257, 4, 4, 16, 24, dtype="float16", causal="upper_left"),
+    "chunk": AttentionProblem(61, 203, 6, 1, 8, 8, causal="lower_right"),
+}
+
+
+@pytest.fixture
+def files(tmp_path):
+    return finished(tmp_path, PROBLEMS, ranks=3, lse=True)
+
+
+def verify(files, *options):
+    return main(["verify", str(files.output), "--data", str(files.data), *options])
+
+
+def overwrite(files, name, spans, value, *, result="output", committed=False):
+    """Put `value` there; with `committed`, the ledger's checksums fit."""
+    with open_output(files.output, writable=True) as output:
+        item = output.item(name)
+        region = output._region(item, result)
+        array = np.full((1, *region.shape[1:]), value, region.dtype)
+        for span in spans:
+            for row in range(span.start, span.stop):
+                os.pwrite(output._fd, array.tobytes(), region.offset + row * region.token_bytes)
+        if committed:
+            entry = output.ledger.entry(item)
+            crc32s = [output.checksum(item, spans) for spans in entry.shards]
+            output.ledger.commit(item, crc32s, entry.strategy, entry.shards)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather", "ulysses"])
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("options", [(), ("--all",), ("--rows", "0")], ids=" ".join)
+def test_a_right_output(tmp_path, capsys, ranks, strategy, options):
+    files = finished(tmp_path, PROBLEMS, ranks=ranks, strategy=strategy, seed=ranks)
+    assert verify(files, *options) == 0
+    shown = capsys.readouterr().out
+    assert shown.count(" right") == 4
+    assert f"{ranks}/{ranks}" in shown
+    assert max(map(len, shown.splitlines())) <= max(80, len(str(files.output)) + 20)
+
+
+def test_a_wrong_row_that_the_checksum_covers(files, capsys):
+    overwrite(files, "causal", [Span(128, 129)], 0, committed=True)  # a border of the zigzag
+    assert verify(files) == 1
+    shown = capsys.readouterr()
+    assert "row 128 of head" in shown.out
+    assert "3/3     wrong" in shown.out
+    assert "1 of 3 items are wrong" in shown.err
+    assert "Fix:" in shown.err
+
+
+def test_plausible_zeros(files, capsys):
+    for name, problem in PROBLEMS.items():
+        overwrite(files, name, [Span(0, problem.q_tokens)], 0, committed=True)
+    assert verify(files) == 1
+    assert "3 of 3 items are wrong" in capsys.readouterr().err
+
+
+def test_bytes_that_changed_after_they_were_written(files, capsys):
+    with open_output(files.output) as output:
+        offset = output._region(output.item("plain"), "output").offset
+    with open(files.output, "r+b") as raw:
+        raw.seek(offset + 150 * 4 * 32 * 2 + 1)  # row 150 is in the shard of rank 1
+        byte = raw.read(1)[0]
+        raw.seek(-1, 1)
+        raw.write(bytes([byte ^ 1]))
+    assert verify(files, "--rows", "0", "--items", "plain") == 1
+    shown = capsys.readouterr().out
+    assert "the shard of rank 1 has other bytes than that rank wrote" in shown
+    assert "2/3     wrong" in shown
+
+
+def test_a_wrong_lse(files, capsys):
+    overwrite(files, "chunk", [Span(60, 61)], 1.0, result="lse", committed=True)
+    assert verify(files) == 1
+    assert "the log-sum-exp's error is" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_wrong(files, capsys, value):
+    overwrite(files, "plain", [Span(299, 300)], value, committed=True)
+    assert verify(files, "--json") == 1
+    items = {item["item"]: item for item in json.loads(capsys.readouterr().out)["items"]}
+    assert items["plain"]["verdict"] == "wrong"
+    assert items["plain"]["used"] is None
+    assert items["causal"]["verdict"] == "right"
+
+
+def test_unfinished_items_are_named_and_may_be_let_pass(files, capsys):
+    with open_output(files.output, writable=True) as output:
+        output.ledger.fail(output.item("causal"), "the key holds 3 NaN")
+        os.pwrite(output._fd, b"\0", output.ledger.offsets["state"] + output.item("chunk").index)
+    assert verify(files) == 1
+    shown = capsys.readouterr()
+    assert shown.out.count(" unfinished\n") == 3
+    assert "failed: the key holds 3 NaN" in shown.out
+    assert "has not been computed" in shown.out
+    assert "2 of 3 items aren't finished" in shown.err
+    assert verify(files, "--partial") == 0
+    assert verify(files, "--items", "plain") == 0
+
+
+def test_json_says_the_same(files, capsys):
+    assert verify(files, "--json", "--rows", "5", "--seed", "7") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["right"], found["wrong"], found["unfinished"], found["exit_code"]) == (3, 0, 0, 0)
+    for item in found["items"]:
+        assert item["strategy"] == "ring"
+        assert item["ranks"] == 3
+        assert 0 < item["used"] < 1
+        assert 0 < item["error"] < item["tolerance"]
+        assert 0 < item["lse_used"] < 1
+
+
+def test_items_are_selected_by_patterns(files, capsys):
+    assert verify(files, "--items", "c*") == 0
+    shown = capsys.readouterr().out
+    assert "chunk" in shown
+    assert "causal" in shown
+    assert "plain" not in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (("--items", "nothing*"), "no item matches 'nothing*'"),
+        (("--data", "missing.h5"), "missing.h5"),
+        (("--data", "OUTPUT"), "format is 'mdattn-output'"),
+    ],
+)
+def test_what_is_refused(files, capsys, options, says):
+    options = [str(files.output) if option == "OUTPUT" else option for option in options]
+    assert verify(files, *options) == 2
+    shown = capsys.readouterr().err
+    assert says in shown
+    assert "Fix:" in shown
+
+
+def test_another_dataset_of_the_same_shapes_is_refused(files, tmp_path, capsys):
+    (tmp_path / "other").mkdir()
+    other = finished(tmp_path / "other", PROBLEMS, seed=99)
+    mixed = files._replace(data=other.data)
+    assert verify(mixed) == 2
+    assert "is not the dataset that" in capsys.readouterr().err
+    assert verify(mixed, "--other-data") == 1
+    assert "3 of 3 items are wrong" in capsys.readouterr().err
+
+
+def test_a_dataset_with_another_mask_is_refused(files, capsys):
+    with h5py.File(files.data, "r+") as file:
+        file["items/plain"].attrs["causal"] = "upper_left"
+    assert verify(files, "--other-data") == 2
+    assert f"was made for {PROBLEMS['plain']}" in capsys.readouterr().err
+
+
+def test_a_truncated_output_is_refused(files, capsys):
+    os.truncate(files.output, files.output.stat().st_size // 2)
+    assert verify(files) == 2
+    assert str(files.output) in capsys.readouterr().err
+
+
+def test_sixteen_bit_weights_are_allowed_to_a_gpu_only(tmp_path, capsys):
+    """An error that tensor cores may make, in an output that says it was made on the CPU."""
+    problem = replace(PROBLEMS["plain"], kv_tokens=2000)
+    files = finished(tmp_path, {"plain": problem})
+    with open_output(files.output) as output:
+        right = output.read(output.item("plain"), "output")
+    noise = np.random.default_rng(1).standard_normal(right.shape) * 0.004
+    with open_output(files.output, writable=True) as output:
+        out = (right.astype(float) * (1 + noise)).astype(right.dtype)
+        item = output.item("plain")
+        shards = ((Span(0, 300),),)
+        output.ledger.commit(item, [output.write(item, shards[0], out)], "ring", shards)
+    assert verify(files) == 1
+    assert verify(files, "--backend", "cuda") == 0
+
+
+def test_never_imports_what_it_judges(files):
+    script = (
+        "import sys; from mdattn_mpi.cli import main; main(sys.argv[1:]);"
+        "print([m for m in sys.modules if m.startswith(('mdattn_mpi.strategies',"
+        " 'mdattn_mpi.devices', 'mdattn_mpi.backends', 'mdattn_mpi.trt', 'mdattn_mpi.partition',"
+        " 'mpi4py', 'tensorrt', 'cudnn', 'cuda'))])"
+    )
+    command = ["verify", str(files.output), "--data", str(files.data)]
+    run = [sys.executable, "-c", script, *command]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stdout + done.stderr
