@@ -21,7 +21,7 @@ import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.dataset.dtypes import NUMPY, stored_as
-from mdattn_mpi.dataset.hdf5 import File, Node
+from mdattn_mpi.dataset.hdf5 import File, Node, must_be_regular
 from mdattn_mpi.dataset.layout import MAX_COMPRESSION, MAX_LINK_DEPTH, MAX_NODES, shown
 from mdattn_mpi.errors import MdattnError, RejectedError
 
@@ -67,6 +67,7 @@ def open_foreign(
         The file is none of these, or damaged.
 
     """
+    must_be_regular(path)
     try:
         with open(path, "rb") as file:
             start = file.read(16)

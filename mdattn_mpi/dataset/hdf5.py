@@ -86,24 +86,12 @@ class File:
         self.path = os.fspath(path)
         self.allow = tuple(os.path.realpath(folder) for folder in allow)
         self._linked: dict[str, File] = {}
-        self._must_be_regular()
+        must_be_regular(self.path)
         drop_plugins(self.allow)
         self.id = self._open()
         with self.guard("/"):
             self.fd = os.dup(self.id.get_vfd_handle())
         self.size = os.fstat(self.fd).st_size
-
-    def _must_be_regular(self) -> None:
-        try:
-            mode = os.stat(self.path).st_mode
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise RejectedError(
-                f"can't be opened: {reason}", fix="check the path", file=self.path
-            ) from None
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-            raise RejectedError(f"is {kind}", fix="name an HDF5 file", file=self.path)
 
     def _open(self) -> Any:
         access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
@@ -201,6 +189,25 @@ class File:
             f"{why} leads to another file, {shown(target)}",
             f"if you trust it, allow its folder: --allow {shown(os.path.dirname(path))}",
         )
+
+
+def must_be_regular(path: str) -> None:
+    """Refuse a path that leads to no regular file: opening a pipe could wait for ever.
+
+    Raises
+    ------
+    RejectedError
+        It isn't there, or is something else.
+
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RejectedError(f"can't be opened: {reason}", fix="check the path", file=path) from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise RejectedError(f"is {kind}", fix="name a file", file=path)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from mdattn_mpi.dataset.layout import (
     MAX_ITEMS,
     TENSORS,
     VERSION,
+    Item,
     Layout,
     Tensor,
     batch_item_name,
@@ -109,6 +110,27 @@ def patterns_of(select: str) -> list[str]:
     return patterns
 
 
+def select_items(items: Sequence[Item], patterns: Sequence[str], file: str) -> list[Item]:
+    """Choose the items whose names match.
+
+    Raises
+    ------
+    RejectedError
+        A pattern matches none.
+
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(item.name, pattern) for item in items):
+            raise _no_match(pattern, [item.name for item in items], file)
+    return [item for item in items if any(fnmatchcase(item.name, p) for p in patterns)]
+
+
+def _no_match(pattern: str, names: Sequence[str], file: str) -> RejectedError:
+    close = get_close_matches(pattern, [shown(name) for name in names[:10_000]], 3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "see `mdattn inspect`"
+    return RejectedError(f"no item matches {pattern!r}", fix=hint, file=file)
+
+
 def find_entries(
     file: File, patterns: Sequence[str], layout: str
 ) -> tuple[list[Entry], list[RejectedError]]:
@@ -174,9 +196,7 @@ def _check_selection(
         raise file.reject(f"/{ITEMS} is empty", "put at least one item into it")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in taken):
-            close = get_close_matches(pattern, [shown(name) for name in names[:10_000]], 3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see `mdattn inspect`"
-            raise file.reject(f"no item matches {pattern!r}", hint)
+            raise _no_match(pattern, names, file.path)
 
 
 def first_of(faults: Sequence[RejectedError]) -> RejectedError:

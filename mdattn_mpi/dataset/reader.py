@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from math import prod
@@ -23,7 +25,7 @@ from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.dataset.index import Entry, TensorData, find_entries, first_of, patterns_of
 from mdattn_mpi.dataset.layout import LAYOUTS, TENSORS, Item, Tensor, natural_order
 from mdattn_mpi.dataset.positioned import read_exactly
-from mdattn_mpi.errors import ItemError, MdattnError, RejectedError
+from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.problem import Span, digest_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -120,20 +122,31 @@ class Dataset:
             raise ValueError(f"out is {out.dtype}{list(out.shape)}, want {data.dtype}{list(shape)}")
         bits = out.view(np.uint16)
         done = 0
-        try:
+        with _item_errors(data, item, tensor):
             for span in spans:
                 _read_span(data, span, heads, bits[done : done + len(span)])
                 done += len(span)
-        except MdattnError:
-            raise
-        except Exception as error:
-            raise ItemError(
-                f"{tensor} can't be read ({error})",
-                fix="check the file with `mdattn inspect --check`; copy it again",
-                file=data.node.file.path,
-                item=item.name,
-            ) from error
         return out
+
+    def checksum(self, item: Item, tensor: Tensor) -> int | None:
+        """CRC-32 over the whole dataset that holds the tensor; None when it isn't contiguous.
+
+        Raises
+        ------
+        ItemError
+            The file can't be read there.
+
+        """
+        data = self._tensors[item.name][tensor]
+        if data.storage.offset is None:
+            return None
+        crc32 = 0
+        for start in range(0, data.storage.nbytes, SCRATCH_BYTES):
+            block = np.empty(min(SCRATCH_BYTES, data.storage.nbytes - start), np.uint8)
+            with _item_errors(data, item, tensor):
+                read_exactly(data.node.file.fd, data.storage.offset + start, block)
+            crc32 = zlib.crc32(block.data, crc32)
+        return crc32
 
     @cached_property
     def digest(self) -> str:
@@ -228,6 +241,20 @@ def open_dataset(
     except BaseException:
         file.close()
         raise
+
+
+@contextmanager
+def _item_errors(data: TensorData, item: Item, tensor: Tensor) -> Iterator[None]:
+    """Say of which item it is that something can't be read."""
+    try:
+        yield
+    except Exception as error:
+        raise ItemError(
+            f"{tensor} can't be read ({error})",
+            fix="check the file with `mdattn inspect --check`; copy it again",
+            file=data.node.file.path,
+            item=item.name,
+        ) from error
 
 
 def _check_runs(spans: Sequence[Span], length: int) -> None:

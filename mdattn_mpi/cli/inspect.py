@@ -1,0 +1,294 @@
+"""``mdattn inspect``: what a file holds, how it is stored, what is finished."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdattn_mpi.dataset import Dataset, Item, Output
+
+DESCRIPTION = """\
+Say what a file holds. For a dataset: its items, how they are stored, what that costs, and which of
+them can't be done. For an output: the state of every item. For any other HDF5, .npz or .safetensors
+file: the tensors that `mdattn convert` could take.
+
+  mdattn inspect data.h5
+  mdattn inspect out.h5 --check      read everything and compare it with the checksums
+"""
+
+EPILOG = "Exit codes: 0 all is well; 1 some items are bad, failed or damaged; 2 can't be read."
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "inspect",
+        help="say what a file holds, and what is finished",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("path", metavar="FILE", help="a dataset, an output, or somebody else's file")
+    add("--items", default="*", metavar="PATTERN", help="only these: names or globs, with commas")
+    add("--check", action="store_true", help="read all data and compare it with its checksums")
+    add("--json", action="store_true", help="print JSON")
+    add(
+        "--layout",
+        choices=("auto", "token_major", "head_major"),
+        default="auto",
+        help="read a dataset as if it said so",
+    )
+    add("--allow", action="append", default=[], metavar="DIR", help="folder that links may lead to")
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print what the file holds."""
+    from mdattn_mpi.dataset.hdf5 import format_of
+    from mdattn_mpi.dataset.layout import DATASET_FORMAT, OUTPUT_FORMAT
+
+    describe = {DATASET_FORMAT: _describe_dataset, OUTPUT_FORMAT: _describe_output}
+    facts = describe.get(format_of(arguments.path), _describe_foreign)(arguments)
+    if arguments.json:
+        import json
+
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(_lines(facts, _columns())))
+    bad = facts.get("faults") or any(
+        item.get("state") == "failed" or item.get("damaged") for item in facts["items"]
+    )
+    return 1 if bad else 0
+
+
+def _describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mdattn_mpi.dataset import open_dataset
+
+    with open_dataset(
+        arguments.path,
+        select=arguments.items,
+        layout=arguments.layout,
+        allow=arguments.allow,
+        keep_faults=True,
+    ) as dataset:
+        return {
+            "path": dataset.path,
+            "format": "mdattn-dataset",
+            "bytes": dataset.size,
+            "items": [_dataset_item(dataset, item, arguments.check) for item in dataset.items],
+            "faults": [
+                {"item": fault.item, "what": fault.what, "fix": fault.fix}
+                for fault in dataset.faults
+            ],
+            "warnings": list(dataset.warnings),
+        }
+
+
+def _dataset_item(dataset: Dataset, item: Item, check: bool) -> dict[str, Any]:
+    from mdattn_mpi.dataset.layout import TENSORS
+
+    tensors: dict[str, Any] = {}
+    damaged = []
+    for name in TENSORS:
+        data = dataset.tensor(item, name)
+        tensors[name] = {
+            "shape": list(data.storage.shape),
+            "layout": data.layout,
+            "encoding": data.stored.encoding,
+            "storage": str(data.storage),
+            "crc32": data.crc32,
+        }
+        if check and data.crc32 is not None and dataset.checksum(item, name) != data.crc32:
+            damaged.append(name)
+    size = sum(dataset.tensor(item, name).nbytes for name in TENSORS)
+    checked = {"damaged": damaged} if check else {}
+    return {"name": item.name, **_problem(item), "bytes": size, "tensors": tensors, **checked}
+
+
+def _describe_output(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mdattn_mpi.dataset import open_output
+    from mdattn_mpi.dataset.index import patterns_of, select_items
+
+    with open_output(arguments.path) as output:
+        chosen = select_items(output.items, patterns_of(arguments.items), output.path)
+        items = [_output_item(output, item, arguments.check) for item in chosen]
+        return {
+            "path": output.path,
+            "format": "mdattn-output",
+            "lse": output.lse,
+            "attributes": output.attributes,
+            "items": items,
+            "counts": {
+                state: sum(item["state"] == state for item in items)
+                for state in ("done", "failed", "todo")
+            },
+        }
+
+
+def _output_item(output: Output, item: Item, check: bool) -> dict[str, Any]:
+    entry = output.ledger.entry(item)
+    facts = {"name": item.name, **_problem(item), "state": entry.state}
+    if entry.state == "done":
+        facts |= {"strategy": entry.strategy, "ranks": entry.ranks}
+        if check:
+            facts["damaged"] = [
+                f"the shard of rank {rank}"
+                for rank, (spans, crc32) in enumerate(zip(entry.shards, entry.crc32s, strict=True))
+                if output.checksum(item, spans) != crc32
+            ]
+    return facts | ({"reason": entry.reason} if entry.reason else {})
+
+
+def _describe_foreign(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mdattn_mpi.dataset.foreign import open_foreign
+    from mdattn_mpi.dataset.layout import natural_order, shown
+
+    with ExitStack() as stack:
+        tensors = open_foreign(arguments.path, stack, arguments.allow)
+        return {
+            "path": arguments.path,
+            "format": "foreign",
+            "items": [],
+            "tensors": [
+                {
+                    "name": shown(name),
+                    "shape": list(tensors[name].shape),
+                    "dtype": tensors[name].dtype.name,
+                }
+                for name in sorted(tensors, key=natural_order)
+            ],
+        }
+
+
+def _problem(item: Item) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return asdict(item.problem)
+
+
+def _columns() -> int:
+    """The width of the terminal; without one, lines may be as long as they are."""
+    import shutil
+
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+
+
+def _lines(facts: Mapping[str, Any], columns: int) -> Iterator[str]:
+    if facts["format"] == "foreign":
+        yield from _wrap(
+            f"{facts['path']}: not a file of mdattn; `mdattn convert` makes a dataset of it",
+            columns,
+        )
+        yield from _table([_foreign_row(tensor) for tensor in facts["tensors"]], columns)
+        return
+    items = facts["items"]
+    if facts["format"] == "mdattn-dataset":
+        yield f"{facts['path']}: dataset, {len(items)} items, {facts['bytes'] / 1e6:.1f} MB"
+        yield from _table([_dataset_row(item) for item in items], columns)
+    else:
+        counts = ", ".join(f"{count} {state}" for state, count in facts["counts"].items())
+        yield f"{facts['path']}: output{' with LSE' if facts['lse'] else ''}, {counts}"
+        for name, value in facts["attributes"].items():
+            yield from _wrap(f"{name} {_printable(value)}", columns)
+        yield from _table([_output_row(item) for item in items], columns)
+    for item in items:
+        if item.get("damaged"):
+            yield from _wrap(
+                f"damaged: {item['name']}: {', '.join(item['damaged'])} has other bytes than "
+                "were written",
+                columns,
+            )
+        if item.get("reason"):
+            yield from _wrap(f"failed: {item['name']}: {_printable(item['reason'])}", columns)
+    if any("damaged" in item for item in items):
+        yield from _checked(items, columns)
+    for fault in facts.get("faults", ()):
+        yield from _wrap(f"bad: {fault['item']}: {fault['what']}. Fix: {fault['fix']}", columns)
+    for warning in facts.get("warnings", ()):
+        yield from _wrap(f"warning: {warning}", columns)
+
+
+def _checked(items: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
+    """Say what `--check` found, and what it had nothing to compare with."""
+    checked = [item for item in items if "damaged" in item]
+    bare = sum(
+        tensor["crc32"] is None for item in checked for tensor in item.get("tensors", {}).values()
+    )
+    text = f"checked: {sum(bool(i['damaged']) for i in checked)} of {len(checked)} items damaged"
+    return _wrap(text + (f"; {bare} tensors have no checksum" if bare else ""), columns)
+
+
+def _dataset_row(item: Mapping[str, Any]) -> dict[str, str]:
+    tensors = item["tensors"].values()
+    stored = sorted(
+        {
+            ("head-major, " if tensor["layout"] == "head_major" else "") + tensor["storage"]
+            for tensor in tensors
+        }
+    )
+    encodings = sorted({tensor["encoding"] for tensor in tensors})
+    dtype = item["dtype"] + (f" as {'/'.join(encodings)}" if encodings != ["float"] else "")
+    return {
+        **_problem_row(item, dtype),
+        "MB": f"{item['bytes'] / 1e6:.1f}",
+        "stored": "; ".join(stored),
+    }
+
+
+def _output_row(item: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        **_problem_row(item, item["dtype"]),
+        "state": item["state"],
+        "by": f"{item['strategy']}, {item['ranks']} ranks" if "ranks" in item else "",
+    }
+
+
+def _problem_row(item: Mapping[str, Any], dtype: str) -> dict[str, str]:
+    q, kv = item["q_tokens"], item["kv_tokens"]
+    dim, v_dim = item["head_dim"], item["v_head_dim"]
+    return {
+        "item": item["name"],
+        "tokens": f"{q}" if q == kv else f"{q}×{kv}",
+        "heads": f"{item['q_heads']}/{item['kv_heads']}",
+        "dim": f"{dim}" if dim == v_dim else f"{dim}/{v_dim}",
+        "dtype": dtype,
+        "mask": item["causal"],
+    }
+
+
+def _foreign_row(tensor: Mapping[str, Any]) -> dict[str, str]:
+    shape = "×".join(map(str, tensor["shape"]))
+    return {"tensor": tensor["name"], "shape": shape, "dtype": tensor["dtype"]}
+
+
+def _table(rows: Sequence[Mapping[str, str]], columns: int) -> Iterator[str]:
+    """One line a row; on a terminal too narrow for that, the first cell and the rest below it."""
+    if not rows:
+        return
+    names = list(rows[0])
+    widths = [max(len(name), *(len(row[name]) for row in rows)) for name in names]
+    if sum(widths) + 2 * len(widths) <= columns:
+        for row in ({name: name for name in names}, *rows):
+            cells = (row[name].ljust(width) for name, width in zip(names, widths, strict=True))
+            yield ("  " + "  ".join(cells)).rstrip()
+        return
+    for row in rows:
+        yield f"  {row[names[0]]}"
+        facts = ", ".join(f"{name} {row[name]}" for name in names[1:] if row[name])
+        yield from _wrap(facts, columns, indent="    ")
+
+
+def _wrap(text: str, columns: int, indent: str = "  ") -> list[str]:
+    import textwrap
+
+    return textwrap.wrap(text, columns, initial_indent=indent, subsequent_indent=indent + "  ")
+
+
+def _printable(value: object) -> str:
+    """`value` as text without control characters, which could drive the terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(value))
