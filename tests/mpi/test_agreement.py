@@ -1,14 +1,105 @@
+"""Agreement under a real mpirun: what passes, what all ranks raise together, and who is named."""
+
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+
+from mdattn_mpi.errors import DeviceError, DisagreementError, ItemError, MdattnError
+from mdattn_mpi.lockstep import Step, World
 from tests.support.mpirun import on_ranks
-from mdattn_mpi.lockstep import Step
+
+
+def step(item: int = 3, phase: str = "begin", facts: int = 77, **described: object) -> Step:
+    return Step(item, phase, facts, lambda: described)
 
 
 @on_ranks()
-def test_checksums_and_stop(world):
-    for i in range(5):
-        a = world.agree(
-            Step(i, "begin", 77), checksum=world.rank * 1000 + i, stop=world.rank == world.size - 1
+def test_all_alike_gives_everybodys_checksums(world: World) -> None:
+    for item in range(50):
+        agreement = world.agree(step(item), checksum=(0xFFFFFFFF - world.rank - item) & 0xFFFFFFFF)
+        assert agreement.checksums == tuple(0xFFFFFFFF - rank - item for rank in range(world.size))
+        assert not agreement.stop
+    assert world.agree(step(), checksum=0).checksums == (0,) * world.size
+    assert world.agree(step()).checksums == ()
+
+
+@on_ranks(1, 3)
+def test_one_wish_to_stop_is_everybodys(world: World) -> None:
+    for who in range(world.size):
+        assert world.agree(step(), stop=world.rank == who).stop
+        assert not world.agree(step()).stop
+
+
+@on_ranks(2, 4)
+def test_agreement_is_a_barrier(world: World) -> None:
+    """Nobody passes before the last one came: each rank in turn bumps what all others read."""
+    mine, sums = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    for turn in range(200):
+        mine[0] = turn
+        world.agree(step(turn))
+        world.control.Allreduce(mine, sums)
+        assert sums[0] == turn * world.size
+
+
+@on_ranks()
+def test_an_error_is_raised_by_all_as_the_lowest_rank_brought_it(world: World) -> None:
+    for first in range(world.size):
+        error = ItemError(f"shard {world.rank} is bad", item="sätze/7", fix="repair it")
+        with pytest.raises(ItemError) as caught:
+            world.agree(step(), error=error if world.rank >= first else None)
+        assert caught.value.what == f"shard {first} is bad"
+        assert caught.value.rank == first
+        assert caught.value.item == "sätze/7"
+        assert caught.value.agreed
+        world.agree(step())  # and they can go on
+
+
+@on_ranks(3)
+def test_an_error_wins_over_a_disagreement(world: World) -> None:
+    with pytest.raises(DeviceError, match="no memory"):
+        world.agree(step(world.rank), error=DeviceError("no memory") if world.rank == 1 else None)
+
+
+DIFFERENCES = {
+    "item index": lambda rank: step(3 + (rank == 1)),
+    "phase": lambda rank: step(phase="commit" if rank == 1 else "begin"),
+    "q_tokens": lambda rank: step(facts=8 + (rank == 1), q_tokens=4096 + (rank == 1)),
+    "dtype": lambda rank: step(facts=1 << (rank == 1), dtype=["float16", "bfloat16"][rank == 1]),
+    "strategy": lambda rank: step(facts=5 - (rank == 1), strategy=["ring", "ulysses"][rank == 1]),
+    "engine_digest": lambda rank: step(facts=rank == 1, engine_digest="ab"[rank == 1]),
+}
+
+
+@on_ranks(2, 4)
+def test_a_rank_that_differs_is_named_with_what_it_differs_in(world: World) -> None:
+    for field, make in DIFFERENCES.items():
+        with pytest.raises(DisagreementError) as caught:
+            world.agree(make(world.rank))
+        text = str(caught.value)
+        assert f"differ in {field} (" in text
+        assert "on rank 1" in text
+        assert caught.value.exit_code == 3
+        assert caught.value.agreed
+        world.agree(step())
+
+
+@on_ranks(2)
+def test_a_difference_without_a_name_is_still_found(world: World) -> None:
+    with pytest.raises(DisagreementError, match="has no name here"):
+        world.agree(step(facts=world.rank))
+
+
+@on_ranks(4)
+def test_groups_agree_apart_and_the_world_together(world: World) -> None:
+    group = world.split(world.rank % 2, -world.rank)
+    assert (group.rank, group.size) == (1 - world.rank // 2, 2)
+    for item in range(world.rank % 2 + 1):
+        assert group.agree(step(item), checksum=world.rank).checksums == (
+            2 + world.rank % 2,
+            world.rank % 2,
         )
-        assert a.stop
-        assert a.checksums == tuple(r * 1000 + i for r in range(world.size))
-    a = world.agree(Step(9, "begin", 77))
-    assert not a.stop
+    with pytest.raises(MdattnError, match="the odd group") if world.rank % 2 else nullcontext():
+        group.agree(step(), error=DeviceError("the odd group") if world.rank == 3 else None)
+    group.free()
+    world.agree(step())

@@ -1,0 +1,81 @@
+"""Start and end of the world, and bytes between ranks."""
+
+import os
+
+from mdattn_mpi.lockstep import World
+from mdattn_mpi.lockstep import world as world_module
+from tests.support.mpirun import mpirun, on_ranks
+
+
+@on_ranks()
+def test_bytes_reach_everybody(world: World) -> None:
+    for root in range(world.size):
+        for data in (b"", b"x", os.urandom(100_003)):
+            whole = world.bcast_bytes(data if world.rank == root else None, root)
+            parts = world.gather_bytes(whole)
+            assert len(whole) == len(world.bcast_bytes(whole, root))
+            if world.rank == 0:
+                assert parts == [whole] * world.size
+            else:
+                assert parts is None
+
+
+@on_ranks(3)
+def test_gathered_bytes_may_differ_in_length(world: World) -> None:
+    parts = world.gather_bytes(bytes([world.rank]) * (world.rank * 1000))
+    if world.rank == 0:
+        assert parts == [b"", b"\1" * 1000, b"\2" * 2000]
+
+
+@on_ranks(2, 3)
+def test_what_is_too_long_for_one_message_goes_in_pieces(world: World) -> None:
+    world_module.PIECE = 1000
+    data = bytes(range(256)) * 40 + b"end"
+    assert world.bcast_bytes(data if world.rank == 1 else None, 1) == data
+    assert world.gather_bytes(data) == (None if world.rank else [data] * world.size)
+
+
+@on_ranks(1, 3)
+def test_local_rank_and_size(world: World) -> None:
+    assert (world.local_rank, world.local_size) == (world.rank, world.size)
+    assert world.hostname == os.uname().nodename
+    seen = world.gather_bytes(world.job.to_bytes(8, "little"))
+    assert seen is None or len(set(seen)) == 1
+
+
+@on_ranks(3)
+def test_local_rank_without_a_launcher_that_tells(world: World) -> None:
+    again = World(world.comm, world_module.Launcher(), world.board)
+    assert (again.local_rank, again.local_size) == (world.rank, world.size)
+
+
+SCRIPT = """
+import sys
+from mdattn_mpi.lockstep import watch, start
+def main():
+    world = start()
+    print("a world of", world.size)
+    return 0
+sys.exit(watch(main))
+"""
+
+
+def test_worlds_of_one_are_noticed_and_told_once() -> None:
+    """What a launcher of another MPI does: each process believes to be alone."""
+    assert "a world of 2" in mpirun(2, ["-c", SCRIPT], check=True).stdout
+    told = 0
+    for rank in range(2):
+        code = f"""
+import os, subprocess, sys
+kept = {{k: v for k, v in os.environ.items() if not k.startswith(("OMPI_COMM", "PMIX", "PRTE"))}}
+kept.update(PMI_RANK="{rank}", PMI_SIZE="2")
+sys.exit(subprocess.run([sys.executable, "-c", {SCRIPT!r}], env=kept).returncode)
+"""
+        done = mpirun(1, ["-c", code])
+        assert done.returncode == 2, done.stderr
+        assert "a world of" not in done.stdout
+        told += done.stderr.count("alone in a world of 1")
+        if rank == 0:
+            assert "MPICH" in done.stderr
+            assert "--mpi=pmix" in done.stderr
+    assert told == 1
