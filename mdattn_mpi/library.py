@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import numpy as np
 
 from mdattn_mpi.errors import MdattnError, RejectedError
-from mdattn_mpi.partition import split, token_count, zigzag
+from mdattn_mpi.partition import contiguous, token_count, zigzag
 from mdattn_mpi.problem import (
     AttentionProblem,
     Causal,
@@ -56,7 +56,8 @@ def shard_spans(
         raise RejectedError(
             f"rank {rank} of {ranks}, {tokens} tokens", fix="use 0 <= rank < ranks and tokens >= 0"
         )
-    return zigzag(tokens, ranks)[rank] if order == "zigzag" else (split(tokens, ranks)[rank],)
+    owners = zigzag if order == "zigzag" else contiguous
+    return owners(tokens, ranks)[rank]
 
 
 def attention(

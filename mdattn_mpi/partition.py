@@ -27,6 +27,11 @@ def equal_shards(tokens: int, ranks: int) -> tuple[Span, ...]:
     return tuple(Span(a, b) for a, b in pairwise(starts))
 
 
+def contiguous(tokens: int, ranks: int) -> tuple[tuple[Span, ...], ...]:
+    """Give every rank one run, in rank order; shards differ by at most one token."""
+    return tuple((span,) for span in split(tokens, ranks))
+
+
 def zigzag(tokens: int, ranks: int) -> tuple[tuple[Span, ...], ...]:
     """Give rank ``r`` the chunks ``r`` and ``2P-1-r`` of ``2P``.
 
@@ -54,16 +59,10 @@ def partition(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> 
     if ranks < 1:
         raise RejectedError(f"{ranks} ranks", fix="use at least one rank")
 
-    def contiguous(tokens: int) -> tuple[tuple[Span, ...], ...]:
-        return tuple((span,) for span in split(tokens, ranks))
-
     causal = problem.causal != "none"
-    query_by = zigzag if causal and strategy != "ulysses" else None
-    kv_by = zigzag if causal and strategy == "ring" else None
-    return Partition(
-        query=query_by(problem.q_tokens, ranks) if query_by else contiguous(problem.q_tokens),
-        kv=kv_by(problem.kv_tokens, ranks) if kv_by else contiguous(problem.kv_tokens),
-    )
+    query = zigzag if causal and strategy != "ulysses" else contiguous
+    kv = zigzag if causal and strategy == "ring" else contiguous
+    return Partition(query(problem.q_tokens, ranks), kv(problem.kv_tokens, ranks))
 
 
 def partition_of(plan: Plan) -> Partition:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.partition import (
     blocks,
+    equal_shards,
     head_shards,
     partition,
     partition_of,
@@ -177,3 +178,14 @@ def test_no_ranks_is_refused() -> None:
 def test_shards_of_a_zigzag_don_t_overlap(tokens: int, p: int) -> None:
     for a, b in combinations(zigzag(tokens, p), 2):
         assert not set(tokens_of(a)) & set(tokens_of(b))
+
+
+@given(tokens=st.integers(0, 10**6), p=ranks)
+def test_equal_shards_cover_everything_and_only_the_last_are_shorter(tokens: int, p: int) -> None:
+    runs = equal_shards(tokens, p)
+    assert len(runs) == p
+    assert (runs[0].start, runs[-1].stop) == (0, tokens)
+    assert all(a.stop == b.start for a, b in pairwise(runs))
+    length = len(runs[0])
+    assert length == -(-tokens // p)
+    assert all(run.start == min(rank * length, tokens) for rank, run in enumerate(runs))
