@@ -52,9 +52,9 @@ lockstep, written to one HDF5 file, and compared with float64 attention.
 "used" is the share of the allowed rounding error at the worst row and head.
 
 Next, after \`. ${VENV:-.venv}/bin/activate\`:
-  mdattn inspect $out/ring.h5          what it holds, who made it and how
-  less $out/ring.log                   the log: plan, reasons, where the time went
+  mdattn inspect $out/ring.h5        what it holds, who made it and how
+  less $out/ring.log                 its plan, the reasons, where the time went
   mdattn make-data big.h5 --items 3 --length 8192 --causal
   mpirun -n 2 mdattn run big.h5 -o big-out.h5
-  mdattn run --help                 and README.md: GPUs, Slurm, resuming
+  mdattn run --help               and README.md: GPUs, Slurm, resuming
 END

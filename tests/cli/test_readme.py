@@ -1,0 +1,124 @@
+"""What the documentation tells people to type works.
+
+Commands are the lines with a prompt, ``$ ``, in blocks marked ``console`` or ``sh``. Those of one
+document run in their order, in one folder that holds the sample as data/.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.mpirun import ROOT, environment, kill_all
+
+DOCUMENTS = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"))
+)
+BLOCK = re.compile(r"^ *```(?:console|sh)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^ *\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
+
+# Why a command isn't run here, by what is in it. The first that matches counts.
+ELSEWHERE = {
+    r"\b(sbatch|srun|squeue|scancel|salloc|mdattn submit)\b": "needs Slurm",
+    r"-b (cuda|tensorrt)|\bmdattn build\b|nvidia-smi|--backend (cuda|tensorrt)": "needs a GPU",
+    r"^git |^cd ": "about getting the source",
+    r"^make |^\. |^source |\bpip install\b": "about the environment that these tests run in",
+    r"^(sudo |apt)": "installs system packages",
+    r"\b(less|vi|h5dump|h5ls)\b": "needs a program that may not be here",
+}
+NEITHER_ROOT_NOR_CORES = {  # for mpirun as people type it
+    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "OMPI_MCA_rmaps_base_oversubscribe": "1",
+}
+
+
+def commands(text: str) -> list[str]:
+    """All commands of a document."""
+    return [command for block in BLOCK.findall(text) for command in COMMAND.findall(block)]
+
+
+def reason_elsewhere(command: str) -> str:
+    """Why `command` can't run here; empty when it can."""
+    found = (reason for pattern, reason in ELSEWHERE.items() if re.search(pattern, command))
+    return next(found, "")
+
+
+def run(command: str, folder: Path) -> str:
+    """Run one command; what it printed.
+
+    Raises
+    ------
+    AssertionError
+        It failed.
+
+    """
+    variables = environment(NEITHER_ROOT_NOR_CORES)
+    try:
+        done = subprocess.run(
+            ["bash", "-c", command],
+            cwd=folder,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    finally:
+        kill_all(variables["MDATTN_TEST_RUN"])
+    assert done.returncode == 0, f"$ {command}\n{done.stdout}exit code {done.returncode}"
+    return done.stdout
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_commands_of(document, tmp_path, record_property):
+    found = commands((ROOT / document).read_text("utf-8"))
+    here = [command for command in found if not reason_elsewhere(command)]
+    for command in found:
+        if reason := reason_elsewhere(command):
+            record_property("skipped", f"{command}: {reason}")
+            print(f"not run ({reason}): {command}")
+    if not here:
+        pytest.skip(f"none of its {len(found)} commands can run here")
+    shutil.copytree(ROOT / "data", tmp_path / "data")
+    for command in here:
+        print(f"$ {command}\n{run(command, tmp_path)}")
+
+
+def test_finds_commands_and_what_belongs_to_them():
+    text = """
+```console
+$ mdattn inspect data/sample.h5
+what it printed
+$ mpirun -n 2 mdattn run \\
+    data/sample.h5 -o out.h5
+$ sbatch jobs/attention.sbatch
+```
+```python
+$ not this
+```
+  ```sh
+  $ make run
+  not this either
+  ```
+"""
+    found = commands(text)
+    assert found == [
+        "mdattn inspect data/sample.h5",
+        "mpirun -n 2 mdattn run \\\n    data/sample.h5 -o out.h5",
+        "sbatch jobs/attention.sbatch",
+        "make run",
+    ]
+    assert [bool(reason_elsewhere(command)) for command in found] == [False, False, True, True]
+
+
+def test_a_command_that_fails_is_reported_with_what_it_printed(tmp_path):
+    with pytest.raises(AssertionError, match=r"\$ mdattn inspect nowhere\.h5(.|\n)*exit code 2"):
+        run("mdattn inspect nowhere.h5", tmp_path)
