@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -26,6 +27,8 @@ COMMANDS = (
     "doctor",
 )
 
+PATIENCE = 1.0  # seconds in which rank 0 has said what is wrong
+
 Main = Callable[[argparse.Namespace], int]
 
 
@@ -42,11 +45,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if find_spec(f"mdattn_mpi.cli.{name}"):
             command = import_module(f"mdattn_mpi.cli.{name}")
             command.add_parser(commands).set_defaults(main=command.main)
-    with redirect_stderr(None) if launcher().rank > 0 else nullcontext():  # said once is enough
-        arguments = parser.parse_args(argv)
+    arguments = _parse(parser, argv)
     command_main: Main = arguments.main
     try:
         return command_main(arguments)
     except MdattnError as error:
         print(f"mdattn: error: {error}", file=sys.stderr)
         return error.exit_code
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parse on every rank; let rank 0 alone complain, and before a launcher kills it."""
+    if launcher().rank <= 0:
+        return parser.parse_args(argv)
+    try:
+        with redirect_stderr(None), redirect_stdout(None):
+            return parser.parse_args(argv)
+    except SystemExit:
+        time.sleep(PATIENCE)
+        raise

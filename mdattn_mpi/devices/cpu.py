@@ -27,7 +27,7 @@ MERGE = 4e9
 CALL = 50e-6
 
 
-@dataclass
+@dataclass(eq=False)
 class MpiTransfer:
     """Requests under way, and the arrays that they read and write."""
 

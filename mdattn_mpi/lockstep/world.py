@@ -6,6 +6,7 @@ Everything on the wire is a buffer or JSON bytes; nothing is pickled.
 from __future__ import annotations
 
 import os
+import os
 import secrets
 from types import TracebackType
 from typing import cast
@@ -24,6 +25,7 @@ from mdattn_mpi.lockstep.board import Board  # noqa: E402
 from mdattn_mpi.lockstep.board import board as current_board  # noqa: E402
 from mdattn_mpi.lockstep.launcher import Launcher, launcher  # noqa: E402
 
+PATIENCE = 2.0  # seconds
 PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
 
 
@@ -37,6 +39,11 @@ class Group:
     board
         Where waits are told; the process's own board by default.
 
+    Attributes
+    ----------
+    local_rank, local_size
+        Which of how many ranks of the job on this node, whatever group they work in.
+
     """
 
     def __init__(self, comm: MPI.Intracomm, board: Board | None = None) -> None:
@@ -45,6 +52,7 @@ class Group:
         self.board = board or current_board()
         self.rank: int = comm.rank
         self.size: int = comm.size
+        self.local_rank, self.local_size = 0, 1
         self._ballot = Ballot(self)
 
     @property
@@ -119,7 +127,9 @@ class Group:
     def split(self, color: int, key: int = 0) -> Group:
         """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""
         self.board.identify(group=color)
-        return Group(cast(MPI.Intracomm, self.comm.Split(color, key)), self.board)
+        group = Group(cast(MPI.Intracomm, self.comm.Split(color, key)), self.board)
+        group.local_rank, group.local_size = self.local_rank, self.local_size
+        return group
 
     def free(self) -> None:
         """Collective. Give back the communicators of a group that `split` made."""
@@ -134,23 +144,31 @@ class World(Group):
     ----------
     job
         A number that all ranks share and no other run has.
-    local_rank, local_size
-        Which of how many ranks on this host.
     hostname
         The host's name.
+    nodes
+        The node of every rank, by the name that the launcher has for it.
 
     """
 
     def __init__(self, comm: MPI.Intracomm, launched: Launcher, board: Board) -> None:
         super().__init__(comm, board)
         self.hostname = os.uname().nodename
+        self.nodes = self._gather_nodes()
         self.local_rank, self.local_size = launched.local_rank, launched.local_size
-        if self.local_rank < 0 or self.local_size < 0:
-            local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-            self.local_rank, self.local_size = local.rank, local.size
-            local.Free()
+        # Not MPI's split by shared memory: under srun Open MPI finds every rank alone there.
+        if self.local_rank < 0:
+            self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
+        if self.local_size < 0:
+            self.local_size = self.nodes.count(self.nodes[self.rank])
         self.job = int.from_bytes(self.bcast_bytes(secrets.token_bytes(8)), "little")
         board.identify(job=self.job, rank=self.rank, size=self.size)
+
+    def _gather_nodes(self) -> tuple[str, ...]:
+        name = os.environ.get("SLURMD_NODENAME") or self.hostname
+        gathered = self.gather_bytes(name.encode())
+        together = b"\n".join(gathered) if gathered is not None else None
+        return tuple(self.bcast_bytes(together).decode().split("\n"))
 
     def end(self) -> None:
         """Collective. Leave the world in order. Safe to call twice."""
@@ -187,6 +205,8 @@ def start() -> World:
     board.started()
     if launched.size > 1 and MPI.COMM_WORLD.size == 1:
         leave(board)
+        if launched.rank > 0:
+            time.sleep(PATIENCE)  # rank 0 speaks for all, before the launcher ends it for our exit
         raise _mismatch(launched)
     return World(MPI.COMM_WORLD, launched, board)
 
