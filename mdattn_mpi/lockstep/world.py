@@ -6,7 +6,6 @@ Everything on the wire is a buffer or JSON bytes; nothing is pickled.
 from __future__ import annotations
 
 import os
-import os
 import secrets
 from types import TracebackType
 from typing import cast
