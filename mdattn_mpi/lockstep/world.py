@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from types import TracebackType
 from typing import cast
 
@@ -24,6 +25,7 @@ from mdattn_mpi.lockstep.board import Board  # noqa: E402
 from mdattn_mpi.lockstep.board import board as current_board  # noqa: E402
 from mdattn_mpi.lockstep.launcher import Launcher, launcher  # noqa: E402
 
+PATIENCE = 2.0  # seconds
 PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
 
 
@@ -203,6 +205,8 @@ def start() -> World:
     board.started()
     if launched.size > 1 and MPI.COMM_WORLD.size == 1:
         leave(board)
+        if launched.rank > 0:
+            time.sleep(PATIENCE)  # rank 0 speaks for all, before the launcher ends it for our exit
         raise _mismatch(launched)
     return World(MPI.COMM_WORLD, launched, board)
 
