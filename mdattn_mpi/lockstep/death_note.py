@@ -77,7 +77,7 @@ def compose(
             for record in records
             if record.rank != culprit.rank
         ],
-        "done": max((record.done for record in records), default=culprit.done),
+        "done": min((record.done for record in records), default=culprit.done),
         "total": max((record.total for record in records), default=culprit.total),
         "resume": command,
         "folder": folder,
@@ -100,7 +100,7 @@ def paragraph(note: Note) -> str:
     if note["waited"]:
         text += f" Meanwhile: {_others(note['waited'])}."
     if note["total"]:
-        text += f" Finished: {note['done']} of {note['total']} items; they are intact."
+        text += f" Finished: at least {note['done']} of {note['total']} items; they are intact."
     text += f" To go on, run the same command again: {note['resume']}"
     if note["folder"]:
         text += f" (more in {Path(note['folder']) / TEXT})"

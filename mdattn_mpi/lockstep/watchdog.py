@@ -99,9 +99,9 @@ def _run(main: Callable[[], int], board: Board, stacks: int) -> int:
             print(f"mdattn: error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except SystemExit as stop:
-        if board.record().state != RUNNING:
+        if board.record().state != RUNNING or not stop.code:
             raise
-        code = stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+        code = stop.code if isinstance(stop.code, int) else 1
     if board.record().state == RUNNING:
         board.end()
     elif board.record().state != ENDED:
@@ -186,6 +186,7 @@ class Watchdog:
         now = time.monotonic()
         first, self._stop_asked = self._stop_asked, self._stop_asked or now
         self.board.request_stop()
+        self.scribe.hurry.set()  # perhaps the launcher does this because a rank is lost
         return first > 0 and now - first > _REPEAT
 
     def _stop_now(self) -> int:
@@ -371,6 +372,7 @@ class Scribe(threading.Thread):
         super().__init__(name="mdattn-scribe", daemon=True)
         self.board = board
         self.child = child
+        self.hurry = threading.Event()
         self.lost = False  # a rank was announced as lost
         self.vanished: Record | None = None  # a rank of this host whose watchdog is gone
         self._published = b""
@@ -380,7 +382,8 @@ class Scribe(threading.Thread):
     def run(self) -> None:
         """Publish and look around, again and again."""
         while True:
-            time.sleep(_SCRIBE_POLL)
+            self.hurry.wait(_SCRIBE_POLL)
+            self.hurry.clear()
             with suppress(OSError):
                 self.publish()
             with suppress(OSError):
