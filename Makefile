@@ -14,7 +14,7 @@ MPIRUN    := $(or $(shell command -v mpirun 2>/dev/null),$(BIN)/mpirun)
 
 .PHONY: run
 run: $(VENV)/.run  ## attention over the sample data on 2 ranks, three strategies, verified
-	PATH="$(abspath $(BIN)):$$PATH" MPIRUN="$(MPIRUN)" VENV="$(VENV)" sh data/run-sample.sh
+	@PATH="$(abspath $(BIN)):$$PATH" MPIRUN="$(MPIRUN)" VENV="$(VENV)" sh data/run-sample.sh
 
 .PHONY: test
 test: $(VENV)/.dev  ## all tests that this machine can run (arguments: make test ARGS="-k ring")
@@ -27,14 +27,15 @@ lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/mypy
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@echo "Making a virtual environment in $(VENV): once, about a minute."
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.run: $(VENV)/bin/python setup.cfg pyproject.toml
-	$(PIP) -e . $(MPI_WHEEL)
+	@$(PIP) -e . $(MPI_WHEEL)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) -e .[dev]
+	@$(PIP) -e .[dev]
 	@touch $@
 
 .PHONY: clean
