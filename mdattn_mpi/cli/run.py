@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def duration(text: str) -> float:
     """Seconds from ``90``, ``15m``, ``2h`` or Slurm's ``[D-]HH:MM:SS``."""
-    days, _, clock = text.rpartition("-")
+    days, dash, clock = text.rpartition("-")
     try:
         if ":" in clock:
             parts = [float(part) for part in clock.split(":")]
@@ -78,7 +78,7 @@ def duration(text: str) -> float:
         else:
             unit = {"s": 1, "m": 60, "h": 3600, "d": 86400}.get(clock[-1:], 0)
             seconds = float(clock[:-1]) * unit if unit else float(clock)
-        seconds += 86400 * int(days) if days else 0
+        seconds += 86400 * int(days) if dash else 0
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
