@@ -12,7 +12,7 @@ What makes it fast is leaving passes over the scores to the matrix products:
 - a column ``-reference`` in Q against ones in K makes the product with K return scores that have
   the reference subtracted;
 - the reference need not be the largest score, only within `HEADROOM` of it: a block whose scores
-  stay below that (nearly all do) is neither searched row by row nor rescaled.
+  stay in reach (nearly all do) is neither searched row by row nor rescaled.
 
 What is left is one product, one maximum, one exp in place, one product. Tiles and blocks are cut
 by the shapes alone, so that the bytes of a result don't depend on the number of threads.
@@ -42,6 +42,7 @@ BLOCK_KEYS = 512
 STRIP_ROWS = 64  # on the diagonal of a causal mask: half a square of this is computed in vain
 PANEL_KEYS = 8192  # keys of one head that are held in float32 at a time
 HEADROOM = np.float32(16)  # exp(16) · 1M keys is far from the end of float32
+LOOK = 16  # keys
 
 
 class Partial:
@@ -245,10 +246,13 @@ class _Rows:
         rows = tokens * self.group
         self.sums = partial.sums[index].copy().reshape(rows, -1)
         self.reference = partial.reference[index].copy().reshape(rows)
-        self.q = np.empty((rows, dim + 1), np.float32)
-        np.multiply(q.reshape(rows, dim), partial.scale, out=self.q[:, :-1], dtype=np.float32)
+        self.q = np.zeros((rows, dim + 1), np.float32)
+        self.q[:, :-1] = q.reshape(rows, dim)
+        self.q *= (
+            partial.scale
+        )  # the whole array: rows that end in mid-vector take four times as long
         np.negative(self.reference, out=self.q[:, -1])
-        self.fresh = not self.sums[:, -1].all()
+        self.fresh = not self.sums[:, -1].all()  # some row has seen nothing
 
     def store(self, partial: Partial, index: tuple[slice, slice]) -> None:
         partial.sums[index] = self.sums.reshape(partial.sums[index].shape)
@@ -262,26 +266,38 @@ class _Rows:
         scores, added = _scratch(len(strip), len(k), v.shape[1])
         np.matmul(self.q[strip.slice], k.T, out=scores)
         if diagonal is not None:
-            np.copyto(scores, -np.inf, where=_hidden(len(strip), len(k), self.group, diagonal))
-        # Said so that a NaN goes this way too.
-        if self.fresh or not scores.max() <= HEADROOM:
-            self._raise_reference(strip, scores)
+            cut = max(0, diagonal + 1)
+            hidden = _hidden(len(strip), len(k) - cut, self.group, diagonal - cut)
+            np.copyto(scores[:, cut:], -np.inf, where=hidden)
+        if not self._in_reach(scores):
+            self._move_reference(strip, scores)
         np.exp(scores, out=scores)
         np.matmul(scores, v, out=added)
         self.sums[strip.slice] += added
         if self.fresh:
             self.fresh = not self.sums[:, -1].all()
 
-    def _raise_reference(self, strip: Span, scores: Floats) -> None:
-        """Make the largest score of a row its reference, where it is new or out of reach."""
-        sums, reference = self.sums[strip.slice], self.reference[strip.slice]
+    def _in_reach(self, scores: Floats) -> bool:
+        """Whether exp can't overflow, nor vanish for all keys of a row that has no other yet.
+
+        Two quick looks that nearly always suffice; False where they don't, or at a NaN.
+        """
+        if not scores.max() <= HEADROOM:
+            return False
+        return not self.fresh or bool(scores[:, :LOOK].max(axis=1).min() >= -HEADROOM)
+
+    def _move_reference(self, strip: Span, scores: Floats) -> None:
+        """Make the largest score of a row its reference, where that is out of reach."""
+        sums = self.sums[strip.slice]
         new = sums[:, -1] == 0
         top = scores.max(axis=1)
-        rise = np.where((new & (top != -np.inf)) | ~(top <= HEADROOM), top, np.float32(0))
-        scores -= rise[:, None]
-        sums *= np.where(new, np.float32(0), np.exp(-rise))[:, None]
-        reference += rise
-        np.negative(reference, out=self.q[strip.slice, -1])
+        lowest = np.where(new, -HEADROOM, np.float32(-np.inf))
+        moved = ~((top >= lowest) & (top <= HEADROOM)) & (top != -np.inf)
+        by = np.where(moved, top, np.float32(0))
+        scores -= by[:, None]
+        sums *= np.where(new, np.float32(0), np.exp(-by))[:, None]
+        self.reference[strip.slice] += by
+        np.negative(self.reference, out=self.q[:, -1])
 
 
 @lru_cache(maxsize=64)
