@@ -189,3 +189,25 @@ def test_what_a_causal_ring_need_not_see_is_not_attended_to() -> None:
     spies = watch(problem, "ring", 8)
     assert sum(spy.calls for spy in spies) == 2
     assert sum(np.array([spy.calls for spy in spies]) > 0) == 2
+
+
+def test_memory_of_a_ring_at_131072_tokens_halves_as_ranks_double() -> None:
+    """The rank's own K and V and the buffers; nothing is computed, so that it takes no time."""
+
+    class Idle(Spy):
+        def attend(self, *_: Any) -> None:
+            pass
+
+    problem = AttentionProblem(131072, 131072, 1, 1, 128, 128, causal="lower_right")
+    nothing = np.zeros((131072, 1, 128), np.float16)
+
+    def held(device: Spy) -> int:
+        owners = partition(problem, "ring", device.ranks)
+        q, k, v = (
+            take(nothing, spans[device.rank]) for spans in (owners.query, owners.kv, owners.kv)
+        )
+        attend(device, Plan(problem, "ring", device.ranks), q, k, v)
+        return device.peak + k.nbytes + v.nbytes
+
+    mib = {ranks: set(run_ranks(ranks, held, device=Idle)) for ranks in (1, 2, 4, 8, 16)}
+    assert mib == {ranks: {n << 20} for ranks, n in {1: 64, 2: 64, 4: 48, 8: 24, 16: 12}.items()}
