@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mdattn_mpi.devices.host import Array, HostDevice
+from mdattn_mpi.devices.host import Array, HostDevice, libraries, processor
 from mdattn_mpi.devices.protocol import Costs, Message
 
 if TYPE_CHECKING:
-    from mdattn_mpi.lockstep import World
+    from mdattn_mpi.lockstep import Group
 
 PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
 TAG = 7
@@ -60,10 +61,12 @@ class CpuDevice(HostDevice):
 
     def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> MpiTransfer:
         """Collective. Start sending and receiving; `poll` and `wait` keep it going."""
-        own = [message for message in send if message.peer == self.rank and message.array.size]
-        kept = [message for message in receive if message.peer == self.rank and message.array.size]
+        own, kept = (
+            [m.array for m in messages if m.peer == self.rank and m.array.size]
+            for messages in (send, receive)
+        )
         for source, target in zip(own, kept, strict=True):
-            self.copy(source.array, target.array)
+            self.copy(source, target)
         requests = [
             self.comm.Irecv(piece, message.peer, TAG) for message, piece in self._pieces(receive)
         ]
@@ -91,8 +94,8 @@ class CpuDevice(HostDevice):
         return Costs(FLOPS_PER_THREAD, BANDWIDTH, LATENCY, MERGE, CALL)
 
     def describe(self) -> Mapping[str, str]:
-        """The processor and the threads of a rank."""
-        return {"device": platform.machine(), "threads": str(self.threads)}
+        """The processor, the threads of a rank, and what multiplies matrices."""
+        return {"device": processor(), "threads": str(self.threads), **libraries()}
 
     def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[Message, memoryview]]:
         """Bytes of each message for another rank, none longer than MPI can count."""
@@ -103,10 +106,35 @@ class CpuDevice(HostDevice):
                     yield message, data[start : start + PIECE]
 
 
-def open_cpu(world: World, threads: int = 0) -> CpuDevice:
-    """Open the CPU of this rank: `threads`, or the rank's share of the cores that it may use."""
-    allowed = os.sched_getaffinity(0)
-    # Ranks that were bound to cores of their own see those alone; unbound ones share the node's.
-    bound = len(allowed) < (os.cpu_count() or 1)
-    share = len(allowed) if bound else len(allowed) // max(1, world.local_size)
-    return CpuDevice(world.comm, threads or max(1, share))
+class Place(NamedTuple):
+    """What a rank may use of its node, and who else may use it."""
+
+    host: str
+    cores: tuple[int, ...]
+    ranks: int  # of the job on this host, in this group or another
+
+    @classmethod
+    def here(cls, group: Group) -> Place:
+        """The place of this rank."""
+        return cls(platform.node(), tuple(sorted(os.sched_getaffinity(0))), group.local_size)
+
+    def share(self, group: Sequence[Place]) -> int:
+        """How many cores are this rank's own, given the places of all ranks of its group.
+
+        A rank that the launcher bound has its cores to itself; others divide theirs equally among
+        all ranks that may run on the same ones. Groups on one host are taken to be alike.
+        """
+        neighbours = [place for place in group if place.host == self.host]
+        rivals = sum(place.cores == self.cores for place in neighbours)
+        return max(1, len(self.cores) * len(neighbours) // (rivals * max(1, self.ranks)))
+
+
+def open_cpu(group: Group, threads: int = 0) -> CpuDevice:
+    """Collective. Open this rank's CPU: `threads`, or its share of the cores that it may use."""
+    gathered = group.gather_bytes(json.dumps(Place.here(group)).encode())
+    together = group.bcast_bytes(b"\n".join(gathered) if gathered is not None else None)
+    places = [
+        Place(host, tuple(cores), ranks)
+        for host, cores, ranks in map(json.loads, together.splitlines())
+    ]
+    return CpuDevice(group.comm, threads or places[group.rank].share(places))

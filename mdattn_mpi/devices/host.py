@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from mdattn_mpi.devices.blocked_attention import BlockedAttention, Partial
 from mdattn_mpi.problem import AttentionProblem, Span
@@ -118,6 +119,26 @@ class HostDevice:
             yield
         finally:
             self.seconds[phase] += time.perf_counter() - start
+
+
+def processor() -> str:
+    """The name of this machine's processor."""
+    with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def libraries() -> dict[str, str]:
+    """What computes: NumPy and its BLAS, with their versions."""
+    found: list[dict[str, str]] = [info for info in threadpool_info() if info["user_api"] == "blas"]
+    parts = (
+        [found[0].get(part) for part in ("internal_api", "version", "architecture")]
+        if found
+        else []
+    )
+    return {"numpy": np.__version__, "blas": " ".join(filter(None, parts)) or "unknown"}
 
 
 class _BlasLimit:
