@@ -19,6 +19,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
+from mdattn_mpi.dataset.chunks import Filter
 from mdattn_mpi.dataset.layout import (
     MAX_ATTRIBUTE_BYTES,
     MAX_CHUNK_BYTES,
@@ -51,7 +52,7 @@ class Storage:
     kind: Literal["contiguous", "compact", "chunked", "virtual", "external"]
     offset: int | None = None
     chunk: tuple[int, ...] = ()
-    filters: tuple[str, ...] = ()
+    filters: tuple[Filter, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -61,7 +62,7 @@ class Storage:
     def __str__(self) -> str:
         """For example ``chunked 64×8×128, gzip``."""
         chunk = " " + "×".join(map(str, self.chunk)) if self.chunk else ""
-        return ", ".join((self.kind + chunk, *self.filters))
+        return ", ".join((self.kind + chunk, *(step.name for step in self.filters)))
 
 
 class File:
@@ -383,7 +384,7 @@ class Node:
         chunk = tuple(int(n) for n in created.get_chunk())
         nbytes = prod(shape) * itemsize
         wanted = prod(-(-extent // step) for extent, step in zip(shape, chunk, strict=True))
-        names = tuple(self._filter_names(created))
+        filters = tuple(self._filters(created))
         if prod(chunk) * itemsize > MAX_CHUNK_BYTES:
             raise self.file.reject(
                 f"{self.path} has chunks of {prod(chunk) * itemsize} bytes",
@@ -400,18 +401,19 @@ class Node:
             raise self.file.reject(
                 f"{self.path} has {present} of its {wanted} chunks", "write all of it"
             )
-        return Storage(shape, itemsize, "chunked", None, chunk, names)
+        return Storage(shape, itemsize, "chunked", None, chunk, filters)
 
-    def _filter_names(self, created: Any) -> Iterator[str]:
+    def _filters(self, created: Any) -> Iterator[Filter]:
         for position in range(created.get_nfilters()):
-            code, _, _, label = created.get_filter(position)
+            code, _, values, label = created.get_filter(position)
             if code not in _FILTERS and not (self.file.allow and h5py.h5z.filter_avail(code)):
                 raise self.file.reject(
                     f"{self.path} is compressed by filter {code} ({shown(os.fsdecode(label))}), "
                     "which needs a plugin",
                     "rewrite it with gzip or uncompressed, or allow the folder of the plugin",
                 )
-            yield _FILTERS.get(code, f"filter {code}")
+            name = _FILTERS.get(code, f"filter {code}")
+            yield Filter(code, tuple(int(value) for value in values), name)
 
     def _check_virtual(self, created: Any) -> None:
         self._no_prefix("HDF5_VDS_PREFIX")

@@ -71,6 +71,11 @@ class Ledger:
         """Read all that is known of every item, in order."""
         return self._entries(0, len(self.items))
 
+    def states(self) -> list[State]:
+        """Read every item's state byte, in order: quicker than `entries`, for showing progress."""
+        column = self._column("state", 0, len(self.items), "<u1")
+        return [STATES[state] if state < len(STATES) else "todo" for state in column]
+
     def commit(
         self,
         item: Item,

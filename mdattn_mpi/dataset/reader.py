@@ -1,8 +1,9 @@
 """Reading a dataset by shards.
 
 Opening it looks at every selected item once: names, links, shapes, dtypes, storage. After that,
-contiguous data is read with one `os.preadv` per span straight into the caller's array; chunked data
-through HDF5 with the file's own type, so that nothing is converted.
+contiguous data is read with one `os.preadv` per span straight into the caller's array; chunks are
+read and decoded here; what is left goes through HDF5 with the file's own type, so that nothing is
+converted.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
-from math import prod
 from typing import Any
 
 import h5py
 import numpy as np
 
+from mdattn_mpi.dataset.chunks import DECODED_HERE, read_chunks
 from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.dataset.index import Entry, TensorData, find_entries, first_of, patterns_of
 from mdattn_mpi.dataset.layout import LAYOUTS, TENSORS, Item, Tensor, natural_order
@@ -268,7 +269,7 @@ def _read_span(data: TensorData, span: Span, heads: Span, bits: Array) -> None:
     if bits.size == 0:
         return
     if data.offset is None:
-        _read_by_hdf5(data, span, heads, bits)
+        _read_box(data, span, heads, bits)
     elif data.layout == "head_major":
         _read_by_head(data, span, heads, bits)
     elif len(heads) < data.heads:
@@ -304,20 +305,29 @@ def _read_by_head(data: TensorData, span: Span, heads: Span, bits: Array) -> Non
             bits[first : first + len(part), column] = part
 
 
-def _read_by_hdf5(data: TensorData, span: Span, heads: Span, bits: Array) -> None:
-    """Let HDF5 read chunks, with the file's own type: it has nothing to convert."""
-    runs = [(span.start, len(span)), (heads.start, len(heads)), (0, data.head_dim)]
-    if data.layout == "head_major":
-        runs[:2] = runs[1::-1]
-    batch = [(data.position, 1)] if data.position is not None else []
-    start, count = zip(*batch, *runs, strict=True)
-    target = bits if data.layout == "token_major" else np.empty(count[-3:], np.uint16)
-    space = data.node.id.get_space()
-    space.select_hyperslab(start, count)
-    memory = h5py.h5s.create_simple((prod(count),))
-    data.node.id.read(memory, space, target.reshape(-1), data.node.id.get_type())
-    if target is not bits:
-        bits[...] = target.swapaxes(0, 1)
+def _read_box(data: TensorData, span: Span, heads: Span, bits: Array) -> None:
+    """Read what isn't contiguous: as a box of the dataset, whose dims may be in another order."""
+    target = bits if data.layout == "token_major" else bits.swapaxes(0, 1)
+    first = (span.start, heads.start) if data.layout == "token_major" else (heads.start, span.start)
+    start: tuple[int, ...] = (*first, 0)
+    if data.position is not None:
+        start, target = (data.position, *start), target[np.newaxis]
+    storage, node = data.storage, data.node
+    if storage.kind == "chunked" and all(step.code in DECODED_HERE for step in storage.filters):
+        read_chunks(node.id, node.file.fd, storage.chunk, storage.filters, start, target)
+    else:
+        _read_by_hdf5(node.id, start, target)
+
+
+def _read_by_hdf5(dataset: Any, start: tuple[int, ...], target: Array) -> None:
+    """Let HDF5 read a box, with the file's own type: it has nothing to convert."""
+    space = dataset.get_space()
+    space.select_hyperslab(start, target.shape)
+    box = target if target.flags.c_contiguous else np.empty(target.shape, np.uint16)
+    memory = h5py.h5s.create_simple((target.size,))
+    dataset.read(memory, space, box.reshape(-1), dataset.get_type())
+    if box is not target:
+        target[...] = box
 
 
 def _sample_spans(data: TensorData, blocks: int) -> list[Span]:
