@@ -11,7 +11,7 @@ page part   contents
 identity    who: rank, size, group, processes, host, device; and the job's number, by which records
             of an earlier run are told apart
 moment      what: agreements entered, phases entered, since when, until when, phase, item
-progress    how far the job is: items done, items in all
+progress    how far the job is: items done, items in all; and how far it was when it began, and when
 state       started, ended, exit code; whether a stop was asked for
 watch       the watchdog's own part: a heartbeat, the state that the kernel gives the process
 fault       what went wrong, in words
@@ -39,7 +39,7 @@ FILE = "board"
 _IDENTITY = Struct("<8sQiiiII128s128s")
 _MOMENT = Struct("<QQQQQQ64s512s")
 _COUNT = Struct("<QQ")
-_PROGRESS = Struct("<QQ")
+_PROGRESS = Struct("<QQQQ")
 _STATE = Struct("<BBxxi")  # of the three, the watchdog sets the second
 _WATCH = Struct("<QQcxxxxxxxQ")
 _FAULT = Struct("<Q?1527s")
@@ -49,7 +49,7 @@ _FOLDER = Struct("<1024s")
 _AT_IDENTITY = 0
 _AT_MOMENT = 320
 _AT_PROGRESS = 960
-_AT_STATE = 976
+_AT_STATE = 992
 _AT_STOP = _AT_STATE + 1
 _AT_WATCH = 1024
 _AT_FAULT = 1088
@@ -82,6 +82,8 @@ class Record:
     item: str
     done: int
     total: int
+    first_done: int
+    first_wall: float
     state: int
     stop: bool
     exit_code: int
@@ -112,7 +114,7 @@ class Record:
         agreements, phases, waiting, since, since_wall, deadline, phase, item = _MOMENT.unpack_from(
             page, _AT_MOMENT
         )
-        done, total = _PROGRESS.unpack_from(page, _AT_PROGRESS)
+        done, total, first_done, first_wall = _PROGRESS.unpack_from(page, _AT_PROGRESS)
         state, stop, exit_code = _STATE.unpack_from(page, _AT_STATE)
         beats, heartbeat, process_state, _ = _WATCH.unpack_from(page, _AT_WATCH)
         fault_time, late, fault = _FAULT.unpack_from(page, _AT_FAULT)
@@ -120,7 +122,8 @@ class Record:
         return Record(
             job, rank, size, group, pid, watchdog_pid, _text(host), _text(device),
             agreements, phases, bool(waiting), since / 1e9, since_wall / 1e9, deadline / 1e9,
-            _text(phase), _text(item), done, total, state, bool(stop), exit_code,
+            _text(phase), _text(item), done, total, first_done, first_wall / 1e9,
+            state, bool(stop), exit_code,
             beats, heartbeat / 1e9, _text(process_state), fault_time / 1e9, late, _text(fault),
             _text(folder),
         )  # fmt: skip
@@ -135,6 +138,7 @@ class Board:
         self.on_enter: Callable[[str, str], None] | None = None  # faults on purpose
         self._agreements = 0
         self._phases = 0
+        self._first: tuple[int, int] | None = None
         self._identity: dict[str, int | str] = {
             "job": 0, "rank": -1, "size": 0, "group": 0, "device": "",
         }  # fmt: skip
@@ -161,6 +165,11 @@ class Board:
         _COUNT.pack_into(self.page, _AT_MOMENT, self._agreements, self._phases)
         self.page[_AT_MOMENT + 16] = 1
 
+    def join(self, group: int, counted: int) -> None:
+        """Say that this rank works in another group now, whose ranks all count from `counted`."""
+        self._agreements = self._phases = counted
+        self.identify(group=group)
+
     def identify(self, **known: int | str) -> None:
         """Say who this is: any of job, rank, size, group, device."""
         self._identity.update(known)
@@ -178,8 +187,9 @@ class Board:
         _FOLDER.pack_into(self.page, _AT_FOLDER, os.fsencode(Path(run_folder).resolve()))
 
     def progress(self, done: int, total: int) -> None:
-        """Say how many items are finished, of how many."""
-        _PROGRESS.pack_into(self.page, _AT_PROGRESS, done, total)
+        """Say how many items are finished, of how many; the first call says where it began."""
+        self._first = self._first or (done, time.time_ns())
+        _PROGRESS.pack_into(self.page, _AT_PROGRESS, done, total, *self._first)
 
     def fail(self, what: str, *, late: bool = False) -> None:
         """Say that this rank alone has failed, and how; what is said first stays."""

@@ -2,14 +2,14 @@
 
 MPI has one-sided atomics for this, but where the network has none in hardware they wait until the
 owner of the counter enters the MPI library: measured, three seconds while it computed for three
-(MPICH without shared memory). So rank 0 answers from a thread, and a rank that wants a number
-asks early and looks for the answer when it needs it.
+(MPICH without shared memory). So rank 0 answers from a thread, in a few milliseconds.
 """
 
 from __future__ import annotations
 
 import threading
-from time import sleep
+from collections.abc import Callable
+from time import monotonic, sleep
 from types import TracebackType
 
 import numpy as np
@@ -21,12 +21,15 @@ CLOSED = 1 << 62  # larger than any number of items
 _TAKE, _CLOSE, _ANSWER = 1, 2, 3
 _ASLEEP = 2e-3  # seconds between two looks of rank 0's thread: 0.1 % of a core
 _WAITING = 1e-4
+_IDLE = 5e-3
+_QUICK = 0.2
 
 
 class SharedCounter:
     """Counters 0 … ``slots`` - 1, kept on rank 0 of `comm`.
 
     Collective, and so is leaving it as a context: nobody leaves while another may still ask.
+    `meanwhile` is called again and again in this wait.
 
     Raises
     ------
@@ -35,7 +38,9 @@ class SharedCounter:
 
     """
 
-    def __init__(self, comm: MPI.Comm, slots: int) -> None:
+    def __init__(
+        self, comm: MPI.Comm, slots: int, meanwhile: Callable[[], None] = lambda: None
+    ) -> None:
         if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
             raise RejectedError(
                 "this MPI library doesn't allow calls from several threads, which sharing items "
@@ -43,7 +48,9 @@ class SharedCounter:
                 fix="use --group-size all, or an MPI built with MPI_THREAD_MULTIPLE",
             )
         self._comm = comm.Dup()
+        self._meanwhile = meanwhile
         self._next = [0] * slots
+        self._taken = -_QUICK
         self._lock = threading.Lock()
         self._asked: tuple[int, MPI.Request, np.ndarray[tuple[int], np.dtype[np.int64]]] | None
         self._asked = None
@@ -53,8 +60,9 @@ class SharedCounter:
             self._thread = threading.Thread(target=self._serve, name="mdattn-counter", daemon=True)
             self._thread.start()
 
-    def ask(self, slot: int) -> None:
-        """Ask for a number of `slot` ahead of `take`; returns at once."""
+    def _ask(self, slot: int) -> None:
+        if self._asked is not None and self._asked[0] != slot:
+            self._answer()  # that slot is exhausted
         if self._asked is not None:
             return
         answer = np.full(1, -1, np.int64)
@@ -67,11 +75,22 @@ class SharedCounter:
         self._asked = slot, request, answer
 
     def take(self, slot: int) -> int:
-        """Wait for a number of `slot` that nobody else has; at least `CLOSED` after `close`."""
-        self.ask(slot)
+        """Take a number of `slot` that nobody else has; at least `CLOSED` after `close`.
+
+        A rank that takes one after the other asks for the next in advance, so that it needn't
+        wait; one with much to do between leaves what comes next to whoever is free first.
+        """
+        self._ask(slot)
+        number = self._answer()
+        now = monotonic()
+        if self._comm.rank and now - self._taken < _QUICK:
+            self._ask(slot)
+        self._taken = now
+        return number
+
+    def _answer(self) -> int:
         assert self._asked is not None
-        asked, request, answer = self._asked
-        assert asked == slot, "asked for another slot"
+        _, request, answer = self._asked
         while not request.Test():
             sleep(_WAITING)
         self._asked = None
@@ -117,17 +136,14 @@ class SharedCounter:
         trace: TracebackType | None,
     ) -> None:
         if kind is None:
-            self._drain()
+            if self._asked is not None:
+                self._answer()
             barrier = self._comm.Ibarrier()
             while not barrier.Test():
-                sleep(_WAITING)
+                self._meanwhile()
+                sleep(_IDLE)
         self._ended.set()
         if self._thread is not None:
             self._thread.join(1.0)
         if kind is None:
             self._comm.Free()
-
-    def _drain(self) -> None:
-        """Receive an answer that nobody wants any more."""
-        if self._asked is not None:
-            self.take(self._asked[0])

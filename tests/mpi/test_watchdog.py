@@ -15,7 +15,7 @@ import pytest
 from mdattn_mpi.lockstep import death_note
 from mdattn_mpi.lockstep.board import BoardFile
 from mdattn_mpi.lockstep.chaos import KINDS
-from tests.support.mpirun import kill_all, mpirun, orphans, processes, start
+from tests.support.mpirun import kill_all, mark_of, mpirun, orphans, processes, start
 from tests.support.small_job import PHASES
 
 JOB = ["-m", "tests.support.small_job"]
@@ -102,7 +102,7 @@ def started(folder: Path, ranks: int, **changes: Any) -> Any:
         if len(records) == ranks and all(record.done for record in records):
             return process
         time.sleep(0.05)
-    kill_all(process.mark)
+    kill_all(mark_of(process))
     raise AssertionError(f"the job never began: {process.communicate()}")
 
 
@@ -110,9 +110,9 @@ def ended(process: Any, timeout: float = 60) -> tuple[int, str]:
     """Wait for the end of a run; its exit code and what it said; nothing is left."""
     try:
         _, err = process.communicate(timeout=timeout)
-        left = orphans(process.mark)
+        left = orphans(mark_of(process))
     finally:
-        kill_all(process.mark)
+        kill_all(mark_of(process))
     assert not left, err
     return process.returncode, err
 
@@ -152,7 +152,9 @@ def test_a_watchdog_that_is_killed_is_noticed_by_the_others(tmp_path: Path) -> N
 def test_without_mpirun_nobody_stays(tmp_path: Path) -> None:
     process = started(tmp_path, 3)
     launchers = [
-        pid for pid, name in processes(process.mark).items() if name.startswith(("prte", "mpirun"))
+        pid
+        for pid, name in processes(mark_of(process)).items()
+        if name.startswith(("prte", "mpirun"))
     ]
     assert launchers
     for pid in launchers:

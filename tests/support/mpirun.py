@@ -88,6 +88,12 @@ def orphans(mark: str, patience: float = 10.0) -> dict[int, str]:
     return left
 
 
+def mark_of(process: Popen[str]) -> str:
+    """Return what all processes of a run that `start` began carry."""
+    mark: str = process.mark  # type: ignore[attr-defined]
+    return mark
+
+
 def start(
     ranks: int,
     argv: Sequence[str],
@@ -96,7 +102,7 @@ def start(
     options: Sequence[str] = (),
     **popen: Any,
 ) -> Popen[str]:
-    """Start `python *argv` on `ranks` ranks; the mark is ``process.mark``."""
+    """Start `python *argv` on `ranks` ranks; see `mark_of`."""
     variables = environment(env)
     process = Popen(
         [*launcher(), *options, "-n", str(ranks), sys.executable, *argv],
@@ -139,7 +145,7 @@ def mpirun(
 
     """
     process = start(ranks, argv, env=env, options=options, cwd=cwd)
-    mark: str = process.mark  # type: ignore[attr-defined]
+    mark = mark_of(process)
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:

@@ -26,7 +26,8 @@ import h5py
 from mdattn_mpi.cli import main as mdattn
 from mdattn_mpi.dataset import open_output
 from mdattn_mpi.errors import RejectedError
-from tests.support.mpirun import kill_all, mpirun, orphans, processes, start
+from mdattn_mpi.lockstep.board import BoardFile
+from tests.support.mpirun import kill_all, mark_of, mpirun, orphans, processes, start
 
 ITEMS = 10
 PATIENCE = 120.0
@@ -40,7 +41,7 @@ class Storm:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.data = folder / "data.h5"
-        options = "--lengths 300:900 --q-heads 4 --kv-heads 2 --head-dim 64 --causal --seed 1"
+        options = "--lengths 900:2500 --q-heads 4 --kv-heads 2 --head-dim 64 --causal --seed 1"
         assert not mdattn(["make-data", str(self.data), "--items", str(ITEMS), *options.split()])
 
     def command(self, out: Path, strategy: str) -> list[str]:
@@ -67,14 +68,12 @@ class Storm:
         story = [f"seed {seed}: {ranks} ranks, {strategy}"]
         for attempt in range(draw.randint(2, 5)):
             process = start(ranks, self.command(out, strategy), stdout=subprocess.DEVNULL)
-            moment = draw.uniform(0.0, 1.1 * seconds)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(moment)
+            moment = wait(process, out, draw, seconds)
             target = draw.choice(TARGETS)
             strike(process, target, draw)
             code, said = finish(process)
             done = check(out, expected, " | ".join(story) + said)
-            story.append(f"{target} at {moment:.2f} s: exit {code}, {done} done")
+            story.append(f"{target} {moment}: exit {code}, {done} done")
             assert code or done == ITEMS, (story, attempt, said)
         last = mpirun(ranks, self.command(out, strategy), timeout=PATIENCE)
         assert last.returncode == 0, (story, last.stderr)
@@ -83,10 +82,25 @@ class Storm:
         return " | ".join(story)
 
 
+def wait(process: Popen[str], out: Path, draw: random.Random, seconds: float) -> str:
+    """Wait for a random moment: of the clock, or a little after a random number of items."""
+    moment, items = draw.uniform(0.0, 1.1 * seconds), draw.randrange(ITEMS)
+    by_clock, later = draw.random() < 0.4, draw.uniform(0.0, 0.1)
+    end = time.monotonic() + (moment if by_clock else PATIENCE)
+    while process.poll() is None and time.monotonic() < end:
+        records = [] if by_clock else BoardFile(f"{out}.run").records()
+        began = records and all(record.pid in processes(mark_of(process)) for record in records)
+        if began and max(record.done for record in records) >= items:
+            break
+        time.sleep(0.005)
+    time.sleep(0.0 if by_clock else later)
+    return f"at {moment:.2f} s" if by_clock else f"{later:.2f} s after {items} items"
+
+
 def strike(process: Popen[str], target: str, draw: random.Random) -> None:
     """Kill -9 what `target` names, if it is there yet or still."""
     by_kind: dict[str, list[int]] = {"rank": [], "watchdog": [], "mpirun": []}
-    for pid, name in processes(process.mark).items():  # type: ignore[attr-defined]
+    for pid, name in processes(mark_of(process)).items():
         kind = "watchdog" if name == "mdattn-watchdog" else "rank"
         by_kind["mpirun" if name.startswith(("prte", "mpirun")) else kind].append(pid)
     doomed = {
@@ -104,7 +118,7 @@ def strike(process: Popen[str], target: str, draw: random.Random) -> None:
 
 def finish(process: Popen[str]) -> tuple[int, str]:
     """Wait for the end of a run, which must come soon and leave nothing behind."""
-    mark: str = process.mark  # type: ignore[attr-defined]
+    mark = mark_of(process)
     try:
         _, said = process.communicate(timeout=PATIENCE)
         left = orphans(mark)

@@ -19,6 +19,7 @@ def test_a_page_says_what_was_stored() -> None:
     page.identify(job=2**64 - 1, rank=3, size=5, group=-7, device="cuda:3")
     page.enter("read", "item/Ä", 2.5)
     page.wait()
+    page.progress(3, 9)
     page.progress(4, 9)
     record = page.record()
     assert (record.job, record.rank, record.size, record.group) == (2**64 - 1, 3, 5, -7)
@@ -26,7 +27,8 @@ def test_a_page_says_what_was_stored() -> None:
     assert (record.agreements, record.phases, record.waiting) == (1, 2, True)
     assert record.deadline - record.since == pytest.approx(2.5, abs=1e-6)
     assert abs(record.since_wall - time.time()) < 60
-    assert (record.done, record.total) == (4, 9)
+    assert (record.done, record.total, record.first_done) == (4, 9, 3)
+    assert abs(record.first_wall - time.time()) < 60
     assert (record.pid, record.host) == (os.getpid(), os.uname().nodename)
     page.enter("write")
     assert not page.record().waiting

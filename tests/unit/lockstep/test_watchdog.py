@@ -85,7 +85,7 @@ def test_a_death_is_noted(tmp_path: Path, fault: str) -> None:
 
 
 def test_a_failure_before_the_world_needs_no_note(tmp_path: Path) -> None:
-    body = "from mdattn_mpi.lockstep.board import RUNNING; board().page[976] = RUNNING; sys.exit(7)"
+    body = "from mdattn_mpi.lockstep.board import RUNNING; board().page[992] = RUNNING; sys.exit(7)"
     assert run(tmp_path, body).returncode == 7
     assert death_note.read(tmp_path) is None
 

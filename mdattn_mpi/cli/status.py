@@ -1,0 +1,181 @@
+"""``mdattn status``: how a job is doing, asked from any shell that sees its files."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep.board import Record
+
+DESCRIPTION = """\
+Say how the job that writes an output is doing, while it runs or after: items done and left, rate,
+time to go, what each rank is doing and since when, and the death note if a rank was lost. Reads
+files only; the job doesn't notice. Ages compare the clocks of two hosts.
+
+  mdattn status out.h5
+"""
+
+EPILOG = "Exit codes: 0 answered; 2 no such output."
+
+SILENCE = 20.0  # seconds after which a job that says nothing is called silent
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "status",
+        help="say how a job is doing, from another shell",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("output", metavar="OUT.h5", help="what the job writes")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Print how the job is doing."""
+    facts = status(arguments.output)
+    if arguments.json:
+        import json
+
+        print(json.dumps(facts, indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(_lines(facts)))
+    return 0
+
+
+def status(path: str) -> dict[str, Any]:
+    """Find out how the job that writes `path` is doing.
+
+    Raises
+    ------
+    RejectedError
+        There is no such output.
+
+    """
+    from time import time
+
+    from mdattn_mpi.dataset import open_output
+    from mdattn_mpi.lockstep import death_note
+    from mdattn_mpi.lockstep.board import BoardFile
+
+    with open_output(path) as output:
+        work = [
+            (entry.state, item.problem.flops)
+            for entry, item in zip(output.ledger.entries(), output.items, strict=True)
+        ]
+    counts = {name: sum(s == name for s, _ in work) for name in ("done", "todo", "failed")}
+    folder = f"{path}.run"
+    records, now = BoardFile(folder).records(), time()
+    note = death_note.read(folder)
+    state = _state(records, note, counts, now)
+    return {
+        "path": path,
+        "state": state,
+        "items": {"total": len(work), **counts},
+        **_speed(records, work, counts, now, running=state == "running"),
+        "ranks": [_rank(record, now) for record in records],
+        "death_note": note,
+    }
+
+
+def _state(records: Sequence[Record], note: object, counts: Mapping[str, int], now: float) -> str:
+    """Say in a word how it is."""
+    from mdattn_mpi.lockstep.board import ENDED
+
+    if note:
+        return "lost a rank"
+    if records and any(record.state != ENDED for record in records):
+        heard = max(record.heartbeat for record in records)
+        return "running" if now - heard < SILENCE else "silent"
+    if counts["todo"]:
+        return "stopped" if records else "not started"
+    return "finished with failures" if counts["failed"] else "finished"
+
+
+def _speed(
+    records: Sequence[Record],
+    work: Sequence[tuple[str, int]],
+    counts: Mapping[str, int],
+    now: float,
+    *,
+    running: bool,
+) -> dict[str, float | None]:
+    """Items a second since the job began, and the seconds to go: operations left by those done."""
+    unknown: dict[str, float | None] = {"items_per_second": None, "seconds_left": None}
+    began = min((record.first_wall for record in records if record.first_wall), default=0.0)
+    done_now = counts["done"] - min((record.first_done for record in records), default=0)
+    if not running or not began or done_now <= 0 or now <= began:
+        return unknown
+    rate = done_now / (now - began)
+    mean = sum(flops for state, flops in work if state == "done") / counts["done"]
+    left = sum(flops for state, flops in work if state == "todo")
+    return {"items_per_second": rate, "seconds_left": left / mean / rate}
+
+
+def _rank(record: Record, now: float) -> dict[str, Any]:
+    from mdattn_mpi.lockstep.board import ENDED
+
+    return {
+        "rank": record.rank,
+        "host": record.host,
+        "pid": record.pid,
+        "device": record.device,
+        "phase": "left" if record.state == ENDED else record.phase,
+        "item": record.item,
+        "seconds": round(max(0.0, now - record.since_wall), 1),
+        "deadline": round(record.deadline - record.since, 1),
+        "stopped": record.stopped,
+        "heard": round(max(0.0, now - record.heartbeat), 1),
+        "fault": record.fault,
+    }
+
+
+def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    items = facts["items"]
+    ranks = facts["ranks"]
+    yield f"{facts['path']}: {facts['state']}" + (f", {len(ranks)} ranks" if ranks else "")
+    failed = f", {items['failed']} failed" if items["failed"] else ""
+    yield f"  {items['done']} of {items['total']} items done, {items['todo']} left{failed}"
+    if facts["items_per_second"]:
+        yield (
+            f"  {facts['items_per_second']:.3g} items/s, "
+            f"about {_duration(facts['seconds_left'])} to go"
+        )
+    for rank in ranks:
+        yield f"  rank {rank['rank']}: {_doing(rank, facts['state'])}"
+    if facts["death_note"]:
+        from mdattn_mpi.lockstep.death_note import paragraph
+
+        yield ""
+        yield _printable(paragraph(facts["death_note"]))
+
+
+def _doing(rank: Mapping[str, Any], state: str) -> str:
+    item = f" {rank['item']!r}" if rank["item"] and rank["phase"] != "left" else ""
+    device = f", {rank['device']}" if rank["device"] else ""
+    late = ", past its deadline" if rank["seconds"] > rank["deadline"] > 0 else ""
+    notes = late if state == "running" and rank["phase"] != "left" else ""
+    notes += ", stopped" if rank["stopped"] else ""
+    notes += f", {rank['fault']}" if rank["fault"] else ""
+    return _printable(
+        f"{rank['phase'] or 'start'}{item} for {_duration(rank['seconds'])} "
+        f"({rank['host']}{device}){notes}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    """For example ``0.3 s``, ``12 min``, ``3 h 20 min``."""
+    if seconds < 120:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _printable(text: str) -> str:
+    """`text` without control characters, which could drive the terminal."""
+    return "".join(c if c.isprintable() else " " for c in text)
