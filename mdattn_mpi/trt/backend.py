@@ -14,7 +14,7 @@ from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.lockstep import Group, Step
 from mdattn_mpi.partition import equal_partition
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName, digest_of
-from mdattn_mpi.trt.build import cached_engine
+from mdattn_mpi.trt.build import Made, make_attention
 from mdattn_mpi.trt.choice import check_target, choose
 from mdattn_mpi.trt.engine import Engine
 from mdattn_mpi.trt.gpu import Buffer, Gpu, HostArray
@@ -24,14 +24,13 @@ from mdattn_mpi.trt.spec import EngineSpec, Shapes, spec_for
 from mdattn_mpi.trt.store import Cache, Manifest, check_fits, read_engine, sha256_of
 
 T = TypeVar("T")
-Made = tuple[bytes, Manifest]
 
 
 class Communicator(Protocol):
     """The NCCL communicator of a group."""
 
     @property
-    def pointer(self) -> int:
+    def ptr(self) -> int:
         """Its ``ncclComm_t``."""
         ...
 
@@ -129,9 +128,10 @@ class TensorRTBackend:
         def fits() -> None:
             check_fits(manifest, self._library, self._gpu.sm, self._group.size, str(path))
 
-        engine, manifest = self._share("engine file", lambda: _read_attention(path))
+        made = self._share("engine file", lambda: _read_attention(path))
+        manifest = made.manifest
         agreed(self._group, "engine fits", fits)
-        self._load(engine, manifest)
+        self._load(made)
         self._named = True
 
     def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
@@ -149,7 +149,7 @@ class TensorRTBackend:
         for name, group in chosen.items():
             for spec in spec_for(group, name, self._group.size):
                 if not self._named and self._find(spec) is None:
-                    self._load(*self._share("build engine", self._builder(spec)))
+                    self._load(self._share("build engine", self._builder(spec)))
 
     def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
         """Collective. Choose strategy and engine; build one where `prepare` made none.
@@ -197,18 +197,19 @@ class TensorRTBackend:
         return next((loaded for loaded in self._loaded if loaded.spec.includes(spec)), None)
 
     def _builder(self, spec: EngineSpec) -> Callable[[], Made]:
-        return lambda: cached_engine(self._library, spec, self._gpu.sm, self._cache)
+        return lambda: make_attention(self._library, spec, self._gpu.sm, self._cache)
 
     def _share(self, phase: str, make: Callable[[], Made]) -> Made:
         """Collective. Make an engine on rank 0 and give it to all; its failure is everyone's."""
         group = self._group
         made = agreed(group, phase, lambda: make() if group.rank == 0 else None)
-        listed = group.bcast_bytes(made[1].to_json() if made else None)
-        engine = group.bcast_bytes(made[0] if made else None)
-        return engine, Manifest.from_json(listed, Path(phase))
+        listed = group.bcast_bytes(made.manifest.to_json() if made else None)
+        engine = group.bcast_bytes(made.engine if made else None)
+        return Made(engine, Manifest.from_json(listed, Path(phase)))
 
-    def _load(self, engine: bytes, manifest: Manifest) -> None:
+    def _load(self, made: Made) -> None:
         """Collective. Deserialize on all ranks, then hand the communicator over on all at once."""
+        engine, manifest = made.engine, made.manifest
         spec = manifest.attention()
         digest = sha256_of(engine)
 
@@ -222,7 +223,7 @@ class TensorRTBackend:
         agreed(self._group, "engine", lambda: None, facts)  # before anyone deserializes
         loaded = agreed(self._group, "load engine", load)
         if self._group.size > 1:
-            pointer = self._communicator.pointer
+            pointer = self._communicator.ptr
             agreed(self._group, "NCCL", lambda: check_one_nccl(self._nccl()))
             agreed(self._group, "connect engine", lambda: loaded.connect(pointer))
             agreed(self._group, "NCCL again", lambda: check_one_nccl(self._nccl()))
@@ -313,7 +314,7 @@ def _read_attention(path: Path) -> Made:
             file=str(path),
             fix="run it with --bind NAME=items/*/DATASET:DIM for each input and output",
         )
-    return engine, manifest
+    return Made(engine, manifest)
 
 
 def agreed(

@@ -3,28 +3,38 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, show_sm
 from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.spec import EngineSpec, Extent
-from mdattn_mpi.trt.store import Cache, Manifest, describe
+from mdattn_mpi.trt.store import Cache, Manifest, describe_attention
+
+Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+Profile = dict[str, Range]
 
 
-def cached_engine(
-    library: Library, spec: EngineSpec, sm: SM, cache: Cache | None
-) -> tuple[bytes, Manifest]:
+class Made(NamedTuple):
+    """A serialized engine and its manifest; whether it lay in the cache."""
+
+    engine: bytes
+    manifest: Manifest
+    cached: bool = False
+
+
+def make_attention(library: Library, spec: EngineSpec, sm: SM, cache: Cache | None) -> Made:
     """Take the engine of `spec` from `cache`, or build it and put it there."""
     key = cache_key(library, spec.digest, sm)
     found = cache.get(key) if cache else None
-    if found is None:
-        engine = build_attention(library, spec, sm)
-        found = engine, describe(engine, library, sm, spec.ranks, spec.facts())
-        if cache:
-            cache.put(key, *found)
-    return found
+    if found is not None:
+        return Made(*found, cached=True)
+    engine = build_attention(library, spec, sm)
+    manifest = describe_attention(engine, library, sm, spec)
+    if cache:
+        cache.put(key, engine, manifest)
+    return Made(engine, manifest)
 
 
 def cache_key(library: Library, network: str, sm: SM) -> str:
@@ -45,8 +55,22 @@ def build_attention(library: Library, spec: EngineSpec, sm: SM) -> bytes:
     log = Log(library)
     builder = library.api.Builder(log.sink)
     network = define(library, builder, spec)
-    ranges = {"query": spec.q, "key": spec.kv, "value": spec.kv, "keys": spec.keys}
-    return build_network(library, builder, network, log, sm, ranges, str(spec))
+    return build_network(library, builder, network, log, sm, _profile(spec), str(spec))
+
+
+def _profile(spec: EngineSpec) -> Profile:
+    """Shapes of the inputs, and the value of ``keys``, at the ends of the spec's extents."""
+
+    def rows(extent: Extent, heads: int) -> Range:
+        low, tuned, high = ((n, heads, spec.head_dim) for n in (extent.min, extent.opt, extent.max))
+        return low, tuned, high
+
+    return {
+        "query": rows(spec.q, spec.q_heads),
+        "key": rows(spec.kv, spec.kv_heads),
+        "value": rows(spec.kv, spec.kv_heads),
+        "keys": ((spec.keys.min,), (spec.keys.opt,), (spec.keys.max,)),
+    }
 
 
 def build_network(
@@ -55,7 +79,7 @@ def build_network(
     network: Any,
     log: Log,
     sm: SM,
-    ranges: dict[str, Extent],
+    ranges: Profile,
     what: str,
 ) -> bytes:
     """Build any network for GPUs of `sm`, with one optimization profile.
@@ -67,8 +91,7 @@ def build_network(
     sm
         The GPU that the engine is for.
     ranges
-        The extent of every dynamic dim, by input; a shape input's value. All dynamic dims of one
-        input have the same extent.
+        The least, the tuned-for and the greatest shape of every input; a shape input's values.
     what
         What is being built, for the message.
 
@@ -85,12 +108,9 @@ def build_network(
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
         if tensor.is_shape_tensor:
-            extent = ranges[tensor.name]
-            profile.set_shape_input(tensor.name, [extent.min], [extent.opt], [extent.max])
+            profile.set_shape_input(tensor.name, *ranges[tensor.name])
         elif -1 in tuple(tensor.shape):
-            extent = ranges[tensor.name]
-            lengths = (extent.min, extent.opt, extent.max)
-            profile.set_shape(tensor.name, *(_at(tensor.shape, length) for length in lengths))
+            profile.set_shape(tensor.name, *ranges[tensor.name])
     config.add_optimization_profile(profile)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
@@ -100,11 +120,7 @@ def build_network(
     return bytes(plan)
 
 
-BUILD_FIX = "use another strategy or -b cuda; MDATTN_LOG=debug shows TensorRT's whole log"
-
-
-def _at(shape: Any, length: int) -> tuple[int, ...]:
-    return tuple(length if dim == -1 else dim for dim in tuple(shape))
+BUILD_FIX = "use another strategy or -b cuda; `mdattn build --verbose` shows TensorRT's log"
 
 
 def _set_target(library: Library, config: Any, sm: SM) -> None:

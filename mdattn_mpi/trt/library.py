@@ -6,6 +6,7 @@ Two packages carry the same Python API: ``tensorrt`` (11 and later; any data-cen
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 from collections import deque
@@ -27,6 +28,7 @@ INSTALL = (
     "index) or 'mdattn_mpi[tensorrt-rtx]' (SM 8.0, 8.6, 8.9 and 12.x; a complete wheel)"
 )
 LOGGER = logging.getLogger("mdattn_mpi.tensorrt")
+LOGGER.addHandler(logging.NullHandler())  # who wants its words asks for them; errors carry theirs
 
 # Where full TensorRT has what: "GPU Architecture and Precision Support" and "Multi-Device
 # Inference" of its documentation, 11.x.
@@ -95,6 +97,38 @@ class Library:
 def show_sm(sm: SM) -> str:
     """Write compute capability ``(9, 0)`` as ``9.0``."""
     return f"{sm[0]}.{sm[1]}"
+
+
+def visible_sm() -> SM | None:
+    """Ask the driver for the SM of the first GPU that this process sees; None without one."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, value = ctypes.c_int(0), ctypes.c_int(0)
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    numbers = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
+            return None
+        numbers.append(value.value)
+    return numbers[0], numbers[1]
+
+
+def parse_sm(text: str) -> SM:
+    """Read ``9.0``, ``90`` or ``sm_90``.
+
+    Raises
+    ------
+    RejectedError
+        None of these.
+
+    """
+    digits = text.lower().removeprefix("sm").removeprefix("_").replace(".", "")
+    if not digits.isdecimal() or not 2 <= len(digits) <= 3:
+        raise RejectedError(f"{text!r} is no compute capability", fix="write it like 8.9 or 12.0")
+    return int(digits[:-1]), int(digits[-1])
 
 
 def find_library(flavours: Sequence[Flavour] = FLAVOURS) -> Library:

@@ -20,6 +20,24 @@ from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName, StrategyName
 
 
 @dataclass(frozen=True)
+class Sharding:
+    """How a network is shared by ranks.
+
+    Parameters
+    ----------
+    strategy, ranks
+        As everywhere.
+    axes
+        The dim that counts tokens, for each input and output that has one.
+
+    """
+
+    strategy: str
+    ranks: int
+    axes: dict[str, int]
+
+
+@dataclass(frozen=True)
 class Extent:
     """One dim of an optimization profile: the lengths that it takes, tuned for `opt`."""
 
@@ -203,4 +221,12 @@ def _kind(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> Engi
         q=one,
         kv=one,
         keys=one,
+    )
+
+
+def any_length(spec: EngineSpec) -> EngineSpec:
+    """Take every length up to the longest of `spec`: what lies between isn't known."""
+    q, kv, keys = spec.q.max, spec.kv.max, spec.collected.max
+    return replace(
+        spec, q=Extent(1, q, q), kv=Extent(1, kv, kv), keys=Extent(1, spec.keys.opt, keys)
     )

@@ -19,11 +19,12 @@ from typing import Any
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.trt.library import SM, Library, show_sm
-from mdattn_mpi.trt.spec import EngineSpec
+from mdattn_mpi.trt.spec import EngineSpec, Sharding
 
 FORMAT = "mdattn-engine"
 VERSION = 1
 MAX_MANIFEST = 1 << 20
+ATTENTION_TENSORS = ("query", "key", "value", "output")
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Manifest:
         Of the TensorRT package that built it.
     sm
         The GPU that it is for.
-    ranks
-        How many ranks run it together.
+    strategy, ranks, axes
+        See `Sharding`.
     spec
         The attention that it computes, as `EngineSpec.facts`; empty for a model.
     model
@@ -52,7 +53,9 @@ class Manifest:
     flavour: str
     version: str
     sm: SM
+    strategy: str
     ranks: int
+    axes: dict[str, int]
     spec: dict[str, Any]
     model: str = ""
 
@@ -104,17 +107,40 @@ def sha256_of(engine: bytes | memoryview) -> str:
     return hashlib.sha256(engine).hexdigest()
 
 
-def describe(
+def describe_attention(
+    engine: bytes | memoryview, library: Library, sm: SM, spec: EngineSpec
+) -> Manifest:
+    """Make the manifest of an attention engine that has just been built."""
+    return describe_model(
+        engine,
+        library,
+        sm,
+        Sharding(spec.strategy, spec.ranks, dict.fromkeys(ATTENTION_TENSORS, 0)),
+        spec=spec.facts(),
+    )
+
+
+def describe_model(
     engine: bytes | memoryview,
     library: Library,
     sm: SM,
-    ranks: int,
-    spec: dict[str, Any],
+    sharding: Sharding,
+    *,
     model: str = "",
+    spec: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Make the manifest of an engine that has just been built."""
+    """Make the manifest of an engine of a model, whose SHA-256 is `model`."""
     return Manifest(
-        sha256_of(engine), len(engine), library.flavour, library.version, sm, ranks, spec, model
+        sha256=sha256_of(engine),
+        size=len(engine),
+        flavour=library.flavour,
+        version=library.version,
+        sm=sm,
+        strategy=sharding.strategy,
+        ranks=sharding.ranks,
+        axes=sharding.axes,
+        spec=spec or {},
+        model=model,
     )
 
 

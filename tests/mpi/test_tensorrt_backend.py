@@ -171,7 +171,7 @@ def test_an_engine_file_is_shared_checked_and_held_to(world: World, folder: Any)
 
     from mdattn_mpi.errors import DeviceError, RejectedError
     from mdattn_mpi.trt.spec import spec_for
-    from mdattn_mpi.trt.store import describe, write_engine
+    from mdattn_mpi.trt.store import describe_attention, write_engine
     from tests.support.tensorrt_double import DoubleBackend
 
     path = folder / "attn.engine"
@@ -181,7 +181,7 @@ def test_an_engine_file_is_shared_checked_and_held_to(world: World, folder: Any)
         (spec,) = spec_for(problems(), "allgather", ranks)
         engine = json.dumps(spec.facts()).encode()
         if world.rank == 0:
-            write_engine(path, engine, describe(engine, real, sm, ranks, spec.facts()))
+            write_engine(path, engine, describe_attention(engine, real, sm, spec))
         world.barrier()
 
     make()

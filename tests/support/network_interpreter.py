@@ -201,10 +201,8 @@ def _shuffle(layer: _Layer, data: Any, shape: Any = None) -> Any:
     if shape is not None:
         wanted = [int(dim) for dim in shape]
     else:
-        try:
-            wanted = [int(dim) for dim in layer.reshape_dims]
-        except ValueError:  # no reshape: the dims are invalid
-            wanted = list(data.shape)
+        reshaped = layer.reshape_dims
+        wanted = list(data.shape) if reshaped is None else [int(dim) for dim in reshaped]
     if layer.zero_is_placeholder:
         wanted = [data.shape[i] if dim == 0 else dim for i, dim in enumerate(wanted)]
     data = data.reshape(wanted)
@@ -213,18 +211,19 @@ def _shuffle(layer: _Layer, data: Any, shape: Any = None) -> Any:
 
 def _slice(layer: _Layer, data: Any, *given: Any) -> Any:
     assert layer.mode.name == "STRICT_BOUNDS", layer.mode
-    given = (*given, *[None] * (3 - len(given)))
+    given = (*given, *[None] * (5 - len(given)))
     start, size, stride = (
-        list(fixed) if value is None else [int(dim) for dim in value]
-        for value, fixed in zip(given, (layer.start, layer.shape, layer.stride), strict=False)
+        fixed if value is None else [int(dim) for dim in value]
+        for value, fixed in zip(given[:3], (layer.start, layer.shape, layer.stride), strict=True)
     )
-    index = []
-    for begin, count, step, extent in zip(start, size, stride, data.shape, strict=True):
-        assert step > 0
-        assert begin >= 0
-        assert begin + (count - 1) * step < extent, f"{start} {size} of {data.shape}"
-        index.append(slice(begin, begin + count * step, step))
-    return data[tuple(index)]
+    axes = layer.axes if given[4] is None else [int(axis) for axis in given[4]]
+    axes = range(data.ndim) if axes is None else list(axes)
+    for axis, begin, count, step in zip(axes, start, size, stride, strict=True):
+        places = begin + step * np.arange(count)  # a stride of 0 repeats
+        inside = places.size == 0 or (places.min() >= 0 and places.max() < data.shape[axis])
+        assert inside, f"{layer.name}: {list(start)} + {list(size)} of {data.shape}"
+        data = np.take(data, places, axis)
+    return data
 
 
 ELEMENTWISE = {

@@ -18,11 +18,12 @@ import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.trt.backend import TensorRTBackend
+from mdattn_mpi.trt.build import Made
 from mdattn_mpi.trt.gpu import Buffer
 from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.spec import EngineSpec
-from mdattn_mpi.trt.store import describe
+from mdattn_mpi.trt.store import describe_attention
 from tests.support.network_interpreter import MpiRanks, interpret, recorded
 
 POINTER = 0x5EED
@@ -178,7 +179,7 @@ class HostGpu:
 
 
 class HostCommunicator:
-    pointer = POINTER
+    ptr = POINTER
 
     def __init__(self, tape: Tape) -> None:
         self._tape = tape
@@ -212,6 +213,6 @@ class DoubleBackend(TensorRTBackend):
         def build() -> Any:
             self.built.append(spec)
             engine = json.dumps(spec.facts()).encode()
-            return engine, describe(engine, self._library, self.gpu.sm, spec.ranks, spec.facts())
+            return Made(engine, describe_attention(engine, self._library, self.gpu.sm, spec))
 
         return build

@@ -1,0 +1,155 @@
+"""From an ONNX file to a network and an engine, with every rank count checked."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.trt.build import Made, Profile, build_network
+from mdattn_mpi.trt.choice import check_target
+from mdattn_mpi.trt.library import SM, Library, Log
+from mdattn_mpi.trt.onnx_model import (
+    ATTENTION,
+    RANK_COUNT,
+    attribute_of,
+    load_model,
+    read_sharding,
+)
+from mdattn_mpi.trt.onnx_shard import KEYS
+from mdattn_mpi.trt.spec import Sharding, shard_length
+from mdattn_mpi.trt.store import describe_model
+
+LOGGER = logging.getLogger("mdattn_mpi.onnx")
+
+
+def parse_model(library: Library, builder: Any, log: Log, path: Path) -> tuple[Any, Sharding]:
+    """Parse a sharded model into a network whose attentions have the rank count they declare.
+
+    Returns
+    -------
+    The ``INetworkDefinition``, and how it is sharded.
+
+    Raises
+    ------
+    RejectedError
+        Not ONNX, not sharded, or nothing that TensorRT's parser takes; with its words.
+
+    """
+    model = load_model(path)
+    sharding = read_sharding(model, path)
+    api = library.api
+    network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = api.OnnxParser(network, log.sink)
+    # The path tells where external data lies; the bytes are the model with its spelling mended.
+    if not parser.parse(model.SerializeToString(), str(path)):
+        words = [parser.get_error(index).desc() for index in range(parser.num_errors)]
+        raise RejectedError(
+            f"TensorRT's parser refuses the model: {' | '.join(words) or log.last_words()}",
+            file=str(path),
+            fix="see the node that it names; docs/onnx.md tells what is taken",
+        )
+    check_rank_counts(api, network, declared_ranks(model), path)
+    return network, sharding
+
+
+def declared_ranks(model: Any) -> dict[str, int]:
+    """Return the rank count that each attention of a model declares, by the node's name."""
+    return {
+        node.name: int(attribute_of(node, RANK_COUNT, 1))
+        for node in model.graph.node
+        if node.op_type in ATTENTION
+    }
+
+
+def check_rank_counts(api: Any, network: Any, declared: Mapping[str, int], path: Path) -> None:
+    """Make sure that each attention of a parsed network has the rank count it was to have.
+
+    The parser ignores what it doesn't know. One that it left at 1 is set here.
+
+    Raises
+    ------
+    RejectedError
+        An attention is missing, or has another count.
+
+    """
+    found = attentions(api, network)
+    if len(found) != len(declared):
+        raise RejectedError(
+            f"the model has {len(declared)} attentions, TensorRT made {len(found)} of them",
+            file=str(path),
+            fix="give every node a name of its own, and parse again",
+        )
+    for (name, ranks), attention in zip(declared.items(), found, strict=True):
+        if attention.num_ranks == 1 < ranks:
+            attention.num_ranks = ranks
+            LOGGER.warning("%s: node %r: the parser left 1 rank; set to %d", path, name, ranks)
+        if attention.num_ranks != ranks:
+            raise RejectedError(
+                f"node {name!r} declares {ranks} ranks, TensorRT has {attention.num_ranks}",
+                file=str(path),
+                fix="shard the original model again",
+            )
+
+
+def attentions(api: Any, network: Any) -> list[Any]:
+    """List the ``IAttention`` of a network, in order."""
+    found = []
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == api.LayerType.ATTENTION_INPUT:
+            layer.__class__ = api.IAttentionBoundaryLayer
+            found.append(layer.attention)
+    return found
+
+
+def profile_of(network: Any, sharding: Sharding, tokens: tuple[int, int]) -> Profile:
+    """Cover sequences of `tokens` (shortest, longest); other dynamic dims are 1."""
+    shortest, longest = tokens
+    lengths = (1, *(shard_length(count, sharding.ranks) for count in (longest, longest)))
+    if sharding.strategy == "ring":
+        lengths = (shard_length(shortest, sharding.ranks), *lengths[1:])
+    profile: Profile = {}
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if tensor.name == KEYS:
+            profile[KEYS] = ((1,), (longest,), (longest,))
+            continue
+        axis = sharding.axes.get(tensor.name)
+        shapes = [
+            tuple(
+                (length if position == axis else 1) if dim == -1 else dim
+                for position, dim in enumerate(tuple(tensor.shape))
+            )
+            for length in lengths
+        ]
+        profile[tensor.name] = (shapes[0], shapes[1], shapes[2])
+    return profile
+
+
+def build_model(library: Library, path: Path, ranks: int, tokens: tuple[int, int], sm: SM) -> Made:
+    """Build the engine of a sharded model.
+
+    Raises
+    ------
+    RejectedError, DeviceError
+        The model is sharded for another number of ranks; see `parse_model`, `build_network`.
+
+    """
+    log = Log(library)
+    builder = library.api.Builder(log.sink)
+    network, sharding = parse_model(library, builder, log, path)
+    if sharding.ranks != ranks:
+        raise RejectedError(
+            f"the model is sharded for {sharding.ranks} ranks, -n says {ranks}",
+            file=str(path),
+            fix=f"use -n {sharding.ranks}, or shard the original model for {ranks}",
+        )
+    check_target(library, sharding.strategy, ranks, sm)
+    profile = profile_of(network, sharding, tokens)
+    engine = build_network(library, builder, network, log, sm, profile, path.name)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Made(engine, describe_model(engine, library, sm, sharding, model=digest))
