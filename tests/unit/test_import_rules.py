@@ -44,7 +44,7 @@ ONLY: dict[str, set[str]] = {
     "nccl": {"devices"},
     "cuda": {"devices", "trt"},
     "threadpoolctl": {"devices", "verifier"},
-    "torch": {"cli.bench"},
+    "torch": {"cli.bench_attention_cpu", "cli.bench_attention_cuda"},
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),

@@ -1,0 +1,93 @@
+"""``mdattn bench``: figures, side by side with somebody else's, and how they came about.
+
+Each ``bench_*.py`` beside this module that has an `add_parser` is one benchmark.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+HERE = Path(__file__).parent
+
+DESCRIPTION = """\
+Measure. Every benchmark alternates between the two sides that it compares, takes medians, uses
+random data (zeros run faster), and prints hardware, versions and commit with its figures.
+"""
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the benchmarks."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "bench",
+        help="measure: attention, ranks, memory",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benchmarks = parser.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
+    for module in iter_modules([str(HERE)], "mdattn_mpi.cli."):
+        if module.name.startswith("mdattn_mpi.cli.bench_"):
+            benchmark = import_module(module.name)
+            if hasattr(benchmark, "add_parser"):
+                benchmark.add_parser(benchmarks).set_defaults(measure=benchmark.main)
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Run the benchmark that was asked for."""
+    code: int = arguments.measure(arguments)
+    return code
+
+
+def surroundings(*packages: str) -> dict[str, str]:
+    """Where figures come from: cores, system, commit, and the versions of `packages`."""
+    return {
+        "cores": str(len(os.sched_getaffinity(0))),
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "commit": _commit(),
+        **{package: _version(package) for package in packages},
+    }
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """Parse ``2048,8192``; an argparse type."""
+    return tuple(int(part) for part in text.split(","))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they must be, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )
+
+
+def _commit() -> str:
+    """The commit of the checkout that runs, or the version of the installed package."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return f"mdattn_mpi {_version('mdattn_mpi')}"
+    return found.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
