@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -133,10 +134,9 @@ def new_file(
             os.fsync(made.fileno())
         os.rename(temporary, final)
         sync_folder(folder)
-    except OSError as error:
-        raise RejectedError(
-            f"can't be made: {error.strerror or error}", fix=_fix_of(error), file=shown
-        ) from error
+    except (OSError, RuntimeError) as error:  # h5py raises either when the disk is full
+        number, words = _reason(error)
+        raise RejectedError(f"can't be made: {words}", fix=_fix_of(number), file=shown) from error
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
@@ -165,10 +165,17 @@ def _reserve(fd: int, nbytes: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
-def _fix_of(error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+def _reason(error: OSError | RuntimeError) -> tuple[int, str]:
+    """Errno and words; HDF5 has both in the middle of a long message."""
+    found = re.search(r"errno = (\d+)", str(error))
+    number = int(found[1]) if found else getattr(error, "errno", None) or 0
+    return number, os.strerror(number) if number else str(error)
+
+
+def _fix_of(number: int) -> str:
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return "free some space, or write to another filesystem"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
         return "check who may write there"
     return "check the path and the filesystem"
 
