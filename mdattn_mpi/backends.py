@@ -154,6 +154,13 @@ def _why_not_cuda(group: Group) -> str:
     return group.bcast_bytes("; ".join(refusals[:1]).encode() if group.rank == 0 else None).decode()
 
 
+def backend_name(name: str, group: Group) -> str:
+    """Collective. What `name` stands for: ``auto`` is cuda where all ranks have it, else cpu."""
+    if name != "auto":
+        return name
+    return "cpu" if _why_not_cuda(group) else "cuda"
+
+
 def open_backend(
     name: str, group: Group, *, threads: int = 0, transfer: str = "auto", engine: str = ""
 ) -> Backend:
@@ -177,8 +184,7 @@ def open_backend(
         The backend isn't there, or not on every rank.
 
     """
-    if name == "auto":
-        name = "cpu" if _why_not_cuda(group) else "cuda"
+    name = backend_name(name, group)
     if name == "cpu":
         from mdattn_mpi.devices.cpu import open_cpu
 

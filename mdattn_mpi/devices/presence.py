@@ -30,6 +30,19 @@ def gpu_count() -> int:
     return count.value
 
 
+def gpu_memory() -> int:
+    """Bytes of the smallest visible GPU; 0 without one."""
+    if gpu_count() < 1:
+        return 0
+    driver, sizes = ctypes.CDLL("libcuda.so.1"), []
+    for ordinal in range(gpu_count()):
+        device, size = ctypes.c_int(0), ctypes.c_size_t(0)
+        driver.cuDeviceGet(ctypes.byref(device), ordinal)
+        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device)
+        sizes.append(size.value)
+    return min(sizes)
+
+
 def _importable(module: str) -> bool:
     try:
         return find_spec(module) is not None

@@ -13,17 +13,15 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from math import gcd
-from typing import Literal
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.problem import AttentionProblem, digest_of
 
-GroupSize = int | Literal["auto"]
 Take = Callable[[int], int]  # a phase's number -> 0, 1, 2, … each once among all groups
 Time = Callable[[int, int], float]  # an item's number and its ranks -> seconds
 
@@ -98,20 +96,41 @@ class Schedule:
     reasons: tuple[str, ...]
 
     @cached_property
-    def _place(self) -> dict[int, int]:
+    def _places(self) -> dict[int, int]:
         return {rank: place for place, rank in enumerate(self.order)}
+
+    def place(self, rank: int) -> int:
+        """Where `rank` stands in `order`."""
+        return self._places[rank]
+
+    @property
+    def signature(self) -> str:
+        """What a resumed job must have in common with the one before it."""
+        first = self.sizes[0]
+        if all(size == first for size in self.sizes):
+            return "all" if first == len(self.order) else str(first)
+        return f"auto {digest_of({'sizes': self.sizes}):016x}"
 
     @property
     def largest(self) -> int:
         """Ranks of the largest group."""
         return max(self.sizes)
 
+    def only(self, items: Collection[int]) -> Schedule:
+        """Leave out all items but these; sizes stay, so that a resumed job gives the same bytes."""
+        kept = set(items)
+        phases = tuple(
+            Phase(phase.size, tuple(item for item in phase.items if item in kept))
+            for phase in self.phases
+        )
+        return replace(self, phases=phases)
+
     def group(self, size: int, rank: int) -> tuple[int, ...] | None:
         """World ranks of the group of `size` that `rank` is in; its first is the leader.
 
         None where the world's last ranks are too few for such a group: they sit that phase out.
         """
-        start = self._place[rank] // size * size
+        start = self.place(rank) // size * size
         return self.order[start : start + size] if start + size <= len(self.order) else None
 
     def items(self, phase: int, take: Take) -> Iterator[int]:
@@ -124,10 +143,9 @@ class Schedule:
 def deal(
     problems: Sequence[AttentionProblem],
     nodes: Sequence[str],
-    group_size: GroupSize | Literal["all"],
+    group_size: str | int,
     *,
     rates: Rates = RATES["cpu"],
-    todo: Sequence[int] | None = None,
     rank_bytes: int | None = None,
 ) -> Schedule:
     """Choose every item's group size and the order in which items are taken.
@@ -137,15 +155,13 @@ def deal(
     Parameters
     ----------
     problems
-        Of all items of the job, finished ones too: sizes must not change when a job is resumed.
+        Of all items of the job, finished ones too: see `Schedule.only`.
     nodes
         The node that each rank of the world runs on.
     group_size
         Ranks a group, ``all`` of them, or ``auto``: by length.
     rates
         What a rank does in a second.
-    todo
-        The items that are still to be done; all of them if None.
     rank_bytes
         What the shards of an item may take on one rank; no limit if None.
 
@@ -163,10 +179,9 @@ def deal(
     if group_size == "auto":
         sizes, reasons = _auto(problems, nodes, seconds, rank_bytes)
     else:
-        size = world if group_size == "all" else group_size
+        size = world if group_size == "all" else int(group_size)
         sizes, reasons = (size,) * len(problems), (_fixed(size, world),)
-    wanted = range(len(problems)) if todo is None else todo
-    return Schedule(_order(nodes), _phases(wanted, sizes, seconds), sizes, reasons)
+    return Schedule(_order(nodes), _phases(sizes, seconds), sizes, reasons)
 
 
 def _fixed(size: int, world: int) -> str:
@@ -186,10 +201,10 @@ def _order(nodes: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(range(len(nodes)), key=lambda rank: (first[nodes[rank]], rank)))
 
 
-def _phases(todo: Sequence[int], sizes: Sequence[int], seconds: Time) -> tuple[Phase, ...]:
+def _phases(sizes: Sequence[int], seconds: Time) -> tuple[Phase, ...]:
     by_size: dict[int, list[int]] = {}
-    for item in todo:
-        by_size.setdefault(sizes[item], []).append(item)
+    for item, size in enumerate(sizes):
+        by_size.setdefault(size, []).append(item)
     return tuple(
         Phase(size, tuple(sorted(by_size[size], key=lambda item: (-seconds(item, size), item))))
         for size in sorted(by_size, reverse=True)
@@ -230,7 +245,7 @@ def _auto(
         sizes = tuple(
             _climb(item, floor, rungs, seconds, share * whole) for item, floor in enumerate(floors)
         )
-        schedule = Schedule(order, _phases(range(len(problems)), sizes, seconds), sizes, ())
+        schedule = Schedule(order, _phases(sizes, seconds), sizes, ())
         end = max(simulate(schedule, seconds))
         if best is None or end < best[0] * 0.99:
             best = end, sizes, share

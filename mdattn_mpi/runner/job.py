@@ -6,18 +6,20 @@ import json
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
 
-from mdattn_mpi.backends import Backend, open_backend
+from mdattn_mpi.backends import Backend, backend_name, open_backend
 from mdattn_mpi.dataset import Dataset, Item, Output, create_output, open_dataset, open_output
 from mdattn_mpi.errors import ItemError, MdattnError, RejectedError
-from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit, World
+from mdattn_mpi.lockstep import Deadlines, Group, Step, TimeLimit, World
+from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, digest_of
+from mdattn_mpi.runner.dealing import RATES, Schedule, deal
 from mdattn_mpi.runner.finite import check_finite
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.log import LOGGER, open_log
@@ -25,10 +27,12 @@ from mdattn_mpi.runner.loop import Files, Loop, Shards, Work
 from mdattn_mpi.runner.progress import Progress
 from mdattn_mpi.runner.provenance import provenance
 from mdattn_mpi.runner.report import closing_words, rank_times, summarize, write_summary
+from mdattn_mpi.runner.teams import LONG, Team, memory_of_a_rank, open_teams, smallest
 
 T = TypeVar("T")
 
 WIDTH = 80  # columns of a narrow terminal
+LOOK = 1.0  # seconds between two looks at what other groups have done
 KINDS = 6  # kinds of item that are described one by one
 
 
@@ -39,12 +43,25 @@ class Job:
     spec: JobSpec
     world: World
     dataset: Dataset
-    backend: Backend
-    plans: dict[str, Plan]
+    schedule: Schedule
+    teams: list[Team]  # one a phase of the schedule
     output: Output | None = None
     todo: list[Item] = field(default_factory=list)
     failed: list[ItemError] = field(default_factory=list)
+    stopped: bool = False
     seconds: dict[str, float] = field(default_factory=dict)  # opening, and all items
+    phases: dict[str, float] = field(default_factory=dict)  # seconds of this rank in each
+    background: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def backend(self) -> Backend:
+        """One for all, where only the kind of engine matters."""
+        return self.teams[0].backend
+
+    @property
+    def plans(self) -> dict[str, Plan]:
+        """Of all items that this rank's groups may do; on rank 0, of all items."""
+        return {name: plan for team in self.teams for name, plan in team.plans.items()}
 
 
 def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
@@ -61,22 +78,22 @@ def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
     job = open_job(spec, world)
     try:
         say(world, describe_plans(job))
-        if spec.dry_run:
-            job.backend.close()
-            return 0
-        open_files(job)
-        opened = perf_counter()
-        loop = run_items(job)
-        job.seconds = {"opening": opened - began, "items": perf_counter() - opened}
-        job.backend.close()
-        return close_job(job, loop)
+        if not spec.dry_run:
+            open_files(job)
+            opened = perf_counter()
+            run_items(job)
+            job.seconds = {"opening": opened - began, "items": perf_counter() - opened}
+        for team in job.teams:
+            team.backend.close()
+        return 0 if spec.dry_run else close_job(job)
     except BaseException:
-        job.backend.abort()
+        for team in job.teams:
+            team.backend.abort()
         raise
 
 
 def together(
-    world: World,
+    world: Group,
     phase: str,
     action: Callable[[], T],
     facts: Callable[[T], dict[str, Any]] = lambda _: {},
@@ -110,29 +127,47 @@ def open_job(spec: JobSpec, world: World) -> Job:
         lambda: open_dataset(spec.data, select=spec.items, layout=spec.layout, allow=spec.allow),
         dataset_facts,
     )
-    backend = together(
+    name = backend_name(spec.backend, world)
+    memory = smallest(world, memory_of_a_rank(name, world)) or None
+    problems = [item.problem for item in dataset.items]
+    schedule = together(
         world,
-        "backend",
-        lambda: open_backend(
-            spec.backend, world, threads=spec.threads, transfer=spec.transfer, engine=spec.engine
-        ),
+        "deal",
+        lambda: deal(problems, world.nodes, spec.group_size, rates=RATES[name], rank_bytes=memory),
+        lambda schedule: {"group sizes": schedule.signature},
     )
-    world.board.identify(device=backend.describe().get("device", ""))
+
+    def open_one(group: Group) -> Backend:
+        return open_backend(
+            name, group, threads=spec.threads, transfer=spec.transfer, engine=spec.engine
+        )
+
+    teams = together(world, "backend", lambda: open_teams(world, schedule, open_one))
+    job = Job(spec, world, dataset, schedule, teams)
+    world.board.identify(device=job.backend.describe().get("device", ""))
+    for team in teams:
+        items = [dataset.items[item] for item in schedule.phases[team.phase].items]
+        if team.complete:
+            plan_items(job, team, items)
+    return job
+
+
+def plan_items(job: Job, team: Team, items: Sequence[Item]) -> None:
+    """Collective in the team's group. Choose a plan for each kind of item."""
 
     def plan() -> dict[str, Plan]:
         by_problem: dict[AttentionProblem, Plan] = {}
-        for item in dataset.items:
+        for item in items:
             if item.problem not in by_problem:
-                by_problem[item.problem] = _plan(backend, spec, item)
-        return {item.name: by_problem[item.problem] for item in dataset.items}
+                by_problem[item.problem] = _plan(team.backend, job.spec, item)
+        return {item.name: by_problem[item.problem] for item in items}
 
-    plans = together(
-        world,
+    team.plans = together(
+        team.group,
         "plan",
         plan,
         lambda plans: {"plans": digest_of({n: p.digest for n, p in plans.items()})},
     )
-    return Job(spec, world, dataset, backend, plans)
 
 
 def _plan(backend: Backend, spec: JobSpec, item: Item) -> Plan:
@@ -151,6 +186,8 @@ def describe_plans(job: Job) -> str:
         ("", f"{len(job.plans)} items of {job.spec.data} on {job.world.size} ranks"),
         ("backend", f"{job.backend.name}: {about}"),
     ]
+    if job.schedule.signature != "all":
+        entries += [("groups:", reason) for reason in job.schedule.reasons]
     for plan, count in counts.most_common(KINDS):
         why = plan.reasons if job.spec.dry_run else plan.reasons[:1]
         entries.append((f"{count} ×", f"{plan.problem}; {'; '.join(why)}"))
@@ -174,7 +211,10 @@ def open_files(job: Job) -> None:
     spec, world, items = job.spec, job.world, job.dataset.items
     together(world, "output", lambda: _prepare_output(job) if world.rank == 0 else None)
     job.output = together(world, "open output", lambda: open_output(spec.output, writable=True))
-    job.todo = [item for item in items if job.output.ledger.state(item) != "done"]
+    state = job.output.ledger.state
+    left = [number for number, item in enumerate(items) if state(item) != "done"]
+    job.todo = [items[number] for number in left]
+    job.schedule = job.schedule.only(left)
     world.board.attach(
         run_folder(spec), world.rank, world.size, job.backend.describe().get("device", "")
     )
@@ -190,21 +230,26 @@ def open_files(job: Job) -> None:
 
 def _prepare_output(job: Job) -> None:
     """Make a new output, or make sure that the one that is there belongs to this very job."""
-    spec, world, dataset = job.spec, job.world, job.dataset
-    options = {"backend": job.backend.name, **spec.result_options()}
+    spec, dataset = job.spec, job.dataset
+    ranks = job.schedule.largest
+    options = {
+        "backend": job.backend.name,
+        **spec.result_options(),
+        "group_size": job.schedule.signature,
+    }
     if Path(spec.output).exists() and not spec.overwrite:
         with open_output(spec.output) as output:
-            output.check_resume(dataset, options, ranks=world.size, allow_change=spec.allow_change)
+            output.check_resume(dataset, options, ranks=ranks, allow_change=spec.allow_change)
     else:
         create_output(
             spec.output,
             dataset.items,
-            ranks=world.size,
+            ranks=ranks,
             lse=spec.lse,
             attributes={
                 **dataset.identity,
                 **options,
-                "ranks": world.size,
+                "ranks": ranks,
                 **provenance(job.backend),
             },
             overwrite=spec.overwrite,
@@ -217,57 +262,127 @@ def run_folder(spec: JobSpec) -> Path:
     return Path(f"{spec.output}.run")
 
 
-def run_items(job: Job) -> Loop:
-    """Collective. Compute what is to be done."""
-    spec, world, output = job.spec, job.world, job.output
-    assert output is not None
-    deadlines = Deadlines(fixed=spec.deadline)
-    limit = TimeLimit(spec.max_time)
-    say(world, textwrap.fill(f"mdattn: deadlines: {deadlines}", WIDTH, subsequent_indent=" " * 12))
-    done = len(job.dataset.items) - len(job.todo)
-    progress = Progress(
-        len(job.dataset.items),
-        done,
-        sum(item.problem.flops for item in job.todo),
-        shown=world.rank == 0,
-    )
-    slowest = 0.0
-    last = perf_counter()
+def run_items(job: Job) -> None:
+    """Collective. Compute what is to be done, phase by phase of the schedule.
 
-    def finished(work: Work) -> None:
-        nonlocal slowest, last
-        now = perf_counter()
-        LOGGER.info("item %s done, %.3f s after the one before", work.item.name, now - last)
-        slowest, last = max(slowest, now - last), now
-        progress.finished(work.item.problem)
-        world.board.progress(progress.done, progress.total)
-
-    def failed(item: Item, failure: ItemError) -> None:
-        job.failed.append(failure)
-        LOGGER.error("%s", failure)
-        progress.skipped(f"mdattn: {failure}")
-
-    def tasks() -> Iterator[Work]:
-        for item in job.todo:
-            plan = job.plans[item.name]
-            owners = partition_of(plan)
-            yield Work(item, plan, owners.query[world.rank], owners.kv[world.rank])
-
-    loop = Loop(
-        world,
-        job.backend,
-        _files(job, output),
-        board=world.board,
-        deadlines=deadlines,
-        wants_to_stop=lambda: world.board.stop_requested or limit.is_near(2 * slowest),
-        finished=finished,
-        failed=failed,
-    )
+    Groups don't wait for each other before the last item is done. What goes wrong in one of them
+    lets the others finish what they have in hand, and is then raised on all ranks.
+    """
+    shift = Shift(job)
     try:
-        loop.run(tasks())
+        if len(job.teams) == 1 and job.schedule.largest == job.world.size:
+            shift.work(job.teams[0], None)
+        else:
+            run_groups(job, shift)
     finally:
-        progress.close()
-    return loop
+        shift.progress.close()
+
+
+def run_groups(job: Job, shift: Shift) -> None:
+    """Collective. Do the items in groups; see `run_items`."""
+    world, phases = job.world, len(job.teams)
+    error: MdattnError | None = None
+    with SharedCounter(world.comm, phases, meanwhile=shift.look_around) as counter:
+        for team in job.teams:
+            if job.stopped or error:
+                break
+            team.join(world.board)
+            try:
+                if team.complete:
+                    shift.work(team, counter)
+            except MdattnError as failure:
+                if not failure.agreed:
+                    raise
+                error = failure
+        if job.stopped or error:
+            counter.close()
+        world.board.join(0, counted=(phases + 1) << 32)
+        world.board.enter("groups", deadline=LONG)
+    world.agree(Step(-1, "groups", 0), error=error)
+
+
+class Shift:
+    """What a rank keeps in mind while it works through its teams' items."""
+
+    def __init__(self, job: Job) -> None:
+        spec, world = job.spec, job.world
+        assert job.output is not None
+        self.job = job
+        self.output = job.output
+        self.deadlines = Deadlines(fixed=spec.deadline)
+        self.limit = TimeLimit(spec.max_time)
+        say(
+            world,
+            textwrap.fill(
+                f"mdattn: deadlines: {self.deadlines}", WIDTH, subsequent_indent=" " * 12
+            ),
+        )
+        self.progress = Progress(
+            len(job.dataset.items),
+            len(job.dataset.items) - len(job.todo),
+            sum(item.problem.flops for item in job.todo),
+            shown=world.rank == 0,
+        )
+        self.elsewhere = {} if world.rank else {item.name: item for item in job.todo}
+        self.slowest = 0.0
+        self.last = self.looked = perf_counter()
+
+    def work(self, team: Team, counter: SharedCounter | None) -> None:
+        """Collective in the team's group. Do items of the team's phase until none is left."""
+        job, board = self.job, self.job.world.board
+        loop = Loop(
+            team.group,
+            team.backend,
+            _files(job, self.output),
+            board=board,
+            deadlines=self.deadlines,
+            wants_to_stop=lambda: board.stop_requested or self.limit.is_near(2 * self.slowest),
+            finished=self.finished,
+            failed=self.failed,
+        )
+        loop.run(self.tasks(team, counter))
+        job.stopped = loop.stopped
+        _add(job.phases, loop.clock.seconds)
+        _add(job.background, {"read": loop.reads.seconds, "write": loop.writes.seconds})
+
+    def tasks(self, team: Team, counter: SharedCounter | None) -> Iterator[Work]:
+        """Items as the team takes them."""
+        items, rank, board = self.job.dataset.items, team.group.rank, self.job.world.board
+
+        def enter() -> None:
+            board.enter("deal", deadline=self.deadlines.of("deal"))
+
+        for number in team.turns(self.job.schedule, counter, enter):
+            plan = team.plans[items[number].name]
+            owners = partition_of(plan)
+            yield Work(items[number], plan, owners.query[rank], owners.kv[rank])
+
+    def finished(self, work: Work) -> None:
+        """Take note of an item that this rank's group has committed."""
+        now = perf_counter()
+        LOGGER.info("item %s done, %.3f s after the one before", work.item.name, now - self.last)
+        self.slowest, self.last = max(self.slowest, now - self.last), now
+        self.elsewhere.pop(work.item.name, None)
+        self.progress.finished(work.item.problem)
+        self.job.world.board.progress(self.progress.done, self.progress.total)
+        self.look_around()
+
+    def failed(self, item: Item, failure: ItemError) -> None:
+        """Take note of an item that can't be done."""
+        self.job.failed.append(failure)
+        LOGGER.error("%s", failure)
+        self.progress.skipped(f"mdattn: {failure}")
+
+    def look_around(self) -> None:
+        """Show on rank 0 what other groups have finished."""
+        now = perf_counter()
+        if not self.elsewhere or now - self.looked < LOOK:
+            return
+        self.looked = now
+        for item, state in zip(self.output.items, self.output.ledger.states(), strict=True):
+            if state == "done" and item.name in self.elsewhere:
+                del self.elsewhere[item.name]
+                self.progress.finished(item.problem)
 
 
 def _files(job: Job, output: Output) -> Files:
@@ -298,25 +413,38 @@ def _files(job: Job, output: Output) -> Files:
     return Files(read, write, commit, output.ledger.fail)
 
 
-def close_job(job: Job, loop: Loop) -> int:
+def close_job(job: Job) -> int:
     """Collective. Report, and say how it ended."""
     world = job.world
-    seconds = rank_times(loop.clock.seconds, job.backend.timings())
+    engine: dict[str, float] = {}
+    for team in job.teams:
+        _add(engine, team.backend.timings())
     mine = {
         "host": world.hostname,
         "device": job.backend.describe().get("device", ""),
-        "seconds": seconds,
-        "background": {"read": loop.reads.seconds, "write": loop.writes.seconds},
+        "seconds": rank_times(job.phases, engine),
+        "background": job.background,
+        "stopped": job.stopped,
+        "failed": [{"item": one.item, "why": str(one)} for one in job.failed],
     }
     gathered = world.gather_bytes(json.dumps(mine).encode())
-    code = 75 if loop.stopped else 1 if job.failed else 0
+    code = 0
     if gathered is not None:
-        summary = summarize(job, [json.loads(part) for part in gathered], code)
+        ranks = [json.loads(part) for part in gathered]
+        stopped = sum(rank.pop("stopped") for rank in ranks) > 0
+        failed = {each["item"]: each for rank in ranks for each in rank.pop("failed")}
+        code = 75 if stopped else 1 if failed else 0
+        summary = summarize(job, ranks, list(failed.values()), code)
         path = write_summary(run_folder(job.spec), summary)
         say(world, closing_words(summary, path))
         if job.spec.json:
             print(json.dumps(summary, ensure_ascii=False))
-    return code
+    return int(world.bcast_bytes(str(code).encode() if world.rank == 0 else None))
+
+
+def _add(sums: dict[str, float], more: Mapping[str, float]) -> None:
+    for name, seconds in more.items():
+        sums[name] = sums.get(name, 0.0) + seconds
 
 
 def say(world: World, text: str) -> None:

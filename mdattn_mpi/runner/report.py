@@ -58,7 +58,12 @@ def time_table(ranks: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def summarize(job: Job, ranks: Sequence[Mapping[str, Any]], code: int) -> dict[str, Any]:
+def summarize(
+    job: Job,
+    ranks: Sequence[Mapping[str, Any]],
+    failed: Sequence[Mapping[str, str]],
+    code: int,
+) -> dict[str, Any]:
     """Everything worth keeping of a job that came to its end; `ranks` as in `time_table`."""
     elapsed = job.seconds["items"]
     finished = [item for item in job.todo if job.output and job.output.ledger.state(item) == "done"]
@@ -73,10 +78,11 @@ def summarize(job: Job, ranks: Sequence[Mapping[str, Any]], code: int) -> dict[s
             "all": len(job.dataset.items),
             "done_before": len(job.dataset.items) - len(job.todo),
             "done_now": len(finished),
-            "failed": [{"item": failure.item, "why": str(failure)} for failure in job.failed],
+            "failed": list(failed),
         },
         "tokens_per_second": sum(item.problem.q_tokens for item in finished) / elapsed,
         "flops_per_second": sum(item.problem.flops for item in finished) / elapsed,
+        "groups": list(job.schedule.reasons),
         "strategies": sorted({plan.strategy for plan in job.plans.values()}),
         "ranks": list(ranks),
     }
