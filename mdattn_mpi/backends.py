@@ -10,7 +10,7 @@ steps that a batch interleaves, so that neighbouring items overlap::
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -35,6 +35,10 @@ class Backend(Protocol):
     """One group's engine. All methods but `describe` and `timings` are collective."""
 
     name: str
+
+    def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
+        """Make ready, once, what `problems` will need; what can't be done `plan` refuses."""
+        ...
 
     def plan(
         self, problem: AttentionProblem, strategy: StrategyName | Literal["auto"], *, lse: bool
@@ -92,6 +96,9 @@ class StrategyBackend:
     def __init__(self, name: str, device: Any) -> None:
         self.name = name
         self.device = device
+
+    def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
+        """Do nothing: a device is ready for every problem."""
 
     def plan(
         self, problem: AttentionProblem, strategy: StrategyName | Literal["auto"], *, lse: bool
@@ -194,7 +201,7 @@ def open_backend(
 
         return StrategyBackend("cuda", open_cuda(group, transfer=transfer))
     if name == "tensorrt":
-        from mdattn_mpi.trt.engine import open_tensorrt
+        from mdattn_mpi.trt.backend import open_tensorrt
 
         backend: Backend = open_tensorrt(group, engine=engine)
         return backend

@@ -156,6 +156,7 @@ def plan_items(job: Job, team: Team, items: Sequence[Item]) -> None:
     """Collective in the team's group. Choose a plan for each kind of item."""
 
     def plan() -> dict[str, Plan]:
+        team.backend.prepare([item.problem for item in items], job.spec.strategy)
         by_problem: dict[AttentionProblem, Plan] = {}
         for item in items:
             if item.problem not in by_problem:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -17,8 +19,15 @@ from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName, digest_of
 from mdattn_mpi.trt.build import Made, make_attention
 from mdattn_mpi.trt.choice import check_target, choose
 from mdattn_mpi.trt.engine import Engine
-from mdattn_mpi.trt.gpu import Buffer, Gpu, HostArray
-from mdattn_mpi.trt.library import Library, check_one_nccl, loaded_nccl, show_sm
+from mdattn_mpi.trt.gpu import Buffer, CudaGpu, Gpu, HostArray
+from mdattn_mpi.trt.library import (
+    INSTALL,
+    Library,
+    check_one_nccl,
+    find_library,
+    loaded_nccl,
+    show_sm,
+)
 from mdattn_mpi.trt.networks import network_of
 from mdattn_mpi.trt.spec import EngineSpec, Shapes, spec_for
 from mdattn_mpi.trt.store import Cache, Manifest, check_fits, read_engine, sha256_of
@@ -54,7 +63,7 @@ class Loaded:
 
 @dataclass
 class Running:
-    """An item between `begin` and the end of its download."""
+    """An item between `begin` and `collect`."""
 
     plan: Plan
     loaded: Loaded
@@ -70,12 +79,15 @@ class Running:
 class TensorRTDownload:
     """An output shard on its way to the host."""
 
-    backend: TensorRTBackend
-    running: Running
+    output: HostArray
+    arrived: Any
+    finished: Callable[[], None]
 
     def wait(self) -> tuple[HostArray, HostArray]:
         """Return the output ``[Sq, Nq, H]``, and NaN for the LSE. Any thread may call."""
-        return self.backend.fetch(self.running)
+        self.arrived.sync()
+        self.finished()
+        return self.output, np.full(self.output.shape[:2], np.nan, np.float32)
 
 
 class TensorRTBackend:
@@ -137,15 +149,18 @@ class TensorRTBackend:
     def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
         """Collective. Build, share and load the engines of all `problems`: one a kind.
 
+        A problem that no engine can do is left to `plan`, which says why.
+
         Raises
         ------
-        RejectedError, DeviceError
-            A problem that no engine can do; a build that failed.
+        DeviceError
+            A build that failed, or an engine that some rank can't load.
 
         """
         chosen: dict[StrategyName, list[AttentionProblem]] = {}
         for problem in dict.fromkeys(problems):
-            chosen.setdefault(self._choose(problem, strategy)[0], []).append(problem)
+            with suppress(MdattnError):
+                chosen.setdefault(self._choose(problem, strategy)[0], []).append(problem)
         for name, group in chosen.items():
             for spec in spec_for(group, name, self._group.size):
                 if not self._named and self._find(spec) is None:
@@ -261,19 +276,18 @@ class TensorRTBackend:
         running.marks = (before, self._gpu.mark())
 
     def collect(self, running: Running) -> TensorRTDownload:
-        """Let the output be fetched when it is there."""
-        return TensorRTDownload(self, running)
+        """Start bringing the output of an enqueued item to the host."""
+        spec, buffers, marks = running.loaded.spec, running.buffers, running.marks
+        assert marks is not None
+        shape = (running.rows, spec.q_heads, spec.head_dim)
+        output, arrived = self._gpu.download(buffers["output"], shape, running.dtype, marks[1])
 
-    def fetch(self, running: Running) -> tuple[HostArray, HostArray]:
-        """Wait for an enqueued item; bring its output. Any thread may call."""
-        spec, gpu = running.loaded.spec, self._gpu
-        output = np.empty((running.rows, spec.q_heads, spec.head_dim), running.dtype)
-        assert running.marks is not None
-        gpu.download(running.buffers["output"], output, running.marks[1])
-        self._timings["compute"] += gpu.seconds(*running.marks)
-        for buffer in running.buffers.values():
-            gpu.give_back(buffer)
-        return output, np.full(output.shape[:2], np.nan, np.float32)
+        def finished() -> None:
+            self._timings["compute"] += self._gpu.seconds(*marks)
+            for buffer in buffers.values():
+                self._gpu.give_back(buffer)
+
+        return TensorRTDownload(output, arrived, finished)
 
     def describe(self) -> Mapping[str, str]:
         """The GPU, the library, the engines."""
@@ -339,3 +353,62 @@ def agreed(
     found = dict(facts or {})
     group.agree(Step(-1, phase, digest_of(found), lambda: found), error=error)
     return value  # type: ignore[return-value]
+
+
+def open_tensorrt(group: Group, *, engine: str = "") -> TensorRTBackend:
+    """Collective. Open TensorRT, a GPU and an NCCL communicator on every rank.
+
+    Parameters
+    ----------
+    group
+        The ranks, one a GPU.
+    engine
+        An engine file to run instead of what would be built.
+
+    Raises
+    ------
+    RejectedError, DeviceError
+        TensorRT, CUDA or NCCL is missing on some rank; or the engine file is refused.
+
+    """
+    library = agreed(group, "TensorRT", find_library)
+    gpu = agreed(group, "GPU", lambda: _open_gpu(group.local_rank, group.local_size))
+    # nccl4py first: TensorRT then finds its libnccl.so.2 already in the process.
+    agreed(group, "nccl4py", _import_nccl)
+    communicator = agreed(group, "NCCL", lambda: _open_nccl(group))
+    backend = TensorRTBackend(group, library, gpu, communicator, Cache.default())
+    if engine:
+        backend.take_engine(Path(engine))
+    return backend
+
+
+def _open_gpu(local_rank: int, local_size: int) -> CudaGpu:
+    from mdattn_mpi.devices.presence import gpu_count
+
+    count = gpu_count()
+    if local_rank >= count:
+        what = f"{local_size} ranks on this node and {count} visible GPUs"
+        raise DeviceError(
+            what if count > 0 else "no NVIDIA GPU, or no driver for it, is here",
+            fix="start at most as many ranks a node as it has GPUs, or use -b cpu; engines can be "
+            "built without a GPU: mdattn build",
+        )
+    try:
+        from mdattn_mpi.devices.cuda_driver import Gpu as Driver
+    except ImportError as error:
+        raise RejectedError(f"CUDA's Python packages are missing ({error})", fix=INSTALL) from error
+    return CudaGpu(Driver(local_rank))
+
+
+def _import_nccl() -> None:
+    try:
+        import_module("nccl.core")
+    except ImportError as error:
+        raise RejectedError(f"nccl4py can't be imported ({error})", fix=INSTALL) from error
+
+
+def _open_nccl(group: Group) -> Communicator:
+    """Collective. Make the communicator; TensorRT's calls on it must not return early."""
+    from mdattn_mpi.devices.nccl_comm import NcclComm
+
+    return NcclComm(group, blocking=True)

@@ -1,4 +1,4 @@
-"""A rank's GPU as TensorRT needs it: memory, copies both ways, a stream to compute on."""
+"""A rank's GPU as an engine needs it: memory, copies both ways, a stream to compute on."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Buffer(NamedTuple):
 
 
 class Gpu(Protocol):
-    """What the backend needs of a GPU; `CudaGpu` is the real one."""
+    """What the backend needs of a GPU. A mark is a place in the stream that computes."""
 
     name: str
     sm: SM
     stream: int
 
     def buffer(self, size: int) -> Buffer:
-        """Take `size` bytes of device memory; waits for nothing."""
+        """Take `size` bytes of device memory."""
         ...
 
     def give_back(self, buffer: Buffer) -> None:
@@ -41,19 +41,24 @@ class Gpu(Protocol):
         ...
 
     def uploads_before_compute(self) -> None:
-        """Let `stream` wait for all uploads so far."""
+        """Let what computes wait for all uploads so far."""
         ...
 
     def mark(self) -> Any:
-        """Note how far `stream` has come."""
+        """Note how far the computing stream has come."""
         ...
 
-    def download(self, buffer: Buffer, host: HostArray, mark: Any) -> None:
-        """Wait for `mark`, then copy; any thread may call."""
+    def download(
+        self, buffer: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any], after: Any
+    ) -> tuple[HostArray, Any]:
+        """Start copying the beginning of `buffer`, once the mark `after` is reached.
+
+        Returns the array, and an event whose ``sync`` any thread may call.
+        """
         ...
 
     def seconds(self, first: Any, second: Any) -> float:
-        """Give both marks back; the time between them, which has passed."""
+        """Time between two marks that were reached."""
         ...
 
     def close(self) -> None:
@@ -62,132 +67,79 @@ class Gpu(Protocol):
 
 
 class CudaGpu:
-    """A GPU through the CUDA runtime.
+    """A GPU through the CUDA driver.
 
     Parameters
     ----------
-    number
-        Among the GPUs that this process sees.
-
-    Raises
-    ------
-    DeviceError
-        No CUDA bindings, no driver, no such GPU.
+    driver
+        A `devices.cuda_driver.Gpu`.
 
     """
 
-    def __init__(self, number: int) -> None:
-        try:
-            from cuda.bindings import runtime
-        except ImportError as error:
-            raise DeviceError(
-                f"no CUDA bindings ({error})", fix="pip install 'mdattn_mpi[tensorrt]'"
-            ) from error
-        self._cuda = runtime
-        self._number = number
-        self._call(runtime.cudaSetDevice, number)
-        properties = self._call(runtime.cudaGetDeviceProperties, number)
-        self.name = (
-            properties.name.decode() if isinstance(properties.name, bytes) else properties.name
-        )
-        self.sm: SM = (properties.major, properties.minor)
-        self._in, self._out = self._new_stream(), self._new_stream()
-        self._compute = self._new_stream()
-        self.stream = int(self._compute)
-        self._free: dict[int, list[Buffer]] = defaultdict(list)
-        self._all: list[Buffer] = []
+    def __init__(self, driver: Any) -> None:
+        from mdattn_mpi.devices.cuda_memory import HostBuffers
 
-    def _call(self, function: Any, *arguments: Any) -> Any:
-        """Call the CUDA runtime; return what it gives beside the error code.
-
-        Raises
-        ------
-        DeviceError
-            With CUDA's name for what went wrong.
-
-        """
-        error, *found = function(*arguments)
-        if error != self._cuda.cudaError_t.cudaSuccess:
-            raise DeviceError(f"{function.__name__}: {error.name}", fix="see the log; use -b cuda")
-        return found[0] if found else None
-
-    def _new_stream(self) -> Any:
-        flag = self._cuda.cudaStreamNonBlocking
-        return self._call(self._cuda.cudaStreamCreateWithFlags, flag)
+        self._driver = driver
+        self.name: str = driver.name
+        self.sm: SM = driver.sm
+        self._in, self._compute, self._out = (driver.stream() for _ in range(3))
+        self.stream = int(self._compute.handle)
+        self._host = HostBuffers(driver)
+        self._idle: defaultdict[int, list[Buffer]] = defaultdict(list)
+        self._taken: list[Buffer] = []
 
     def buffer(self, size: int) -> Buffer:
         """See `Gpu`."""
-        if self._free[size]:
-            return self._free[size].pop()
-        found = Buffer(int(self._call(self._cuda.cudaMalloc, size)), size)
-        self._all.append(found)
-        return found
+        if self._idle[size]:
+            return self._idle[size].pop()
+        address = self._driver.allocate(size)
+        if not address:
+            raise DeviceError(
+                f"no {size / 2**20:.0f} MiB are left on {self.name}",
+                fix="use more ranks, or -b cuda -s ring, which holds 1/P of K and V",
+            )
+        self._taken.append(Buffer(address, size))
+        return self._taken[-1]
 
     def give_back(self, buffer: Buffer) -> None:
         """See `Gpu`."""
-        self._free[buffer.size].append(buffer)
+        self._idle[buffer.size].append(buffer)
 
     def upload(self, host: HostArray, buffer: Buffer) -> None:
         """See `Gpu`."""
-        cuda, rest = self._cuda, buffer.size - host.nbytes
-        contiguous = np.ascontiguousarray(host)
-        if host.nbytes:
-            self._call(
-                cuda.cudaMemcpyAsync,
-                buffer.address,
-                contiguous.ctypes.data,
-                host.nbytes,
-                cuda.cudaMemcpyKind.cudaMemcpyHostToDevice,
-                self._in,
-            )  # from pageable memory: returns once `contiguous` may be written again
-        if rest:
-            self._call(cuda.cudaMemsetAsync, buffer.address + host.nbytes, 0, rest, self._in)
+        zeros = np.zeros(buffer.size - host.nbytes, np.uint8)
+        for offset, part in ((0, np.ascontiguousarray(host)), (host.nbytes, zeros)):
+            if part.nbytes:  # pageable memory: the call returns once it may be written again
+                address = buffer.address + offset
+                self._driver.copy(address, part.ctypes.data, part.nbytes, self._in)
 
     def uploads_before_compute(self) -> None:
         """See `Gpu`."""
-        mark = self._record(self._in)
-        self._call(self._cuda.cudaStreamWaitEvent, self._compute, mark, 0)
-        self._call(self._cuda.cudaEventDestroy, mark)
+        self._compute.wait(self._driver.record(self._in))
 
     def mark(self) -> Any:
         """See `Gpu`."""
-        return self._record(self._compute)
+        return self._driver.record(self._compute, timed=True)
 
-    def _record(self, stream: Any) -> Any:
-        event = self._call(self._cuda.cudaEventCreate)
-        self._call(self._cuda.cudaEventRecord, event, stream)
-        return event
-
-    def download(self, buffer: Buffer, host: HostArray, mark: Any) -> None:
+    def download(
+        self, buffer: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any], after: Any
+    ) -> tuple[HostArray, Any]:
         """See `Gpu`."""
-        cuda = self._cuda
-        self._call(cuda.cudaSetDevice, self._number)
-        self._call(cuda.cudaStreamWaitEvent, self._out, mark, 0)
+        host = self._host.empty(shape, dtype)
+        self._out.wait(after)
         if host.nbytes:
-            self._call(
-                cuda.cudaMemcpyAsync,
-                host.ctypes.data,
-                buffer.address,
-                host.nbytes,
-                cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost,
-                self._out,
-            )
-        self._call(cuda.cudaStreamSynchronize, self._out)
+            self._driver.copy(host.ctypes.data, buffer.address, host.nbytes, self._out)
+        return host, self._driver.record(self._out)
 
     def seconds(self, first: Any, second: Any) -> float:
         """See `Gpu`."""
-        elapsed = float(self._call(self._cuda.cudaEventElapsedTime, first, second)) / 1e3
-        for mark in (first, second):
-            self._call(self._cuda.cudaEventDestroy, mark)
-        return elapsed
+        return float(second - first) / 1e3
 
     def close(self) -> None:
         """See `Gpu`."""
-        cuda = self._cuda
-        for stream in (self._in, self._compute, self._out):
-            self._call(cuda.cudaStreamSynchronize, stream)
-            self._call(cuda.cudaStreamDestroy, stream)
-        for buffer in self._all:
-            self._call(cuda.cudaFree, buffer.address)
-        self._all.clear()
-        self._free.clear()
+        self._driver.synchronize()
+        for buffer in self._taken:
+            self._driver.release(buffer.address)
+        self._taken.clear()
+        self._idle.clear()
+        self._host.close()
