@@ -20,6 +20,7 @@ import h5py
 import numpy as np
 
 from mdattn_mpi.dataset.chunks import Filter
+from mdattn_mpi.dataset.heap import text_attribute
 from mdattn_mpi.dataset.layout import (
     MAX_ATTRIBUTE_BYTES,
     MAX_CHUNK_BYTES,
@@ -313,10 +314,22 @@ class Node:
             size = found.get_storage_size()
             known = kind in (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
             if single and known and size <= min(MAX_ATTRIBUTE_BYTES, self.file.size):
+                if kind == h5py.h5t.STRING and found.get_type().is_variable_str():
+                    return self._text(name)
                 value = np.empty(found.shape, found.dtype)
                 found.read(value)
                 return _plain(value.reshape(-1)[0])
         raise self.file.reject(f"{place} is neither text nor one number", "correct the attribute")
+
+    def _text(self, name: str) -> str:
+        made = self.file.id.get_create_plist()
+        if made.get_sizes() != (8, 8):
+            raise ValueError("its addresses don't have 8 bytes")
+        header = h5py.h5o.get_info(self.id).addr
+        text = text_attribute(
+            self.file.fd, made.get_userblock(), header, os.fsencode(name), MAX_ATTRIBUTE_BYTES
+        )
+        return text.rstrip(b"\0").decode(errors="surrogateescape")
 
     def attributes(self) -> dict[str, Value]:
         """Read all attributes; those that are neither text nor one number are left out."""

@@ -113,7 +113,7 @@ class Dataset:
 
         """
         data = self._tensors[item.name][tensor]
-        heads = heads or Span(0, data.heads)
+        heads = Span(0, data.heads) if heads is None else heads
         _check_runs(spans, data.tokens)
         _check_runs((heads,), data.heads)
         shape = (sum(len(span) for span in spans), len(heads), data.head_dim)
