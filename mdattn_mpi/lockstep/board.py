@@ -186,6 +186,10 @@ class Board:
             put_aside(run_folder, int(self._identity["job"]))
         _FOLDER.pack_into(self.page, _AT_FOLDER, os.fsencode(Path(run_folder).resolve()))
 
+    def detach(self) -> None:
+        """Let the watchdog leave the run folder alone from now on."""
+        _FOLDER.pack_into(self.page, _AT_FOLDER, b"")
+
     def progress(self, done: int, total: int) -> None:
         """Say how many items are finished, of how many; the first call says where it began."""
         self._first = self._first or (done, time.time_ns())

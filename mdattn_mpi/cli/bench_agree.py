@@ -1,0 +1,186 @@
+"""``mdattn bench agree``: what lockstep costs: an agreement, and a whole watched step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep import World
+
+DESCRIPTION = """\
+Time an agreement against a plain MPI barrier, and steps of about a millisecond with all of lockstep
+(eight phases told, two agreements, the watchdog at work) against the same steps with two barriers
+and the watchdog asleep. Short bursts of each, alternating; medians of the slowest rank.
+
+  mpirun -n 2 mdattn bench agree
+"""
+
+CALLS = 50  # a burst is shorter than a slice of the scheduler's time
+STEPS = 100
+PHASES = ("read", "agree", "begin", "enqueue", "collect", "write", "agree", "commit")
+
+
+def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
+    """Declare the arguments."""
+    parser: argparse.ArgumentParser = benchmarks.add_parser(
+        "agree",
+        help="what an agreement costs over a barrier, and lockstep over a bare step",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--bursts", type=int, default=400, help="of each kind (default 400)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Measure under the watchdog."""
+    from mdattn_mpi.lockstep import watch
+
+    return watch(lambda: _measure(arguments))
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    from mdattn_mpi.cli.bench import surroundings
+    from mdattn_mpi.lockstep import start
+
+    with start() as world:
+        calls = _calls(world, arguments.bursts)
+        steps = _steps(world, max(3, arguments.bursts // 10))
+        facts = {
+            "ranks": world.size,
+            **{f"{name}_us": round(1e6 * seconds, 3) for name, seconds in calls.items()},
+            "agree_over_barrier_us": round(1e6 * (calls["agree"] - calls["barrier"]), 3),
+            **{f"{name}_ms": round(1e3 * seconds, 4) for name, seconds in steps.items()},
+            "lockstep_over_bare": round(steps["watched_step"] / steps["bare_step"] - 1, 5),
+            **surroundings("mpi4py"),
+        }
+        if world.rank == 0 and arguments.json:
+            print(json.dumps(facts))
+        elif world.rank == 0:
+            print("\n".join(f"{name:24} {value}" for name, value in facts.items()))
+    return 0
+
+
+def _calls(world: World, bursts: int) -> dict[str, float]:
+    """Seconds of one call of each kind."""
+    from mdattn_mpi.lockstep import Step
+
+    def barrier() -> None:
+        for _ in range(CALLS):
+            world.control.Barrier()
+
+    def agree() -> None:
+        for item in range(CALLS):
+            world.agree(Step(item, "begin", 0x123456789ABCDEF), checksum=item)
+
+    def enter() -> None:
+        for _ in range(CALLS):
+            world.board.enter("enqueue", "item-17", 600.0)
+
+    kinds = {"barrier": barrier, "agree": agree, "enter": enter}
+    return {name: took / CALLS for name, took in _alternate(world, kinds, bursts).items()}
+
+
+def _steps(world: World, bursts: int) -> dict[str, float]:
+    """Seconds of one step of about a millisecond, without and with lockstep."""
+    from mdattn_mpi.lockstep import Step
+
+    compute = _millisecond(world)
+
+    def bare_step() -> None:
+        for _ in range(STEPS):
+            world.control.Barrier()
+            compute()
+            world.control.Barrier()
+
+    def watched_step() -> None:
+        for item in range(STEPS):
+            for phase in PHASES:
+                world.board.enter(phase, "item-17", 600.0)
+                if phase == "agree":
+                    world.agree(Step(item, "begin", 0x123456789ABCDEF), checksum=item)
+                elif phase == "enqueue":
+                    compute()
+            world.board.progress(item, STEPS)
+
+    with _run_folder(world):
+        kinds = {"bare_step": _unwatched(world, bare_step), "watched_step": watched_step}
+        return {name: took / STEPS for name, took in _alternate(world, kinds, bursts).items()}
+
+
+def _alternate(world: World, kinds: dict[str, Callable[[], None]], bursts: int) -> dict[str, float]:
+    """Median seconds of each of `kinds`; a burst takes as long as on its slowest rank."""
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    for _ in range(bursts):
+        for name, burst in kinds.items():
+            world.control.Barrier()
+            began = perf_counter()
+            burst()
+            took[name].append(perf_counter() - began)
+    gathered = world.gather_bytes(json.dumps(took).encode()) or [b"{}"]
+    ranks = [json.loads(part) for part in gathered]
+    slowest = {
+        name: median(max(times) for times in zip(*(rank[name] for rank in ranks), strict=True))
+        for name in ranks[0]
+    }
+    found: dict[str, float] = json.loads(
+        world.bcast_bytes(json.dumps(slowest).encode() if world.rank == 0 else None)
+    )
+    return found
+
+
+def _millisecond(world: World) -> Callable[[], None]:
+    """Work, not waiting, of about a millisecond, the same on all ranks."""
+    import numpy as np
+
+    matrix = np.random.default_rng(world.rank).standard_normal((64, 64), np.float32)
+
+    def multiply(times: int) -> float:
+        began = perf_counter()
+        for _ in range(times):
+            np.dot(matrix, matrix)
+        return perf_counter() - began
+
+    own = median(multiply(100) for _ in range(20)) / 100
+    text = world.bcast_bytes(json.dumps(max(1, round(1e-3 / own))).encode())
+    times: int = json.loads(text)
+
+    def compute() -> None:
+        multiply(times)
+
+    return compute
+
+
+def _unwatched(world: World, burst: Callable[[], None]) -> Callable[[], None]:
+    """Let the watchdog sleep during `burst`."""
+    watchdog = world.board.watchdog_pid
+
+    def run() -> None:
+        os.kill(watchdog, signal.SIGSTOP)
+        try:
+            burst()
+        finally:
+            os.kill(watchdog, signal.SIGCONT)
+
+    return run
+
+
+@contextmanager
+def _run_folder(world: World) -> Iterator[None]:
+    """Attach all ranks to a folder that is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="mdattn-bench-") as own:
+        folder = world.bcast_bytes(own.encode()).decode()
+        world.board.attach(folder, world.rank, world.size)
+        yield
+        world.board.detach()
+        world.barrier()
