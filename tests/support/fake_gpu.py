@@ -1,0 +1,390 @@
+"""A double of the CUDA driver, cuDNN and MPI at their seams, with all ranks in one process.
+
+Streams are queues of work that is done late and in an order drawn at random, as far as events and
+flags allow. Memory that is given out, received into or freed is poisoned. So what a device forgets
+to wait for comes out as a wrong result.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mdattn_mpi.devices.cuda_merge import MergeCall
+from mdattn_mpi.devices.cudnn_sdpa import PlanKey
+from mdattn_mpi.errors import RejectedError
+
+DEADLINE = 30.0
+POISON = 0x7FC0
+DTYPES = {
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+    "float32": np.dtype(np.float32),
+}
+
+
+class Machine:
+    """All GPUs of all ranks: one lock, one random order."""
+
+    def __init__(self, seed: int) -> None:
+        self.lock = threading.RLock()
+        self.random = random.Random(seed)
+        self.streams: list[Stream] = []
+        self.memory: dict[int, Any] = {}  # address -> buffer
+
+    def step(self) -> bool:
+        """Do one piece of work of a stream drawn at random; False where none can go on."""
+        with self.lock:
+            busy = [stream for stream in self.streams if stream.queue]
+            self.random.shuffle(busy)
+            for stream in busy:
+                ready, act = stream.queue[0]
+                if ready():
+                    stream.queue.popleft()
+                    act()
+                    return True
+            return False
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Work until `condition`, which other ranks may bring about."""
+        deadline = time.monotonic() + DEADLINE
+        while not condition():
+            if not self.step():
+                assert time.monotonic() < deadline, "the streams wait for each other"
+                time.sleep(1e-3)
+
+
+class Event:
+    """Done once its place in the stream has been reached."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.done = False
+        self.time = 0.0
+
+    @property
+    def is_done(self) -> bool:
+        if self.machine.random.random() < 0.3:
+            self.machine.step()
+        return self.done
+
+    def sync(self) -> None:
+        self.machine.until(lambda: self.done)
+
+    def __sub__(self, other: Event) -> float:
+        assert self.done
+        assert other.done
+        return (self.time - other.time) * 1e3
+
+
+class Stream:
+    """Work in order."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.queue: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+        self.handle = len(machine.streams)
+        machine.streams.append(self)
+
+    def push(self, act: Callable[[], None], ready: Callable[[], bool] = lambda: True) -> None:
+        with self.machine.lock:
+            self.queue.append((ready, act))
+
+    def wait(self, event: Event) -> None:
+        self.push(lambda: None, lambda: event.done)
+
+
+class FakeGpu:
+    """What `cuda_driver.Gpu` is, on host memory."""
+
+    sm = (9, 0)
+    multiprocessors = 132
+    name = "Double"
+    driver, driver_major, library_major = "13.0", 13, 13
+    total_bytes = free_bytes = 1 << 30
+
+    def __init__(self, machine: Machine, ordinal: int = 0, capacity: int = 1 << 30) -> None:
+        self.machine = machine
+        self.ordinal = ordinal
+        self.place = f"0000:0{ordinal}:00.0"
+        self.capacity = capacity
+        self.opened: set[int] = set()
+        self.pinned_now: dict[int, Any] = {}
+
+    def allocate(self, nbytes: int) -> int:
+        if nbytes > self.capacity:
+            return 0
+        self.capacity -= nbytes
+        buffer = np.full(nbytes // 2 + 1, POISON, np.uint16)
+        self.machine.memory[buffer.ctypes.data] = buffer
+        return int(buffer.ctypes.data)
+
+    def release(self, address: int) -> None:
+        del self.machine.memory[address]
+
+    def available(self) -> int:
+        return self.capacity
+
+    def pinned(self, nbytes: int) -> int:
+        buffer = np.full(nbytes, 0xA5, np.uint8)
+        self.pinned_now[buffer.ctypes.data] = buffer
+        return int(buffer.ctypes.data)
+
+    def release_pinned(self, address: int) -> None:
+        del self.pinned_now[address]
+
+    def stream(self, *, first: bool = False) -> Stream:
+        return Stream(self.machine)
+
+    def record(self, stream: Stream, *, timed: bool = False) -> Event:
+        event = Event(self.machine)
+
+        def reach() -> None:
+            event.done, event.time = True, time.monotonic()
+
+        stream.push(reach)
+        return event
+
+    def synchronize(self) -> None:
+        self.machine.until(lambda: all(not stream.queue for stream in self.machine.streams))
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        stream.push(lambda: ctypes.memmove(target, source, nbytes))
+
+    def copy_rows(
+        self, target: int, pitch: int, source: int, source_pitch: int, run: int, rows: int, on: Any
+    ) -> None:
+        def act() -> None:
+            for row in range(rows):
+                ctypes.memmove(target + row * pitch, source + row * source_pitch, run)
+
+        on.push(act)
+
+    def fill(self, target: int, value: int, words: int, stream: Stream) -> None:
+        stream.push(lambda: _view(target, (words,), (1,), np.uint32).fill(value))
+
+    def raise_flag(self, address: int, value: int, stream: Stream) -> None:
+        stream.push(lambda: _view(address, (1,), (1,), np.uint32).fill(value))
+
+    def await_flag(self, address: int, value: int, stream: Stream) -> None:
+        flag = ctypes.c_uint32.from_address(address)
+        stream.push(lambda: None, lambda: flag.value >= value)
+
+    def reaches(self, place: str) -> bool:
+        return True
+
+    def export(self, address: int) -> bytes:
+        return np.array([address] + [0] * 7, np.int64).tobytes()
+
+    def open(self, handle: bytes) -> int:
+        address = int(np.frombuffer(handle, np.int64)[0])
+        self.opened.add(address)
+        return address
+
+    def close(self, address: int) -> None:
+        assert address in self.machine.memory, "freed while another rank had it open"
+        self.opened.remove(address)
+
+    def merge(self, call: MergeCall, stream: Stream) -> None:
+        stream.push(lambda: _merge(call))
+
+
+class FakeSdpa:
+    """What `cudnn_sdpa.Sdpa` is, in float64."""
+
+    version = "double"
+
+    def __init__(self) -> None:
+        self.keys: list[PlanKey] = []
+
+    def plan(self, key: PlanKey) -> PlanKey:
+        if key.head_dim % 8:
+            raise RejectedError("hidden_dim should be multiple of 8", fix="use -b cpu")
+        self.keys.append(key)
+        return key
+
+    def workspace_bytes(self, plan: PlanKey) -> int:
+        return 256
+
+    def run(self, plan: PlanKey, addresses: Sequence[int], workspace: int, stream: Stream) -> None:
+        assert not plan.causal or plan.kv_tokens >= plan.q_tokens
+        stream.push(lambda: _attend(plan, addresses))
+
+    def close(self) -> None:
+        pass
+
+
+class FakeComm:
+    """An MPI communicator whose ranks are threads."""
+
+    def __init__(self, rank: int, size: int, shared: dict[Any, Any] | None = None) -> None:
+        self.rank, self.size = rank, size
+        self.shared = {} if shared is None else shared
+        self.shared.setdefault("lock", threading.Condition())
+        self.shared.setdefault("barrier", threading.Barrier(size, timeout=DEADLINE))
+        self._duplicates = 0
+
+    def Dup(self) -> FakeComm:
+        self._duplicates += 1
+        with self.shared["lock"]:
+            inner = self.shared.setdefault(("dup", self._duplicates), {})
+            return FakeComm(self.rank, self.size, inner)
+
+    def Isend(self, words: Any, peer: int, tag: int) -> Any:
+        self._put((self.rank, peer, tag), np.array(words))
+        return self
+
+    def Test(self) -> bool:
+        return True
+
+    def Wait(self) -> None:
+        pass
+
+    def Recv(self, words: Any, peer: int, tag: int) -> None:
+        message = self._get((peer, self.rank, tag))
+        words.reshape(-1)[: message.size] = message.reshape(-1)
+
+    def Barrier(self) -> None:
+        self.shared["barrier"].wait()
+
+    def Allgather(self, mine: Any, everyone: Any) -> None:
+        for peer in range(self.size):
+            self._put((self.rank, peer, "all"), np.array(mine))
+        for peer in range(self.size):
+            everyone.reshape(self.size, -1)[peer] = self._get((peer, self.rank, "all"))
+
+    def _put(self, key: Any, message: Any) -> None:
+        with self.shared["lock"]:
+            self.shared.setdefault(key, deque()).append(message)
+            self.shared["lock"].notify_all()
+
+    def _get(self, key: Any) -> Any:
+        with self.shared["lock"]:
+            found = self.shared["lock"].wait_for(lambda: self.shared.get(key), DEADLINE)
+            assert found, f"no message {key}"
+            return self.shared[key].popleft()
+
+
+class FakeGroup:
+    """What `lockstep.Group` is to a device."""
+
+    def __init__(self, rank: int, size: int, shared: dict[Any, Any]) -> None:
+        self.rank = self.local_rank = rank
+        self.size = self.local_size = size
+        self.comm = FakeComm(rank, size, shared)
+
+    def gather_bytes(self, data: bytes) -> list[bytes] | None:
+        self.comm._put((self.rank, 0, "gather"), data)
+        if self.rank:
+            return None
+        return [self.comm._get((peer, 0, "gather")) for peer in range(self.size)]
+
+    def bcast_bytes(self, data: bytes | None, root: int = 0) -> bytes:
+        if self.rank == root:
+            for peer in range(self.size):
+                self.comm._put((root, peer, "bcast"), data)
+        found: bytes = self.comm._get((root, self.rank, "bcast"))
+        return found
+
+
+class FakeLibraries:
+    """What `devices.cuda.Libraries` is."""
+
+    def __init__(self, machine: Machine, gpus: int, **wrong: Any) -> None:
+        self.machine = machine
+        self.gpus = gpus
+        self.wrong = wrong
+
+    def count(self) -> int:
+        return self.gpus
+
+    def why_not(self) -> str:
+        return str(self.wrong.get("missing", ""))
+
+    def gpu(self, ordinal: int) -> FakeGpu:
+        gpu = FakeGpu(self.machine, ordinal)
+        for name, value in self.wrong.items():
+            setattr(gpu, name, value)
+        return gpu
+
+    def sdpa(self, sm: tuple[int, int]) -> FakeSdpa:
+        return FakeSdpa()
+
+
+def _view(address: int, shape: Sequence[int], strides: Sequence[int], dtype: Any) -> Any:
+    dtype = np.dtype(dtype)
+    extent = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    buffer = (ctypes.c_ubyte * (extent * dtype.itemsize)).from_address(address)
+    flat = np.frombuffer(buffer, np.uint8).view(dtype)
+    return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides])
+
+
+def _attend(key: PlanKey, addresses: Sequence[int]) -> None:
+    dtype = DTYPES[key.dtype]
+    sq, skv, nq, nkv = key.q_tokens, key.kv_tokens, key.q_heads, key.kv_heads
+    q = _view(addresses[0], (sq, nq, key.head_dim), key.q, dtype).astype(np.float64)
+    k = _view(addresses[1], (skv, nkv, key.head_dim), key.k, dtype).astype(np.float64)
+    v = _view(addresses[2], (skv, nkv, key.v_head_dim), key.v, dtype).astype(np.float64)
+    out = _view(addresses[3], (sq, nq, key.v_head_dim), key.output, dtype)
+    lse = _view(addresses[4], (sq, nq), key.lse, np.float32)
+    k, v = (np.repeat(array, nq // nkv, axis=1) for array in (k, v))
+    scores = np.einsum("qnh,knh->nqk", q, k) * key.scale
+    if key.causal:
+        scores[:, np.arange(skv)[None] > np.arange(sq)[:, None] + skv - sq] = -np.inf
+    most = scores.max(axis=2, keepdims=True)
+    weights = np.exp(scores - most)
+    total = weights.sum(axis=2, keepdims=True)
+    out[...] = np.einsum("nqk,knh->qnh", weights / total, v).astype(dtype)
+    lse[...] = (most + np.log(total))[..., 0].T.astype(np.float32)
+
+
+def _merge(call: MergeCall) -> None:
+    heads, dim, rows = call.heads, call.dim, range(call.start, call.stop)
+    logs: list[Any] = []
+    values: list[Any] = []
+    parts = [(p.output, p.lse, p.start, p.stop, DTYPES[call.kind]) for p in call.parts]
+    if call.running:
+        parts.append((call.running, call.running_lse, 0, call.stop, DTYPES["float32"]))
+    for output, lse, start, stop, dtype in parts:
+        value = np.zeros((len(rows), heads, dim))
+        log = np.full((len(rows), heads), -np.inf)
+        for index, row in enumerate(rows):
+            if start <= row < stop:
+                at = (row - start) * heads
+                bytes_before = at * dim * dtype.itemsize
+                value[index] = _view(output + bytes_before, (heads, dim), (dim, 1), dtype)
+                log[index] = _view(lse + at * 4, (heads,), (1,), np.float32)
+        values.append(value)
+        logs.append(log)
+    target = DTYPES[call.target]
+    at = call.start * heads
+    out = _view(
+        call.output + at * dim * target.itemsize,
+        (len(rows), heads, dim),
+        (heads * dim, dim, 1),
+        target,
+    )
+    lse = _view(call.lse + at * 4, (len(rows), heads), (heads, 1), np.float32)
+    if not logs:
+        out[...], lse[...] = 0, -np.inf
+        return
+    most = np.maximum.reduce(logs)
+    safe = np.where(np.isinf(most), 0, most)
+    weights = [np.exp(log - safe) for log in logs]
+    total = sum(weights)
+    alive = total > 0
+    merged = sum(
+        np.where((w > 0)[..., None], w[..., None] * v, 0)
+        for w, v in zip(weights, values, strict=True)
+    )
+    out[...] = (merged / np.where(alive, total, 1)[..., None]).astype(target)
+    with np.errstate(divide="ignore"):
+        lse[...] = np.where(alive, safe + np.log(np.where(alive, total, 1)), -np.inf)
