@@ -108,19 +108,24 @@ class Tokens:
         for node in self._model.graph.node:
             if node.op_type in ignore:
                 continue
+            self._check_known(node)
             if self._has_tokens(node.input):
                 self._check_node(node)
             elif node.op_type not in UNIFORM and self._has_tokens(node.output):
                 raise _refuse(node, "numbers the tokens, which every rank would do from 0")
+
+    def _check_known(self, node: Any) -> None:
+        """Any dim of which nothing is known could be the tokens."""
+        for name in filter(None, node.output):
+            shape = self.shape(name)
+            if shape is None or -1 in shape:
+                raise _refuse(node, f"makes {name!r}, whose shape isn't known")
 
     def _has_tokens(self, tensors: Iterable[str]) -> bool:
         return any(self.axis(name) is not None for name in tensors)
 
     def _check_node(self, node: Any) -> None:
         kind = node.op_type
-        for name in (*node.input, *node.output):
-            if name and self.shape(name) is None and kind not in ("Shape", "Size"):
-                raise _refuse(node, f"has {name!r}, of which no shape is known")
         if kind == "MatMul" or kind == "Gemm":
             self._check_product(node)
         elif kind in MOVES:
@@ -132,7 +137,8 @@ class Tokens:
         elif kind not in ELEMENTWISE:
             raise _refuse(node, "isn't known to treat every token alike")
         if kind not in ("Shape", "Size") and all(self.axis(out) is None for out in node.output):
-            raise _refuse(node, "makes one thing out of all tokens")
+            shape = list(self.shape(node.output[0]) or ())
+            raise _refuse(node, f"makes {shape} of any number of tokens")
 
     def _check_product(self, node: Any) -> None:
         for name, contracted in zip(node.input[:2], self._contracted(node), strict=True):

@@ -102,6 +102,8 @@ class EngineSpec:
     @property
     def takes_keys(self) -> bool:
         """Whether the engine has the input ``keys``; without it all collected keys count."""
+        if self.strategy == "ring":
+            return False
         return not (self.keys.static and self.kv.static and self.keys.max == self.collected.max)
 
     @property

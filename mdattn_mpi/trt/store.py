@@ -80,6 +80,7 @@ class Manifest:
             found = (fields.pop("format"), fields.pop("format_version"))
             if found != (FORMAT, VERSION):
                 raise ValueError(f"format {found[0]!r}, version {found[1]!r}")
+            fields["sha256"] = f"{int(fields['sha256'], 16):064x}"
             fields["sm"] = (int(fields["sm"][0]), int(fields["sm"][1]))
             manifest = Manifest(**fields)
             if manifest.spec:
@@ -284,8 +285,7 @@ class Cache:
             _put(self.folder / f"{key}.json", manifest.to_json())
 
     def _path(self, manifest: Manifest) -> Path:
-        digest = int(manifest.sha256, 16)  # the manifest is only text until here
-        return self.folder / f"{digest:064x}.engine"
+        return self.folder / f"{manifest.sha256}.engine"
 
 
 def _only_ours(folder: Path) -> bool:

@@ -60,8 +60,9 @@ def check(
     from mdattn_mpi.trt.spec import spec_for
 
     found = library()
-    (spec,) = spec_for((problem, *others), strategy, ranks)
-    assert all(spec.includes(one) for one in spec_for((problem,), strategy, ranks))
+    (own,) = spec_for((problem,), strategy, ranks)
+    specs = spec_for((problem, *others), strategy, ranks)
+    (spec,) = [each for each in specs if each.includes(own)]
     builder = found.api.Builder(found.api.Logger(found.api.Logger.ERROR))
     with recorded(found.api) as collectives:
         network = define(found, builder, spec)
@@ -124,7 +125,7 @@ def cases(draw: st.DrawFn) -> tuple[AttentionProblem, StrategyName, int]:
     return problem, draw(st.sampled_from(STRATEGIES)), ranks
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(case=cases(), seed=st.integers(0, 2**32 - 1), longer=st.integers(0, 9))
 def test_any_problem_is_right_or_refused(
     case: tuple[AttentionProblem, StrategyName, int], seed: int, longer: int

@@ -1,0 +1,131 @@
+"""Which dataset goes to which input or output of a model's engine.
+
+``hidden=items/*/hidden:0`` binds the tensor ``hidden`` to a dataset of every item, whose dim 0
+counts tokens; ``:DIM`` may be left out where the engine's manifest tells it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from mdattn_mpi.errors import RejectedError
+
+FORM = "write TENSOR=items/*/DATASET:DIM, for example hidden=items/*/hidden:0"
+ITEMS, ANY = "items", "*"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """One tensor of an engine and the datasets that it stands for.
+
+    Parameters
+    ----------
+    tensor
+        The input or output, by name.
+    path
+        Of the dataset, with ``*`` in place of the item.
+    axis
+        The dim that counts tokens.
+
+    """
+
+    tensor: str
+    path: str
+    axis: int
+
+    def dataset(self, item: str) -> str:
+        """Give the path of the dataset of `item`."""
+        return f"/{ITEMS}/{item}/{self.path.split('/')[-1]}"
+
+
+def parse_bindings(texts: Sequence[str], axes: Mapping[str, int]) -> tuple[Binding, ...]:
+    """Read what ``--bind`` takes.
+
+    Parameters
+    ----------
+    texts
+        ``TENSOR=items/*/DATASET[:DIM]`` each.
+    axes
+        The token dim of each tensor, from the engine's manifest.
+
+    Raises
+    ------
+    RejectedError
+        Another form, a tensor bound twice, or a dim that isn't the manifest's.
+
+    """
+    found: dict[str, Binding] = {}
+    for text in texts:
+        binding = _parse(text, axes)
+        if binding.tensor in found:
+            raise RejectedError(f"{binding.tensor!r} is bound twice", fix="bind each tensor once")
+        found[binding.tensor] = binding
+    return tuple(found.values())
+
+
+def _parse(text: str, axes: Mapping[str, int]) -> Binding:
+    tensor, equals, rest = text.partition("=")
+    path, colon, dim = rest.partition(":")
+    parts = path.strip("/").split("/")
+    if not equals or not tensor or len(parts) != 3 or parts[:2] != [ITEMS, ANY] or not parts[2]:
+        raise RejectedError(f"--bind {text!r}", fix=FORM)
+    if colon and not dim.isdecimal():
+        raise RejectedError(f"--bind {text!r}: {dim!r} is no dim", fix=FORM)
+    if not colon and tensor not in axes:
+        raise RejectedError(f"--bind {text!r}: which dim counts tokens?", fix=FORM)
+    axis = int(dim) if colon else axes[tensor]
+    if axes.get(tensor, axis) != axis:
+        raise RejectedError(
+            f"--bind {text!r}: in {tensor!r} dim {axes[tensor]} counts tokens",
+            fix=f"write {tensor}={path}:{axes[tensor]}",
+        )
+    return Binding(tensor, "/".join(parts), axis)
+
+
+def check_bindings(
+    bindings: Sequence[Binding],
+    inputs: Iterable[str],
+    outputs: Iterable[str],
+    datasets: Iterable[str],
+    *,
+    file: str = "",
+) -> None:
+    """Hold bindings against what an engine and a file have.
+
+    Parameters
+    ----------
+    bindings
+        What the user bound.
+    inputs, outputs
+        Names of the engine's tensors; ``keys`` needs no binding.
+    datasets
+        Names of the datasets that every item of the file has.
+    file
+        For the message.
+
+    Raises
+    ------
+    RejectedError
+        A name that matches nothing; a tensor without a binding.
+
+    """
+    wanted, made = list(inputs), list(outputs)
+    bound = {binding.tensor for binding in bindings}
+    there = set(datasets)
+    for binding in bindings:
+        if binding.tensor not in (*wanted, *made):
+            raise RejectedError(
+                f"the engine has no input or output {binding.tensor!r}",
+                fix=f"it has inputs {', '.join(wanted)} and outputs {', '.join(made)}",
+            )
+        name = binding.path.split("/")[-1]
+        if binding.tensor in wanted and name not in there:
+            raise RejectedError(
+                f"{binding.path} matches nothing: no item has {name!r}",
+                file=file,
+                fix=f"items have {', '.join(sorted(there)) or 'nothing'}",
+            )
+    for tensor in (*wanted, *made):
+        if tensor not in bound and tensor != "keys":
+            raise RejectedError(f"{tensor!r} of the engine is bound to nothing", fix=FORM)

@@ -1,0 +1,90 @@
+"""``mdattn shard``: the commands of docs/onnx.md, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mdattn_mpi.cli import main
+from mdattn_mpi.cli.shard import parse_axes
+from mdattn_mpi.errors import RejectedError
+from tests.support.tensorrt import library, needs_tensorrt
+
+pytest.importorskip("onnx", reason="the package onnx isn't installed")
+
+MAKE = Path(__file__).resolve().parents[2] / "docs" / "make_attention_block.py"
+
+
+@pytest.fixture
+def block(tmp_path: Path) -> Path:
+    path = tmp_path / "block.onnx"
+    small = ["--heads", "8", "--kv-heads", "2", "--head-dim", "16"]
+    subprocess.run([sys.executable, MAKE, path, *small], check=True, timeout=60)
+    return path
+
+
+@needs_tensorrt
+def test_shard_and_build(block: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mdattn_mpi.trt.store import read_engine
+
+    sharded, engine = tmp_path / "sharded.onnx", tmp_path / "block.engine"
+    assert main(["shard", str(block), "-n", "2", "-s", "allgather", "-o", str(sharded)]) == 0
+    told = capsys.readouterr().out
+    assert "node 'attention' (Attention): keys and values gathered from 2 ranks" in told
+    assert "tokens in hidden:0, output:0" in told
+    if not library().targets:
+        pytest.skip("full TensorRT builds on a GPU only")
+    build = ["build", "--onnx", str(sharded), "-o", str(engine), "--sm", "8.6", "-n"]
+    assert main([*build, "2", "--tokens", "64:4096"]) == 0
+    _, manifest = read_engine(engine)
+    assert (manifest.strategy, manifest.ranks, manifest.spec) == ("allgather", 2, {})
+    assert manifest.axes == {"hidden": 0, "output": 0}
+    capsys.readouterr()
+    assert main([*build, "4", "--tokens", "64:4096"]) == 2
+    assert "sharded for 2 ranks, -n says 4" in capsys.readouterr().err
+    assert main(["build", "--onnx", str(block), "-o", "x", "--sm", "8.6", "-n", "2",
+                 "--tokens", "9"]) == 2  # fmt: skip
+    assert "how it is sharded" in capsys.readouterr().err
+
+
+def test_ring_marks_the_attention(
+    block: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import onnx
+
+    sharded = tmp_path / "sharded.onnx"
+    command = ["shard", str(block), "-n", "4", "-s", "ring", "-o", str(sharded), "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["axes"] == {"hidden": 0, "output": 0}
+    (node,) = [n for n in onnx.load(sharded).graph.node if n.op_type == "Attention"]
+    assert [(a.name, a.i) for a in node.attribute] == [("nb_rank", 4)]
+
+
+def test_refusals(block: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out.onnx")
+    junk = tmp_path / "junk.onnx"
+    junk.write_text("junk")
+    for arguments, told in (
+        ([str(block), "-n", "3", "-s", "ulysses"], "block.onnx: node 'attention' (Attention) has"),
+        ([str(block), "-n", "0", "-s", "ring"], "-n 0"),
+        ([str(block), "-n", "2", "-s", "ring", "--shard", "hidden"], "--shard 'hidden'"),
+        ([str(block), "-n", "2", "-s", "ring", "--shard", "hiden:0"], "an input 'hiden'"),
+        ([str(junk), "-n", "2", "-s", "ring"], "not an ONNX file"),
+        ([str(tmp_path / "none"), "-n", "2", "-s", "ring"], "cannot read the model"),
+    ):
+        assert main(["shard", *arguments, "-o", out]) == 2
+        assert told in capsys.readouterr().err
+    assert not Path(out).exists()
+    assert main(["shard", str(block), "-n", "2", "-s", "ring", "-o", str(block)]) == 2
+    assert "the output is the model itself" in capsys.readouterr().err
+
+
+def test_parse_axes() -> None:
+    assert parse_axes(["hidden:0", "a:b:-2"]) == {"hidden": 0, "a:b": -2}
+    for wrong in ("hidden", ":0", "hidden:x", "hidden:"):
+        with pytest.raises(RejectedError, match="--shard"):
+            parse_axes([wrong])
