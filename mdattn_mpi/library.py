@@ -79,8 +79,9 @@ def attention(
     comm
         An mpi4py intracommunicator. The first call duplicates it.
     q, k, v
-        This rank's shards: NumPy arrays ``[Sq, Nq, H]``, ``[Skv, Nkv, H]`` and ``[Skv, Nkv, Hv]``,
-        all bfloat16 (`ml_dtypes.bfloat16`) or all float16. A rank may hold no token.
+        This rank's shards, ``[Sq, Nq, H]``, ``[Skv, Nkv, H]`` and ``[Skv, Nkv, Hv]``, all bfloat16
+        (`ml_dtypes.bfloat16`) or all float16: NumPy arrays, or arrays on the GPU of the rank's
+        local rank that offer DLPack. A rank may hold no token.
     causal
         ``none``, ``upper_left`` or ``lower_right``, of the whole sequence.
     scale
@@ -97,6 +98,7 @@ def attention(
     -------
     out
         ``[Sq, Nq, Hv]`` for this rank's query tokens, in the dtype of `q`; 0 where no key is seen.
+        A NumPy array, or one on the GPU that offers DLPack.
     lse
         ``[Sq, Nq]`` float32, only with `return_lse`; −∞ where no key is seen.
 
@@ -110,19 +112,14 @@ def attention(
         A rank has no memory for its buffers, for example. The same error on all ranks.
 
     """
-    from mdattn_mpi.backends import open_backend
-
     options = _Options(causal, scale, strategy, order, return_lse)
     session = _session_of(comm)
     shards = _agree_on_shards(session.world, (q, k, v), options)
     problem, owners = _whole(session.world, shards, options)
-    backend = open_backend(shards.backend, session.world)
-    try:
-        plan = _plan(backend, problem, owners, options)
-        with session.left_on_error(backend):
-            out, lse = _attend(session.world, backend, plan, shards)
-    finally:
-        backend.close()
+    with session.device(shards.backend) as device:
+        plan = _plan(device, shards.backend, problem, owners, options)
+        with session.left_on_error(device):
+            out, lse = _attend(session.world, device, plan, shards)
     return (out, lse) if return_lse else out
 
 
@@ -201,23 +198,29 @@ def _check_arrays(q: Any, k: Any, v: Any) -> _Shards:
             f"q, k, v have shapes {', '.join(map(str, shapes))}",
             fix="give k and v the same tokens and heads, and q and k the same head dim",
         )
-    contiguous = [np.ascontiguousarray(array) for array in (q, k, v)]
-    return _Shards(contiguous[0], contiguous[1], contiguous[2], dtypes.pop(), backends.pop())
+    return _Shards(q, k, v, dtypes.pop(), backends.pop())
 
 
 def _backend_for(array: Any) -> str:
     """Name the backend that takes an array where it lives."""
     if isinstance(array, np.ndarray) and array.dtype.isnative:
         return "cpu"
-    # Arrays on a GPU come in here: those whose `__dlpack_device__` says so belong to `cuda`.
+    if not isinstance(array, np.ndarray) and hasattr(array, "__dlpack_device__"):
+        kind, _ = array.__dlpack_device__()
+        if kind == _CUDA:
+            return "cuda"
     raise RejectedError(
-        f"{type(array).__name__} is no NumPy array of native byte order",
-        fix="give NumPy arrays; copy what lives on a GPU to the host first",
+        f"{type(array).__name__} is neither a NumPy array of native byte order nor on a GPU",
+        fix="give NumPy arrays, or arrays on a GPU that offer DLPack",
     )
 
 
+_CUDA = 2  # DLPack's kDLCUDA
+
+
 def _dtype_name(array: Any) -> Any:
-    return str(array.dtype)
+    """The name without the library's: PyTorch says ``torch.bfloat16``."""
+    return str(array.dtype).rpartition(".")[2]
 
 
 def _whole(world: World, shards: _Shards, options: _Options) -> tuple[AttentionProblem, Partition]:
@@ -258,60 +261,89 @@ def _owners(side: str, sizes: Sequence[int], order: Order) -> tuple[tuple[Span, 
     return owners
 
 
-def _plan(backend: Any, problem: AttentionProblem, owners: Partition, options: _Options) -> Plan:
+def _plan(
+    device: Any, backend: str, problem: AttentionProblem, owners: Partition, options: _Options
+) -> Plan:
     from mdattn_mpi.strategies import choose
 
-    device = backend.device
     device.check(problem)
+    ranks = device.ranks
     strategy, reasons = choose(
-        problem, device.ranks, options.strategy, device.costs(), batch=False, owners=owners
+        problem, ranks, options.strategy, device.costs(), batch=False, owners=owners
     )
-    return Plan(
-        problem, strategy, device.ranks, backend.name, options.return_lse,
-        partition=owners, reasons=reasons,
-    )  # fmt: skip
+    lse = options.return_lse
+    return Plan(problem, strategy, ranks, backend, lse, partition=owners, reasons=reasons)
 
 
-def _attend(world: World, backend: Backend, plan: Plan, shards: _Shards) -> tuple[Any, Any]:
+def _attend(world: World, device: Any, plan: Plan, shards: _Shards) -> tuple[Any, Any]:
     """Collective. Run a plan; nobody starts computing before all have their buffers."""
     from mdattn_mpi.lockstep import Step
+    from mdattn_mpi.strategies import STRATEGIES
 
-    error = running = None
+    error = None
     try:
-        running = backend.begin(plan, shards.q, shards.k, shards.v)
+        q, k, v = (device.adopt(array) for array in shards[:3])
+        steps = STRATEGIES[plan.strategy](device, plan, q, k, v)
+        next(steps)
     except Exception as wrong:  # all ranks must hear of it
         error = MdattnError.wrap(wrong, rank=world.rank)
     world.agree(Step(0, "enqueue", plan.digest, plan.facts), error=error)
-    backend.enqueue(running)
-    return backend.collect(running).wait()
+    try:
+        next(steps)
+    except StopIteration as end:
+        out, lse = end.value
+    return device.hand_over(out), device.hand_over(lse)
 
 
 @dataclass
 class _Session:
-    """What stays between the calls on one communicator: a copy of it to talk over."""
+    """What stays between the calls on one communicator: a copy of it to talk over, and a GPU."""
 
     comm: Any
     world: World
+    gpu: Backend | None = None
     left: bool = False
 
     @contextmanager
-    def left_on_error(self, backend: Backend) -> Iterator[None]:
+    def device(self, name: str) -> Iterator[Any]:
+        """Collective. The device for one call; a GPU stays open for the next one."""
+        from mdattn_mpi.backends import StrategyBackend, open_backend
+
+        backend = (self.gpu if name == "cuda" else None) or open_backend(name, self.world)
+        assert isinstance(backend, StrategyBackend)
+        if name == "cuda":
+            self.gpu = backend
+        try:
+            yield backend.device
+        finally:
+            if name == "cpu":
+                backend.close()
+
+    @contextmanager
+    def left_on_error(self, device: Any) -> Iterator[None]:
         """Make no more use of what an error leaves behind.
 
-        Messages may still be under way: they would mix with those of the next call, and MPI writes
-        into their arrays. So these stay alive, and the next call starts another session.
+        Messages may still be under way: they would mix with those of the next call, and write into
+        their arrays. So these stay alive, and the next call starts another session.
         """
         try:
             yield
         except BaseException:
-            backend.abort()
+            device.abort()
             self.left = True
-            _left.append(backend)
+            _left.append((self, device))
             self.comm.Delete_attr(_key(self.comm))
             raise
 
+    def end(self) -> None:
+        """Collective. Called when the communicator is freed."""
+        if not self.left:
+            if self.gpu is not None:
+                self.gpu.close()
+            self.world.free()
 
-_left: list[Backend] = []
+
+_left: list[tuple[_Session, Any]] = []
 
 
 def _session_of(comm: Any) -> _Session:
@@ -333,8 +365,7 @@ def _key(comm: Any) -> int:
     """The key under which communicators carry a session; their duplicates don't inherit it."""
 
     def end(comm: Any, key: int, session: _Session) -> None:
-        if not session.left:
-            session.world.free()
+        session.end()
 
     kind = type(comm)
     if kind not in _keys:

@@ -41,21 +41,21 @@ def shards_of(problem: AttentionProblem, world: Any, order: Any) -> tuple[Any, .
 
 @on_ranks()
 def test_every_strategy_mask_and_order(world: Any) -> None:
-    for problem in PROBLEMS:
+    for number, problem in enumerate(PROBLEMS):
+        order = ("contiguous", "zigzag")[number % 2]
+        shards, right = shards_of(problem, world, order)
+        before = [array.tobytes() for array in shards]
         for strategy in ("auto", *get_args(StrategyName)):
-            for order in ("contiguous", "zigzag"):
-                shards, right = shards_of(problem, world, order)
-                before = [array.tobytes() for array in shards]
-                out, lse = mdattn_mpi.attention(
-                    world.comm,
-                    *shards,
-                    causal=problem.causal,
-                    strategy=strategy,
-                    order=order,
-                    return_lse=True,
-                )
-                assert_close(problem, out, lse, right)
-                assert [array.tobytes() for array in shards] == before
+            out, lse = mdattn_mpi.attention(
+                world.comm,
+                *shards,
+                causal=problem.causal,
+                strategy=strategy,
+                order=order,
+                return_lse=True,
+            )
+            assert_close(problem, out, lse, right)
+            assert [array.tobytes() for array in shards] == before
 
 
 @on_ranks(3)
@@ -115,11 +115,11 @@ def inputs_for(world: Any, **changes: Any) -> list[Any]:
 def test_all_ranks_raise_the_same_when_one_has_it_wrong(world: Any) -> None:
     wrong = {
         r"rank 1: q, k, v are float32, float16, float16.*Fix": {"q": np.ones((3, 4, 8), "f4")},
-        r"rank 1: list is no NumPy array": {"k": [[[1.0]]]},
+        r"rank 1: list is neither": {"k": [[[1.0]]]},
         r"rank 1: .*\(3, 2, 8\), \(2, 2, 8\)": {"v": np.ones((2, 2, 8), np.float16)},
         r"rank 1: .*\(3, 4, 7\)": {"q": np.ones((3, 4, 7), np.float16)},
         r"rank 1: .*\(3, 4\)": {"q": np.ones((3, 4), np.float16)},
-        r"rank 1: ndarray is no NumPy array of native byte": {"q": np.ones((3, 4, 8), ">f2")},
+        r"rank 1: ndarray is neither": {"q": np.ones((3, 4, 8), ">f2")},
     }
     for message, changes in wrong.items():
         with pytest.raises(RejectedError, match=message):
