@@ -32,6 +32,7 @@ from struct import Struct
 from mdattn_mpi.lockstep.death_note import put_aside
 
 PAGE = 4096
+EPOCH_BITS = 32  # agreements of one phase of the job's schedule; see `Board.join`
 MAGIC = b"mdboard1"
 BULLETIN_MAGIC = b"mdlost01"
 FILE = "board"
@@ -103,7 +104,16 @@ class Record:
     @property
     def stopped(self) -> bool:
         """The kernel says that the process is stopped."""
-        return self.process_state in ("T", "t")
+        return self.process_state == "T"
+
+    def is_behind(self, other: Record) -> bool:
+        """Whether `other` may have to wait for this rank.
+
+        Groups take different items and count apart; but all that `Board.join` later phases of the
+        job come after all that are in earlier ones.
+        """
+        earlier = self.agreements >> EPOCH_BITS < other.agreements >> EPOCH_BITS
+        return earlier or (self.group == other.group and self.progress < other.progress)
 
     @staticmethod
     def decode(page: bytes) -> Record | None:
@@ -166,7 +176,10 @@ class Board:
         self.page[_AT_MOMENT + 16] = 1
 
     def join(self, group: int, counted: int) -> None:
-        """Say that this rank works in another group now, whose ranks all count from `counted`."""
+        """Say that this rank works in another group now, whose ranks all count from `counted`.
+
+        That is a multiple of ``1 << EPOCH_BITS``, and a larger one for each phase of the job.
+        """
         self._agreements = self._phases = counted
         self.identify(group=group)
 

@@ -35,6 +35,8 @@ _DUMP = signal.SIGRTMIN + 9  # asks the rank for its stacks
 _POLL = 0.05
 _SCRIBE_POLL = 0.2
 _HEARTBEAT = 2.0
+_STOPPED = 60.0  # seconds that a rank alone may be stopped, wherever it is
+_LOOK_AGAIN = 2.0  # seconds between two looks at who excuses a late rank
 _DEAF = 10.0  # seconds without a heartbeat after which nobody is home
 _REPEAT = 0.5  # launchers send one signal several times, to the process and to its group
 _NOTE_PATIENCE = 1.0
@@ -43,7 +45,9 @@ _PR_SET_PDEATHSIG = 1
 T = TypeVar("T")
 
 # Phases in which a rank may be waiting for another one without having said so.
-_SHARED_PHASES = frozenset({"start", "begin", "enqueue", "collect", "agree", "end"})
+_SHARED_PHASES = frozenset(
+    {"start", "begin", "enqueue", "collect", "agree", "deal", "groups", "end"}
+)
 
 
 def watch(main: Callable[[], int]) -> int:
@@ -164,8 +168,11 @@ class Watchdog:
         self._stop_asked = 0.0
         self._late_since: tuple[int, int] | None = None
         self._excuse = Excuse()
+        self._excused_until = 0.0
+        self._stopped_since = 0.0
         self._looked = time.monotonic()
         self._suspended = 0.0
+        self._phase: tuple[int, int] | None = None
         with suppress(OSError), open("/proc/self/comm", "w") as name:
             name.write("mdattn-watchdog")
 
@@ -223,10 +230,8 @@ class Watchdog:
     def _late(self) -> int | None:
         """End the job if the rank has passed the deadline of its phase and has no excuse."""
         record, now = self.board.record(), time.monotonic()
-        if now - self._looked > 1.0:  # this process was stopped, and the rank probably too
-            self._suspended += now - self._looked
-        self._looked = now
-        if not record.deadline or now < record.deadline + self._suspended:
+        limit = min(record.deadline, self._stopped_limit(now)) + self._grace(record.progress, now)
+        if not record.deadline or now < limit:
             self._late_since = None
             return None
         if self._late_since != record.progress:  # the rank may be in the middle of storing it
@@ -235,18 +240,42 @@ class Watchdog:
         if record.state == ENDED:
             self._kill()
             return record.exit_code
-        state = process_state(self.child)
-        if state not in ("T", "t") and self._excuse.holds(record, self.scribe.records()):
+        if not self._stopped_since and self._is_excused(record, now):
             return None
         page = bytes(self.board.page)
-        self._ask_for_stacks(state)
+        self._ask_for_stacks()
         if self.board.record().state == ENDED:
             return None
         self._kill()
         self.board.page[:] = page  # being asked may have woken it up; it was too late
-        stopped = "was stopped (by SIGSTOP?) and " if state in ("T", "t") else ""
-        limit = record.deadline - record.since
-        return self._end_job(f"{stopped}passed its deadline of {limit:.3g} s", late=True)
+        stopped = "was stopped (by SIGSTOP?) and " if self._stopped_since else ""
+        seconds = limit - record.since
+        return self._end_job(f"{stopped}passed its deadline of {seconds:.3g} s", late=True)
+
+    def _grace(self, phase: tuple[int, int], now: float) -> float:
+        """Seconds of this phase in which this process was stopped, and the rank probably too."""
+        asleep, self._looked = now - self._looked, now
+        if self._phase != phase:
+            self._phase, self._suspended = phase, 0.0
+        elif asleep > 1.0:
+            self._suspended += asleep
+        return self._suspended
+
+    def _stopped_limit(self, now: float) -> float:
+        """When a stopped rank must go on; the deadlines of some phases are very long."""
+        if process_state(self.child) != "T":
+            self._stopped_since = 0.0
+            return float("inf")
+        self._stopped_since = self._stopped_since or now
+        return self._stopped_since + _STOPPED
+
+    def _is_excused(self, record: Record, now: float) -> bool:
+        if now >= self._excused_until:
+            others = within(_NOTE_PATIENCE, self.scribe.records) or []
+            if not self._excuse.holds(record, others):
+                return False
+            self._excused_until = now + _LOOK_AGAIN
+        return True
 
     def _lost_peer(self) -> int | None:
         peer = self.scribe.vanished
@@ -269,7 +298,8 @@ class Watchdog:
         if first.rank != own.rank and first.fault:
             self._wait_for_note()
         stack = self._stack() if first.rank == own.rank else ""
-        self._write_note(first, first.fault or own.fault, stack)
+        waited = f"was waited for by rank {own.rank}, which {own.fault}; it was last seen"
+        self._write_note(first, first.fault or waited, stack)
         return code
 
     def _write_note(self, culprit: Record, what: str, stack: str) -> None:
@@ -296,9 +326,9 @@ class Watchdog:
         while time.monotonic() < end and not within(_NOTE_PATIENCE, self.scribe.note_exists):
             time.sleep(_POLL)
 
-    def _ask_for_stacks(self, state: str) -> None:
+    def _ask_for_stacks(self) -> None:
         """Let the rank's C-level handler write its stacks; a stopped one can't."""
-        if state in ("T", "t"):
+        if self._stopped_since:
             return
         with suppress(ProcessLookupError):
             os.kill(self.child, _DUMP)
@@ -331,19 +361,19 @@ class Excuse:
         self._beats: dict[int, tuple[int, float]] = {}
 
     def holds(self, own: Record, others: list[Record]) -> bool:
-        """Whether somebody of the same group is behind `own`, alive and in time."""
+        """Whether somebody is behind `own`, alive and in time."""
         if not own.waiting and own.phase.split(" ")[0] not in _SHARED_PHASES:
             return False
         now = time.monotonic()
         excused = False
         for other in others:
-            if other.rank == own.rank or other.group != own.group:
+            if other.rank == own.rank:
                 continue
             beats, since = self._beats.get(other.rank, (-1, now))
             if beats != other.beats:
                 since = now
                 self._beats[other.rank] = other.beats, now
-            behind = other.progress < own.progress and other.state != ENDED and not other.fault
+            behind = other.is_behind(own) and other.state != ENDED and not other.fault
             excused |= behind and now - since < _DEAF
         return excused
 
@@ -358,9 +388,13 @@ def first_lost(records: list[Record]) -> Record:
     if dead:
         return min(dead, key=lambda record: record.fault_time)
     own = records[0]
-    group = [record for record in records if record.group == own.group and record.state != ENDED]
+    awaited = [
+        record
+        for record in records
+        if (record.group == own.group or record.is_behind(own)) and record.state != ENDED
+    ]
     return min(
-        group or records,
+        awaited or [own],
         key=lambda record: (record.progress, not record.stopped, record.since_wall),
     )
 

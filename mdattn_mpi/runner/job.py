@@ -27,7 +27,7 @@ from mdattn_mpi.runner.loop import Files, Loop, Shards, Work
 from mdattn_mpi.runner.progress import Progress
 from mdattn_mpi.runner.provenance import provenance
 from mdattn_mpi.runner.report import closing_words, rank_times, summarize, write_summary
-from mdattn_mpi.runner.teams import LONG, Team, memory_of_a_rank, open_teams, smallest
+from mdattn_mpi.runner.teams import Team, memory_of_a_rank, open_teams, smallest
 
 T = TypeVar("T")
 
@@ -298,7 +298,7 @@ def run_groups(job: Job, shift: Shift) -> None:
         if job.stopped or error:
             counter.close()
         world.board.join(0, counted=(phases + 1) << 32)
-        world.board.enter("groups", deadline=LONG)
+        world.board.enter("groups", deadline=shift.deadlines.of("groups"))
     world.agree(Step(-1, "groups", 0), error=error)
 
 

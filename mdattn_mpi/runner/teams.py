@@ -14,7 +14,6 @@ from mdattn_mpi.problem import Plan
 from mdattn_mpi.runner.dealing import Schedule
 
 NOBODY = -1
-LONG = 30 * 86400.0  # every group has deadlines of its own; waiting for their end needs none
 USABLE = 0.8  # of a GPU's memory; of the host's, half: the files' pages want some too
 
 

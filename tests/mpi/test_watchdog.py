@@ -14,7 +14,7 @@ import pytest
 
 from mdattn_mpi.lockstep import death_note
 from mdattn_mpi.lockstep.board import BoardFile
-from mdattn_mpi.lockstep.chaos import KINDS
+from mdattn_mpi.lockstep.chaos import DEADLY
 from tests.support.mpirun import kill_all, mark_of, mpirun, orphans, processes, start
 from tests.support.small_job import PHASES
 
@@ -37,11 +37,11 @@ SAID = {
 ATTACHED = [phase for phase in PHASES if phase not in ("start", "open")]
 PAIRS = sorted(
     {
-        *zip(sorted(KINDS), itertools.cycle(ATTACHED), strict=False),
-        *zip(sorted(KINDS)[::-1], ATTACHED, strict=False),
+        *zip(DEADLY, itertools.cycle(ATTACHED), strict=False),
+        *zip(DEADLY[::-1], ATTACHED, strict=False),
     }
     if "MDATTN_THOROUGH" not in os.environ
-    else itertools.product(KINDS, ATTACHED)
+    else itertools.product(DEADLY, ATTACHED)
 )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mdattn_mpi.lockstep import Board, death_note
-from mdattn_mpi.lockstep.board import Record
+from mdattn_mpi.lockstep.board import EPOCH_BITS, Record
 from mdattn_mpi.lockstep.watchdog import Excuse, process_state, within
 
 FRAME = """
@@ -168,6 +168,10 @@ def test_who_waits_for_a_busy_rank_is_excused() -> None:
     assert not Excuse().holds(own, [own, replace(busy, fault="dead")])
     assert not Excuse().holds(replace(own, waiting=False, phase="read"), [own, busy])
     assert not Excuse().holds(own, [own, replace(busy, agreements=5, phases=own.phases)])
+    elsewhere = replace(busy, group=1)
+    later = replace(own, agreements=(1 << EPOCH_BITS) + 1)
+    assert Excuse().holds(later, [later, elsewhere])  # all groups come before what follows them
+    assert not Excuse().holds(elsewhere, [later, elsewhere])
 
 
 def test_a_rank_that_nobody_watches_any_more_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
