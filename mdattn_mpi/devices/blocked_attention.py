@@ -12,10 +12,11 @@ What makes it fast is leaving passes over the scores to the matrix products:
 - a column ``-reference`` in Q against ones in K makes the product with K return scores that have
   the reference subtracted;
 - the reference need not be the largest score, only within `HEADROOM` of it: a block whose scores
-  stay in reach (nearly all do) is neither searched row by row nor rescaled.
+  stay in reach (nearly all do) is neither searched row by row nor rescaled, and not even searched
+  where queries and keys are too short for large scores.
 
-What is left is one product, one maximum, one exp in place, one product. Tiles and blocks are cut
-by the shapes alone, so that the bytes of a result don't depend on the number of threads.
+What is left is one product, a maximum at most, one exp in place, one product. Tiles and blocks are
+cut by the shapes alone, so that the bytes of a result don't depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ Poll = Callable[[], None]
 
 TILE_ROWS = 256  # query tokens × query heads of one kv head; with BLOCK_KEYS it fills the L2 cache
 BLOCK_KEYS = 512
-STRIP_ROWS = 64  # on the diagonal of a causal mask: half a square of this is computed in vain
+STRIP_ROWS = 128  # on the diagonal of a causal mask: half a square of this is computed in vain
 PANEL_KEYS = 8192  # keys of one head that are held in float32 at a time
-HEADROOM = np.float32(16)  # exp(16) · 1M keys is far from the end of float32
-LOOK = 16  # keys
+HEADROOM = np.float32(24)  # exp(24) · 1M keys is far from the end of float32
+LOOK = 4  # keys
 
 
 class Partial:
@@ -163,6 +164,7 @@ class _Panel:
         self._converted = threading.Event()
         self.k: Floats
         self.v: Floats
+        self.longest = np.float32(0)  # Euclidean length of a key
 
     def __len__(self) -> int:
         return len(self._sources[0])
@@ -186,7 +188,9 @@ class _Panel:
                 chunk = slice(start, start + BLOCK_KEYS)
                 target[chunk, :-1] = source[chunk]
                 target[chunk, -1] = 1
+            lengths = np.einsum("ij,ij->i", self.k[chunk, :-1], self.k[chunk, :-1])
             with self._lock:
+                self.longest = np.maximum(self.longest, np.sqrt(lengths.max()))
                 self._left -= 1
                 if not self._left:
                     self._converted.set()
@@ -209,7 +213,7 @@ class _Tile:
     def __call__(self, poll: Poll) -> None:
         self.panel.convert()
         index = (self.tokens.slice, self.heads)
-        rows = _Rows(self.partial, index)
+        rows = _Rows(self.partial, index, self.panel.longest)
         for strip, keys in self._blocks(rows.group):
             first = None if self.diagonal is None else self.diagonal + strip.start // rows.group
             rows.attend(
@@ -240,7 +244,7 @@ class _Tile:
 class _Rows:
     """The rows of a tile while it is computed: token-major, the heads of the group inside."""
 
-    def __init__(self, partial: Partial, index: tuple[slice, slice]) -> None:
+    def __init__(self, partial: Partial, index: tuple[slice, slice], longest: np.float32) -> None:
         q = partial.q[index]
         tokens, self.group, dim = q.shape
         rows = tokens * self.group
@@ -252,6 +256,9 @@ class _Rows:
             partial.scale
         )  # the whole array: rows that end in mid-vector take four times as long
         np.negative(self.reference, out=self.q[:, -1])
+        # No score is larger than the lengths of query and key multiplied (Cauchy and Schwarz).
+        bound = np.sqrt(np.einsum("ij,ij->i", self.q, self.q).max()) * longest
+        self.tame = bool(bound <= HEADROOM) and not self.reference.any()
         self.fresh = not self.sums[:, -1].all()  # some row has seen nothing
 
     def store(self, partial: Partial, index: tuple[slice, slice]) -> None:
@@ -269,12 +276,15 @@ class _Rows:
             cut = max(0, diagonal + 1)
             hidden = _hidden(len(strip), len(k) - cut, self.group, diagonal - cut)
             np.copyto(scores[:, cut:], -np.inf, where=hidden)
-        if not self._in_reach(scores):
+        if not (self.tame or self._in_reach(scores)):
             self._move_reference(strip, scores)
         np.exp(scores, out=scores)
-        np.matmul(scores, v, out=added)
+        if diagonal is None or np.isfinite(v).all():
+            np.matmul(scores, v, out=added)
+        else:  # what a row must not see has weight 0, but 0 · NaN would be NaN
+            _multiply_seen(scores, v, self.group, diagonal, out=added)
         self.sums[strip.slice] += added
-        if self.fresh:
+        if self.fresh and not self.tame:
             self.fresh = not self.sums[:, -1].all()
 
     def _in_reach(self, scores: Floats) -> bool:
@@ -305,6 +315,13 @@ def _hidden(rows: int, keys: int, group: int, diagonal: int) -> NDArray[np.bool_
     """Where a row of a strip must not look."""
     token = np.arange(rows)[:, None] // group
     return np.arange(keys) > token + diagonal
+
+
+def _multiply_seen(scores: Floats, v: Floats, group: int, diagonal: int, out: Floats) -> None:
+    """Multiply token by token, with the values that the token sees and no others."""
+    for start in range(0, len(scores), group):
+        rows, seen = slice(start, start + group), max(0, diagonal + 1 + start // group)
+        np.matmul(scores[rows, :seen], v[:seen], out=out[rows])
 
 
 class _Scratch(threading.local):
