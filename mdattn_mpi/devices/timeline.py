@@ -1,0 +1,331 @@
+"""How long a strategy would take: its own code runs on arrays without contents, in virtual time.
+
+`trace` runs the very generators of `strategies` on a device that only notes what it is asked to do.
+`simulate` plays the notes of all ranks with measured times of the attention kernel and the rates of
+the links: a verb starts once what it reads is there and what it uses (the rank's compute engine,
+the ports of two ranks) is free. The host is taken to run ahead, as it does on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from math import prod
+from typing import Any, NamedTuple
+
+from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.partition import partition_of, token_count
+from mdattn_mpi.problem import Plan, Span
+
+HALF, SINGLE = 2, 4  # bytes of a 16-bit number and of a float32
+
+
+class Call(NamedTuple):
+    """One attention call, as a kernel sees it. `causal` means ``lower_right``."""
+
+    q_rows: int
+    kv_rows: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    causal: bool
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device does how fast.
+
+    Parameters
+    ----------
+    attend
+        Seconds of every attention call that occurs.
+    bandwidth
+        Bytes/s through a rank's port, each way.
+    latency
+        Seconds that a message takes besides.
+    memory
+        Bytes/s of merging and of copies inside the device.
+
+    """
+
+    attend: Mapping[Call, float]
+    bandwidth: float
+    latency: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Shape:
+    """An array without contents: a view of the storage numbered `storage`."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    storage: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its contents would take."""
+        return prod(self.shape) * self.itemsize
+
+    def __getitem__(self, index: Any, /) -> Shape:
+        parts = index if isinstance(index, tuple) else (index,)
+        cut = tuple(
+            len(range(*part.indices(extent)))
+            for part, extent in zip(parts, self.shape, strict=False)
+        )
+        return Shape(cut + self.shape[len(cut) :], self.itemsize, self.storage)
+
+
+class Compute(NamedTuple):
+    """Work of the rank's compute engine: one attention call, or bytes through its memory."""
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    call: Call | None
+    nbytes: int = 0
+
+
+class Parcel(NamedTuple):
+    """A message as one end posts it: `storage` is read by the sender, written by the receiver."""
+
+    peer: int
+    storage: int
+    nbytes: int
+
+
+class Exchange(NamedTuple):
+    """Messages posted together."""
+
+    sends: tuple[Parcel, ...]
+    receives: tuple[Parcel, ...]
+
+
+class Wait(NamedTuple):
+    """From here on all that an exchange received counts as there, once the last of it is."""
+
+    arrays: tuple[int, ...]
+
+
+Verb = Compute | Exchange | Wait
+
+
+@dataclass
+class Tracer:
+    """A device of one rank that notes what it is asked to do."""
+
+    rank: int
+    ranks: int
+    verbs: list[Verb] = field(default_factory=list)
+    _numbers: Any = field(default_factory=count)
+
+    def array(self, shape: tuple[int, ...], itemsize: int = HALF) -> Shape:
+        """An array of its own storage."""
+        return Shape(shape, itemsize, next(self._numbers))
+
+    def empty(self, shape: tuple[int, ...], like: Shape) -> Shape:
+        """See `protocol.Device`."""
+        return self.array(shape, like.itemsize)
+
+    def copy(self, source: Shape, target: Shape) -> None:
+        """See `protocol.Device`."""
+        self.verbs.append(
+            Compute((source.storage,), (target.storage,), None, source.nbytes + target.nbytes)
+        )
+
+    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> Exchange:
+        """See `protocol.Device`; arrival is what the simulation finds out."""
+        self.verbs.append(exchange := Exchange(_parcels(send), _parcels(receive)))
+        return exchange
+
+    def wait(self, transfer: Exchange) -> None:
+        """See `protocol.Device`."""
+        self.verbs.append(Wait(tuple(parcel.storage for parcel in transfer.receives)))
+
+    def accumulator(self, q: Shape, v_head_dim: int, scale: float) -> _Accumulator:
+        """See `protocol.Device`."""
+        rows, heads = q.shape[:2]
+        return _Accumulator(
+            q, self.array((rows, heads, v_head_dim)), self.array((rows, heads), SINGLE)
+        )
+
+    def attend(
+        self, accumulator: _Accumulator, rows: Span, k: Shape, v: Shape, causal: bool
+    ) -> None:
+        """See `protocol.Device`."""
+        if len(rows) and prod(k.shape) and accumulator.q.nbytes:
+            _, heads, dim = accumulator.q.shape
+            call = Call(len(rows), k.shape[0], heads, k.shape[1], dim, v.shape[2], causal)
+            accumulator.calls.append(rows)
+            storages = (accumulator.q.storage, k.storage, v.storage)
+            self.verbs.append(Compute(storages, (accumulator.output.storage,), call))
+
+    def finish(self, accumulator: _Accumulator) -> tuple[Shape, Shape]:
+        """See `protocol.Device`: rows with one partial result need no merge."""
+        output, lse = accumulator.output, accumulator.lse
+        row = (output.nbytes + lse.nbytes) // max(1, output.shape[0])
+        rows = sum(map(len, accumulator.calls))
+        merged = rows + output.shape[0] if rows > output.shape[0] else 0
+        writes = (output.storage, lse.storage)
+        self.verbs.append(Compute((output.storage,), writes, None, merged * row))
+        return output, lse
+
+
+@dataclass
+class _Accumulator:
+    q: Shape
+    output: Shape
+    lse: Shape
+    calls: list[Span] = field(default_factory=list)
+
+
+def _parcels(messages: Sequence[Message]) -> tuple[Parcel, ...]:
+    return tuple(
+        Parcel(message.peer, message.array.storage, message.array.nbytes)
+        for message in messages
+        if message.array.nbytes
+    )
+
+
+def trace(plan: Plan, attend: Callable[..., Any], items: int = 1) -> list[list[Verb]]:
+    """Note what each rank does for a batch of `items` alike, the next always begun ahead."""
+    owners, problem = partition_of(plan), plan.problem
+    traces = []
+    for rank in range(plan.ranks):
+        device = Tracer(rank, plan.ranks)
+        q_rows, kv_rows = token_count(owners.query[rank]), token_count(owners.kv[rank])
+
+        def begin(device: Tracer = device, q_rows: int = q_rows, kv_rows: int = kv_rows) -> Any:
+            steps = attend(
+                device,
+                plan,
+                device.array((q_rows, problem.q_heads, problem.head_dim)),
+                device.array((kv_rows, problem.kv_heads, problem.head_dim)),
+                device.array((kv_rows, problem.kv_heads, problem.v_head_dim)),
+            )
+            next(steps)
+            return steps
+
+        following = begin()
+        for item in range(items):
+            current, following = following, begin() if item + 1 < items else None
+            next(current, None)
+        traces.append(device.verbs)
+    return traces
+
+
+def calls(traces: Sequence[Sequence[Verb]]) -> set[Call]:
+    """Collect the attention calls whose times `simulate` needs."""
+    return {
+        verb.call for verbs in traces for verb in verbs if isinstance(verb, Compute) and verb.call
+    }
+
+
+@dataclass
+class _Rank:
+    """Where one rank stands in virtual time; storages are ready, or free, from a time on."""
+
+    verbs: deque[Verb]
+    clock: float = 0.0  # of the compute engine
+    out: float = 0.0  # of the ports
+    into: float = 0.0
+    ready: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    free: dict[int, float] = field(default_factory=lambda: defaultdict(float))
+    coming: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # messages not yet
+    going: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # timed, by storage
+
+
+class _Posted(NamedTuple):
+    """A message at one of its ends: what may happen there from `time` on."""
+
+    parcel: Parcel
+    time: float
+
+
+_Post = dict[tuple[int, int], tuple[deque[_Posted], deque[_Posted]]]  # by sender and receiver
+
+
+def simulate(traces: Sequence[Sequence[Verb]], rates: Rates) -> float:
+    """Play the notes of all ranks; return the seconds until the last rank has done its last verb.
+
+    Raises
+    ------
+    ValueError
+        Ranks wait for messages that nobody sends.
+
+    """
+    ranks = [_Rank(deque(verbs)) for verbs in traces]
+    posted: _Post = defaultdict(lambda: (deque(), deque()))
+    moved = True
+    while moved:
+        moved = False
+        # One verb a rank and turn, so that messages pass the ports in the order of their posting.
+        for number, rank in enumerate(ranks):
+            if not rank.verbs or _blocked(rank, rank.verbs[0]):
+                continue
+            moved = True
+            verb = rank.verbs.popleft()
+            if isinstance(verb, Compute):
+                _compute(rank, verb, rates)
+            elif isinstance(verb, Wait):
+                there = max((rank.ready[array] for array in verb.arrays), default=0.0)
+                rank.ready.update(dict.fromkeys(verb.arrays, there))
+            else:
+                _post(number, rank, verb, posted)
+        for (source, target), (sends, receives) in posted.items():
+            while sends and receives:
+                ends = ranks[source], ranks[target]
+                _deliver(*ends, sends.popleft(), receives.popleft(), rates)
+    if any(rank.verbs for rank in ranks):
+        raise ValueError("ranks wait for messages that nobody sends")
+    return max(max(rank.clock, rank.out, rank.into) for rank in ranks)
+
+
+def _blocked(rank: _Rank, verb: Verb) -> bool:
+    """Whether a verb needs an array that still comes or goes, at a time that isn't known yet."""
+    if isinstance(verb, Compute | Wait):
+        reads = verb.reads if isinstance(verb, Compute) else verb.arrays
+        return any(rank.coming[storage] for storage in reads)
+    return any(rank.coming[parcel.storage] for parcel in verb.sends) or any(
+        rank.going[parcel.storage] for parcel in verb.receives
+    )
+
+
+def _post(number: int, rank: _Rank, exchange: Exchange, posted: _Post) -> None:
+    for parcel in exchange.sends:
+        rank.going[parcel.storage] += 1
+        posted[number, parcel.peer][0].append(_Posted(parcel, rank.ready[parcel.storage]))
+    for parcel in exchange.receives:
+        rank.coming[parcel.storage] += 1
+        posted[parcel.peer, number][1].append(_Posted(parcel, rank.free[parcel.storage]))
+
+
+def _compute(rank: _Rank, verb: Compute, rates: Rates) -> None:
+    seconds = rates.attend[verb.call] if verb.call else verb.nbytes / rates.memory
+    start = max([rank.clock, *(rank.ready[storage] for storage in verb.reads)])
+    rank.clock = start + seconds
+    for storage in verb.reads:
+        rank.free[storage] = max(rank.free[storage], rank.clock)
+    for storage in verb.writes:
+        rank.ready[storage] = rank.clock
+
+
+def _deliver(source: _Rank, target: _Rank, sent: _Posted, place: _Posted, rates: Rates) -> None:
+    """Move a message once it is there and its place is free.
+
+    It passes both ports, each of which takes what comes in turn; one doesn't hold up the other.
+    """
+    start = max(sent.time, place.time)
+    nbytes, gone, got = sent.parcel.nbytes, sent.parcel.storage, place.parcel.storage
+    if source is target:
+        end = start + nbytes / (rates.memory / 2)
+    else:
+        source.out = max(source.out, start) + nbytes / rates.bandwidth
+        target.into = max(target.into, start) + nbytes / rates.bandwidth
+        end = max(source.out, target.into) + rates.latency
+    source.free[gone] = max(source.free[gone], end)
+    target.ready[got] = max(target.ready[got], end)
+    source.going[gone] -= 1
+    target.coming[got] -= 1
