@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
+EXTRAS ?= dev
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -35,7 +36,7 @@ $(VENV)/.run: $(VENV)/bin/python setup.cfg pyproject.toml
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	@$(PIP) -e .[dev]
+	@$(PIP) -e .[$(EXTRAS)]
 	@touch $@
 
 .PHONY: clean
