@@ -314,14 +314,19 @@ class Node:
             size = found.get_storage_size()
             known = kind in (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
             if single and known and size <= min(MAX_ATTRIBUTE_BYTES, self.file.size):
-                if kind == h5py.h5t.STRING and found.get_type().is_variable_str():
-                    return self._text(name)
+                text = self._text(name, found)
+                if text is not None:
+                    return text
                 value = np.empty(found.shape, found.dtype)
                 found.read(value)
                 return _plain(value.reshape(-1)[0])
         raise self.file.reject(f"{place} is neither text nor one number", "correct the attribute")
 
-    def _text(self, name: str) -> str:
+    def _text(self, name: str, attribute: Any) -> str | None:
+        """Read text of variable length, where that can be done without HDF5."""
+        stored = attribute.get_type()
+        if not isinstance(stored, h5py.h5t.TypeStringID) or not stored.is_variable_str():
+            return None
         made = self.file.id.get_create_plist()
         if made.get_sizes() != (8, 8):
             raise ValueError("its addresses don't have 8 bytes")
@@ -329,7 +334,7 @@ class Node:
         text = text_attribute(
             self.file.fd, made.get_userblock(), header, os.fsencode(name), MAX_ATTRIBUTE_BYTES
         )
-        return text.rstrip(b"\0").decode(errors="surrogateescape")
+        return None if text is None else text.rstrip(b"\0").decode(errors="surrogateescape")
 
     def attributes(self) -> dict[str, Value]:
         """Read all attributes; those that are neither text nor one number are left out."""
@@ -434,6 +439,10 @@ class Node:
             name = created.get_virtual_filename(position)
             if name != ".":
                 self.file.allowed(name, f"the virtual dataset {self.path}")
+            if "%" in name:
+                raise self.file.reject(
+                    f"the virtual dataset {self.path} names its files by a pattern", "copy the data"
+                )
 
     def _check_external(self, created: Any, count: int) -> None:
         self._no_prefix("HDF5_EXTFILE_PREFIX")

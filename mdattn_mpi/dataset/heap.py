@@ -18,8 +18,11 @@ MAX_HEADER_BYTES = 1 << 20
 MAX_BLOCKS = 64
 
 
-def text_attribute(fd: int, base: int, header: int, name: bytes, limit: int) -> bytes:
+def text_attribute(fd: int, base: int, header: int, name: bytes, limit: int) -> bytes | None:
     """Read the single text of variable length that is an attribute's value.
+
+    None when the attribute isn't in the object's header: where there are many (more than 8, by
+    HDF5's default), they are elsewhere, behind checksums.
 
     Parameters
     ----------
@@ -35,7 +38,7 @@ def text_attribute(fd: int, base: int, header: int, name: bytes, limit: int) -> 
     Raises
     ------
     ValueError
-        It isn't there, or it is damaged, or it is too long.
+        It is damaged, or too long.
 
     """
     for kind, flags, content in _messages(fd, base, header):
@@ -46,7 +49,7 @@ def text_attribute(fd: int, base: int, header: int, name: bytes, limit: int) -> 
                 if length > limit:
                     raise ValueError(f"it claims {length} bytes")
                 return _heap_object(fd, base + heap, index, limit)[:length]
-    raise ValueError("it is stored in a way that isn't supported; use text of fixed length")
+    return None
 
 
 def _read(fd: int, offset: int, count: int) -> bytes:

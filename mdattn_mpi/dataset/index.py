@@ -156,14 +156,14 @@ def find_entries(
             continue
         try:
             entries = _entries(group, name, layout, default)
-            if len(found) + len(entries) > MAX_ITEMS:
-                raise file.reject(f"has more than {MAX_ITEMS} items", "split the file")
         except RejectedError as fault:
             fault.item = shown(name)
             if any(fnmatchcase(n, p) for n in (name, f"{name}.0") for p in patterns):
                 faults.append(fault)
             continue
         found += [e for e in entries if any(fnmatchcase(e.name, p) for p in patterns)]
+        if len(found) > MAX_ITEMS:
+            raise file.reject(f"has more than {MAX_ITEMS} items", "select some, or split the file")
     _check_selection(file, patterns, names, found, faults)
     return found, faults
 
@@ -228,6 +228,8 @@ def _entries(group: Node, name: str, layout: str, default: str) -> list[Entry]:
     query = tensors["query"]
     if len(query.storage.shape) == 3:
         return [Entry(name, problem, tensors)]
+    if query.storage.shape[0] > MAX_ITEMS:
+        raise reject(f"its batch dim has more than {MAX_ITEMS} entries", "split the file")
     return [
         Entry(
             batch_item_name(name, position),

@@ -58,7 +58,7 @@ RANK_SPANS = 2  # runs of query tokens that a rank may own
 MIN_LEDGER_WIDTH = 64  # room for a resume with more ranks
 
 # What a file can make us do, at most. An honest file is far from all of these.
-MAX_ITEMS = 1_000_000
+MAX_ITEMS = 100_000
 MAX_NAME = 200
 MAX_ATTRIBUTE_BYTES = 1 << 20
 MAX_LINK_DEPTH = 16
