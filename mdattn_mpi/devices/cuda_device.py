@@ -9,8 +9,9 @@ and between GPUs while item i computes and item i-1 goes back to the host. The h
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -144,6 +145,8 @@ class CudaDevice:
         self._workspaces: dict[int, DeviceArray] = {}
         self._uploading: deque[tuple[Any, NDArray[Any]]] = deque()
         self._clock = _Clock(gpu)
+        self._giver: type = object
+        self._owed: list[Any] = []  # ends of copies that read other libraries' arrays
         self._open = True
 
     @property
@@ -200,14 +203,31 @@ class CudaDevice:
             array.storage.busy.append(end)
         return Download(found, end)
 
-    def adopt(self, array: Any) -> DeviceArray:
-        """Take an array of another library on this GPU, by DLPack; nothing is copied."""
+    def adopt(self, array: Any, *, ready: bool = False) -> DeviceArray:
+        """Take an array of another library on this GPU, by DLPack; copied only if it is strided.
+
+        Messages of a `ready` array don't wait for kernels: nothing is writing it any more.
+        """
         address, shape, strides, dtype = self._gpu.view(array, self._lanes[MAIN])
-        return DeviceArray(Storage(address, owner=array), shape, dtype, strides)
+        storage = Storage(address, owner=array)
+        storage.by_kernels = not ready
+        self._giver = type(array)
+        adopted = DeviceArray(storage, shape, dtype, strides)
+        if adopted.is_contiguous:
+            return adopted
+        own = self._empty(shape, dtype)  # messages are contiguous
+        self.copy(adopted, own)
+        return own
 
     def hand_over(self, array: DeviceArray) -> Any:
-        """Give an array to other libraries, by DLPack; nothing is copied."""
-        return self._gpu.exported(array, lambda: self._readable(array))
+        """Give an array to the library that `adopt` was last given one of; nothing is copied."""
+        exported = self._gpu.exported(array, lambda: self._readable(array))
+        return importer(self._giver)(exported)
+
+    def mark(self) -> Any:
+        """Record all kernels so far; marks give milliseconds by ``-`` once they are past."""
+        self._join()
+        return self._gpu.record(self._lanes[MAIN], timed=True)
 
     # -- messages ----------------------------------------------------------------------------------
 
@@ -226,8 +246,11 @@ class CudaDevice:
             copies = self._copies.exchange(near_out, near_in, self._readable, self._writable)
         if far_out or far_in:
             ends.append(self._exchange_far(far_out, far_in))
+        leaving = (*ends, *(copies.sent if copies else ()))
         for array in (*own, *sent):
-            array.storage.busy += (*ends, *(copies.sent if copies else ()))
+            array.storage.busy += leaving
+            if array.storage.place is None:
+                self._owed += leaving
         for array in (*kept, *received):
             # What it held is gone; nothing may read it before `wait` says when.
             storage = array.storage
@@ -320,6 +343,9 @@ class CudaDevice:
             for rows in complement(() if accumulator.running else alone, output.shape[0]):
                 self._merge(accumulator, rows, output, lse)
         self._join()
+        for event in pending(self._owed):  # who gave an array may take it back after the output
+            self._lanes[MAIN].wait(event)
+        self._owed.clear()
         self._wrote(output, lse)
         end = self._gpu.record(self._lanes[MAIN], timed=True)
         self._clock.computed(accumulator.start, end)
@@ -580,6 +606,13 @@ class _Clock:
         self._open.append((phase, starts, end))
         if len(self._open) > 256:
             self.seconds()
+
+
+def importer(kind: type) -> Callable[[Any], Any]:
+    """Find the function by which the library of `kind` takes arrays by DLPack."""
+    names = {"torch": "torch", "cupy": "cupy", "jaxlib": "jax.dlpack", "jax": "jax.dlpack"}
+    name = names.get(kind.__module__.partition(".")[0])
+    return import_module(name).from_dlpack if name else lambda exported: exported
 
 
 def key_of(

@@ -1,0 +1,248 @@
+"""Check the CUDA device on real GPUs, then time it; a short table at the end.
+
+    mpirun -n 2 python tests/gpu/run.py [check] [bench] [million] [--json FILE]
+
+Without words it checks and benches. Exit code 1 where a check fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import ml_dtypes
+import numpy as np
+
+from mdattn_mpi.backends import StrategyBackend
+from mdattn_mpi.devices.cuda import open_cuda
+from mdattn_mpi.errors import MdattnError
+from mdattn_mpi.lockstep import World, start
+from mdattn_mpi.partition import partition_of
+from mdattn_mpi.problem import AttentionProblem, Plan
+
+TABLE = (
+    (8192, 8, 8, "none"),
+    (16384, 8, 8, "none"),
+    (32768, 8, 8, "none"),
+    (131072, 8, 8, "none"),
+    (131072, 8, 8, "upper_left"),
+    (65536, 32, 8, "none"),
+    (65536, 32, 8, "upper_left"),
+)
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}  # ‖error‖ / ‖right‖, merges included
+SMALL = (
+    # q, kv tokens, q heads, kv heads, head dims
+    (333, 777, 8, 2, 128, 128),
+    (1, 513, 8, 8, 128, 128),
+    (3, 2, 4, 1, 64, 64),
+    (1000, 1000, 4, 4, 64, 128),
+    (257, 300, 4, 2, 192, 128),
+    (301, 257, 4, 4, 256, 256),
+    (2049, 2049, 6, 3, 72, 56),
+    (130, 1, 2, 2, 8, 8),
+)
+
+
+def problems() -> list[AttentionProblem]:
+    """Every mask with odd sizes, both dtypes in turn."""
+    masks = ("none", "upper_left", "lower_right")
+    return [
+        AttentionProblem(*shape, dtype, causal)  # type: ignore[arg-type]
+        for shape, (causal, dtype) in itertools.product(
+            SMALL, zip(masks, ("bfloat16", "float16", "bfloat16"), strict=True)
+        )
+    ]
+
+
+def reference(problem: AttentionProblem, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
+    """Output and LSE in float64, by PyTorch on the GPU."""
+    import torch
+
+    q, k, v = (torch.tensor(a.astype(np.float64), device="cuda") for a in (q, k, v))
+    k, v = (a.repeat_interleave(problem.group_heads, 1) for a in (k, v))
+    scores = torch.einsum("ind,jnd->nij", q, k) * problem.scale
+    if problem.diagonal is not None:
+        i = torch.arange(len(q), device="cuda")[:, None]
+        j = torch.arange(len(k), device="cuda")[None]
+        scores = scores.masked_fill(j > i + problem.diagonal, -torch.inf)
+    lse = scores.logsumexp(-1)
+    weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])
+    return torch.einsum("nij,jnd->ind", weights, v).cpu().numpy(), lse.T.cpu().numpy()
+
+
+def check(world: World, transfer: str, wanted: list[AttentionProblem]) -> int:
+    """Collective. A batch of everything through the backend's three steps; count what is wrong."""
+    backend = StrategyBackend("cuda", open_cuda(world, transfer=transfer))
+    batch = []
+    for number, (problem, strategy) in enumerate(
+        itertools.product(wanted, ("ring", "allgather", "ulysses"))
+    ):
+        random = np.random.default_rng(number)
+        shapes = (
+            (problem.q_tokens, problem.q_heads, problem.head_dim),
+            (problem.kv_tokens, problem.kv_heads, problem.head_dim),
+            (problem.kv_tokens, problem.kv_heads, problem.v_head_dim),
+        )
+        arrays = [random.standard_normal(s).astype(DTYPES[problem.dtype]) for s in shapes]
+        batch.append((backend.plan(problem, strategy, lse=True), arrays))  # type: ignore[arg-type]
+
+    def begin(plan: Plan, arrays: list[Any]) -> Any:
+        owners = partition_of(plan)
+        spans = (owners.query, owners.kv, owners.kv)
+        shards = [
+            np.concatenate([array[:0], *(array[s.slice] for s in own[world.rank])])
+            for array, own in zip(arrays, spans, strict=True)
+        ]
+        return backend.begin(plan, *shards)
+
+    downloads, running = [], begin(*batch[0])
+    for index in range(len(batch)):
+        following = begin(*batch[index + 1]) if index + 1 < len(batch) else None
+        backend.enqueue(running)
+        downloads.append(backend.collect(running))
+        running = following
+    wrong = sum(
+        _wrong(world, transfer, plan, arrays, *download.wait())
+        for (plan, arrays), download in zip(batch, downloads, strict=True)
+    )
+    if world.rank == 0:
+        print(f"{len(batch)} items at {world.size} ranks by {transfer}: {backend.timings()}")
+    backend.close()
+    return wrong
+
+
+def _wrong(world: World, transfer: str, plan: Plan, arrays: list[Any], out: Any, lse: Any) -> bool:
+    problem, own = plan.problem, partition_of(plan).query[world.rank]
+    right, right_lse = reference(problem, *arrays)
+    rows = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in own)]).astype(int)
+    right, right_lse = right[rows], right_lse[rows]
+    error = np.linalg.norm(out.astype(float) - right) / max(1e-30, np.linalg.norm(right))
+    empty = np.isneginf(right_lse)
+    good = (
+        bool(np.isfinite(out.astype(float)).all())
+        and (error < TOLERANCE[problem.dtype] or not right.any())
+        and bool((np.isneginf(lse) == empty).all())
+        and bool(np.allclose(lse[~empty], right_lse[~empty], atol=2e-3))
+    )
+    if not good:
+        print(f"WRONG, rank {world.rank}, {transfer}: {plan.strategy}: {problem}: {error:.2e}")
+    return not good
+
+
+def check_arrays_of_others(world: World) -> int:
+    """Collective. The library call on PyTorch's arrays, strided ones too."""
+    import torch
+
+    import mdattn_mpi
+
+    torch.cuda.set_device(world.local_rank)
+    problem = AttentionProblem(1200, 1200, 4, 2, 64, 64, "bfloat16", "upper_left")
+    generator = torch.Generator("cpu").manual_seed(3)
+    whole = [torch.randn(1200, heads, 64, generator=generator).bfloat16() for heads in (4, 2, 2)]
+    spans = mdattn_mpi.shard_spans(1200, world.rank, world.size)
+    own = [array[spans[0].slice].cuda() for array in whole]
+    wrong = 0
+    for _ in range(3):
+        out, lse = mdattn_mpi.attention(world.comm, *own, causal="upper_left", return_lse=True)
+        out, lse = torch.from_dlpack(out), torch.from_dlpack(lse)
+        arrays = [array.float().numpy() for array in whole]
+        right, right_lse = reference(problem, *arrays)
+        right, right_lse = right[spans[0].slice], right_lse[spans[0].slice]
+        error = np.linalg.norm(out.double().cpu().numpy() - right) / np.linalg.norm(right)
+        wrong += not (error < 4e-3 and np.allclose(lse.cpu().numpy(), right_lse, atol=2e-3))
+    if wrong:
+        print(f"WRONG, rank {world.rank}: the library on PyTorch's arrays: {error:.2e}")
+    return wrong
+
+
+def million(world: World) -> int:
+    """Collective. One item of 2²⁰ tokens by `ring`: sampled rows against float64, peak memory."""
+    import torch
+
+    from mdattn_mpi.cli.bench_attention_cuda import Inputs
+    from mdattn_mpi.strategies import STRATEGIES
+
+    device = open_cuda(world)
+    problem = AttentionProblem(1 << 20, 1 << 20, 8, 8, 128, 128)
+    plan = Plan(problem, "ring", world.size)
+    inputs = Inputs(problem, seed=5)
+    own = partition_of(plan).query[world.rank]
+    shards = [
+        array.cpu().view(torch.uint16).numpy() for array in inputs.shards(plan, world.rank)[0]
+    ]
+    arrays = [device.upload(array.view(ml_dtypes.bfloat16)) for array in shards]
+    world.barrier()
+    begin = time.perf_counter()
+    steps = STRATEGIES["ring"](device, plan, *arrays)
+    next(steps)
+    try:
+        next(steps)
+    except StopIteration as end:
+        out, lse = end.value
+    device.mark().sync()
+    taken = time.perf_counter() - begin
+    del arrays, steps
+    host = device.download(out, lse).wait()[0]
+    error = inputs.error(torch.tensor(host.view(np.uint16)).view(torch.bfloat16), own)
+    needed = 6 * out.nbytes  # query, key, value, output, and the second key and value
+    print(
+        f"rank {world.rank}: 1048576 tokens, 8/8, ring: {taken:.2f} s "
+        f"({problem.flops / taken / world.size / 1e12:.0f} TFLOP/s a GPU), error {error:.2e}, "
+        f"peak {device.memory.peak / 2**30:.2f} GiB, "
+        f"{device.memory.peak / needed:.2f} of its shards and buffers"
+    )
+    device.close()
+    return int(not error < 4e-3)
+
+
+def main() -> int:
+    """Do what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("what", nargs="*", default=["check", "bench"])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--transfer", default="auto")
+    parser.add_argument("--rows", default="", help="rows of the table to bench, as 0,3,4")
+    parser.add_argument("--no-rivals", dest="rivals", action="store_false")
+    parser.add_argument("--json", default="")
+    arguments = parser.parse_args()
+    world, wrong = start(), 0
+    if "check" in arguments.what:
+        begin = time.perf_counter()
+        for transfer in ("copy", "nccl") if world.size > 1 else ("auto",):
+            wrong += check(world, transfer, problems() if transfer != "nccl" else problems()[::5])
+        wrong += check_arrays_of_others(world)
+        print(f"rank {world.rank}: {wrong} wrong, {time.perf_counter() - begin:.1f} s", flush=True)
+    if "million" in arguments.what:
+        wrong += million(world)
+    if "bench" in arguments.what:
+        from mdattn_mpi.cli import bench_attention_cuda as bench
+
+        rows = [int(row) for row in arguments.rows.split(",") if row] or range(len(TABLE))
+        table = [TABLE[row] for row in rows]
+        todo = [AttentionProblem(s, s, q, kv, 128, 128, "bfloat16", m) for s, q, kv, m in table]  # type: ignore[arg-type]
+        arguments.json = bool(arguments.json)
+        bench.main(world, todo, arguments)
+    gathered = world.gather_bytes(json.dumps(wrong).encode())
+    total = json.loads(
+        world.bcast_bytes(
+            json.dumps(sum(map(json.loads, gathered or []))).encode() if gathered else None
+        )
+    )
+    world.end()
+    return int(total > 0)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except MdattnError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise
