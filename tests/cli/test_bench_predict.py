@@ -1,0 +1,48 @@
+"""``mdattn bench predict`` from a file of kernel times, without measuring anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mdattn_mpi.devices.timeline import Call, calls, trace
+from mdattn_mpi.problem import AttentionProblem, Plan
+from mdattn_mpi.strategies import STRATEGIES
+from tests.support.mpirun import mpirun
+
+
+def kernels(path: Path, tokens: int, ranks: int, bandwidth: float) -> None:
+    """Times of an engine that does a query–key pair of a head in 0.1 ns."""
+    found: set[Call] = set()
+    problem = AttentionProblem(tokens, tokens, 8, 8, 128, 128)
+    for count in (1, ranks):
+        for name, attend in STRATEGIES.items():
+            found |= calls(trace(Plan(problem, name, count), attend))
+    times = [{"call": c, "seconds": c.q_rows * c.kv_rows * c.q_heads * 1e-10} for c in found]
+    rates = {"bandwidth": bandwidth, "latency": 0.0, "memory": 1e15}
+    path.write_text(json.dumps({"attend": times, **rates}))
+
+
+@pytest.mark.parametrize("bandwidth", [1e15, 1e10])
+def test_shares_follow_from_the_file(bandwidth: float, tmp_path: Path) -> None:
+    path, tokens, ranks = tmp_path / "kernels.json", 2048, 4
+    kernels(path, tokens, ranks, bandwidth)
+    before = path.read_bytes()
+    options = f"--ranks {ranks} --lengths {tokens} --causal none --json".split()
+    done = mpirun(
+        1, ["-m", "mdattn_mpi", "bench", "predict", "--kernels", str(path), *options], check=True
+    )
+    assert path.read_bytes() == before
+    rows = {row["strategy"]: row for row in json.loads(done.stdout)["rows"]}
+    compute = tokens * tokens * 8 * 1e-10
+    gather = 3 * (tokens // ranks) * 8 * 256 * 2 / bandwidth
+    assert rows["allgather"]["seconds"] == pytest.approx(compute / ranks + gather, rel=1e-4)
+    hops = max(compute / ranks**2, gather / 3)
+    assert rows["ring"]["seconds"] == pytest.approx(3 * hops + compute / ranks**2, rel=1e-4)
+    assert all(row["alone_seconds"] == pytest.approx(compute, rel=1e-6) for row in rows.values())
+    if bandwidth == 1e15:
+        assert all(row["share"] == pytest.approx(1, rel=1e-3) for row in rows.values())
+    else:
+        assert rows["allgather"]["batch_share"] > rows["allgather"]["share"]
