@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -106,35 +103,6 @@ class CpuDevice(HostDevice):
                     yield message, data[start : start + PIECE]
 
 
-class Place(NamedTuple):
-    """What a rank may use of its node, and who else may use it."""
-
-    host: str
-    cores: tuple[int, ...]
-    ranks: int  # of the job on this host, in this group or another
-
-    @classmethod
-    def here(cls, group: Group) -> Place:
-        """The place of this rank."""
-        return cls(platform.node(), tuple(sorted(os.sched_getaffinity(0))), group.local_size)
-
-    def share(self, group: Sequence[Place]) -> int:
-        """How many cores are this rank's own, given the places of all ranks of its group.
-
-        A rank that the launcher bound has its cores to itself; others divide theirs equally among
-        all ranks that may run on the same ones. Groups on one host are taken to be alike.
-        """
-        neighbours = [place for place in group if place.host == self.host]
-        rivals = sum(place.cores == self.cores for place in neighbours)
-        return max(1, len(self.cores) * len(neighbours) // (rivals * max(1, self.ranks)))
-
-
 def open_cpu(group: Group, threads: int = 0) -> CpuDevice:
-    """Collective. Open this rank's CPU: `threads`, or its share of the cores that it may use."""
-    gathered = group.gather_bytes(json.dumps(Place.here(group)).encode())
-    together = group.bcast_bytes(b"\n".join(gathered) if gathered is not None else None)
-    places = [
-        Place(host, tuple(cores), ranks)
-        for host, cores, ranks in map(json.loads, together.splitlines())
-    ]
-    return CpuDevice(group.comm, threads or places[group.rank].share(places))
+    """Open the CPU of this rank: `threads`, or its share of the node's cores."""
+    return CpuDevice(group.comm, threads or group.cores)

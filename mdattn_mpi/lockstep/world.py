@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import cast
 
@@ -43,6 +44,8 @@ class Group:
     ----------
     local_rank, local_size
         Which of how many ranks of the job on this node, whatever group they work in.
+    cores
+        How many of the node's cores are this rank's own.
 
     """
 
@@ -52,7 +55,7 @@ class Group:
         self.board = board or current_board()
         self.rank: int = comm.rank
         self.size: int = comm.size
-        self.local_rank, self.local_size = 0, 1
+        self.local_rank, self.local_size, self.cores = 0, 1, 1
         self._ballot = Ballot(self)
 
     @property
@@ -129,6 +132,7 @@ class Group:
         self.board.identify(group=color)
         group = Group(cast(MPI.Intracomm, self.comm.Split(color, key)), self.board)
         group.local_rank, group.local_size = self.local_rank, self.local_size
+        group.cores = self.cores
         return group
 
     def free(self) -> None:
@@ -154,19 +158,21 @@ class World(Group):
     def __init__(self, comm: MPI.Intracomm, launched: Launcher, board: Board) -> None:
         super().__init__(comm, board)
         self.hostname = os.uname().nodename
-        self.nodes = self._gather_nodes()
+        self.nodes = self._tell(os.environ.get("SLURMD_NODENAME") or self.hostname)
         self.local_rank, self.local_size = launched.local_rank, launched.local_size
         # Not MPI's split by shared memory: under srun Open MPI finds every rank alone there.
         if self.local_rank < 0:
             self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
         if self.local_size < 0:
             self.local_size = self.nodes.count(self.nodes[self.rank])
+        allowed = sorted(os.sched_getaffinity(0))
+        self.cores = share_of_cores(self._tell(" ".join(map(str, allowed))), self.nodes, self.rank)
         self.job = int.from_bytes(self.bcast_bytes(secrets.token_bytes(8)), "little")
         board.identify(job=self.job, rank=self.rank, size=self.size)
 
-    def _gather_nodes(self) -> tuple[str, ...]:
-        name = os.environ.get("SLURMD_NODENAME") or self.hostname
-        gathered = self.gather_bytes(name.encode())
+    def _tell(self, text: str) -> tuple[str, ...]:
+        """Collective. Every rank's line of `text`, in rank order."""
+        gathered = self.gather_bytes(text.encode())
         together = b"\n".join(gathered) if gathered is not None else None
         return tuple(self.bcast_bytes(together).decode().split("\n"))
 
@@ -211,12 +217,38 @@ def start() -> World:
     return World(MPI.COMM_WORLD, launched, board)
 
 
+def share_of_cores(allowed: Sequence[str], nodes: Sequence[str], rank: int) -> int:
+    """Count the cores that are a rank's own.
+
+    A rank that its launcher bound to some cores has them to itself; others divide theirs equally
+    among all ranks that may run on the same ones.
+
+    Parameters
+    ----------
+    allowed
+        The cores that each rank may use, with blanks between.
+    nodes
+        Each rank's node.
+    rank
+        Whose cores.
+
+    """
+    rivals = list(zip(nodes, allowed, strict=True)).count((nodes[rank], allowed[rank]))
+    return max(1, len(allowed[rank].split()) // rivals)
+
+
 def leave(board: Board) -> None:
     """Collective. Finalize MPI, if that is still to be done."""
     if MPI.Is_initialized() and not MPI.Is_finalized():
         board.enter("end")
         MPI.Finalize()
     board.end()
+
+
+def mpi_library() -> tuple[str, bool]:
+    """Name and version of the MPI library, and whether several threads may call it."""
+    name = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0 ")
+    return " ".join(name.split()), MPI.Query_thread() == MPI.THREAD_MULTIPLE
 
 
 def _mismatch(launched: Launcher) -> RejectedError:
