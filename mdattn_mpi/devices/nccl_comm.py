@@ -82,6 +82,13 @@ class NcclComm:
         raw.group_end()
         self._settle("exchange")
 
+    def all_reduce(self, source: int, target: int, count: int, stream: int) -> None:
+        """Collective. Sum `count` values of ``int64`` over all ranks, on a stream."""
+        int64, total = int(self._nccl.INT64), int(self._nccl.SUM)
+        comm = self._raw.Comm(self.ptr)
+        self._raw.all_reduce(source, target, count, int64, total, comm, stream)
+        self._settle("all-reduce")
+
     def check(self) -> None:
         """Raise what has gone wrong since."""
         state = self._comm.get_async_error()

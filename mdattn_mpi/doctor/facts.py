@@ -1,0 +1,96 @@
+"""What a rank knows about itself and its node, without asking any other rank."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from mdattn_mpi.doctor.gpus import gpu_facts
+from mdattn_mpi.doctor.storage import folder_facts
+
+PACKAGES = (
+    "mdattn_mpi", "mpi4py", "numpy", "h5py", "ml_dtypes", "nccl4py", "cuda-core", "cuda-bindings",
+    "nvidia-cudnn-frontend", "tensorrt", "tensorrt-rtx",
+)  # fmt: skip
+# What changes how ranks talk; a node that has another value than the rest is suspect.
+SETTINGS = (
+    "NCCL_", "UCX_", "FI_", "MPIR_CVAR_", "HDF5_", "CUDA_", "OMP_NUM_THREADS", "OMPI_MCA_btl",
+    "OMPI_MCA_pml", "OMPI_MCA_mtl", "OMPI_MCA_coll",
+)  # fmt: skip
+INFINIBAND = Path("/sys/class/infiniband")
+
+
+def gather_facts(folder: str) -> dict[str, Any]:
+    """Everything that the local checks need, as JSON can hold it."""
+    return {
+        "host": os.uname().nodename,
+        "kernel": platform.release(),
+        "python": f"{platform.python_version()} ({sys.prefix})",
+        "packages": {name: found for name in PACKAGES if (found := package(name))},
+        "cores": sorted(os.sched_getaffinity(0)),
+        "all_cores": os.cpu_count(),
+        "limits": {
+            "memlock": limit(resource.RLIMIT_MEMLOCK),
+            "nofile": limit(resource.RLIMIT_NOFILE),
+            "stack": limit(resource.RLIMIT_STACK),
+        },
+        "shm": space("/dev/shm"),
+        "infiniband": sorted(os.listdir(INFINIBAND)) if INFINIBAND.is_dir() else [],
+        "interfaces": sorted(os.listdir("/sys/class/net")),
+        "settings": settings(os.environ),
+        "slurm": {name: os.environ[name] for name in SLURM if name in os.environ},
+        "nccl": nccl_libraries(os.environ),
+        "gpus": gpu_facts(),
+        "folder": folder_facts(folder),
+    }
+
+
+SLURM = ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_GPUS_PER_TASK", "SLURM_JOB_ID")
+
+
+def package(name: str) -> str:
+    """Version of an installed package, or nothing."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return ""
+
+
+def limit(which: int) -> int:
+    """A soft limit; -1 for none."""
+    soft, _ = resource.getrlimit(which)
+    return -1 if soft == resource.RLIM_INFINITY else soft
+
+
+def space(path: str) -> dict[str, int]:
+    """Bytes in all, and free for us, of the file system at `path`; empty if it isn't there."""
+    try:
+        found = os.statvfs(path)
+    except OSError:
+        return {}
+    return {"size": found.f_blocks * found.f_frsize, "free": found.f_bavail * found.f_frsize}
+
+
+def settings(environment: Mapping[str, str]) -> dict[str, str]:
+    """Variables that steer the libraries."""
+    return {name: value for name, value in environment.items() if name.startswith(SETTINGS)}
+
+
+def nccl_libraries(environment: Mapping[str, str]) -> list[str]:
+    """Every libnccl that the loader or Python could find here, first come first."""
+    folders = [Path(part) for part in environment.get("LD_LIBRARY_PATH", "").split(":") if part]
+    for root in sys.path:
+        folders += sorted(Path(root).glob("nvidia/nccl*/lib")) if root else []
+    folders += [Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"), Path("/usr/local/lib")]
+    found: dict[str, None] = {}
+    for folder in folders:
+        for name in ("libnccl.so.2", "libnccl.so"):
+            if (folder / name).exists():
+                found[str((folder / name).resolve())] = None
+    return list(found)
