@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from cuda.bindings import driver as cu
 from cuda.core import (
-    Buffer,
     Device,
     EventOptions,
     LaunchConfig,
@@ -25,6 +24,7 @@ from cuda.core.utils import StridedMemoryView
 
 from mdattn_mpi.devices.cuda_memory import DeviceArray, contiguous_strides
 from mdattn_mpi.devices.cuda_merge import SOURCE, MergeCall
+from mdattn_mpi.devices.dlpack import capsule
 from mdattn_mpi.errors import DeviceError, RejectedError
 
 Strides = tuple[int, ...]
@@ -215,9 +215,9 @@ class Exported:
             else:
                 self._gpu.adopt(stream).wait(event)
         array = self._array
-        buffer = Buffer.from_handle(array.address, array.nbytes, owner=array)
-        view = StridedMemoryView.from_buffer(buffer, array.shape, array.strides, dtype=array.dtype)
-        return view.__dlpack__(stream=-1, **options)
+        return capsule(
+            array.address, array.shape, array.strides, array.dtype, self._gpu.ordinal, array
+        )
 
 
 def _argument(value: int) -> Any:
