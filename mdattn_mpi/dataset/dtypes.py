@@ -7,6 +7,7 @@ that describes itself (`h5dump` prints values, any h5py reads float32), ``uint16
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import h5py
@@ -66,7 +67,7 @@ def hdf5_type(dtype: DTypeName, encoding: Encoding = "float") -> Any:
     return bfloat16_type()
 
 
-def stored_as(hdf5: Any, dtype_attribute: str) -> Stored | str:
+def stored_as(hdf5: Any, dtype_attribute: Callable[[], str] = str) -> Stored | str:
     """Recognise an HDF5 type as BF16 or FP16, or say what it is instead.
 
     Parameters
@@ -74,7 +75,8 @@ def stored_as(hdf5: Any, dtype_attribute: str) -> Stored | str:
     hdf5
         The type of the dataset, as h5py's low-level object.
     dtype_attribute
-        The dataset's attribute ``dtype``; empty when there is none.
+        Gives the dataset's attribute ``dtype``, empty when there is none; asked for only where it
+        matters.
 
     """
     kind, size = hdf5.get_class(), hdf5.get_size()
@@ -90,11 +92,12 @@ def stored_as(hdf5: Any, dtype_attribute: str) -> Stored | str:
             return f"a 16-bit float of fields {seen.fields} and bias {seen.bias}"
         return Stored(_FIELDS[seen], "float", hdf5.get_order() == h5py.h5t.ORDER_LE)
     if kind == h5py.h5t.INTEGER and size == 2:
-        if dtype_attribute != "bfloat16":
-            named = f"dtype={dtype_attribute!r}" if dtype_attribute else "no attribute dtype"
+        said = dtype_attribute()
+        if said != "bfloat16":
+            named = f"dtype={said!r}" if said else "no attribute dtype"
             return f"a 16-bit integer with {named}"
         return Stored("bfloat16", "uint16", hdf5.get_order() == h5py.h5t.ORDER_LE)
-    if kind == h5py.h5t.OPAQUE and size == 2 and dtype_attribute in ("", "bfloat16"):
+    if kind == h5py.h5t.OPAQUE and size == 2 and dtype_attribute() in ("", "bfloat16"):
         return Stored("bfloat16", "opaque")
     name = _CLASS_NAMES.get(kind, "an unknown type")
     return f"{name} of {size} bytes"

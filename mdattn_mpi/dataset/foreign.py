@@ -202,9 +202,8 @@ def _children(node: Node, names: Sequence[str]) -> list[Node]:
 def _hdf5_tensor(node: Node) -> ForeignTensor | None:
     try:
         storage = node.storage()
-        attribute = str(node.attribute("dtype") or "")
         with node.file.guard(node.path):
-            stored = stored_as(node.id.get_type(), attribute)
+            stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
             dtype = node.id.get_type().dtype if isinstance(stored, str) else NUMPY[stored.dtype]
     except RejectedError as fault:
         return ForeignTensor((), np.dtype("f2"), lambda _: np.zeros(0), fault)

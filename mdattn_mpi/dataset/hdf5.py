@@ -273,12 +273,12 @@ class Node:
             raise self.file.reject(f"links at {shown(path)} go round in circles", _DAMAGED)
         key = os.fsencode(name)
         with self.file.guard(path):
-            if not self.is_group or key not in self.id:
+            kind = self._link_type(key)
+            if kind is None:
                 return None
-            kind = self.id.links.get_info(key).type
             if kind == h5py.h5l.TYPE_HARD:
                 return Node(self.file, h5py.h5o.open(self.id, key), path)
-            target = self.id.links.get_val(key) if kind != h5py.h5l.TYPE_HARD else None
+            target = self.id.links.get_val(key)
         if kind == h5py.h5l.TYPE_SOFT and isinstance(target, bytes):
             start = self.file.root if target.startswith(b"/") else self
             return start.walk(os.fsdecode(target), depth + 1)
@@ -286,6 +286,17 @@ class Node:
             other = self.file.linked(os.fsdecode(target[0]), f"the external link {shown(path)}")
             return other.root.walk(os.fsdecode(target[1]), depth + 1)
         raise self.file.reject(f"{shown(path)} is a link of an unknown kind", "copy the data")
+
+    def _link_type(self, key: bytes) -> int | None:
+        """Of which kind a link is; None where there is none."""
+        if not self.is_group:
+            return None
+        try:
+            return int(self.id.links.get_info(key).type)
+        except Exception:
+            if key in self.id:
+                raise
+            return None
 
     def walk(self, path: str, depth: int = 0) -> Node | None:
         """Open what `path` leads to from here, one component at a time."""
@@ -321,6 +332,18 @@ class Node:
                 found.read(value)
                 return _plain(value.reshape(-1)[0])
         raise self.file.reject(f"{place} is neither text nor one number", "correct the attribute")
+
+    def numbers(self, name: str, count: int) -> tuple[int, ...] | None:
+        """Read an attribute of `count` integers; None where there is none of that kind."""
+        with self.file.guard(f"attribute {name} of {self.path}"):
+            if not h5py.h5a.exists(self.id, os.fsencode(name)):
+                return None
+            found = h5py.h5a.open(self.id, os.fsencode(name))
+            if found.shape != (count,) or found.dtype.kind not in "iu":
+                return None
+            values = np.empty(count, found.dtype)
+            found.read(values)
+            return tuple(int(value) for value in values)
 
     def _text(self, name: str, attribute: Any) -> str | None:
         """Read text of variable length, where that can be done without HDF5."""

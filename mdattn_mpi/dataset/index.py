@@ -223,7 +223,11 @@ def _entries(group: Node, name: str, layout: str, default: str) -> list[Entry]:
     chosen = str(item.attribute("layout") or default) if layout == "auto" else layout
     if chosen not in LAYOUTS:
         raise reject(f"layout is {shown(chosen)!r}", f"use {' or '.join(LAYOUTS)}")
-    tensors = {tensor: _tensor(item, tensor, chosen) for tensor in TENSORS}
+    crc32s = item.numbers("crc32", len(TENSORS)) or (None,) * len(TENSORS)
+    tensors = {
+        tensor: _tensor(item, tensor, chosen, crc32)
+        for tensor, crc32 in zip(TENSORS, crc32s, strict=True)
+    }
     problem = _problem(item, tensors)
     query = tensors["query"]
     if len(query.storage.shape) == 3:
@@ -240,7 +244,7 @@ def _entries(group: Node, name: str, layout: str, default: str) -> list[Entry]:
     ]
 
 
-def _tensor(item: Node, tensor: Tensor, layout: str) -> TensorData:
+def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> TensorData:
     reject = item.file.reject
     node = item.child(tensor)
     if node is None or not node.is_dataset:
@@ -252,7 +256,7 @@ def _tensor(item: Node, tensor: Tensor, layout: str) -> TensorData:
             "use [S, N, H], or [B, S, N, H] for B items",
         )
     with node.file.guard(node.path):
-        stored = stored_as(node.id.get_type(), str(node.attribute("dtype") or ""))
+        stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
     if isinstance(stored, str):
         raise reject(
             f"{tensor} holds {stored}; only BF16 and FP16 can be read",
@@ -262,7 +266,6 @@ def _tensor(item: Node, tensor: Tensor, layout: str) -> TensorData:
         raise reject(f"{tensor} is big-endian", "rewrite it with `mdattn convert`")
     first, second, head_dim = storage.shape[-3:]
     tokens, heads = (first, second) if layout == "token_major" else (second, first)
-    crc32 = node.attribute("crc32")
     return TensorData(
         tokens,
         heads,
@@ -271,7 +274,7 @@ def _tensor(item: Node, tensor: Tensor, layout: str) -> TensorData:
         stored,
         storage,
         node,
-        crc32=crc32 if isinstance(crc32, int) else None,
+        crc32=crc32,
     )
 
 

@@ -6,8 +6,8 @@ lines.
 Dataset (input)::
 
     /                     format = "mdattn-dataset", version = 1
-    /items/<name>/query   [Sq, Nq, H]     [causal, scale, layout]: attributes of the item, optional
-    /items/<name>/key     [Skv, Nkv, H]
+    /items/<name>/query   [Sq, Nq, H]     attributes of the item, all optional: causal, scale,
+    /items/<name>/key     [Skv, Nkv, H]   layout, crc32 (of the bytes of the three)
     /items/<name>/value   [Skv, Nkv, Hv]
 
 With a leading batch dim, ``[B, S, N, H]``, the item stands for B items ``<name>.0``, ``<name>.1``
@@ -15,8 +15,8 @@ and so on. With ``layout = "head_major"`` (of the item, or of the file) tensors 
 
 Output::
 
-    /                     format = "mdattn-output", version = 1, complete provenance
-    /items/<name>/output  [Sq, Nq, Hv]    index, and the problem: attributes of the item
+    /                     format = "mdattn-output", version = 1, and provenance
+    /items/<name>/output  [Sq, Nq, Hv]    attributes of the item: index, problem (JSON)
     /items/<name>/lse     [Sq, Nq]        float32, optional
     /ledger/state         [items]         uint8: 0 todo, 1 done, 2 failed
     /ledger/crc32         [items, width]  uint32: of each rank's shard, output spans then LSE spans

@@ -181,17 +181,20 @@ def _entry(
 
     A flipped bit can't turn an item into a finished one: that has checksums and spans as well.
     """
+    if state == STATES.index("todo"):
+        return Entry("todo")
     if state == STATES.index("failed"):
         return Entry("failed", reason=reason.decode(errors="replace"))
+    damaged = Entry("todo", reason="its entry in the ledger is damaged")
     known = state == STATES.index("done") and strategy < len(STRATEGIES)
     if not known or not 1 <= ranks <= len(crc32) or not crc32[:ranks].any():
-        return Entry("todo")
+        return damaged
     shards = tuple(
         tuple(Span(int(start), int(stop)) for start, stop in runs if stop > start)
         for runs in spans[:ranks]
     )
     if not _cover(sorted(chain(*shards)), tokens):
-        return Entry("todo")
+        return damaged
     return Entry("done", STRATEGIES[strategy], tuple(int(crc) for crc in crc32[:ranks]), shards)
 
 

@@ -62,7 +62,10 @@ class DatasetWriter:
         for (name, tensor), place in self._places.items():
             if place.at != place.stop:
                 raise ValueError(f"{name}/{tensor} lacks {place.stop - place.at} bytes")
-            put_attributes(place.group[tensor].id, {"crc32": place.crc32})
+        for name in dict.fromkeys(name for name, _ in self._places):
+            places = [self._places[name, tensor] for tensor in TENSORS]
+            crc32s = np.array([place.crc32 for place in places], "<u4")
+            put_attributes(places[0].group.id, {"crc32": crc32s})
 
 
 @contextmanager

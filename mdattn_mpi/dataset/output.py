@@ -6,10 +6,11 @@ Opening it asks HDF5 for the offsets; from then on the file is bytes at known pl
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import prod
 from typing import Any, Literal
 
@@ -40,6 +41,7 @@ Result = Literal["output", "lse"]
 
 # Options that a resumed job may change when its user says so.
 CHANGEABLE = ("strategy", "backend", "ranks", "group_size", "transfer", "engine")
+_ANEW = "start anew: --overwrite"
 BLOCK_BYTES = 8 << 20  # checksum and write go over the same block while it is in the cache
 
 
@@ -60,6 +62,13 @@ class Region:
     def stop(self) -> int:
         """Where it ends in the file."""
         return self.offset + prod(self.shape) * self.dtype.itemsize
+
+    def check(self, spans: Sequence[Span]) -> int:
+        """Count the tokens of `spans`; all of them must be here."""
+        for span in spans:
+            if not 0 <= span.start <= span.stop <= self.shape[0]:
+                raise ValueError(f"{span} is not within {self.shape[0]}")
+        return sum(len(span) for span in spans)
 
 
 class Output:
@@ -187,7 +196,7 @@ class Output:
 
         """
         checksum = 0
-        for result, array in self._results(item, out, lse):
+        for result, array in self._results(item, spans, out, lse):
             region = self._region(item, result)
             done = 0
             for span in spans:
@@ -197,12 +206,24 @@ class Output:
                 done += len(span)
         return checksum
 
-    def _results(self, item: Item, out: Array, lse: Array | None) -> list[tuple[Result, Array]]:
-        if not self.lse:
-            return [("output", np.ascontiguousarray(out))]
-        if lse is None:
+    def _results(
+        self, item: Item, spans: Sequence[Span], out: Array, lse: Array | None
+    ) -> list[tuple[Result, Array]]:
+        """Pair what was given with what the file has room for; contiguous, and of its shape."""
+        if self.lse and lse is None:
             raise ValueError(f"item {item.name!r}: this output has room for lse, none was given")
-        return [("output", np.ascontiguousarray(out)), ("lse", np.ascontiguousarray(lse))]
+        given: list[tuple[Result, Array]] = [("output", out)]
+        if self.lse and lse is not None:
+            given.append(("lse", lse))
+        for result, array in given:
+            region = self._region(item, result)
+            shape = (region.check(spans), *region.shape[1:])
+            if array.shape != shape or array.dtype != region.dtype:
+                raise ValueError(
+                    f"item {item.name!r}: {result} is {array.dtype}{list(array.shape)}, "
+                    f"want {region.dtype}{list(shape)}"
+                )
+        return [(result, np.ascontiguousarray(array)) for result, array in given]
 
     def _write_block(self, item: Item, offset: int, data: Array, checksum: int) -> int:
         try:
@@ -230,11 +251,9 @@ class Output:
         """
         region = self._region(item, result)
         spans = (Span(0, region.shape[0]),) if spans is None else spans
-        array = np.empty((sum(map(len, spans)), *region.shape[1:]), region.dtype)
+        array = np.empty((region.check(spans), *region.shape[1:]), region.dtype)
         done = 0
         for span in spans:
-            if not 0 <= span.start <= span.stop <= region.shape[0]:
-                raise ValueError(f"{span} is not within {region.shape[0]}")
             start = region.offset + span.start * region.token_bytes
             try:
                 read_exactly(self._fd, start, array[done : done + len(span)])
@@ -335,15 +354,15 @@ def _contents(root: Node, fd: int) -> _Contents:
     reject = root.file.reject
     group, book = root.child(ITEMS), root.child(LEDGER)
     if group is None or book is None:
-        raise reject(f"has no group /{ITEMS} or no group /{LEDGER}", "start anew: --overwrite")
+        raise reject(f"has no group /{ITEMS} or no group /{LEDGER}", _ANEW)
     found = [_item(group, name) for name in group.names(MAX_ITEMS)]
     found.sort(key=lambda pair: pair[0].index)
     items = tuple(item for item, _ in found)
     regions = [results for _, results in found]
     if [item.index for item in items] != list(range(len(items))):
-        raise reject("its items aren't numbered 0, 1, 2, …", "start anew: --overwrite")
+        raise reject("its items aren't numbered 0, 1, 2, …", _ANEW)
     if len({len(results) for results in regions}) > 1:
-        raise reject("some of its items have an lse and some don't", "start anew: --overwrite")
+        raise reject("some of its items have an lse and some don't", _ANEW)
     ledger_regions = _ledger_regions(book, len(items))
     _check_apart(
         root, [*ledger_regions.values(), *(r for found in regions for r in found.values())]
@@ -364,18 +383,14 @@ def _item(group: Node, name: str) -> tuple[Item, dict[Result, Region]]:
     fault = item_name_fault(name)
     node = group.child(name) if not fault else None
     if node is None:
-        raise reject(f"item {shown(name)!r}: its name {fault or 'leads nowhere'}", "start anew")
-    values = node.attributes()
-    wanted = [field.name for field in fields(AttentionProblem)]
-    if any(key not in values for key in ("index", *wanted)):
-        raise reject(f"item {name!r} lacks attributes", "start anew: --overwrite")
+        raise reject(f"item {shown(name)!r}: its name {fault or 'leads nowhere'}", _ANEW)
+    index, text = node.attribute("index"), node.attribute("problem")
     try:
-        problem = AttentionProblem(**{key: values[key] for key in wanted})  # type: ignore[arg-type]
-    except (RejectedError, TypeError) as error:
-        raise reject(f"item {name!r}: {error}", "start anew: --overwrite") from None
-    index = values["index"]
+        problem = AttentionProblem(**json.loads(str(text)))
+    except (RejectedError, TypeError, ValueError) as error:
+        raise reject(f"item {name!r}: its problem is {shown(str(text))} ({error})", _ANEW) from None
     if not isinstance(index, int):
-        raise reject(f"item {name!r}: index is {index!r}", "start anew: --overwrite")
+        raise reject(f"item {name!r}: index is {index!r}", _ANEW)
     shape = (problem.q_tokens, problem.q_heads, problem.v_head_dim)
     results: dict[Result, Region] = {"output": _region(node, "output", shape, NUMPY[problem.dtype])}
     if node.child("lse") is not None:
@@ -402,18 +417,18 @@ def _region(parent: Node, name: str, shape: tuple[int, ...], dtype: np.dtype[Any
     reject = parent.file.reject
     node = parent.child(name)
     if node is None or not node.is_dataset or node.file is not parent.file:
-        raise reject(f"{parent.path} has no dataset {name!r}", "start anew: --overwrite")
+        raise reject(f"{parent.path} has no dataset {name!r}", _ANEW)
     storage = node.storage()
     with node.file.guard(node.path):
         stored = node.id.get_type()
-        found = stored_as(stored, "")
+        found = stored_as(stored)
         name_of = found if isinstance(found, str) else found.dtype
         same = name_of == dtype.name or (isinstance(found, str) and stored.dtype == dtype)
     if storage.offset is None or storage.shape != shape or not same:
         raise reject(
             f"{node.path} is {name_of} {list(storage.shape)}, {storage}; "
             f"want {dtype.name} {list(shape)}, contiguous",
-            "start anew: --overwrite",
+            _ANEW,
         )
     return Region(storage.offset, shape, dtype)
 
@@ -423,5 +438,5 @@ def _check_apart(root: Node, regions: Sequence[Region]) -> None:
     end = 0
     for region in sorted(regions, key=lambda region: region.offset):
         if region.offset < end:
-            raise root.file.reject("two of its datasets overlap", "start anew: --overwrite")
+            raise root.file.reject("two of its datasets overlap", _ANEW)
         end = region.stop

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -71,7 +72,7 @@ def create_output(
         for index, item in enumerate(items):
             problem = item.problem
             folder = group.create_group(item.name)
-            put_attributes(folder.id, {"index": index, **asdict(problem)})
+            put_attributes(folder.id, {"index": index, "problem": json.dumps(asdict(problem))})
             shape = (problem.q_tokens, problem.q_heads, problem.v_head_dim)
             allocate(folder, "output", shape, hdf5_type(problem.dtype))
             if lse:
@@ -200,7 +201,7 @@ def allocate(group: Any, name: str, shape: tuple[int, ...], stored: Any) -> int:
     return offset
 
 
-def put_attributes(target: Any, attributes: Mapping[str, Value]) -> None:
+def put_attributes(target: Any, attributes: Mapping[str, Value | np.ndarray[Any, Any]]) -> None:
     """Write attributes of an HDF5 object; text with its length fixed, in UTF-8.
 
     Text of variable length would lie in a heap that carries no checksum.
@@ -215,5 +216,7 @@ def put_attributes(target: Any, attributes: Mapping[str, Value]) -> None:
         else:
             data = np.asarray(value)
             stored = h5py.h5t.py_create(data.dtype)
-        made = h5py.h5a.create(target, name.encode(), stored, h5py.h5s.create(h5py.h5s.SCALAR))
-        made.write(data, mtype=stored)
+        space = (
+            h5py.h5s.create_simple(data.shape) if data.ndim else h5py.h5s.create(h5py.h5s.SCALAR)
+        )
+        h5py.h5a.create(target, name.encode(), stored, space).write(data, mtype=stored)
