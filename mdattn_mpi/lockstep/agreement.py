@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 from zlib import crc32
 
@@ -41,8 +42,14 @@ class Step(NamedTuple):
     @property
     def digest(self) -> int:
         """64 bits of item, phase and facts; cheap, not cryptographic."""
-        phase = crc32(self.phase.encode()) << 32
-        return (self.facts_digest ^ phase ^ (self.item_index + 1) * _ODD) & _MASK
+        return (
+            self.facts_digest ^ _phase_digest(self.phase) ^ (self.item_index + 1) * _ODD
+        ) & _MASK
+
+
+@lru_cache(4096)
+def _phase_digest(phase: str) -> int:
+    return crc32(phase.encode()) << 32
 
 
 class Agreement(NamedTuple):
@@ -63,7 +70,9 @@ class Ballot:
         size = _CHECKSUMS + group.size
         sent, received = np.zeros(size, np.uint64), np.zeros(size, np.uint64)
         self._sent, self._received = sent.data, received.data
-        self._messages = [sent, MPI.UINT64_T], [received, MPI.UINT64_T]
+        # A microsecond counts here: nothing is looked up or converted twice.
+        messages = [sent, size, MPI.UINT64_T], [received, size, MPI.UINT64_T]
+        self._allreduce = partial(group.control.Allreduce, *messages, MPI.MAX)
         self._mine = _CHECKSUMS + group.rank
 
     def agree(
@@ -79,7 +88,7 @@ class Ballot:
         sent[_STOP] = stop
         sent[self._mine] = 0 if checksum is None else checksum | _VALID
         group.board.wait()
-        group.control.Allreduce(*self._messages, op=MPI.MAX)
+        self._allreduce()
         if received[_ERROR]:
             self._raise_error(group.size - received[_ERROR], error)
         if received[_HIGH] != received[_LOW] ^ _MASK:

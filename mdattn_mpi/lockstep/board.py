@@ -39,7 +39,7 @@ FILE = "board"
 
 _IDENTITY = Struct("<8sQiiiII128s128s")
 _MOMENT = Struct("<QQQQQQ64s512s")
-_COUNT = Struct("<QQ")
+_COUNT = Struct("<QQQ")
 _PROGRESS = Struct("<QQQQ")
 _STATE = Struct("<BBxxi")  # of the three, the watchdog sets the second
 _WATCH = Struct("<QQcxxxxxxxQ")
@@ -172,8 +172,7 @@ class Board:
         """Say that this rank now waits for the others, having entered one more agreement."""
         self._agreements += 1
         self._phases += 1
-        _COUNT.pack_into(self.page, _AT_MOMENT, self._agreements, self._phases)
-        self.page[_AT_MOMENT + 16] = 1
+        _COUNT.pack_into(self.page, _AT_MOMENT, self._agreements, self._phases, 1)
 
     def join(self, group: int, counted: int) -> None:
         """Say that this rank works in another group now, whose ranks all count from `counted`.

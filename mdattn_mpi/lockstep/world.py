@@ -101,6 +101,11 @@ class Group:
 
     def bcast_bytes(self, data: bytes | None, root: int = 0) -> bytes:
         """Collective. Give all ranks the root's `data`, of any length."""
+        received = self.bcast_large(data, root)
+        return received if isinstance(received, bytes) else bytes(received)
+
+    def bcast_large(self, data: bytes | None, root: int = 0) -> bytes | bytearray:
+        """Collective. Give all ranks the root's `data`, of any length; one copy a rank, no more."""
         length = np.array([len(data or b"")], np.int64)
         self.control.Bcast(length, root)
         # A bytes object can't be received into; the root sends its own without a copy.
@@ -109,7 +114,7 @@ class Group:
         view = memoryview(received)
         for start in range(0, len(view), PIECE):
             self.control.Bcast([view[start : start + PIECE], MPI.BYTE], root)
-        return received if isinstance(received, bytes) else bytes(received)
+        return received
 
     def gather_bytes(self, data: bytes) -> list[bytes] | None:
         """Collective. Give rank 0 everybody's `data`, in rank order; None elsewhere."""
