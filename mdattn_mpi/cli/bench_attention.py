@@ -6,7 +6,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from itertools import product
 from statistics import geometric_mean, median
 from typing import Any, NamedTuple, get_args
@@ -16,12 +15,13 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName
 
 DESCRIPTION = """\
-Time one rank's attention engine against PyTorch's scaled_dot_product_attention: same device, same
-cores, same 16-bit inputs and outputs, random data, alternating runs, medians. Both results are
-compared before anything is timed. A ratio above 1 means that ours is faster.
+Time our attention against PyTorch's: same hardware, same 16-bit inputs and outputs, random data,
+alternating runs, medians. Results are compared before anything is timed.
 
-  mdattn bench attention                     the CPU, all cores
-  mdattn bench attention -b cuda --lengths 8192,32768
+  mdattn bench attention                                  one rank, all cores of this machine
+  mpirun -n 2 mdattn bench attention -b cuda --lengths 8192,32768
+
+On the CPU, a ratio above 1 means that ours is faster than scaled_dot_product_attention.
 """
 
 
@@ -33,7 +33,7 @@ class Contest(NamedTuple):
 
 
 class Arena(NamedTuple):
-    """What a ``bench_attention_BACKEND`` module's ``arena(threads)`` returns.
+    """Where contests take place.
 
     `contest` makes inputs and raises `DeviceError` if the two sides disagree; `facts` describe the
     hardware and the libraries.
@@ -75,15 +75,21 @@ def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
     add("--dtype", choices=("bf16", "fp16", "both"), default="both", help="default: both")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
     add("--rounds", type=int, default=5, metavar="R", help="runs of each side (default: 5)")
+    add(
+        "--transfer", default="auto", metavar="HOW", help="between GPUs: auto (default), copy, nccl"
+    )
+    add("--no-rivals", dest="rivals", action="store_false", help="GPUs: leave PyTorch out")
     add("--json", action="store_true", help="print JSON")
     return parser
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure every combination; print a line each as it is there, and the geometric mean."""
-    arena = import_module(f"mdattn_mpi.cli.bench_attention_{arguments.backend}").arena(
-        arguments.threads
-    )
+    """Measure every combination; print a line each as it is there, and a summary."""
+    if arguments.backend == "cuda":
+        return _main_cuda(arguments)
+    from mdattn_mpi.cli.bench_attention_cpu import arena as open_arena
+
+    arena = open_arena(arguments.threads)
     results = []
     for problem in problems(arguments):
         results.append(measure(arena.contest(problem), problem, arguments.rounds))
@@ -92,6 +98,19 @@ def main(arguments: argparse.Namespace) -> int:
     facts = {**arena.facts, **surroundings(), "rounds": str(arguments.rounds)}
     print(_as_json(results, facts) if arguments.json else _summary(results, facts))
     return 0
+
+
+def _main_cuda(arguments: argparse.Namespace) -> int:
+    from mdattn_mpi.lockstep import watch
+
+    def run() -> int:
+        from mdattn_mpi.cli import bench_attention_cuda
+        from mdattn_mpi.lockstep import start
+
+        with start() as world:
+            return bench_attention_cuda.main(world, list(problems(arguments)), arguments)
+
+    return watch(run)
 
 
 def problems(arguments: argparse.Namespace) -> Iterator[AttentionProblem]:

@@ -41,7 +41,7 @@ Poll = Callable[[], None]
 TILE_ROWS = 256  # query tokens × query heads of one kv head; with BLOCK_KEYS it fills the L2 cache
 BLOCK_KEYS = 512
 STRIP_ROWS = 128  # on the diagonal of a causal mask: half a square of this is computed in vain
-PANEL_KEYS = 8192  # keys of one head that are held in float32 at a time
+PANEL_KEYS = 4096  # keys of one head that are held in float32 at a time
 HEADROOM = np.float32(24)  # exp(24) · 1M keys is far from the end of float32
 LOOK = 4  # keys
 
