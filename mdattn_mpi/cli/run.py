@@ -102,7 +102,7 @@ def _work(arguments: argparse.Namespace) -> int:
     if "chaos" in arguments:
         arm(arguments.chaos, board())
     world = start()
-    from mdattn_mpi.runner.job import run_job
+    from mdattn_mpi.runner.main import run_job
 
     return run_job(lambda: spec_of(arguments), world)
 

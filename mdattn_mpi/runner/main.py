@@ -1,0 +1,71 @@
+"""A job from its command line to its exit code: open, run the loop, close."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from time import perf_counter
+
+from mdattn_mpi.lockstep import World
+from mdattn_mpi.runner.job import Job, add_seconds, run_folder, say, together
+from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.opening import describe_plans, open_files, open_job
+from mdattn_mpi.runner.report import closing_words, rank_times, summarize, write_summary
+from mdattn_mpi.runner.shift import run_items
+
+
+def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
+    """Collective. Run a job; return its exit code.
+
+    Raises
+    ------
+    MdattnError
+        The same on all ranks, with the exit code of its class.
+
+    """
+    began = perf_counter()
+    spec = together(world, "arguments", make_spec)
+    job = open_job(spec, world)
+    try:
+        say(world, describe_plans(job))
+        if not spec.dry_run:
+            open_files(job)
+            opened = perf_counter()
+            run_items(job)
+            job.seconds = {"opening": opened - began, "items": perf_counter() - opened}
+        for team in job.teams:
+            team.backend.close()
+        return 0 if spec.dry_run else close_job(job)
+    except BaseException:
+        for team in job.teams:
+            team.backend.abort()
+        raise
+
+
+def close_job(job: Job) -> int:
+    """Collective. Report, and say how it ended."""
+    world = job.world
+    engine: dict[str, float] = {}
+    for team in job.teams:
+        add_seconds(engine, team.backend.timings())
+    mine = {
+        "host": world.hostname,
+        "device": job.backend.describe().get("device", ""),
+        "seconds": rank_times(job.phases, engine),
+        "background": job.background,
+        "stopped": job.stopped,
+        "failed": [{"item": one.item, "why": str(one)} for one in job.failed],
+    }
+    gathered = world.gather_bytes(json.dumps(mine).encode())
+    code = 0
+    if gathered is not None:
+        ranks = [json.loads(part) for part in gathered]
+        stopped = sum(rank.pop("stopped") for rank in ranks) > 0
+        failed = {each["item"]: each for rank in ranks for each in rank.pop("failed")}
+        code = 75 if stopped else 1 if failed else 0
+        summary = summarize(job, ranks, list(failed.values()), code)
+        path = write_summary(run_folder(job.spec), summary)
+        say(world, closing_words(summary, path))
+        if job.spec.json:
+            print(json.dumps(summary, ensure_ascii=False))
+    return int(world.bcast_bytes(str(code).encode() if world.rank == 0 else None))

@@ -1,0 +1,172 @@
+"""A rank's way through its items: which group does which, what is shown, what is written."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from time import perf_counter
+
+from mdattn_mpi.dataset import Item, Output
+from mdattn_mpi.errors import ItemError, MdattnError
+from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit
+from mdattn_mpi.lockstep.counter import SharedCounter
+from mdattn_mpi.partition import partition_of
+from mdattn_mpi.runner.finite import check_finite
+from mdattn_mpi.runner.job import WIDTH, Job, add_seconds, say
+from mdattn_mpi.runner.log import LOGGER
+from mdattn_mpi.runner.loop import Files, Loop, Shards, Work
+from mdattn_mpi.runner.progress import Progress
+from mdattn_mpi.runner.teams import Team
+
+LOOK = 1.0  # seconds between two looks at what other groups have done
+
+
+def run_items(job: Job) -> None:
+    """Collective. Compute what is to be done, phase by phase of the schedule.
+
+    Groups don't wait for each other before the last item is done. What goes wrong in one of them
+    lets the others finish what they have in hand, and is then raised on all ranks.
+    """
+    shift = Shift(job)
+    try:
+        if len(job.teams) == 1 and job.schedule.largest == job.world.size:
+            shift.work(job.teams[0], None)
+        else:
+            run_groups(job, shift)
+    finally:
+        shift.progress.close()
+
+
+def run_groups(job: Job, shift: Shift) -> None:
+    """Collective. Do the items in groups; see `run_items`."""
+    world, phases = job.world, len(job.teams)
+    error: MdattnError | None = None
+    with SharedCounter(world.comm, phases, meanwhile=shift.look_around) as counter:
+        for team in job.teams:
+            if job.stopped or error:
+                break
+            team.join(world.board)
+            try:
+                if team.complete:
+                    shift.work(team, counter)
+            except MdattnError as failure:
+                if not failure.agreed:
+                    raise
+                error = failure
+        if job.stopped or error:
+            counter.close()
+        world.board.join(0, counted=(phases + 1) << 32)
+        world.board.enter("groups", deadline=shift.deadlines.of("groups"))
+    world.agree(Step(-1, "groups", 0), error=error)
+
+
+class Shift:
+    """What a rank keeps in mind while it works through its teams' items."""
+
+    def __init__(self, job: Job) -> None:
+        spec, world = job.spec, job.world
+        assert job.output is not None
+        self.job = job
+        self.output = job.output
+        self.deadlines = Deadlines(fixed=spec.deadline)
+        self.limit = TimeLimit(spec.max_time)
+        say(
+            world,
+            textwrap.fill(
+                f"mdattn: deadlines: {self.deadlines}", WIDTH, subsequent_indent=" " * 12
+            ),
+        )
+        self.progress = Progress(
+            len(job.dataset.items),
+            len(job.dataset.items) - len(job.todo),
+            sum(item.problem.flops for item in job.todo),
+            shown=world.rank == 0,
+        )
+        self.elsewhere = {} if world.rank else {item.name: item for item in job.todo}
+        self.slowest = 0.0
+        self.last = self.looked = perf_counter()
+
+    def work(self, team: Team, counter: SharedCounter | None) -> None:
+        """Collective in the team's group. Do items of the team's phase until none is left."""
+        job, board = self.job, self.job.world.board
+        loop = Loop(
+            team.group,
+            team.backend,
+            _files(job, self.output),
+            board=board,
+            deadlines=self.deadlines,
+            wants_to_stop=lambda: board.stop_requested or self.limit.is_near(2 * self.slowest),
+            finished=self.finished,
+            failed=self.failed,
+        )
+        loop.run(self.tasks(team, counter))
+        job.stopped = loop.stopped
+        add_seconds(job.phases, loop.clock.seconds)
+        add_seconds(job.background, {"read": loop.reads.seconds, "write": loop.writes.seconds})
+
+    def tasks(self, team: Team, counter: SharedCounter | None) -> Iterator[Work]:
+        """Items as the team takes them."""
+        items, rank, board = self.job.dataset.items, team.group.rank, self.job.world.board
+
+        def enter() -> None:
+            board.enter("deal", deadline=self.deadlines.of("deal"))
+
+        for number in team.turns(self.job.schedule, counter, enter):
+            plan = team.plans[items[number].name]
+            owners = partition_of(plan)
+            yield Work(items[number], plan, owners.query[rank], owners.kv[rank])
+
+    def finished(self, work: Work) -> None:
+        """Take note of an item that this rank's group has committed."""
+        now = perf_counter()
+        LOGGER.info("item %s done, %.3f s after the one before", work.item.name, now - self.last)
+        self.slowest, self.last = max(self.slowest, now - self.last), now
+        self.elsewhere.pop(work.item.name, None)
+        self.progress.finished(work.item.problem)
+        self.job.world.board.progress(self.progress.done, self.progress.total)
+        self.look_around()
+
+    def failed(self, item: Item, failure: ItemError) -> None:
+        """Take note of an item that can't be done."""
+        self.job.failed.append(failure)
+        LOGGER.error("%s", failure)
+        self.progress.skipped(f"mdattn: {failure}")
+
+    def look_around(self) -> None:
+        """Show on rank 0 what other groups have finished."""
+        now = perf_counter()
+        if not self.elsewhere or now - self.looked < LOOK:
+            return
+        self.looked = now
+        for item, state in zip(self.output.items, self.output.ledger.states(), strict=True):
+            if state == "done" and item.name in self.elsewhere:
+                del self.elsewhere[item.name]
+                self.progress.finished(item.problem)
+
+
+def _files(job: Job, output: Output) -> Files:
+    dataset, spec = job.dataset, job.spec
+
+    def read(work: Work) -> Shards:
+        shards = (
+            dataset.read(work.item, "query", work.query),
+            dataset.read(work.item, "key", work.kv),
+            dataset.read(work.item, "value", work.kv),
+        )
+        if spec.nonfinite == "refuse":
+            check_finite(shards, (work.query, work.kv, work.kv), dataset.path, work.item.name)
+        return shards
+
+    def write(work: Work) -> int:
+        assert work.download is not None
+        out, lse = work.download.wait()
+        work.download = None  # what it holds can be used again
+        checksum = output.write(work.item, work.query, out, lse if spec.lse else None)
+        output.sync()
+        return checksum
+
+    def commit(work: Work, checksums: list[int]) -> None:
+        shards = partition_of(work.plan).query
+        output.ledger.commit(work.item, checksums, work.plan.strategy, shards)
+
+    return Files(read, write, commit, output.ledger.fail)
