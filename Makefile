@@ -21,6 +21,14 @@ run: $(VENV)/.run  ## attention over the sample data on 2 ranks, three strategie
 test: $(VENV)/.dev  ## all tests that this machine can run (arguments: make test ARGS="-k ring")
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS)
 
+SEEDS ?= 200
+
+.PHONY: storm
+storm: $(VENV)/.dev  ## kill -9 and failing disks, again and again (make storm SEEDS=200)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.support.storm --seeds $(SEEDS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.support.failing_disk
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.support.faults --rounds 5
+
 .PHONY: lint
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .
