@@ -104,7 +104,7 @@ class Group:
         received = self.bcast_large(data, root)
         return received if isinstance(received, bytes) else bytes(received)
 
-    def bcast_large(self, data: bytes | None, root: int = 0) -> bytes | bytearray:
+    def bcast_large(self, data: bytes | bytearray | None, root: int = 0) -> bytes | bytearray:
         """Collective. Give all ranks the root's `data`, of any length; one copy a rank, no more."""
         length = np.array([len(data or b"")], np.int64)
         self.control.Bcast(length, root)

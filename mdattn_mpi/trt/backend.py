@@ -219,7 +219,7 @@ class TensorRTBackend:
         group = self._group
         made = agreed(group, phase, lambda: make() if group.rank == 0 else None)
         listed = group.bcast_bytes(made.manifest.to_json() if made else None)
-        engine = group.bcast_bytes(made.engine if made else None)
+        engine = group.bcast_large(made.engine if made else None)
         return Made(engine, Manifest.from_json(listed, Path(phase)))
 
     def _load(self, made: Made) -> None:
