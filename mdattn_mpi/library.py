@@ -282,8 +282,11 @@ def _attend(world: World, device: Any, plan: Plan, shards: _Shards) -> tuple[Any
 
     error = None
     try:
-        q, k, v = (device.adopt(array) for array in shards[:3])
-        steps = STRATEGIES[plan.strategy](device, plan, q, k, v)
+        q, k, v = (_adopt(device, array) for array in shards[:3])
+        # No other item hides the gathering of this one.
+        early = {"head_start": device.head_start(plan.problem)}
+        options = early if plan.strategy == "allgather" else {}
+        steps = STRATEGIES[plan.strategy](device, plan, q, k, v, **options)
         next(steps)
     except Exception as wrong:  # all ranks must hear of it
         error = MdattnError.wrap(wrong, rank=world.rank)
@@ -293,6 +296,16 @@ def _attend(world: World, device: Any, plan: Plan, shards: _Shards) -> tuple[Any
     except StopIteration as end:
         out, lse = end.value
     return device.hand_over(out), device.hand_over(lse)
+
+
+def _adopt(device: Any, array: Any) -> Any:
+    adopted = device.adopt(array)
+    if not getattr(adopted, "is_contiguous", True):
+        raise RejectedError(
+            f"an array of shape {tuple(array.shape)} on the GPU isn't contiguous",
+            fix="copy it into one that is; only that can be sent",
+        )
+    return adopted
 
 
 @dataclass
