@@ -200,7 +200,7 @@ def test_never_imports_what_it_judges(files):
     script = (
         "import sys; from mdattn_mpi.cli import main; main(sys.argv[1:]);"
         "print([m for m in sys.modules if m.startswith(('mdattn_mpi.strategies',"
-        " 'mdattn_mpi.devices', 'mdattn_mpi.backends', 'mdattn_mpi.trt', 'mdattn_mpi.partition',"
+        " 'mdattn_mpi.devices', 'mdattn_mpi.backends', 'mdattn_mpi.trt',"
         " 'mpi4py', 'tensorrt', 'cudnn', 'cuda'))])"
     )
     command = ["verify", str(files.output), "--data", str(files.data)]
