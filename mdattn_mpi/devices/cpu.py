@@ -10,6 +10,7 @@ import numpy as np
 
 from mdattn_mpi.devices.host import Array, HostDevice, libraries, processor
 from mdattn_mpi.devices.protocol import Costs, Message
+from mdattn_mpi.lockstep import board
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
@@ -76,7 +77,7 @@ class CpuDevice(HostDevice):
 
     def wait(self, transfer: MpiTransfer) -> None:
         """Let everything that follows see what `transfer` received."""
-        with self.timed("exchange"):
+        with self.timed("exchange"), board().waiting():
             for request in transfer.requests:
                 request.Wait()
         self._under_way.remove(transfer)

@@ -49,6 +49,7 @@ _FOLDER = Struct("<1024s")
 
 _AT_IDENTITY = 0
 _AT_MOMENT = 320
+_AT_WAITING = _AT_MOMENT + 16
 _AT_PROGRESS = 960
 _AT_STATE = 992
 _AT_STOP = _AT_STATE + 1
@@ -173,6 +174,13 @@ class Board:
         self._agreements += 1
         self._phases += 1
         _COUNT.pack_into(self.page, _AT_MOMENT, self._agreements, self._phases, 1)
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Say that this rank waits for others as long as the block lasts."""
+        self.page[_AT_WAITING] = 1
+        yield
+        self.page[_AT_WAITING] = 0
 
     def join(self, group: int, counted: int) -> None:
         """Say that this rank works in another group now, whose ranks all count from `counted`.

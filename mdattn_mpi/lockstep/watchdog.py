@@ -382,7 +382,7 @@ def first_lost(records: list[Record]) -> Record:
     """Tell who failed or was late first.
 
     Deaths go by the clock: what follows from one comes after it. Lateness goes by progress: who
-    waits has come further than who is waited for.
+    waits has come further than who is waited for, or says that it waits.
     """
     dead = [record for record in records if record.fault and not record.late]
     if dead:
@@ -395,7 +395,12 @@ def first_lost(records: list[Record]) -> Record:
     ]
     return min(
         awaited or [own],
-        key=lambda record: (record.progress, not record.stopped, record.since_wall),
+        key=lambda record: (
+            record.progress,
+            not record.stopped,
+            record.waiting,
+            record.since_wall,
+        ),
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 from mdattn_mpi.lockstep import death_note
 from mdattn_mpi.lockstep.board import BoardFile
 from mdattn_mpi.lockstep.chaos import DEADLY
-from tests.support.mpirun import kill_all, mark_of, mpirun, orphans, processes, start
+from tests.support.mpirun import is_open_mpi, kill_all, mark_of, mpirun, orphans, processes, start
 from tests.support.small_job import PHASES
 
 JOB = ["-m", "tests.support.small_job"]
@@ -90,6 +90,21 @@ def test_the_same_command_resumes(tmp_path: Path, ranks: int) -> None:
     assert (tmp_path / "done").read_text().split() == ["item-0", "item-1", "item-2"]
     assert death_note.read(tmp_path) is None
     assert (tmp_path / "death-note.1.txt").exists()
+
+
+@pytest.mark.parametrize("kind", ["kill", "exit0", "hold-gil"])
+def test_the_others_end_without_the_launchers_help(tmp_path: Path, kind: str) -> None:
+    """As under srun without -K1: mpirun is told to let the others go on."""
+    options = (
+        ["--runtime-options", "error-nonzero-status=0"]
+        if is_open_mpi()
+        else ["-disable-auto-cleanup"]
+    )
+    done = job(tmp_path, 3, "--chaos", f"{kind}@enqueue:item-1:2", options=options)
+    note = death_note.read(tmp_path)
+    assert note is not None, done.stderr
+    assert note["rank"] == 2
+    assert done.stderr.count("mdattn: rank 2") == 1
 
 
 def started(folder: Path, ranks: int, **changes: Any) -> Any:

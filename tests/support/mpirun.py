@@ -38,6 +38,11 @@ def launcher() -> tuple[str, ...]:
     return (command,)
 
 
+def is_open_mpi() -> bool:
+    """Whether that mpirun is Open MPI's."""
+    return len(launcher()) > 1
+
+
 def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of a run: one BLAS thread a rank, mpirun allowed as root, one mark."""
     return {

@@ -54,7 +54,8 @@ def work(arguments: argparse.Namespace) -> int:
             world.board.enter(phase, name)
             if phase == "enqueue":
                 time.sleep(arguments.step)
-                world.control.Barrier()  # stands for an exchange that nobody announced
+                with world.board.waiting():  # stands for an exchange
+                    world.control.Barrier()
         world.board.enter("write", name)
         world.board.enter("agree", name)
         world.agree(Step(item, "write", 7), checksum=world.rank)

@@ -46,9 +46,11 @@ def test_the_late_are_judged_by_progress() -> None:
     assert first_lost([waits, further, behind]) is behind
 
 
-def test_equal_progress_is_decided_by_who_is_stopped() -> None:
-    stopped = record(2, process_state="T")
+def test_equal_progress_is_decided_by_who_is_stopped_and_who_waits() -> None:
+    stopped = record(2, process_state="T", waiting=True)
     assert first_lost([record(0), record(1), stopped]) is stopped
+    busy = record(1)
+    assert first_lost([record(0, waiting=True), record(2, waiting=True), busy]) is busy
 
 
 def test_ranks_of_other_groups_and_those_that_are_done_are_not_behind() -> None:
