@@ -136,26 +136,31 @@ class Inputs:
             for arrays in self.sets
         ]
 
-    def error(self, output: Any, spans: Sequence[Span]) -> float:
-        """‖output − right‖ / ‖right‖ over some rows of set 0; `output` holds those of `spans`."""
+    def error(self, output: Any, spans: Sequence[Span], among: Sequence[Span]) -> float:
+        """Mean of ‖output − right‖ / ‖right‖ over some rows of set 0.
+
+        `output` holds the rows of `spans`; those that are looked at are among the rows of `among`.
+        """
         import torch
 
         q, k, v = self.sets[0]
-        tokens = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-        local = torch.linspace(0, len(tokens) - 1, ROWS).long()
-        rows = tokens[local].to(q.device)
-        group = self.problem.group_heads
-        wrong = right = 0.0
+        tokens, wanted = (
+            torch.cat([torch.arange(span.start, span.stop) for span in some])
+            for some in (spans, among)
+        )
+        rows = wanted[torch.linspace(0, len(wanted) - 1, ROWS).long()]
+        local = torch.stack([(tokens == row).nonzero()[0, 0] for row in rows]).to(output.device)
+        rows, group = rows.to(q.device), self.problem.group_heads
+        errors = []
         for head in range(self.problem.q_heads):
             scores = q[rows, head].double() @ k[:, head // group].double().T * self.problem.scale
             if self.problem.diagonal is not None:
                 keys = torch.arange(len(k), device=q.device)
                 scores[keys[None] > rows[:, None] + self.problem.diagonal] = -torch.inf
-            exact = scores.softmax(-1) @ v[:, head // group].double()
-            found = output[local.to(output.device), head].double()
-            wrong += float(((found - exact) ** 2).sum())
-            right += float((exact**2).sum())
-        return float((wrong / right) ** 0.5)
+            right = scores.softmax(-1) @ v[:, head // group].double()
+            wrong = output[local, head].double() - right
+            errors.append((wrong.norm(dim=-1) / right.norm(dim=-1)).mean())
+        return float(torch.stack(errors).mean())
 
 
 def our_sides(
@@ -166,6 +171,7 @@ def our_sides(
 
     def side(name: str, strategy: StrategyName, *, ahead: bool = False, **options: Any) -> Side:
         plan = Plan(problem, strategy, world.size)
+        own = partition_of(plan).query[world.rank]
         arrays = [
             [device.adopt(array, ready=ahead) for array in shards]
             for shards in inputs.shards(plan, world.rank)
@@ -198,12 +204,7 @@ def our_sides(
         import torch
 
         output = torch.from_dlpack(device.hand_over(found))
-        made = Side(
-            name,
-            run,
-            inputs.error(output, partition(problem, strategy, world.size).query[world.rank]),
-        )
-        return made
+        return Side(name, run, inputs.error(output, own, own))
 
     yield _alone(world, device, problem, inputs)
     if world.size > 1:
@@ -243,7 +244,8 @@ def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: 
         return [later - earlier for earlier, later in pairwise(marks[1:])]
 
     output = torch.from_dlpack(device.hand_over(call(0)))
-    return Side(ONE, run, inputs.error(output, (sequence,)))
+    own = partition(problem, "ring", world.size).query[world.rank]
+    return Side(ONE, run, inputs.error(output, (sequence,), own))
 
 
 class Rivals:
@@ -312,9 +314,13 @@ class Rivals:
         """Inside, the shards of this rank and PyTorch's attention over all ranks."""
         import torch
         from torch.distributed.tensor.experimental import context_parallel
-        from torch.distributed.tensor.experimental._attention import set_rotate_method
+        from torch.distributed.tensor.experimental._context_parallel import (
+            _cp_options,
+            set_rotate_method,
+        )
 
         set_rotate_method(way)
+        _cp_options.enable_load_balance = problem.causal != "none"  # refused without a mask
         with torch.no_grad():
             shards = [[array.clone() for array in arrays] for arrays in heads]
             flat = [array for arrays in shards for array in arrays]

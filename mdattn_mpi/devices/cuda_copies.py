@@ -110,7 +110,7 @@ class PeerCopies:
         fence = pending(event for array in arrays for event in writable(array))
         if fence:
             for event in fence:
-                self._gate.wait(event)
+                self._gpu.wait(self._gate, event)
             at = self._at(self._theirs[peer], READY, self._comm.rank)
             self._gpu.raise_flag(at, self._received[peer], self._gate)
         new = self._memory.blocks[self._shown[peer] :][:MOST_BLOCKS]
@@ -129,7 +129,7 @@ class PeerCopies:
         """Copy to where `peer` says, as soon as both sides may."""
         places, must_wait = self._read_invitation(peer, len(arrays))
         for event in pending(event for array in arrays for event in readable(array)):
-            self._outbox.wait(event)
+            self._gpu.wait(self._outbox, event)
         if must_wait:
             self._gpu.await_flag(self._own(READY, peer), self._sent[peer], self._outbox)
         for array, (block, start, nbytes) in zip(arrays, places.tolist(), strict=True):

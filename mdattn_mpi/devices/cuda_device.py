@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -181,7 +183,7 @@ class CudaDevice:
         if not source.size:
             return target
         for event in pending(target.storage.fence):
-            self._upwards.wait(event)
+            self._gpu.wait(self._upwards, event)
         self._gpu.copy(target.address, source.ctypes.data, source.nbytes, self._upwards)
         end = self._gpu.record(self._upwards)
         target.storage.arrive(end)
@@ -194,7 +196,7 @@ class CudaDevice:
         """Start bringing arrays to the host."""
         found = tuple(self.host.empty(array.shape, array.dtype) for array in arrays)
         for event in pending(event for array in arrays for event in self._readable(array)):
-            self._downwards.wait(event)
+            self._gpu.wait(self._downwards, event)
         for array, target in zip(arrays, found, strict=True):
             if array.size:
                 self._gpu.copy(target.ctypes.data, array.address, array.nbytes, self._downwards)
@@ -276,7 +278,7 @@ class CudaDevice:
         ready = [event for array in sources for event in self._readable(array)]
         ready += [event for array in targets for event in self._writable(array)]
         for event in pending(ready):
-            self._within.wait(event)
+            self._gpu.wait(self._within, event)
         for source, target in arrays:
             self._copy(source, target, self._within)
         return self._gpu.record(self._within, timed=True)
@@ -287,7 +289,7 @@ class CudaDevice:
         ready = [e for arrays in send.values() for a in arrays for e in self._readable(a)]
         ready += [e for arrays in receive.values() for a in arrays for e in self._writable(a)]
         for event in pending(ready):
-            self._net.wait(event)
+            self._gpu.wait(self._net, event)
         self._nccl.exchange(_spans(send), _spans(receive), int(self._net.handle))
         return self._gpu.record(self._net, timed=True)
 
@@ -344,7 +346,7 @@ class CudaDevice:
                 self._merge(accumulator, rows, output, lse)
         self._join()
         for event in pending(self._owed):  # who gave an array may take it back after the output
-            self._lanes[MAIN].wait(event)
+            self._gpu.wait(self._lanes[MAIN], event)
         self._owed.clear()
         self._wrote(output, lse)
         end = self._gpu.record(self._lanes[MAIN], timed=True)
@@ -366,7 +368,7 @@ class CudaDevice:
         plan = self._sdpa.plan(
             key_of(q, k, v, output.strides, lse.strides, causal, accumulator.scale)
         )
-        workspace = self._workspace(lane, self._sdpa.workspace_bytes(plan))
+        workspace = self._workspace(lane, plan.workspace)
         addresses = (q.address, k.address, v.address, output.address, lse.address)
         self._sdpa.run(plan, addresses, workspace, self._lanes[lane])
 
@@ -384,13 +386,13 @@ class CudaDevice:
             return
         for call in calls:
             if call.lane == MAIN:
-                side.wait(call.end)
+                self._gpu.wait(side, call.end)
         start = self._gpu.record(side, timed=True)
         running = accumulator.running
         self._gpu.merge(
             MergeCall(
-                kind=str(accumulator.q.dtype),  # type: ignore[arg-type]
-                target=str(output.dtype),  # type: ignore[arg-type]
+                kind=name_of(accumulator.q.dtype),
+                target=name_of(output.dtype),
                 output=output.address,
                 lse=lse.address,
                 start=rows.start,
@@ -425,8 +427,7 @@ class CudaDevice:
     # -- order -------------------------------------------------------------------------------------
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        place, fence = self.memory.take(nbytes)
+        place, fence = self.memory.take(prod(shape) * dtype.itemsize)
         storage = Storage(self.memory.address(place), place, fence, self._release)
         return DeviceArray(storage, shape, dtype, contiguous_strides(shape))
 
@@ -440,7 +441,7 @@ class CudaDevice:
             storage = array.storage
             for event in pending(storage.unseen):
                 for lane in self._lanes:
-                    lane.wait(event)
+                    self._gpu.wait(lane, event)
             storage.unseen = []
             storage.touched = True
 
@@ -451,11 +452,11 @@ class CudaDevice:
 
     def _fork(self) -> None:
         """Let the side stream follow the main one."""
-        self._lanes[SIDE].wait(self._gpu.record(self._lanes[MAIN]))
+        self._gpu.wait(self._lanes[SIDE], self._gpu.record(self._lanes[MAIN]))
 
     def _join(self) -> None:
         """Let the main stream follow the side one."""
-        self._lanes[MAIN].wait(self._gpu.record(self._lanes[SIDE]))
+        self._gpu.wait(self._lanes[MAIN], self._gpu.record(self._lanes[SIDE]))
         self._tails = None
 
     def _after_kernels(self) -> Fence:
@@ -627,7 +628,7 @@ def key_of(
     """Describe an attention call to cuDNN; `output` and `lse` are strides."""
     return PlanKey(
         *(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
-        str(q.dtype), causal, scale, q.strides, k.strides, v.strides, output, lse,
+        name_of(q.dtype), causal, scale, q.strides, k.strides, v.strides, output, lse,
     )  # fmt: skip
 
 
@@ -644,6 +645,12 @@ def sample_key(problem: AttentionProblem, q_tokens: int, kv_tokens: int) -> Plan
         strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, problem.v_head_dim),
         strides(heads, problem.v_head_dim), (heads, 1),
     )  # fmt: skip
+
+
+@cache
+def name_of(dtype: np.dtype[Any]) -> Any:
+    """Return the name of a dtype; asking NumPy takes microseconds."""
+    return str(dtype)
 
 
 def complement(spans: Sequence[Span], length: int) -> list[Span]:

@@ -62,6 +62,7 @@ class Gpu:
         self.library_major = int(cu.CUDA_VERSION) // 1000
         self.free_bytes, self.total_bytes = (int(n) for n in check(cu.cuMemGetInfo()))
         self._merge: dict[str, Any] = {}
+        self._recorded = 0
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -95,9 +96,15 @@ class Gpu:
         """Make a stream; `first`: its work goes before that of others."""
         return self._device.create_stream(options=StreamOptions(priority=PRIORITY if first else 0))
 
-    def record(self, stream: Any, *, timed: bool = False) -> Any:
-        """Mark this place in `stream`; the event has ``is_done``, ``sync`` and, timed, ``-``."""
-        return stream.record(options=EventOptions(timing_enabled=timed, blocking_sync=not timed))
+    def record(self, stream: Any, *, timed: bool = False) -> Event:
+        """Mark this place in `stream`; timed ones give milliseconds by ``-``."""
+        self._recorded += 1
+        made = stream.record(options=TIMED if timed else UNTIMED)
+        return Event(made, int(stream.handle), self._recorded)
+
+    def wait(self, stream: Any, event: Event) -> None:
+        """Let what follows in `stream` come after `event`."""
+        stream.wait(event.made)
 
     def adopt(self, handle: int) -> Any:
         """Wrap a stream of another library."""
@@ -195,6 +202,36 @@ class Gpu:
         launch(stream, config, self._merge[call.kernel], *map(_argument, call.arguments))
 
 
+class Event:
+    """A place in a stream; places of one stream come in the order of their numbers."""
+
+    __slots__ = ("_done", "made", "number", "stream")
+
+    def __init__(self, made: Any, stream: int, number: int) -> None:
+        self.made = made
+        self.stream = stream
+        self.number = number
+        self._done = False
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything before it is done."""
+        self._done = self._done or self.made.is_done
+        return self._done
+
+    def sync(self) -> None:
+        """Wait for it; any thread may."""
+        self.made.sync()
+
+    def __sub__(self, earlier: Event) -> float:
+        """Milliseconds between two timed events that are done."""
+        return float(self.made - earlier.made)
+
+
+TIMED = EventOptions(timing_enabled=True)
+UNTIMED = EventOptions(blocking_sync=True)
+
+
 class Exported:
     """A device array as other libraries take it."""
 
@@ -213,7 +250,7 @@ class Exported:
             if stream is None or stream == -1:
                 event.sync()
             else:
-                self._gpu.adopt(stream).wait(event)
+                self._gpu.wait(self._gpu.adopt(stream), event)
         array = self._array
         return capsule(
             array.address, array.shape, array.strides, array.dtype, self._gpu.ordinal, array

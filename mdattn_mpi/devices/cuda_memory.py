@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -28,8 +29,13 @@ Fence = tuple[Any, ...]
 
 
 def pending(events: Iterable[Any]) -> Fence:
-    """Leave out what has happened, and what is named twice."""
-    return tuple(event for event in dict.fromkeys(events) if not event.is_done)
+    """Leave out what has happened, and all but the last of each stream: it comes after the rest."""
+    last: dict[int, Any] = {}
+    for event in events:
+        other = last.get(event.stream)
+        if other is None or event.number > other.number:
+            last[event.stream] = event
+    return tuple([event for event in last.values() if not event.is_done]) if last else ()
 
 
 @dataclass(frozen=True)
@@ -235,16 +241,15 @@ class DeviceArray:
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return self.size * self.dtype.itemsize
+        return prod(self.shape) * self.dtype.itemsize
 
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements are one run in memory."""
-        return self.size == 0 or all(
-            extent == 1 or stride == wanted
-            for extent, stride, wanted in zip(
-                self.shape, self.strides, contiguous_strides(self.shape), strict=True
-            )
+        wanted = contiguous_strides(self.shape)
+        return self.strides == wanted or all(
+            extent == 1 or stride == right
+            for extent, stride, right in zip(self.shape, self.strides, wanted, strict=True)
         )
 
     def __len__(self) -> int:
@@ -296,7 +301,8 @@ class DeviceArray:
         }
 
 
-def contiguous_strides(shape: Sequence[int]) -> tuple[int, ...]:
+@cache
+def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the strides, in elements, of an array that is one run."""
     strides, run = [0] * len(shape), 1
     for dim in reversed(range(len(shape))):

@@ -7,6 +7,7 @@ once a head dim, dtype and mask (half a second); a plan for new lengths then tak
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,45 @@ class PlanKey:
     lse: Strides
 
 
+class Plan:
+    """A built plan.
+
+    Attributes
+    ----------
+    workspace
+        Bytes that a launch needs besides the arrays.
+
+    """
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+        self.workspace = int(graph.get_workspace_size())
+        # The front end's public call looks at every argument as if it could be anything: 50 to
+        # 100 µs, as long as the kernel itself. The call below it takes bare addresses.
+        self._index: int | None = None
+        try:
+            lowered = graph._lowered_graph
+            if graph._variant_pack_uids() == [Q, K, V, OUTPUT, LSE]:
+                self._index = graph._materialize_backend_plan(graph._plan_index).cpp_index
+                self._execute = lowered._execute_with_raw_ptrs
+        except AttributeError:  # another version of the front end
+            self._index = None
+
+    def launch(self, addresses: tuple[int, ...], workspace: int, handle: Any) -> None:
+        """Run on the stream of `handle`."""
+        if self._index is None:
+            uids = dict(zip((Q, K, V, OUTPUT, LSE), addresses, strict=True))
+            self._graph.execute(uids, workspace, handle=handle)
+            return
+        pointers = _Pointers(*addresses)
+        self._execute(
+            ctypes.addressof(pointers), len(pointers), workspace, handle.backend_handle, self._index
+        )
+
+
+_Pointers = ctypes.c_void_p * 5
+
+
 class Sdpa:
     """Attention calls on the current GPU, one cuDNN handle a stream.
 
@@ -62,11 +102,11 @@ class Sdpa:
         self._cudnn = _load()
         self._sm = sm
         self._handles: dict[int, Any] = {}
-        self._plans: OrderedDict[PlanKey, Any] = OrderedDict()
+        self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
         self.version = str(self._cudnn.backend_version_string())
         self.built = 0
 
-    def plan(self, key: PlanKey) -> Any:
+    def plan(self, key: PlanKey) -> Plan:
         """Build the plan of `key`, or take it from the cache.
 
         Raises
@@ -79,7 +119,7 @@ class Sdpa:
             self._plans.move_to_end(key)
             return self._plans[key]
         try:
-            plan = self._plans[key] = self._build(key)
+            plan = self._plans[key] = Plan(self._build(key))
         except (self._cudnn.cudnnGraphNotSupportedError, ValueError) as refusal:
             raise self._refusal(key, refusal) from None
         self.built += 1
@@ -87,17 +127,9 @@ class Sdpa:
             self._plans.popitem(last=False)
         return plan
 
-    def workspace_bytes(self, plan: Any) -> int:
-        """Bytes that `run` needs besides the arrays."""
-        return int(plan.get_workspace_size())
-
-    def run(self, plan: Any, addresses: tuple[int, ...], workspace: int, stream: Any) -> None:
+    def run(self, plan: Plan, addresses: tuple[int, ...], workspace: int, stream: Any) -> None:
         """Attend: the addresses of query, key, value, output and LSE, in this order."""
-        plan.execute(
-            dict(zip((Q, K, V, OUTPUT, LSE), addresses, strict=True)),
-            workspace,
-            handle=self._handle(stream),
-        )
+        plan.launch(addresses, workspace, self._handle(stream))
 
     def close(self) -> None:
         """Let go of plans and handles."""

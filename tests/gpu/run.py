@@ -191,7 +191,7 @@ def million(world: World) -> int:
     taken = time.perf_counter() - begin
     del arrays, steps
     host = device.download(out, lse).wait()[0]
-    error = inputs.error(torch.tensor(host.view(np.uint16)).view(torch.bfloat16), own)
+    error = inputs.error(torch.tensor(host.view(np.uint16)).view(torch.bfloat16).cuda(), own, own)
     needed = 6 * out.nbytes  # query, key, value, output, and the second key and value
     print(
         f"rank {world.rank}: 1048576 tokens, 8/8, ring: {taken:.2f} s "
@@ -201,6 +201,31 @@ def million(world: World) -> int:
     )
     device.close()
     return int(not error < 4e-3)
+
+
+def profile(world: World) -> None:
+    """Collective. Where the host's time goes in a call of 8k tokens."""
+    import cProfile
+    import pstats
+
+    from mdattn_mpi.cli import bench_attention_cuda as bench
+
+    device = open_cuda(world)
+    problem = AttentionProblem(8192, 8192, 8, 8, 128, 128)
+    for side in bench.our_sides(world, device, problem, bench.Inputs(problem, seed=1)):
+        side.run(100)
+        begin = time.perf_counter()
+        side.run(300)
+        if world.rank == 0:
+            print(f"{side.name}: {(time.perf_counter() - begin) / 302 * 1e6:.0f} us a call")
+        if side.name in ("allgather", "allgather, head start"):
+            profiler = cProfile.Profile()
+            profiler.enable()
+            side.run(300)
+            profiler.disable()
+            if world.rank == 0:
+                pstats.Stats(profiler).sort_stats("tottime").print_stats(32)
+    device.close()
 
 
 def main() -> int:
@@ -220,6 +245,8 @@ def main() -> int:
             wrong += check(world, transfer, problems() if transfer != "nccl" else problems()[::5])
         wrong += check_arrays_of_others(world)
         print(f"rank {world.rank}: {wrong} wrong, {time.perf_counter() - begin:.1f} s", flush=True)
+    if "profile" in arguments.what:
+        profile(world)
     if "million" in arguments.what:
         wrong += million(world)
     if "bench" in arguments.what:

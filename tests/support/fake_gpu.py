@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -65,8 +65,10 @@ class Machine:
 class Event:
     """Done once its place in the stream has been reached."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, stream: int, number: int) -> None:
         self.machine = machine
+        self.stream = stream
+        self.number = number
         self.done = False
         self.time = 0.0
 
@@ -98,9 +100,6 @@ class Stream:
         with self.machine.lock:
             self.queue.append((ready, act))
 
-    def wait(self, event: Event) -> None:
-        self.push(lambda: None, lambda: event.done)
-
 
 class FakeGpu:
     """What `cuda_driver.Gpu` is, on host memory."""
@@ -118,6 +117,7 @@ class FakeGpu:
         self.capacity = capacity
         self.opened: set[int] = set()
         self.pinned_now: dict[int, Any] = {}
+        self.recorded = 0
 
     def allocate(self, nbytes: int) -> int:
         if nbytes > self.capacity:
@@ -145,13 +145,17 @@ class FakeGpu:
         return Stream(self.machine)
 
     def record(self, stream: Stream, *, timed: bool = False) -> Event:
-        event = Event(self.machine)
+        self.recorded += 1
+        event = Event(self.machine, stream.handle, self.recorded)
 
         def reach() -> None:
             event.done, event.time = True, time.monotonic()
 
         stream.push(reach)
         return event
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        stream.push(lambda: None, lambda: event.done)
 
     def synchronize(self) -> None:
         self.machine.until(lambda: all(not stream.queue for stream in self.machine.streams))
@@ -197,6 +201,13 @@ class FakeGpu:
         stream.push(lambda: _merge(call))
 
 
+class FakePlan(NamedTuple):
+    """What `cudnn_sdpa.Plan` is."""
+
+    key: PlanKey
+    workspace: int = 256
+
+
 class FakeSdpa:
     """What `cudnn_sdpa.Sdpa` is, in float64."""
 
@@ -205,18 +216,16 @@ class FakeSdpa:
     def __init__(self) -> None:
         self.keys: list[PlanKey] = []
 
-    def plan(self, key: PlanKey) -> PlanKey:
+    def plan(self, key: PlanKey) -> FakePlan:
         if key.head_dim % 8:
             raise RejectedError("hidden_dim should be multiple of 8", fix="use -b cpu")
         self.keys.append(key)
-        return key
+        return FakePlan(key)
 
-    def workspace_bytes(self, plan: PlanKey) -> int:
-        return 256
-
-    def run(self, plan: PlanKey, addresses: Sequence[int], workspace: int, stream: Stream) -> None:
-        assert not plan.causal or plan.kv_tokens >= plan.q_tokens
-        stream.push(lambda: _attend(plan, addresses))
+    def run(self, plan: FakePlan, addresses: Sequence[int], workspace: int, stream: Stream) -> None:
+        key = plan.key
+        assert not key.causal or key.kv_tokens >= key.q_tokens
+        stream.push(lambda: _attend(key, addresses))
 
     def close(self) -> None:
         pass
