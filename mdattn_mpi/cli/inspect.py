@@ -194,7 +194,7 @@ def _lines(facts: Mapping[str, Any], columns: int) -> Iterator[str]:
         counts = ", ".join(f"{count} {state}" for state, count in facts["counts"].items())
         yield f"{facts['path']}: output{' with LSE' if facts['lse'] else ''}, {counts}"
         for name, value in facts["attributes"].items():
-            yield from _wrap(f"{name} {_printable(value)}", columns)
+            yield from _wrap(f"{name} {printable(value)}", columns)
         yield from _table([_output_row(item) for item in items], columns)
     for item in items:
         if item.get("damaged"):
@@ -204,7 +204,7 @@ def _lines(facts: Mapping[str, Any], columns: int) -> Iterator[str]:
                 columns,
             )
         if item.get("reason"):
-            yield from _wrap(f"failed: {item['name']}: {_printable(item['reason'])}", columns)
+            yield from _wrap(f"failed: {item['name']}: {printable(item['reason'])}", columns)
     if any("damaged" in item for item in items):
         yield from _checked(items, columns)
     for fault in facts.get("faults", ()):
@@ -289,6 +289,6 @@ def _wrap(text: str, columns: int, indent: str = "  ") -> list[str]:
     return textwrap.wrap(text, columns, initial_indent=indent, subsequent_indent=indent + "  ")
 
 
-def _printable(value: object) -> str:
+def printable(value: object) -> str:
     """`value` as text without control characters, which could drive the terminal."""
     return "".join(c if c.isprintable() else " " for c in str(value))

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mdattn_mpi.cli.inspect import printable
+
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.board import Record
 
@@ -152,7 +154,7 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
         from mdattn_mpi.lockstep.death_note import paragraph
 
         yield ""
-        yield _printable(paragraph(facts["death_note"]))
+        yield printable(paragraph(facts["death_note"]))
 
 
 def _doing(rank: Mapping[str, Any], state: str) -> str:
@@ -162,7 +164,7 @@ def _doing(rank: Mapping[str, Any], state: str) -> str:
     notes = late if state == "running" and rank["phase"] != "left" else ""
     notes += ", stopped" if rank["stopped"] else ""
     notes += f", {rank['fault']}" if rank["fault"] else ""
-    return _printable(
+    return printable(
         f"{rank['phase'] or 'start'}{item} for {_duration(rank['seconds'])} "
         f"({rank['host']}{device}){notes}"
     )
@@ -174,8 +176,3 @@ def _duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _printable(text: str) -> str:
-    """`text` without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,81 @@
+"""The real job is asked to stop: it commits the item in hand, exits with 75, and resumes."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from mdattn_mpi.cli import main
+from mdattn_mpi.lockstep import death_note
+from mdattn_mpi.lockstep.board import BoardFile
+from tests.support.mpirun import kill_all, mark_of, mpirun, start
+from tests.support.storm import check, finish, results
+
+ITEMS = 6
+
+
+class Job:
+    """A job that takes half a second an item, and what it gives when nobody disturbs it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.data, self.out = folder / "data.h5", folder / "out.h5"
+        options = "--items 6 --lengths 40:90 --q-heads 2 --head-dim 16 --seed 5"
+        assert main(["make-data", str(self.data), *options.split()]) == 0
+        whole = folder / "whole.h5"
+        mpirun(2, self.command(whole), check=True)
+        self.expected = results(whole)
+
+    def command(self, out: Path, *options: str) -> list[str]:
+        fixed = ["-b", "cpu", "-s", "ring", "--lse", "--threads", "1"]
+        return ["-m", "mdattn_mpi", "run", str(self.data), "-o", str(out), *fixed, *options]
+
+    def slowly(self, *options: str) -> list[str]:
+        return self.command(self.out, "--chaos", "slow@enqueue::1", *options)
+
+    def is_resumed(self) -> None:
+        """What was stopped is intact, and goes on to the same end."""
+        done = check(self.out, self.expected, "stopped")
+        assert 0 < done < ITEMS
+        assert death_note.read(f"{self.out}.run") is None
+        mpirun(2, self.command(self.out), check=True)
+        assert results(self.out) == self.expected
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    return Job(tmp_path)
+
+
+@pytest.mark.parametrize("to", ["mpirun", "one rank", "one watchdog"])
+def test_a_signal(job: Job, to: str) -> None:
+    process = start(2, job.slowly(), stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 60
+    try:
+        while not any(record.done for record in BoardFile(f"{job.out}.run").records()):
+            assert time.monotonic() < end
+            time.sleep(0.02)
+        record = BoardFile(f"{job.out}.run").records()[1]
+        pids = {"mpirun": process.pid, "one rank": record.pid, "one watchdog": record.watchdog_pid}
+        os.kill(pids[to], signal.SIGUSR1)
+        code, said = finish(process)
+    finally:
+        kill_all(mark_of(process))
+    assert code == 75, said
+    job.is_resumed()
+
+
+def test_the_time_is_over(job: Job) -> None:
+    """The limit is taken from Slurm's variable; the job stops ahead of it."""
+    soon = {"SLURM_JOB_END_TIME": str(int(time.time()) + 1_000_000)}
+    assert mpirun(2, [*job.slowly(), "--max-time", "0.001s"], env=soon).returncode == 75
+    end = int(time.time()) + 8
+    done = mpirun(2, job.slowly(), env={"SLURM_JOB_END_TIME": str(end)})
+    if done.returncode == 0:
+        pytest.skip("the machine did all items before the limit came near")
+    assert done.returncode == 75, done.stderr
+    if not check(job.out, job.expected, "stopped"):
+        pytest.skip("the machine did no item before the limit came near")
+    job.is_resumed()
