@@ -439,11 +439,12 @@ class CudaDevice:
         """Make the kernels that follow wait for what writes these arrays, or used them before."""
         for array in arrays:
             storage = array.storage
-            for event in pending(storage.unseen):
-                for lane in self._lanes:
-                    self._gpu.wait(lane, event)
-            storage.unseen = []
             storage.touched = True
+            if storage.unseen:
+                for event in pending(storage.unseen):
+                    for lane in self._lanes:
+                        self._gpu.wait(lane, event)
+                storage.unseen = []
 
     def _wrote(self, *arrays: DeviceArray) -> None:
         self._tails = None
@@ -479,7 +480,7 @@ class CudaDevice:
 
     def _after_all(self, storage: Storage) -> Fence:
         kernels = self._after_kernels() if storage.touched else ()
-        return pending((*storage.fence, *storage.written, *storage.busy, *kernels))
+        return pending([*storage.fence, *storage.written, *storage.busy, *kernels])
 
     def _copy(self, source: DeviceArray, target: DeviceArray, stream: Any) -> None:
         if source.is_contiguous and target.is_contiguous:

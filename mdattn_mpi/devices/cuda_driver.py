@@ -6,6 +6,7 @@ double here. Addresses are integers; a copy may go between any two of them, the 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -48,6 +49,8 @@ class Gpu:
     """
 
     def __init__(self, ordinal: int) -> None:
+        # With fewer channels than streams, a stream that waits holds up another one.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
         self._device = Device(ordinal)
         self._device.set_current()
         self.ordinal = ordinal
@@ -63,6 +66,9 @@ class Gpu:
         self.free_bytes, self.total_bytes = (int(n) for n in check(cu.cuMemGetInfo()))
         self._merge: dict[str, Any] = {}
         self._recorded = 0
+        self._numbers: dict[int, int] = {}  # handles of our streams, which live as long as this
+        # Making an event takes longer than recording it: those that nobody looks at serve again.
+        self._idle: tuple[list[Any], list[Any]] = ([], [])
 
     # -- memory ------------------------------------------------------------------------------------
 
@@ -99,12 +105,23 @@ class Gpu:
     def record(self, stream: Any, *, timed: bool = False) -> Event:
         """Mark this place in `stream`; timed ones give milliseconds by ``-``."""
         self._recorded += 1
-        made = stream.record(options=TIMED if timed else UNTIMED)
-        return Event(made, int(stream.handle), self._recorded)
+        idle = self._idle[timed]
+        if idle:
+            made = idle.pop()
+            stream.record(made)
+        else:
+            made = stream.record(options=TIMED if timed else UNTIMED)
+        return Event(made, self._number(stream), self._recorded, idle)
 
     def wait(self, stream: Any, event: Event) -> None:
         """Let what follows in `stream` come after `event`."""
         stream.wait(event.made)
+
+    def _number(self, stream: Any) -> int:
+        number = self._numbers.get(id(stream))
+        if number is None:
+            number = self._numbers[id(stream)] = int(stream.handle)
+        return number
 
     def adopt(self, handle: int) -> Any:
         """Wrap a stream of another library."""
@@ -205,13 +222,17 @@ class Gpu:
 class Event:
     """A place in a stream; places of one stream come in the order of their numbers."""
 
-    __slots__ = ("_done", "made", "number", "stream")
+    __slots__ = ("_done", "_idle", "made", "number", "stream")
 
-    def __init__(self, made: Any, stream: int, number: int) -> None:
+    def __init__(self, made: Any, stream: int, number: int, idle: list[Any]) -> None:
         self.made = made
         self.stream = stream
         self.number = number
         self._done = False
+        self._idle = idle
+
+    def __del__(self) -> None:
+        self._idle.append(self.made)
 
     @property
     def is_done(self) -> bool:

@@ -32,7 +32,7 @@ def attend(
     """
     problem, owners = plan.problem, partition_of(plan)
     everyone = range(device.ranks)
-    shards = (k, v)
+    shards, held = (k, v), [pieces(spans) for spans in owners.kv]
     wholes = tuple(device.empty((problem.kv_tokens, *array.shape[1:]), array) for array in shards)
     # Received in the order of the sequence, whoever owns what.
     gathering = device.exchange(
@@ -40,13 +40,13 @@ def attend(
             Message(shard[rows.slice], peer)
             for peer in everyone
             for shard in shards
-            for rows, _ in pieces(owners.kv[device.rank])
+            for rows, _ in held[device.rank]
         ],
         receive=[
             Message(whole[tokens.slice], peer)
             for peer in everyone
             for whole in wholes
-            for _, tokens in pieces(owners.kv[peer])
+            for _, tokens in held[peer]
         ],
     )
     yield

@@ -8,10 +8,12 @@ Without words it checks and benches. Exit code 1 where a check fails.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -204,28 +206,83 @@ def million(world: World) -> int:
 
 
 def profile(world: World) -> None:
-    """Collective. Where the host's time goes in a call of 8k tokens."""
+    """Collective. Where the time of a lone call goes: on the GPU, and on the host."""
     import cProfile
     import pstats
 
     from mdattn_mpi.cli import bench_attention_cuda as bench
 
     device = open_cuda(world)
-    problem = AttentionProblem(8192, 8192, 8, 8, 128, 128)
-    for side in bench.our_sides(world, device, problem, bench.Inputs(problem, seed=1)):
-        side.run(100)
-        begin = time.perf_counter()
-        side.run(300)
-        if world.rank == 0:
-            print(f"{side.name}: {(time.perf_counter() - begin) / 302 * 1e6:.0f} us a call")
-        if side.name in ("allgather", "allgather, head start"):
-            profiler = cProfile.Profile()
-            profiler.enable()
-            side.run(300)
-            profiler.disable()
+    for length in (8192, 16384):
+        problem = AttentionProblem(length, length, 8, 8, 128, 128)
+        for side in bench.our_sides(world, device, problem, bench.Inputs(problem, seed=1)):
+            side.run(100)
+            begin = time.perf_counter()
+            milliseconds = np.median(side.run(300) or [np.nan])
+            host = (time.perf_counter() - begin) / 302 * 1e3
             if world.rank == 0:
-                pstats.Stats(profiler).sort_stats("tottime").print_stats(32)
+                print(f"{length} {side.name}: {milliseconds:.3f} ms, host and GPU {host:.3f} ms")
+            if side.name in ("ring", "allgather", "allgather, head start"):
+                with timeline(device) as places:
+                    side.run(30)
+                    device._gpu.synchronize()
+                if world.rank == 0:
+                    print_timeline(places)
+            if side.name == "ring" and length == 8192:
+                profiler = cProfile.Profile()
+                profiler.enable()
+                side.run(300)
+                profiler.disable()
+                if world.rank == 0:
+                    pstats.Stats(profiler).sort_stats("tottime").print_stats(25)
     device.close()
+
+
+@contextlib.contextmanager
+def timeline(device: Any) -> Iterator[list[tuple[str, Any]]]:
+    """Note timed events at the beginning and end of what goes on in each stream."""
+    gpu, copies, places = device._gpu, device._copies, []
+    originals = (device._launch, gpu.merge, gpu.copy, copies.arrival, device.mark)
+
+    def between(name: str, stream: Any, act: Any) -> None:
+        places.append((f"{name} begins", gpu.record(stream, timed=True)))
+        act()
+        places.append((f"{name} ends", gpu.record(stream, timed=True)))
+
+    def launch(*args: Any) -> None:
+        lane = device._lanes[args[-1]]
+        between(f"attention in stream {args[-1]}", lane, lambda: originals[0](*args))
+
+    def arrival(*args: Any) -> Any:
+        found = originals[3](*args)
+        places.append(("arrived", found))
+        return found
+
+    def mark() -> Any:
+        found = originals[4]()
+        places.append(("call ends", found))
+        return found
+
+    device._launch, copies.arrival, device.mark = launch, arrival, mark
+    gpu.merge = lambda call, stream: between("merge", stream, lambda: originals[1](call, stream))
+    gpu.copy = lambda *args: between("copy", args[-1], lambda: originals[2](*args))
+    yield places
+    device._launch, gpu.merge, gpu.copy, copies.arrival, device.mark = originals
+
+
+def print_timeline(places: list[tuple[str, Any]]) -> None:
+    """Print the median place of everything, in microseconds after the call before has ended."""
+    calls: list[list[tuple[str, Any]]] = [[]]
+    for place in places:
+        calls[-1].append(place)
+        if place[0] == "call ends":
+            calls.append([])
+    found: dict[tuple[int, str], list[float]] = {}
+    for before, call in itertools.pairwise(calls[2:-1]):
+        for index, (name, event) in enumerate(call):
+            found.setdefault((index, name), []).append(1e3 * (event - before[-1][1]))
+    for (_, name), times in sorted(found.items(), key=lambda item: np.median(item[1])):
+        print(f"    {np.median(times):8.1f} us  {name}")
 
 
 def main() -> int:
