@@ -27,6 +27,7 @@ HANDLE = 8  # 64-bit words of an IPC handle
 HEADER = 3
 MOST_BLOCKS = 64  # that one invitation shows
 READY, ARRIVED = 0, 1
+URGENT = 5
 
 Words = NDArray[np.int64]
 Messages = Mapping[int, Sequence[DeviceArray]]
@@ -58,9 +59,9 @@ class PeerCopies:
         self._comm = comm
         self._gpu = gpu
         self._memory = memory
-        self._outbox = gpu.stream(first=True)  # copies
-        self._inbox = gpu.stream(first=True)  # waits for "arrived"
-        self._gate = gpu.stream(first=True)  # says "ready"
+        self._outbox = gpu.stream(URGENT)  # copies
+        self._inbox = gpu.stream(URGENT)  # waits for "arrived"
+        self._gate = gpu.stream(URGENT)  # says "ready"
         self._sent, self._received = dict.fromkeys(peers, 0), dict.fromkeys(peers, 0)
         self._shown = dict.fromkeys(peers, 0)  # blocks of ours that the peer has opened
         self._opened: dict[int, list[int]] = {peer: [] for peer in peers}  # its blocks, here

@@ -1,9 +1,9 @@
 """One GPU a rank: cuDNN attends, copy engines or NCCL carry, one kernel merges in float32.
 
-Kernels run in two streams, so that the end of one attention call overlaps the beginning of the next
-that doesn't need it; the second stream goes first where both want a multiprocessor. Copies have
-streams of their own and are tied to kernels by events alone, so a batch moves item i+1 to the GPU
-and between GPUs while item i computes and item i-1 goes back to the host. The host never waits.
+Attention calls run in several streams, called lanes, each less urgent than the one before it: a
+call fills the multiprocessors that the end of the call before it leaves idle, and no others. Copies
+have streams of their own and are tied to kernels by events alone, so a batch moves item i+1 to the
+GPU and between GPUs while item i computes and item i-1 goes back to the host. The host never waits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ from mdattn_mpi.devices.cudnn_sdpa import PlanKey
 from mdattn_mpi.devices.protocol import Costs, Message
 from mdattn_mpi.problem import AttentionProblem, Span
 
-MAIN, SIDE = 0, 1
+LANES = 4
+MAIN = 0  # where everything begins and ends
 FLOAT32 = np.dtype(np.float32)
 SAMPLE = 1024  # tokens of the problem that `check` tries
 WORKSPACE = 1 << 20
@@ -139,9 +140,11 @@ class CudaDevice:
         self.memory = memory
         self.host = HostBuffers(gpu)
         self._facts, self._limit = dict(facts or {}), limit
-        self._lanes = (gpu.stream(), gpu.stream(first=True))
+        self._lanes = tuple(gpu.stream(LANES - lane) for lane in range(LANES))
+        self._apart: set[int] = set()  # lanes that MAIN doesn't wait for yet
+        self._begin: Any = None  # what lanes come after that join in
         self._upwards, self._downwards = gpu.stream(), gpu.stream()
-        self._within, self._net = gpu.stream(), gpu.stream(first=True)
+        self._within, self._net = gpu.stream(), gpu.stream(LANES + 1)
         self._tails: Fence | None = None
         self._next_lane = MAIN
         self._workspaces: dict[int, DeviceArray] = {}
@@ -174,7 +177,11 @@ class CudaDevice:
             self._join()
             self._copy(source, target, self._lanes[MAIN])
             self._wrote(target)
-            self._fork()
+            self._begin = None
+
+    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """An array in pinned memory: `upload` takes it while the host goes on."""
+        return self.host.empty(shape, dtype)
 
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """Take an array from the host; from `host` it goes while the host goes on."""
@@ -267,7 +274,7 @@ class CudaDevice:
         if transfer.copies and transfer.copies.expected:
             ends.append(self._copies.arrival(transfer.copies))
         if transfer.received and ends:
-            self._clock.waited(self._timed_tails(), ends[-1])
+            self._clock.waited(self._record_tails(timed=True), ends[-1])
         for array in (*transfer.kept, *transfer.received):
             for end in ends:
                 array.storage.arrive(end)
@@ -308,7 +315,6 @@ class CudaDevice:
         lse = self._empty((rows, heads), FLOAT32)
         self._use(q, output, lse)
         self._join()
-        self._fork()
         self._next_lane = MAIN
         return Partials(q, scale, output, lse, self._gpu.record(self._lanes[MAIN], timed=True))
 
@@ -326,8 +332,9 @@ class CudaDevice:
         else:
             output = self._empty((len(rows), *accumulator.output.shape[1:]), accumulator.q.dtype)
             lse = self._empty((len(rows), accumulator.lse.shape[1]), FLOAT32)
-        lane, self._next_lane = self._next_lane, 1 - self._next_lane
+        lane, self._next_lane = self._next_lane, (self._next_lane + 1) % LANES
         self._use(k, v, output, lse)
+        self._enter(lane)
         self._launch(accumulator, rows, k, v, causal, output, lse, lane)
         call = Launched(rows, lane, self._gpu.record(self._lanes[lane]), output, lse)
         (accumulator.first if first else accumulator.more).append(call)
@@ -375,8 +382,7 @@ class CudaDevice:
     def _merge(
         self, accumulator: Partials, rows: Span, output: DeviceArray, lse: DeviceArray
     ) -> None:
-        """Merge, in the side stream, all results of `rows` into `output` and `lse`."""
-        side = self._lanes[SIDE]
+        """Merge all results of `rows` into `output` and `lse`, before less urgent calls end."""
         calls = [
             call for call in (*accumulator.first, *accumulator.more) if _overlap(rows, call.rows)
         ]
@@ -384,8 +390,11 @@ class CudaDevice:
             for piece in pieces_of(rows, accumulator.first):
                 self._merge(accumulator, piece, output, lse)
             return
+        # MAIN would first finish what it has; the lane of the last of these calls has nothing more.
+        lane = calls[-1].lane if calls else MAIN
+        side = self._lanes[lane]
         for call in calls:
-            if call.lane == MAIN:
+            if call.lane != lane:
                 self._gpu.wait(side, call.end)
         start = self._gpu.record(side, timed=True)
         running = accumulator.running
@@ -422,7 +431,6 @@ class CudaDevice:
         self._join()
         accumulator.running = output, lse
         accumulator.first, accumulator.more = [], []
-        self._fork()
 
     # -- order -------------------------------------------------------------------------------------
 
@@ -451,23 +459,32 @@ class CudaDevice:
         for array in arrays:
             array.storage.by_kernels = True
 
-    def _fork(self) -> None:
-        """Let the side stream follow the main one."""
-        self._gpu.wait(self._lanes[SIDE], self._gpu.record(self._lanes[MAIN]))
+    def _enter(self, lane: int) -> None:
+        """Let a lane come after all that had been joined."""
+        if lane == MAIN or lane in self._apart:
+            return
+        if self._begin is None:
+            self._begin = self._gpu.record(self._lanes[MAIN])
+        self._gpu.wait(self._lanes[lane], self._begin)
+        self._apart.add(lane)
 
     def _join(self) -> None:
-        """Let the main stream follow the side one."""
-        self._gpu.wait(self._lanes[MAIN], self._gpu.record(self._lanes[SIDE]))
-        self._tails = None
+        """Let MAIN come after all lanes, and all lanes after it from now on."""
+        for lane in self._apart:
+            self._gpu.wait(self._lanes[MAIN], self._gpu.record(self._lanes[lane]))
+        self._apart.clear()
+        self._begin = self._tails = None
 
     def _after_kernels(self) -> Fence:
         """Events of all kernels so far."""
         if self._tails is None:
-            self._tails = tuple(self._gpu.record(lane) for lane in self._lanes)
+            self._tails = self._record_tails()
         return self._tails
 
-    def _timed_tails(self) -> Fence:
-        return tuple(self._gpu.record(lane, timed=True) for lane in self._lanes)
+    def _record_tails(self, *, timed: bool = False) -> Fence:
+        return tuple(
+            [self._gpu.record(self._lanes[lane], timed=timed) for lane in (MAIN, *self._apart)]
+        )
 
     def _readable(self, array: DeviceArray) -> Fence:
         """Events after which an array may be read by a copy."""
@@ -531,11 +548,17 @@ class CudaDevice:
         For an item that nothing else hides the transfer of; see `strategies.allgather`.
         """
         costs, ranks = self.costs(), self._ranks
+        if ranks == 1:
+            return 0
         rows, keys = problem.q_tokens // ranks, problem.kv_tokens // ranks
         gather = 2 * costs.latency + (ranks - 1) / ranks * problem.kv_bytes / costs.bandwidth
-        a_row = 2 * keys * problem.q_heads * (problem.head_dim + problem.v_head_dim) / costs.flops
-        wanted = int(HEAD_START * gather / a_row) if ranks > 1 else 0
-        return min(-(-wanted // TILE) * TILE, rows)
+        # cuDNN's kernel gives every multiprocessor a tile of rows of one head at a time. As many
+        # tiles as there are multiprocessors take as long as one: whole waves, or time is lost.
+        processors = self._gpu.multiprocessors
+        a_tile = 2 * TILE * keys * (problem.head_dim + problem.v_head_dim)
+        wave = processors * a_tile / costs.flops
+        waves = max(1, round(gather / wave))
+        return min(waves * processors // problem.q_heads * TILE, rows)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -570,7 +593,6 @@ class CudaDevice:
 
 # Attention as cuDNN does it, per multiprocessor: H200 measured, the others scaled from data sheets.
 FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
-HEAD_START = 1.1  # a little longer than the gathering takes
 TILE = 128  # query rows of one block of cuDNN's kernel
 
 

@@ -30,8 +30,6 @@ from mdattn_mpi.errors import DeviceError, RejectedError
 
 Strides = tuple[int, ...]
 
-PRIORITY = -5  # of the streams that copy: the greatest there is, so that signals don't wait
-
 
 class Gpu:
     """A GPU of this process, with its primary context made current.
@@ -98,9 +96,9 @@ class Gpu:
 
     # -- streams and events ------------------------------------------------------------------------
 
-    def stream(self, *, first: bool = False) -> Any:
-        """Make a stream; `first`: its work goes before that of others."""
-        return self._device.create_stream(options=StreamOptions(priority=PRIORITY if first else 0))
+    def stream(self, urgency: int = 0) -> Any:
+        """Make a stream; where several have work, that of the most urgent (up to 5) goes first."""
+        return self._device.create_stream(options=StreamOptions(priority=-urgency))
 
     def record(self, stream: Any, *, timed: bool = False) -> Event:
         """Mark this place in `stream`; timed ones give milliseconds by ``-``."""

@@ -141,7 +141,7 @@ class FakeGpu:
     def release_pinned(self, address: int) -> None:
         del self.pinned_now[address]
 
-    def stream(self, *, first: bool = False) -> Stream:
+    def stream(self, urgency: int = 0) -> Stream:
         return Stream(self.machine)
 
     def record(self, stream: Stream, *, timed: bool = False) -> Event:
