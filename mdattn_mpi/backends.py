@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import numpy as np
 import numpy.typing as npt
 
 from mdattn_mpi.errors import RejectedError
@@ -51,6 +52,10 @@ class Backend(Protocol):
             With the reason and the backend or strategy that can.
 
         """
+        ...
+
+    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
+        """An array with undefined contents that `begin` takes without waiting for it."""
         ...
 
     def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Any:
@@ -109,6 +114,11 @@ class StrategyBackend:
         self.device.check(problem)
         name, reasons = choose(problem, self.device.ranks, strategy, self.device.costs())
         return Plan(problem, name, self.device.ranks, self.name, lse, reasons=reasons)
+
+    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
+        """Ask the device."""
+        found: HostArray = self.device.host_empty(shape, dtype)
+        return found
 
     def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Running:
         """Upload the shards and run the strategy up to its ``yield``."""

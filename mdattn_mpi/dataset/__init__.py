@@ -1,6 +1,7 @@
 """The files: what they look like, reading by shard, writing, and the ledger."""
 
-from mdattn_mpi.dataset.layout import Item, Layout, State, Tensor
+from mdattn_mpi.dataset.dtypes import NUMPY
+from mdattn_mpi.dataset.layout import TENSORS, Item, Layout, State, Tensor
 from mdattn_mpi.dataset.ledger import Entry, Ledger
 from mdattn_mpi.dataset.making import DatasetWriter, create_dataset
 from mdattn_mpi.dataset.output import Output, open_output
@@ -8,6 +9,8 @@ from mdattn_mpi.dataset.reader import Dataset, open_dataset
 from mdattn_mpi.dataset.writer import create_output
 
 __all__ = [
+    "NUMPY",
+    "TENSORS",
     "Dataset",
     "DatasetWriter",
     "Entry",

@@ -93,6 +93,10 @@ class HostDevice:
     def check(self, problem: AttentionProblem) -> None:
         """Refuse what this device can't do: nothing, on the host."""
 
+    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        """An array for `upload`, with undefined contents."""
+        return np.empty(shape, dtype)
+
     def upload(self, array: Array) -> Array:
         """Take an array from the host: it is there already."""
         return array

@@ -31,6 +31,7 @@ class Work:
     plan: Plan
     query: tuple[Span, ...]  # the tokens whose output this rank computes
     kv: tuple[Span, ...]
+    shards: Shards | None  # room for what is read
     running: Any = None
     download: Download | None = None
 

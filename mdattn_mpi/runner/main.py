@@ -7,6 +7,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from mdattn_mpi.lockstep import World
+from mdattn_mpi.runner.folder import watched_folder
 from mdattn_mpi.runner.job import Job, add_seconds, run_folder, say, together
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.opening import describe_plans, open_files, open_job
@@ -25,6 +26,11 @@ def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
     """
     began = perf_counter()
     spec = together(world, "arguments", make_spec)
+    with watched_folder(spec, world):
+        return _run(spec, world, began)
+
+
+def _run(spec: JobSpec, world: World, began: float) -> int:
     job = open_job(spec, world)
     try:
         say(world, describe_plans(job))

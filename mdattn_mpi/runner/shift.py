@@ -6,11 +6,13 @@ import textwrap
 from collections.abc import Iterator
 from time import perf_counter
 
-from mdattn_mpi.dataset import Item, Output
+from mdattn_mpi.backends import Backend
+from mdattn_mpi.dataset import NUMPY, TENSORS, Item, Output
 from mdattn_mpi.errors import ItemError, MdattnError
 from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit
 from mdattn_mpi.lockstep.counter import SharedCounter
-from mdattn_mpi.partition import partition_of
+from mdattn_mpi.partition import partition_of, token_count
+from mdattn_mpi.problem import Plan
 from mdattn_mpi.runner.finite import check_finite
 from mdattn_mpi.runner.job import WIDTH, Job, add_seconds, say
 from mdattn_mpi.runner.log import LOGGER
@@ -92,7 +94,7 @@ class Shift:
         loop = Loop(
             team.group,
             team.backend,
-            _files(job, self.output),
+            files_of(job, self.output),
             board=board,
             deadlines=self.deadlines,
             wants_to_stop=lambda: board.stop_requested or self.limit.is_near(2 * self.slowest),
@@ -113,8 +115,7 @@ class Shift:
 
         for number in team.turns(self.job.schedule, counter, enter):
             plan = team.plans[items[number].name]
-            owners = partition_of(plan)
-            yield Work(items[number], plan, owners.query[rank], owners.kv[rank])
+            yield work_on(items[number], plan, rank, team.backend)
 
     def finished(self, work: Work) -> None:
         """Take note of an item that this rank's group has committed."""
@@ -144,17 +145,31 @@ class Shift:
                 self.progress.finished(item.problem)
 
 
-def _files(job: Job, output: Output) -> Files:
+def work_on(item: Item, plan: Plan, rank: int, backend: Backend) -> Work:
+    """Find out what is a rank's part of an item, and make room for it in host memory."""
+    owners, problem = partition_of(plan), plan.problem
+    query, kv = owners.query[rank], owners.kv[rank]
+    q_rows, kv_rows, dtype = token_count(query), token_count(kv), NUMPY[problem.dtype]
+    shards = (
+        backend.host_empty((q_rows, problem.q_heads, problem.head_dim), dtype),
+        backend.host_empty((kv_rows, problem.kv_heads, problem.head_dim), dtype),
+        backend.host_empty((kv_rows, problem.kv_heads, problem.v_head_dim), dtype),
+    )
+    return Work(item, plan, query, kv, shards)
+
+
+def files_of(job: Job, output: Output) -> Files:
+    """What the loop reads and writes."""
     dataset, spec = job.dataset, job.spec
 
     def read(work: Work) -> Shards:
-        shards = (
-            dataset.read(work.item, "query", work.query),
-            dataset.read(work.item, "key", work.kv),
-            dataset.read(work.item, "value", work.kv),
-        )
+        spans = (work.query, work.kv, work.kv)
+        shards, work.shards = work.shards, None  # whoever takes them next is the last to need them
+        assert shards is not None
+        for tensor, runs, shard in zip(TENSORS, spans, shards, strict=True):
+            dataset.read(work.item, tensor, runs, out=shard)
         if spec.nonfinite == "refuse":
-            check_finite(shards, (work.query, work.kv, work.kv), dataset.path, work.item.name)
+            check_finite(shards, spans, dataset.path, work.item.name)
         return shards
 
     def write(work: Work) -> int:

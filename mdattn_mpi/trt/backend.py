@@ -244,6 +244,10 @@ class TensorRTBackend:
             agreed(self._group, "NCCL again", lambda: check_one_nccl(self._nccl()))
         self._loaded.append(Loaded(spec, digest, loaded))
 
+    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
+        """An array for `begin`, with undefined contents."""
+        return np.empty(shape, dtype)
+
     def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Running:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
         group, gpu = self._group, self._gpu
