@@ -165,6 +165,7 @@ class _Panel:
         self.k: Floats
         self.v: Floats
         self.longest = np.float32(0)  # Euclidean length of a key
+        self.finite = True  # all values
 
     def __len__(self) -> int:
         return len(self._sources[0])
@@ -189,8 +190,10 @@ class _Panel:
                 target[chunk, :-1] = source[chunk]
                 target[chunk, -1] = 1
             lengths = np.einsum("ij,ij->i", self.k[chunk, :-1], self.k[chunk, :-1])
+            finite = bool(np.isfinite(self.v[chunk]).all())
             with self._lock:
                 self.longest = np.maximum(self.longest, np.sqrt(lengths.max()))
+                self.finite &= finite
                 self._left -= 1
                 if not self._left:
                     self._converted.set()
@@ -215,15 +218,15 @@ class _Tile:
         index = (self.tokens.slice, self.heads)
         rows = _Rows(self.partial, index, self.panel.longest)
         for strip, keys in self._blocks(rows.group):
-            first = None if self.diagonal is None else self.diagonal + strip.start // rows.group
-            rows.attend(
-                strip,
-                self.panel.k[keys.slice],
-                self.panel.v[keys.slice],
-                None if first is None or first + 1 >= keys.stop else first - keys.start,
-            )
+            rows.attend(strip, self.panel, keys, self._mask(strip.start // rows.group, keys))
             poll()
         rows.store(self.partial, index)
+
+    def _mask(self, token: int, keys: Span) -> int | None:
+        """Which of `keys` is the last that `token` sees; None where it sees them all."""
+        if self.diagonal is None or self.diagonal + token + 1 >= keys.stop:
+            return None
+        return self.diagonal + token - keys.start
 
     def _blocks(self, group: int) -> Iterator[tuple[Span, Span]]:
         """Rows and keys of each product; on the diagonal in strips, to compute less in vain."""
@@ -252,9 +255,7 @@ class _Rows:
         self.reference = partial.reference[index].copy().reshape(rows)
         self.q = np.zeros((rows, dim + 1), np.float32)
         self.q[:, :-1] = q.reshape(rows, dim)
-        self.q *= (
-            partial.scale
-        )  # the whole array: rows that end in mid-vector take four times as long
+        self.q *= partial.scale  # whole rows: those that end in mid-vector take four times as long
         np.negative(self.reference, out=self.q[:, -1])
         # No score is larger than the lengths of query and key multiplied (Cauchy and Schwarz).
         bound = np.sqrt(np.einsum("ij,ij->i", self.q, self.q).max()) * longest
@@ -265,13 +266,15 @@ class _Rows:
         partial.sums[index] = self.sums.reshape(partial.sums[index].shape)
         partial.reference[index] = self.reference.reshape(partial.reference[index].shape)
 
-    def attend(self, strip: Span, k: Floats, v: Floats, diagonal: int | None) -> None:
-        """Add the attention of the rows in `strip` to `k` and `v`, masked if `diagonal` is given.
+    def attend(self, strip: Span, panel: _Panel, keys: Span, diagonal: int | None) -> None:
+        """Add the attention of the rows in `strip` to `keys`, masked if `diagonal` is given.
 
-        Token ``i`` of the strip sees keys up to and with ``i + diagonal``.
+        Token ``i`` of the strip sees keys up to and with ``i + diagonal``, counted in `keys`.
         """
+        k, v = panel.k[keys.slice], panel.v[keys.slice]
         scores, added = _scratch(len(strip), len(k), v.shape[1])
-        np.matmul(self.q[strip.slice], k.T, out=scores)
+        used = slice(-1) if self.tame else slice(None)  # no reference, one column less
+        np.matmul(self.q[strip.slice, used], k[:, used].T, out=scores)
         if diagonal is not None:
             cut = max(0, diagonal + 1)
             hidden = _hidden(len(strip), len(k) - cut, self.group, diagonal - cut)
@@ -279,7 +282,7 @@ class _Rows:
         if not (self.tame or self._in_reach(scores)):
             self._move_reference(strip, scores)
         np.exp(scores, out=scores)
-        if diagonal is None or np.isfinite(v).all():
+        if diagonal is None or panel.finite:
             np.matmul(scores, v, out=added)
         else:  # what a row must not see has weight 0, but 0 · NaN would be NaN
             _multiply_seen(scores, v, self.group, diagonal, out=added)
