@@ -8,6 +8,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -104,3 +105,18 @@ def test_memory_of_a_rank(ranks: int) -> None:
     rows = json.loads(run.stdout)["bytes"]
     assert [row["shards"] for row in rows] == [2 * 2 * 64 * 6000 // ranks] * ranks
     assert all(row["peak"] >= row["shards"] * min(3, ranks) for row in rows)
+
+
+def test_the_whole_job_against_its_parts(tmp_path: Path) -> None:
+    options = f"--items 3 --length 96 --q-heads 4 --kv-heads 2 --head-dim 16 --folder {tmp_path}"
+    done = mpirun(
+        2, ["-m", "mdattn_mpi", "bench", "job", "-b", "cpu", *options.split(), "--json"], check=True
+    )
+    found = json.loads(done.stdout)
+    parts = {name: found["seconds"][name] for name in ("reading", "computing", "writing")}
+    assert all(seconds > 0 for seconds in parts.values())
+    assert found["slowest"] == max(parts, key=parts.__getitem__)
+    assert found["ratio"] == pytest.approx(
+        found["seconds"]["whole job"] / max(parts.values()), rel=1e-6
+    )
+    assert not list(tmp_path.iterdir())
