@@ -57,6 +57,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help=argparse.SUPPRESS,
     )
     add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add("--quiet", action="store_true", help="print nothing")
     add_writing_options(parser)
     return parser
 
@@ -83,7 +84,13 @@ def main(arguments: argparse.Namespace) -> int:
     ]
     total = 2 * sum(size for *_, size in sizes)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar,
+        tqdm(
+            total=total,
+            unit="B",
+            unit_scale=True,
+            disable=arguments.quiet or None,
+            leave=False,
+        ) as bar,
         create_dataset(
             arguments.path,
             items,
@@ -96,7 +103,8 @@ def main(arguments: argparse.Namespace) -> int:
             for block in random_blocks(arguments.seed, number, size, item.problem.dtype):
                 dataset.append(item, tensor, block)
                 bar.update(block.nbytes)
-    print(f"{arguments.path}: {len(items)} items, {total / 1e6:.1f} MB, seed {arguments.seed}")
+    if not arguments.quiet:
+        print(f"{arguments.path}: {len(items)} items, {total / 1e6:.1f} MB, seed {arguments.seed}")
     return 0
 
 

@@ -33,7 +33,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 SAMPLES = 4096  # blocks of the content that go into a digest, over all items
 SAMPLE_BYTES = 4096
-SCRATCH_BYTES = 4 << 20
+SCRATCH_BYTES = 1 << 20
 
 
 class Dataset:
