@@ -130,16 +130,15 @@ def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Fi
 def place(world: World) -> dict[str, Any]:
     """Where this rank is, and by whose hand."""
     from mdattn_mpi.lockstep import launcher
-    from mdattn_mpi.lockstep.world import mpi_library
+    from mdattn_mpi.lockstep.world import mpi_library, threads_may_call
 
     launched = launcher()
-    library, threads = mpi_library()
     return {
         "node": world.nodes[world.rank],
         "local_rank": world.local_rank,
         "local_size": world.local_size,
         "launcher": f"{launched.name} of {launched.speaks}" if launched.name else "",
-        "mpi": {"library": library, "threads": threads},
+        "mpi": {"library": mpi_library(), "threads": threads_may_call()},
     }
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -212,6 +213,7 @@ def start() -> World:
     board.identify(rank=launched.rank, size=launched.size)
     board.enter("start")
     if not MPI.Is_initialized():
+        _warn_of_strangers(launched)
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
     board.started()
     if launched.size > 1 and MPI.COMM_WORLD.size == 1:
@@ -250,14 +252,34 @@ def leave(board: Board) -> None:
     board.end()
 
 
-def mpi_library() -> tuple[str, bool]:
-    """Name and version of the MPI library, and whether several threads may call it."""
+def mpi_library() -> str:
+    """Name and version of the MPI library; may be asked before it is initialized."""
     name = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0 ")
-    return " ".join(name.split()), MPI.Query_thread() == MPI.THREAD_MULTIPLE
+    return " ".join(name.replace("Version:", "").split())
+
+
+def threads_may_call() -> bool:
+    """Whether several threads may call MPI at once."""
+    return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
+
+
+def _warn_of_strangers(launched: Launcher) -> None:
+    """Say so ahead when a library is likely to abort, without a clear word, in another's launcher.
+
+    It may also work: there are builds of MPICH that understand Open MPI's launcher.
+    """
+    library = mpi_library()
+    if launched.speaks == "Open MPI" and "Open MPI" not in library and launched.rank == 0:
+        print(
+            "mdattn: warning: started by the mpirun of Open MPI, but mpi4py uses "
+            f"{library}; if MPI fails now, start with the mpirun that belongs to it",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _mismatch(launched: Launcher) -> RejectedError:
-    library = MPI.Get_library_version().partition("\n")[0].partition(",")[0].strip("\0 ")
+    library = mpi_library()
     error = RejectedError(
         f"{launched.name} ({launched.speaks}) started {launched.size} processes, but each is alone "
         f"in a world of 1: mpi4py uses {library}, which doesn't understand this launcher",

@@ -104,13 +104,14 @@ def start(
     argv: Sequence[str],
     *,
     env: Mapping[str, str] | None = None,
+    program: Sequence[str] = (),
     options: Sequence[str] = (),
     **popen: Any,
 ) -> Popen[str]:
-    """Start `python *argv` on `ranks` ranks; see `mark_of`."""
+    """Start `python *argv` on `ranks` ranks by `program` (or `launcher`); see `mark_of`."""
     variables = environment(env)
     process = Popen(
-        [*launcher(), *options, "-n", str(ranks), sys.executable, *argv],
+        [*(program or launcher()), *options, "-n", str(ranks), sys.executable, *argv],
         env=variables,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -127,6 +128,7 @@ def mpirun(
     *,
     timeout: float = PATIENCE,
     env: Mapping[str, str] | None = None,
+    program: Sequence[str] = (),
     options: Sequence[str] = (),
     check: bool = False,
     cwd: str | Path | None = None,
@@ -141,15 +143,15 @@ def mpirun(
         What follows ``python``: a script, ``-c CODE`` or ``-m MODULE …``.
     timeout
         Seconds after which the run is killed and the test fails with what was printed.
-    env, options
-        Changes to the environment; more options for mpirun.
+    env, program, options
+        Changes to the environment; what starts ranks, if not `launcher`; more options for it.
     check
         Fail the test unless the exit code is 0.
 
     Fails the test when a process of the run outlives it.
 
     """
-    process = start(ranks, argv, env=env, options=options, cwd=cwd)
+    process = start(ranks, argv, env=env, program=program, options=options, cwd=cwd)
     mark = mark_of(process)
     try:
         out, err = process.communicate(timeout=timeout)
