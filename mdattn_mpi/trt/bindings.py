@@ -98,7 +98,7 @@ def check_bindings(
     bindings
         What the user bound.
     inputs, outputs
-        Names of the engine's tensors; ``keys`` needs no binding.
+        Names of the engine's tensors that are bound.
     datasets
         Names of the datasets that every item of the file has.
     file
@@ -127,5 +127,5 @@ def check_bindings(
                 fix=f"items have {', '.join(sorted(there)) or 'nothing'}",
             )
     for tensor in (*wanted, *made):
-        if tensor not in bound and tensor != "keys":
+        if tensor not in bound:
             raise RejectedError(f"{tensor!r} of the engine is bound to nothing", fix=FORM)

@@ -19,7 +19,7 @@ from mdattn_mpi.trt.onnx_model import (
     load_model,
     read_sharding,
 )
-from mdattn_mpi.trt.onnx_shard import KEYS
+from mdattn_mpi.trt.onnx_shard import CAUSAL_KEYS, KEYS
 from mdattn_mpi.trt.spec import Sharding, shard_length
 from mdattn_mpi.trt.store import describe_model
 
@@ -115,8 +115,9 @@ def profile_of(network: Any, sharding: Sharding, tokens: tuple[int, int]) -> Pro
     profile: Profile = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        if tensor.name == KEYS:
-            profile[KEYS] = ((1,), (longest,), (longest,))
+        if tensor.name in (KEYS, CAUSAL_KEYS):
+            most = shard_length(longest, sharding.ranks) * sharding.ranks
+            profile[tensor.name] = ((1,), (longest,), (most,))
             continue
         axis = sharding.axes.get(tensor.name)
         shapes = [

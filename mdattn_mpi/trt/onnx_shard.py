@@ -23,7 +23,9 @@ from mdattn_mpi.trt.onnx_patterns import fuse_patterns
 from mdattn_mpi.trt.onnx_tokens import Shape, Tokens, token_axes
 from mdattn_mpi.trt.spec import Sharding
 
-KEYS = "keys"  # the input that tells how many of the collected keys count
+# Inputs that tell how many of the collected keys count: all of the sequence's; or, where a mask is
+# aligned with the last row of a rank's buffer, those up to there.
+KEYS, CAUSAL_KEYS = "keys", "causal_keys"
 OLDEST = 13  # the opset since which Slice and Reshape are as they are used here
 EXTRA_INPUTS = {3: "a mask", 4: "past keys", 5: "past values"}
 
@@ -79,12 +81,14 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
     """Rewrite every attention whose keys are cut into shards; the others see all they need."""
     nodes: list[Any] = []
     done: list[str] = []
+    numbers: dict[str, None] = {}
     for node in model.graph.node:
         if node.op_type in ATTENTION and tokens.axis(node.input[1]) is not None:
             site = Site(node, tokens, ranks)
             done.append(site.share(strategy))
             nodes += [*site.before, node, *site.after]
             model.graph.initializer.extend(site.constants)
+            numbers.update(dict.fromkeys(site.numbers))
         else:
             nodes.append(node)
     if not done:
@@ -94,12 +98,13 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
         )
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    if strategy != "ring":
-        _add_keys(model)
+    if numbers:
+        _add_numbers(model, list(numbers))
     return done
 
 
-def _add_keys(model: Any) -> None:
+def _add_numbers(model: Any, names: Sequence[str]) -> None:
+    """Add inputs of one number each."""
     onnx = import_onnx()
     opset = next((each.version for each in model.opset_import if each.domain == ""), 0)
     if opset < OLDEST:
@@ -107,10 +112,11 @@ def _add_keys(model: Any) -> None:
             f"the model uses opset {opset}; {OLDEST} is needed",
             fix="convert it with onnx.version_converter",
         )
-    if KEYS in [value.name for value in model.graph.input]:
-        raise RejectedError(f"the model has an input {KEYS!r} already", fix="rename it")
-    value = onnx.helper.make_tensor_value_info(KEYS, onnx.TensorProto.INT64, [1])
-    model.graph.input.append(value)
+    for name in names:
+        if name in [value.name for value in model.graph.input]:
+            raise RejectedError(f"the model has an input {name!r} already", fix="rename it")
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1])
+        model.graph.input.append(value)
 
 
 def _free_token_dims(model: Any, axes: Mapping[str, int]) -> None:
@@ -142,6 +148,7 @@ class Site:
         self.before: list[Any] = []
         self.after: list[Any] = []
         self.constants: list[Any] = []
+        self.numbers: list[str] = []  # the inputs of one number that its nodes read
         self._shown = name_of(node)
         self._prefix = f"{node.name or node.output[0]}_mdattn"
         self._output = node.output[0]
@@ -239,10 +246,11 @@ class Site:
 
     def _allgather(self) -> None:
         """Collect keys and values; under a mask a rank's keys end with its own last token."""
+        keys = CAUSAL_KEYS if self._causal else KEYS
         for number in (1, 2):
             tokens_first = self._transpose(self.node.input[number], (2, 0, 1, 3))
             gathered = self._collective(tokens_first, "all_gather")
-            seen = self._first_keys(gathered, 0)
+            seen = self._first(keys, gathered, 0)
             self.node.input[number] = self._transpose(seen, (1, 2, 0, 3))
         if self._causal:
             self._make_trt_attention()
@@ -271,7 +279,7 @@ class Site:
             if heads % self.ranks:
                 name, heads = self._repeat_heads(name, heads), self.ranks
             traded = self._heads_to_ranks(name, heads // self.ranks)
-            self.node.input[number] = self._first_keys(traded, 2) if number else traded
+            self.node.input[number] = self._first(KEYS, traded, 2) if number else traded
         self._tokens_to_ranks()
 
     def _repeat_heads(self, name: str, heads: int) -> str:
@@ -318,10 +326,11 @@ class Site:
         rest = {"reduce_op": "none", "root": -1, RANK_COUNT: self.ranks}
         return self._op("DistCollective", [name], where, collective_operation=operation, **rest)
 
-    def _first_keys(self, name: str, axis: int) -> str:
-        """Keep the keys that count."""
+    def _first(self, keys: str, name: str, axis: int) -> str:
+        """Keep as many keys as the input `keys` says."""
+        self.numbers.append(keys)
         start, along = (self._constant(np.array([number], np.int64)) for number in (0, axis))
-        return self._op("Slice", [name, start, KEYS, along])
+        return self._op("Slice", [name, start, keys, along])
 
     def _times(self, name: str, factor: float) -> str:
         """Scale in float32, so that the factor isn't rounded."""

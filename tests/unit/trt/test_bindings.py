@@ -44,7 +44,7 @@ def test_twice() -> None:
 
 def test_what_matches_nothing() -> None:
     both = parse_bindings(["hidden=items/*/hidden", "output=items/*/out"], AXES)
-    inputs, outputs = ["hidden", "keys"], ["output"]
+    inputs, outputs = ["hidden"], ["output"]
     check_bindings(both, inputs, outputs, ["hidden"])
     with pytest.raises(RejectedError, match="no item has 'hidden'") as caught:
         check_bindings(both, inputs, outputs, ["query", "key"], file="data.h5")

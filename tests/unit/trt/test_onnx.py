@@ -337,6 +337,18 @@ def test_a_number_of_tokens_that_is_baked_in() -> None:
     assert "dynamic number of tokens" in caught.value.fix
 
 
+def test_causal_and_full_attention_in_one_model_count_keys_apart() -> None:
+    nodes = [
+        helper.make_node("Attention", ["q", "q", "q"], ["a"], name="first", is_causal=1),
+        helper.make_node("Attention", ["a", "a", "a"], ["o"], name="second"),
+    ]
+    whole = model(nodes, {"q": HEADS_FIRST}, {"o": HEADS_FIRST})
+    sharded, _ = shard_model(whole, "allgather", 2, {})
+    assert [value.name for value in sharded.graph.input] == ["q", "causal_keys", "keys"]
+    sharded, _ = shard_model(whole, "ulysses", 2, {})
+    assert [value.name for value in sharded.graph.input] == ["q", "keys"]
+
+
 def test_an_old_opset() -> None:
     old = attention("TRT_Attention")
     old.opset_import[0].version = 12

@@ -112,14 +112,10 @@ def test_block(tmp_path: Path, form: str, strategy: Any, ranks: int) -> None:
 
     def one(group: ThreadRanks) -> Any:
         start, stop = (min(r * length, tokens) for r in (group.rank, group.rank + 1))
-        keys = min((group.rank + 1) * length, tokens) if causal else tokens
-        if strategy == "ulysses":
-            keys = tokens
-        if strategy == "allgather" and causal:  # aligned with the last row of the filled buffer
-            keys = (group.rank + 1) * length
         inputs = {
             "hidden": padded(hidden[start:stop], length),
-            "keys": np.array([keys], np.int64),
+            "keys": np.array([tokens], np.int64),
+            "causal_keys": np.array([(group.rank + 1) * length], np.int64),
         }
         (output,) = interpret(found.api, network, inputs, group, collectives).values()
         assert output.shape == (length, BATCH, HEADS * HEAD_DIM)
