@@ -1,9 +1,12 @@
 """``mdattn bench attention -b cuda``, under ``mpirun -n P``: P GPUs against one, and PyTorch's.
 
-In every round each side has its turn; a call's time is that from the end of the one before it to
-its own end, by events on the GPU, the median over calls and rounds, of the slowest rank. Inputs are
-random and rotate. A call of a lone item starts its transfers when the call before it has ended; in
-a stream of items they run while the item before computes.
+In every round each side has its turn, beginning with another one each time, after the same pause:
+without it, whoever comes after a pause finds a cooler GPU and higher clocks. A call's time is that
+from the end of the one before it to its own end, by events on the GPU, the median over calls and
+rounds. Of several ranks the slowest counts; "one GPU" is the mean over GPUs that each compute the
+whole item by itself, all at the same time. Inputs are random and rotate. A call of a lone item
+starts its transfers when the call before it has ended; in a stream of items they run while the item
+before computes.
 """
 
 from __future__ import annotations
@@ -11,11 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.cli.bench import surroundings, table
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 SETS = 3  # inputs that rotate
 ROWS = 32  # of a rank's query that are compared with float64
 SECONDS = 0.15  # of one turn, roughly
+PAUSE = 0.2  # seconds before a turn
 ONE = "one GPU"
 LONE = ("ring", "allgather", "allgather, head start", "ulysses")
 STREAM = "stream of allgather"
@@ -87,22 +92,32 @@ def measure(
     rivals: Rivals | None,
 ) -> dict[str, dict[str, float]]:
     """Collective. Time all sides in turn; rank 0 gets milliseconds and errors by name."""
+    import torch
+
     inputs = Inputs(problem, seed=17)
     sides = list(our_sides(world, device, problem, inputs))
     if rivals is not None:
         sides += rivals.sides(problem, inputs)
-    for _ in range(rounds):
-        for side in sides:
-            world.barrier()
-            calls = max(2, min(40, int(SECONDS / _guess(problem, world.size))))
-            side.times += side.run(calls)
+    for turn in range(rounds * len(sides)):
+        lap, place = divmod(turn, len(sides))
+        side = sides[(lap + place) % len(sides)]
+        torch.cuda.synchronize()
+        world.barrier()
+        time.sleep(PAUSE)
+        world.barrier()
+        calls = max(2, min(40, int(SECONDS / _guess(problem, world.size))))
+        side.times += side.run(calls)
     own = {side.name: {"ms": side.milliseconds, "error": side.error} for side in sides}
     gathered = world.gather_bytes(json.dumps(own).encode())
     every = [json.loads(each) for each in gathered or ()]
-    return {
-        name: {kind: max(each[name][kind] for each in every if name in each) for kind in found}
-        for name, found in (every[0] if every else {}).items()
+    if not every:
+        return {}
+    found = {
+        name: {kind: max(each[name][kind] for each in every) for kind in kinds}
+        for name, kinds in every[0].items()
     }
+    found[ONE]["ms"] = fmean(each[ONE]["ms"] for each in every)
+    return found
 
 
 class Inputs:
@@ -216,7 +231,7 @@ def our_sides(
 
 
 def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: Inputs) -> Side:
-    """Rank 0's GPU computes the whole item; the others wait."""
+    """Every rank's GPU computes the whole item by itself."""
     import torch
 
     arrays = [[device.adopt(array) for array in arrays] for arrays in inputs.sets]
@@ -234,8 +249,6 @@ def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: 
         return device.finish(accumulator)[0]
 
     def run(calls: int) -> list[float]:
-        if world.rank:
-            return []
         marks = []
         for index in range(calls + 2):
             call(index)

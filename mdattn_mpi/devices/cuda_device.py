@@ -554,7 +554,7 @@ class CudaDevice:
         gather = 2 * costs.latency + (ranks - 1) / ranks * problem.kv_bytes / costs.bandwidth
         # cuDNN's kernel gives every multiprocessor a tile of rows of one head at a time. As many
         # tiles as there are multiprocessors take as long as one: whole waves, or time is lost.
-        processors = self._gpu.multiprocessors
+        processors = int(self._gpu.multiprocessors)
         a_tile = 2 * TILE * keys * (problem.head_dim + problem.v_head_dim)
         wave = processors * a_tile / costs.flops
         waves = max(1, round(gather / wave))
