@@ -171,23 +171,24 @@ def _hdf5_tensors(file: File) -> dict[str, ForeignTensor]:
     """Walk all groups; a group that is met twice, and what lies in other files, is left out."""
     tensors: dict[str, ForeignTensor] = {}
     seen = set()
-    pending = [(file.root, 0)]
+    pending = [("", file.root, 0)]
     while pending:
-        node, depth = pending.pop()
+        path, node, depth = pending.pop()
         if node.is_dataset:
             found = _hdf5_tensor(node)
             if found is not None:
-                tensors[node.path.lstrip("/")] = found
+                tensors[path] = found
         elif node.is_group and node.address not in seen and depth < MAX_LINK_DEPTH:
             seen.add(node.address)
             names = node.names(MAX_NODES)
             if len(names) + len(pending) + len(tensors) > MAX_NODES:
                 raise file.reject(f"holds more than {MAX_NODES} objects", "split the file")
-            pending += [(child, depth + 1) for child in _children(node, names)]
+            for name, child in _children(node, names):
+                pending.append((f"{path}/{name}".lstrip("/"), child, depth + 1))
     return tensors
 
 
-def _children(node: Node, names: Sequence[str]) -> list[Node]:
+def _children(node: Node, names: Sequence[str]) -> list[tuple[str, Node]]:
     children = []
     for name in names:
         try:
@@ -195,7 +196,7 @@ def _children(node: Node, names: Sequence[str]) -> list[Node]:
         except RejectedError:
             continue
         if child is not None:
-            children.append(child)
+            children.append((name, child))
     return children
 
 
