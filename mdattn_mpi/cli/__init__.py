@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -48,7 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(parser, argv)
     command_main: Main = arguments.main
     try:
-        return command_main(arguments)
+        code = command_main(arguments)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever read has seen enough, as in `mdattn inspect … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except MdattnError as error:
         print(f"mdattn: error: {error}", file=sys.stderr)
         return error.exit_code

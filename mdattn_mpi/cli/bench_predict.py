@@ -29,7 +29,8 @@ and kept in a file. With two ranks or more, the links are measured too.
 STREAM = 8  # items of a batch
 LINK_BYTES = 1 << 26
 SMALL_BYTES = 1 << 12
-SHORTEST = 0.02  # seconds that a timed burst lasts
+SHORTEST = 0.005  # seconds that a timed burst lasts
+ROUNDS = 3
 
 
 def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
@@ -271,4 +272,4 @@ def _seconds(device: Any, once: Any, fixed: int = 0) -> float:
     calls = fixed or 1
     while not fixed and burst(calls) < SHORTEST:
         calls *= 2
-    return max(median(burst(2 * calls) - burst(calls) for _ in range(5)) / calls, 1e-9)
+    return max(median(burst(2 * calls) - burst(calls) for _ in range(ROUNDS)) / calls, 1e-9)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from time import perf_counter
 
-from mdattn_mpi.lockstep import World
+from mdattn_mpi.lockstep import World, board
 from mdattn_mpi.runner.folder import watched_folder
 from mdattn_mpi.runner.job import Job, add_seconds, run_folder, say, together
 from mdattn_mpi.runner.jobspec import JobSpec
@@ -31,6 +32,7 @@ def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
 
 
 def _run(spec: JobSpec, world: World, began: float) -> int:
+    launching = seconds_since_launch()
     job = open_job(spec, world)
     try:
         say(world, describe_plans(job))
@@ -38,7 +40,11 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
             open_files(job)
             opened = perf_counter()
             run_items(job)
-            job.seconds = {"opening": opened - began, "items": perf_counter() - opened}
+            job.seconds = {
+                "launching": launching,
+                "opening": opened - began,
+                "items": perf_counter() - opened,
+            }
         for team in job.teams:
             team.backend.close()
         return 0 if spec.dry_run else close_job(job)
@@ -46,6 +52,13 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
         for team in job.teams:
             team.backend.abort()
         raise
+
+
+def seconds_since_launch() -> float:
+    """How long ago this rank was launched: Python, MPI and the wait for the other ranks."""
+    with open(f"/proc/{board().watchdog_pid or 'self'}/stat") as stat, open("/proc/uptime") as up:
+        ticks = int(stat.read().rpartition(")")[2].split()[19])
+        return float(up.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def close_job(job: Job) -> int:
