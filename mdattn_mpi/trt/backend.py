@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
-from mdattn_mpi.lockstep import Group, Step
+from mdattn_mpi.errors import MdattnError, RejectedError
+from mdattn_mpi.lockstep import Group
 from mdattn_mpi.partition import equal_partition
-from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName, digest_of
+from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 from mdattn_mpi.trt.build import Made, make_attention
-from mdattn_mpi.trt.choice import check_target, choose
+from mdattn_mpi.trt.choice import choose
 from mdattn_mpi.trt.engine import Engine
-from mdattn_mpi.trt.gpu import Buffer, CudaGpu, Gpu, HostArray
-from mdattn_mpi.trt.library import (
-    INSTALL,
-    Library,
-    check_one_nccl,
-    find_library,
-    loaded_nccl,
-    show_sm,
-)
+from mdattn_mpi.trt.engine_room import EngineRoom, open_room
+from mdattn_mpi.trt.gpu import Buffer, HostArray
 from mdattn_mpi.trt.networks import network_of
 from mdattn_mpi.trt.spec import EngineSpec, Shapes, spec_for
-from mdattn_mpi.trt.store import Cache, Manifest, check_fits, read_engine, sha256_of
-
-T = TypeVar("T")
-
-
-class Communicator(Protocol):
-    """The NCCL communicator of a group."""
-
-    @property
-    def ptr(self) -> int:
-        """Its ``ncclComm_t``."""
-        ...
-
-    def close(self) -> None:
-        """Collective. Destroy it."""
-        ...
-
-    def abort(self) -> None:
-        """Let go without waiting for any other rank."""
-        ...
+from mdattn_mpi.trt.store import Cache
 
 
 @dataclass(frozen=True)
@@ -95,34 +68,21 @@ class TensorRTBackend:
 
     Parameters
     ----------
-    group
-        The ranks.
-    library, gpu, communicator
-        This rank's TensorRT and GPU, and the group's NCCL communicator.
+    room
+        Where engines are loaded.
     cache
         Where built engines are kept; None for nowhere.
-    nccl
-        Tells which NCCL libraries the process has loaded.
 
     """
 
     name = "tensorrt"
 
-    def __init__(
-        self,
-        group: Group,
-        library: Library,
-        gpu: Gpu,
-        communicator: Communicator,
-        cache: Cache | None,
-        nccl: Callable[[], Sequence[str]] = loaded_nccl,
-    ) -> None:
-        self._group = group
-        self._library = library
-        self._gpu = gpu
-        self._communicator = communicator
+    def __init__(self, room: EngineRoom, cache: Cache | None) -> None:
+        self._room = room
+        self._group = room.group
+        self._library = room.library
+        self._gpu = room.gpu
         self._cache = cache
-        self._nccl = nccl
         self._loaded: list[Loaded] = []
         self._named = False
         self._timings = {"compute": 0.0, "exchange": 0.0, "merge": 0.0}
@@ -133,16 +93,16 @@ class TensorRTBackend:
         Raises
         ------
         RejectedError, DeviceError
-            See `store.read_engine` and `store.check_fits`.
+            It isn't one of plain attention; see `EngineRoom.share_file`.
 
         """
-
-        def fits() -> None:
-            check_fits(manifest, self._library, self._gpu.sm, self._group.size, str(path))
-
-        made = self._share("engine file", lambda: _read_attention(path))
-        manifest = made.manifest
-        agreed(self._group, "engine fits", fits)
+        made = self._room.share_file(path)
+        if not made.manifest.spec:
+            raise RejectedError(
+                "this engine was built from a model, not for plain attention",
+                file=str(path),
+                fix="bind its inputs and outputs: --bind NAME=items/*/DATASET:DIM",
+            )
         self._load(made)
         self._named = True
 
@@ -164,7 +124,7 @@ class TensorRTBackend:
         for name, group in chosen.items():
             for spec in spec_for(group, name, self._group.size):
                 if not self._named and self._find(spec) is None:
-                    self._load(self._share("build engine", self._builder(spec)))
+                    self._load(self._room.share("build engine", self._builder(spec)))
 
     def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
         """Collective. Choose strategy and engine; build one where `prepare` made none.
@@ -214,35 +174,9 @@ class TensorRTBackend:
     def _builder(self, spec: EngineSpec) -> Callable[[], Made]:
         return lambda: make_attention(self._library, spec, self._gpu.sm, self._cache)
 
-    def _share(self, phase: str, make: Callable[[], Made]) -> Made:
-        """Collective. Make an engine on rank 0 and give it to all; its failure is everyone's."""
-        group = self._group
-        made = agreed(group, phase, lambda: make() if group.rank == 0 else None)
-        listed = group.bcast_bytes(made.manifest.to_json() if made else None)
-        engine = group.bcast_large(made.engine if made else None)
-        return Made(engine, Manifest.from_json(listed, Path(phase)))
-
     def _load(self, made: Made) -> None:
-        """Collective. Deserialize on all ranks, then hand the communicator over on all at once."""
-        engine, manifest = made.engine, made.manifest
-        spec = manifest.attention()
-        digest = sha256_of(engine)
-
-        def load() -> Engine:
-            if digest != manifest.sha256:
-                raise DeviceError("the engine's bytes changed on their way", fix="start again")
-            check_target(self._library, spec.strategy, spec.ranks, self._gpu.sm)
-            return Engine(self._library, engine, self._gpu.sm)
-
-        facts = {"engine": digest, "library": str(self._library), "SM": show_sm(self._gpu.sm)}
-        agreed(self._group, "engine", lambda: None, facts)  # before anyone deserializes
-        loaded = agreed(self._group, "load engine", load)
-        if self._group.size > 1:
-            pointer = self._communicator.ptr
-            agreed(self._group, "NCCL", lambda: check_one_nccl(self._nccl()))
-            agreed(self._group, "connect engine", lambda: loaded.connect(pointer))
-            agreed(self._group, "NCCL again", lambda: check_one_nccl(self._nccl()))
-        self._loaded.append(Loaded(spec, digest, loaded))
+        engine = self._room.load(made)
+        self._loaded.append(Loaded(made.manifest.attention(), made.manifest.sha256, engine))
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """An array for `begin`, with undefined contents."""
@@ -295,68 +229,26 @@ class TensorRTBackend:
 
     def describe(self) -> Mapping[str, str]:
         """The GPU, the library, the engines."""
-        return {
-            "device": f"{self._gpu.name} (SM {show_sm(self._gpu.sm)})",
-            self._library.flavour: self._library.version,
-            "engines": ", ".join(loaded.digest[:12] for loaded in self._loaded),
-        }
+        engines = ", ".join(loaded.digest[:12] for loaded in self._loaded)
+        return {**self._room.describe(), "engines": engines}
 
     def timings(self) -> Mapping[str, float]:
         """Seconds of the engines; what they spend on exchange is part of ``compute``."""
         return dict(self._timings)
 
     def close(self) -> None:
-        """Collective. Engines before the communicator that they hold, memory last."""
-        for loaded in self._loaded:
-            loaded.engine.close()
+        """Collective. Release everything, in order."""
         self._loaded.clear()
-        self._communicator.close()
-        self._gpu.close()
+        self._room.close()
 
     def abort(self) -> None:
-        """Let go of the communicator, so that nothing on the GPU waits for a rank that is gone."""
-        self._communicator.abort()
+        """Let go without waiting for any other rank."""
+        self._room.abort()
 
 
 def _row_size(host: HostArray) -> int:
     """Bytes of one token."""
     return int(host.shape[1] * host.shape[2] * host.itemsize)
-
-
-def _read_attention(path: Path) -> Made:
-    """Read an engine of plain attention, which its manifest describes."""
-    engine, manifest = read_engine(path)
-    if not manifest.spec:
-        raise RejectedError(
-            "this engine was built from a model, not for plain attention",
-            file=str(path),
-            fix="run it with --bind NAME=items/*/DATASET:DIM for each input and output",
-        )
-    return Made(engine, manifest)
-
-
-def agreed(
-    group: Group, phase: str, action: Callable[[], T], facts: Mapping[str, Any] | None = None
-) -> T:
-    """Collective. Do `action` on every rank; go on together, or raise the same error together.
-
-    Raises
-    ------
-    MdattnError
-        Of the lowest rank that failed.
-    DisagreementError
-        The ranks' `facts` differ; this is found out before any goes on.
-
-    """
-    error: MdattnError | None = None
-    value: T | None = None
-    try:
-        value = action()
-    except Exception as failure:
-        error = MdattnError.wrap(failure, rank=group.rank)
-    found = dict(facts or {})
-    group.agree(Step(-1, phase, digest_of(found), lambda: found), error=error)
-    return value  # type: ignore[return-value]
 
 
 def open_tensorrt(group: Group, *, engine: str = "") -> TensorRTBackend:
@@ -375,44 +267,7 @@ def open_tensorrt(group: Group, *, engine: str = "") -> TensorRTBackend:
         TensorRT, CUDA or NCCL is missing on some rank; or the engine file is refused.
 
     """
-    library = agreed(group, "TensorRT", find_library)
-    gpu = agreed(group, "GPU", lambda: _open_gpu(group.local_rank, group.local_size))
-    # nccl4py first: TensorRT then finds its libnccl.so.2 already in the process.
-    agreed(group, "nccl4py", _import_nccl)
-    communicator = agreed(group, "NCCL", lambda: _open_nccl(group))
-    backend = TensorRTBackend(group, library, gpu, communicator, Cache.default())
+    backend = TensorRTBackend(open_room(group), Cache.default())
     if engine:
         backend.take_engine(Path(engine))
     return backend
-
-
-def _open_gpu(local_rank: int, local_size: int) -> CudaGpu:
-    from mdattn_mpi.devices.presence import gpu_count
-
-    count = gpu_count()
-    if local_rank >= count:
-        what = f"{local_size} ranks on this node and {count} visible GPUs"
-        raise DeviceError(
-            what if count > 0 else "no NVIDIA GPU, or no driver for it, is here",
-            fix="start at most as many ranks a node as it has GPUs, or use -b cpu; engines can be "
-            "built without a GPU: mdattn build",
-        )
-    try:
-        from mdattn_mpi.devices.cuda_driver import Gpu as Driver
-    except ImportError as error:
-        raise RejectedError(f"CUDA's Python packages are missing ({error})", fix=INSTALL) from error
-    return CudaGpu(Driver(local_rank))
-
-
-def _import_nccl() -> None:
-    try:
-        import_module("nccl.core")
-    except ImportError as error:
-        raise RejectedError(f"nccl4py can't be imported ({error})", fix=INSTALL) from error
-
-
-def _open_nccl(group: Group) -> Communicator:
-    """Collective. Make the communicator; TensorRT's calls on it must not return early."""
-    from mdattn_mpi.devices.nccl_comm import NcclComm
-
-    return NcclComm(group, blocking=True)

@@ -15,9 +15,10 @@ import sys
 from mdattn_mpi.errors import DeviceError, MdattnError
 from mdattn_mpi.lockstep import start
 from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.trt.backend import agreed, open_tensorrt
+from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import build_attention
 from mdattn_mpi.trt.engine import CAPSULE, Engine, communicator_capsule
+from mdattn_mpi.trt.engine_room import agreed, open_room
 from mdattn_mpi.trt.library import find_library, loaded_nccl, show_sm, visible_sm
 from mdattn_mpi.trt.spec import spec_for
 
@@ -36,10 +37,11 @@ def main() -> int:
     sm = visible_sm()
     assert sm is not None, "there is no GPU here"
     say(f"{library}; SM {show_sm(sm)}; can run {library.capabilities(sm).strategies()}")
-    backend = open_tensorrt(world)
-    say(f"GPU and communicator are open: {dict(backend.describe())}")
+    room = open_room(world)
+    backend = TensorRTBackend(room, cache=None)
+    say(f"GPU and communicator are open: {room.describe()}")
     say(f"NCCL: {loaded_nccl()}")
-    communicator = backend._communicator
+    communicator = room._communicator
     capsule = communicator_capsule(communicator.ptr)
     valid = ctypes.pythonapi.PyCapsule_IsValid
     valid.argtypes = [ctypes.py_object, ctypes.c_char_p]

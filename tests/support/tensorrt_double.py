@@ -19,6 +19,7 @@ import numpy as np
 
 from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import Made
+from mdattn_mpi.trt.engine_room import EngineRoom
 from mdattn_mpi.trt.gpu import Buffer
 from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import define
@@ -192,23 +193,31 @@ class HostCommunicator:
         self._tape.note("communicator.abort")
 
 
-class DoubleBackend(TensorRTBackend):
-    """The backend, with engines that the double can run."""
+class DoubleRoom(EngineRoom):
+    """An engine room in which nothing but the runtime and the GPU is a double."""
 
     def __init__(self, world: Any, real: Library, sm: tuple[int, int] = (12, 0)) -> None:
         self.double = Double(real, world.comm)
         self.tape = self.double.tape
-        self.gpu = HostGpu(self.tape, sm)
-        self.built: list[EngineSpec] = []
         self.nccl = ["/nccl/lib/libnccl.so.2"]
+        self.memory = HostGpu(self.tape, sm)
         super().__init__(
             world,
             self.double.library(),
-            self.gpu,
+            self.memory,
             HostCommunicator(self.tape),
-            cache=None,
             nccl=lambda: self.nccl,
         )
+
+
+class DoubleBackend(TensorRTBackend):
+    """The backend, with engines that the double can run."""
+
+    def __init__(self, world: Any, real: Library, sm: tuple[int, int] = (12, 0)) -> None:
+        room = DoubleRoom(world, real, sm)
+        self.tape, self.nccl, self.gpu = room.tape, room.nccl, room.memory
+        self.built: list[EngineSpec] = []
+        super().__init__(room, cache=None)
 
     def _builder(self, spec: EngineSpec) -> Callable[[], Any]:
         def build() -> Any:

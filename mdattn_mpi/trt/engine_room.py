@@ -1,0 +1,220 @@
+"""Where a group's engines are shared, loaded and connected: library, GPUs, communicator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
+from mdattn_mpi.lockstep import Group, Step
+from mdattn_mpi.problem import digest_of
+from mdattn_mpi.trt.build import Made
+from mdattn_mpi.trt.choice import check_target
+from mdattn_mpi.trt.engine import Engine
+from mdattn_mpi.trt.gpu import CudaGpu, Gpu
+from mdattn_mpi.trt.library import (
+    INSTALL,
+    Library,
+    check_one_nccl,
+    find_library,
+    loaded_nccl,
+    show_sm,
+)
+from mdattn_mpi.trt.store import Manifest, check_fits, read_engine, sha256_of
+
+T = TypeVar("T")
+
+
+class Communicator(Protocol):
+    """The NCCL communicator of a group."""
+
+    @property
+    def ptr(self) -> int:
+        """Its ``ncclComm_t``."""
+        ...
+
+    def close(self) -> None:
+        """Collective. Destroy it."""
+        ...
+
+    def abort(self) -> None:
+        """Let go without waiting for any other rank."""
+        ...
+
+
+class EngineRoom:
+    """The ranks of a group, one a GPU, and what their engines need.
+
+    Parameters
+    ----------
+    group
+        The ranks.
+    library, gpu, communicator
+        This rank's TensorRT and GPU, and the group's NCCL communicator.
+    nccl
+        Tells which NCCL libraries the process has loaded.
+
+    """
+
+    def __init__(
+        self,
+        group: Group,
+        library: Library,
+        gpu: Gpu,
+        communicator: Communicator,
+        nccl: Callable[[], Sequence[str]] = loaded_nccl,
+    ) -> None:
+        self.group = group
+        self.library = library
+        self.gpu = gpu
+        self._communicator = communicator
+        self._nccl = nccl
+        self._engines: list[Engine] = []
+
+    def share(self, phase: str, make: Callable[[], Made]) -> Made:
+        """Collective. Make an engine on rank 0 and give it to all; its failure is everyone's."""
+        group = self.group
+        made = agreed(group, phase, lambda: make() if group.rank == 0 else None)
+        listed = group.bcast_bytes(made.manifest.to_json() if made else None)
+        engine = group.bcast_large(made.engine if made else None)
+        return Made(engine, Manifest.from_json(listed, Path(phase)))
+
+    def share_file(self, path: Path) -> Made:
+        """Collective. Read an engine on rank 0 and give it to all; refuse one that doesn't fit.
+
+        Raises
+        ------
+        RejectedError, DeviceError
+            See `store.read_engine` and `store.check_fits`.
+
+        """
+
+        def fits() -> None:
+            check_fits(made.manifest, self.library, self.gpu.sm, self.group.size, str(path))
+
+        made = self.share("engine file", lambda: Made(*read_engine(path)))
+        agreed(self.group, "engine fits", fits)
+        return made
+
+    def load(self, made: Made) -> Engine:
+        """Collective. Deserialize on all ranks, then hand the communicator over on all at once.
+
+        Raises
+        ------
+        DisagreementError, DeviceError
+            Ranks hold different engines; one can't load it, or uses another NCCL.
+
+        """
+        group, manifest = self.group, made.manifest
+        digest = sha256_of(made.engine)
+
+        def deserialize() -> Engine:
+            if digest != manifest.sha256:
+                raise DeviceError("the engine's bytes changed on their way", fix="start again")
+            check_target(self.library, manifest.strategy, manifest.ranks, self.gpu.sm)
+            return Engine(self.library, made.engine, self.gpu.sm)
+
+        facts = {"engine": digest, "library": str(self.library), "SM": show_sm(self.gpu.sm)}
+        agreed(group, "engine", lambda: None, facts)  # before anyone deserializes
+        engine = agreed(group, "load engine", deserialize)
+        if group.size > 1:
+            pointer = self._communicator.ptr
+            agreed(group, "NCCL", lambda: check_one_nccl(self._nccl()))
+            agreed(group, "connect engine", lambda: engine.connect(pointer))
+            agreed(group, "NCCL again", lambda: check_one_nccl(self._nccl()))
+        self._engines.append(engine)
+        return engine
+
+    def describe(self) -> dict[str, str]:
+        """The GPU and the library."""
+        return {
+            "device": f"{self.gpu.name} (SM {show_sm(self.gpu.sm)})",
+            self.library.flavour: self.library.version,
+        }
+
+    def close(self) -> None:
+        """Collective. Engines before the communicator that they hold, memory last."""
+        for engine in self._engines:
+            engine.close()
+        self._engines.clear()
+        self._communicator.close()
+        self.gpu.close()
+
+    def abort(self) -> None:
+        """Let go of the communicator, so that nothing on the GPU waits for a rank that is gone."""
+        self._communicator.abort()
+
+
+def agreed(
+    group: Group, phase: str, action: Callable[[], T], facts: Mapping[str, Any] | None = None
+) -> T:
+    """Collective. Do `action` on every rank; go on together, or raise the same error together.
+
+    Raises
+    ------
+    MdattnError
+        Of the lowest rank that failed.
+    DisagreementError
+        The ranks' `facts` differ; this is found out before any goes on.
+
+    """
+    error: MdattnError | None = None
+    value: T | None = None
+    try:
+        value = action()
+    except Exception as failure:
+        error = MdattnError.wrap(failure, rank=group.rank)
+    found = dict(facts or {})
+    group.agree(Step(-1, phase, digest_of(found), lambda: found), error=error)
+    return value  # type: ignore[return-value]
+
+
+def open_room(group: Group) -> EngineRoom:
+    """Collective. Open TensorRT, a GPU and an NCCL communicator on every rank.
+
+    Raises
+    ------
+    RejectedError, DeviceError
+        TensorRT, CUDA or NCCL is missing on some rank.
+
+    """
+    library = agreed(group, "TensorRT", find_library)
+    gpu = agreed(group, "GPU", lambda: _open_gpu(group.local_rank, group.local_size))
+    # nccl4py first: TensorRT then finds its libnccl.so.2 already in the process.
+    agreed(group, "nccl4py", _import_nccl)
+    communicator = agreed(group, "NCCL", lambda: _open_nccl(group))
+    return EngineRoom(group, library, gpu, communicator)
+
+
+def _open_gpu(local_rank: int, local_size: int) -> CudaGpu:
+    from mdattn_mpi.devices.presence import gpu_count
+
+    count = gpu_count()
+    if local_rank >= count:
+        what = f"{local_size} ranks on this node and {count} visible GPUs"
+        raise DeviceError(
+            what if count > 0 else "no NVIDIA GPU, or no driver for it, is here",
+            fix="start at most as many ranks a node as it has GPUs, or use -b cpu; engines can be "
+            "built without a GPU: mdattn build",
+        )
+    try:
+        from mdattn_mpi.devices.cuda_driver import Gpu as Driver
+    except ImportError as error:
+        raise RejectedError(f"CUDA's Python packages are missing ({error})", fix=INSTALL) from error
+    return CudaGpu(Driver(local_rank))
+
+
+def _import_nccl() -> None:
+    try:
+        import_module("nccl.core")
+    except ImportError as error:
+        raise RejectedError(f"nccl4py can't be imported ({error})", fix=INSTALL) from error
+
+
+def _open_nccl(group: Group) -> Communicator:
+    """Collective. Make the communicator; TensorRT's calls on it must not return early."""
+    from mdattn_mpi.devices.nccl_comm import NcclComm
+
+    return NcclComm(group, blocking=True)
