@@ -63,7 +63,7 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
     from mdattn_mpi.devices.cuda import open_cuda
 
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    device = open_cuda(world, transfer=arguments.transfer)
+    device = open_cuda(world, transfer=arguments.transfer, timings=False)
     rivals = Rivals(world, device) if arguments.rivals else None
     results = []
     for problem in problems:

@@ -22,7 +22,12 @@ Facts = dict[str, Any]
 
 
 def open_cuda(
-    group: Group, local_rank: int | None = None, *, transfer: str = "auto", seam: Any = None
+    group: Group,
+    local_rank: int | None = None,
+    *,
+    transfer: str = "auto",
+    timings: bool = True,
+    seam: Any = None,
 ) -> CudaDevice:
     """Collective. Open this rank's GPU, and the ways to those of the other ranks.
 
@@ -36,6 +41,8 @@ def open_cuda(
         How messages go: ``copy`` by copy engines, which the multiprocessors don't notice, between
         GPUs of one node that reach each other; ``nccl`` by NCCL; ``auto`` by copy engines where
         possible.
+    timings
+        Whether `CudaDevice.seconds` is wanted.
     seam
         What opens the GPU instead of `Libraries`, for tests.
 
@@ -68,6 +75,7 @@ def open_cuda(
         copies=copies,
         nccl=nccl,
         near=near,
+        timings=timings,
         limit=min(each["memory"] for each in everyone),
         facts={
             "gpu": f"{gpu.name} (SM {gpu.sm[0]}.{gpu.sm[1]}, {gpu.total_bytes / 2**30:.0f} GiB)",

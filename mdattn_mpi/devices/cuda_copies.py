@@ -108,7 +108,7 @@ class PeerCopies:
 
     def _invite(self, peer: int, arrays: Sequence[DeviceArray], writable: Fences) -> None:
         """Tell `peer` where its messages go, and its GPU when they may."""
-        fence = pending(event for array in arrays for event in writable(array))
+        fence = pending([event for array in arrays for event in writable(array)])
         if fence:
             for event in fence:
                 self._gpu.wait(self._gate, event)
@@ -116,41 +116,42 @@ class PeerCopies:
             self._gpu.raise_flag(at, self._received[peer], self._gate)
         new = self._memory.blocks[self._shown[peer] :][:MOST_BLOCKS]
         self._shown[peer] += len(new)
-        words = np.concatenate(
-            [
-                np.array([len(arrays), len(new), bool(fence)], np.int64),
-                np.array([self._where(array) for array in arrays], np.int64).reshape(-1),
-                np.frombuffer(b"".join(map(self._gpu.export, new)), np.int64),
-            ]
-        )
+        numbers = [len(arrays), len(new), bool(fence)]
+        for array in arrays:
+            numbers += self._where(array)
+        if new:
+            numbers += np.frombuffer(b"".join(map(self._gpu.export, new)), np.int64).tolist()
+        words = np.array(numbers, np.int64)
         self._under_way = [pair for pair in self._under_way if not pair[0].Test()]
         self._under_way.append((self._comm.Isend(words, peer, TAG), words))
 
     def _push(self, peer: int, arrays: Sequence[DeviceArray], readable: Fences) -> None:
         """Copy to where `peer` says, as soon as both sides may."""
         places, must_wait = self._read_invitation(peer, len(arrays))
-        for event in pending(event for array in arrays for event in readable(array)):
+        for event in pending([event for array in arrays for event in readable(array)]):
             self._gpu.wait(self._outbox, event)
         if must_wait:
             self._gpu.await_flag(self._own(READY, peer), self._sent[peer], self._outbox)
-        for array, (block, start, nbytes) in zip(arrays, places.tolist(), strict=True):
+        opened = self._opened[peer]
+        for index, array in enumerate(arrays):
+            block, start, nbytes = places[3 * index : 3 * index + 3]
             if nbytes != array.nbytes:
                 raise DeviceError(f"rank {peer} expects {nbytes} bytes where {array.nbytes} come")
-            self._gpu.copy(self._opened[peer][block] + start, array.address, nbytes, self._outbox)
+            self._gpu.copy(opened[block] + start, array.address, nbytes, self._outbox)
         at = self._at(self._theirs[peer], ARRIVED, self._comm.rank)
         self._gpu.raise_flag(at, self._sent[peer], self._outbox)
 
-    def _read_invitation(self, peer: int, messages: int) -> tuple[Words, bool]:
+    def _read_invitation(self, peer: int, messages: int) -> tuple[list[int], bool]:
         """Receive what `_invite` wrote on `peer`; open the blocks that it shows."""
         words = np.empty(HEADER + 3 * messages + MOST_BLOCKS * HANDLE, np.int64)
         self._comm.Recv(words, peer, TAG)
-        count, new, must_wait = words[:HEADER].tolist()
+        count, new, must_wait, *places = words[: HEADER + 3 * messages].tolist()
         if count != messages:
             raise DeviceError(f"rank {peer} expects {count} messages where {messages} come")
-        places, handles = np.split(words[HEADER:], [3 * count])
-        for handle in handles[: new * HANDLE].reshape(new, HANDLE):
-            self._opened[peer].append(self._gpu.open(handle.tobytes()))
-        return places.reshape(count, 3), bool(must_wait)
+        if new:
+            handles = words[HEADER + 3 * count :][: new * HANDLE].reshape(new, HANDLE)
+            self._opened[peer] += [self._gpu.open(handle.tobytes()) for handle in handles]
+        return places, bool(must_wait)
 
     def _where(self, array: DeviceArray) -> tuple[int, int, int]:
         place = array.storage.place

@@ -117,6 +117,8 @@ class CudaDevice:
         What `describe` says besides.
     limit
         Bytes of GPU memory that every rank of the group has.
+    timings
+        Whether `seconds` is wanted: it costs a lone short item some microseconds.
 
     """
 
@@ -133,6 +135,7 @@ class CudaDevice:
         near: Iterable[int] = (),
         facts: Mapping[str, str] | None = None,
         limit: int = 0,
+        timings: bool = True,
     ) -> None:
         self._rank, self._ranks = rank, ranks
         self._gpu, self._sdpa = gpu, sdpa
@@ -149,7 +152,7 @@ class CudaDevice:
         self._next_lane = MAIN
         self._workspaces: dict[int, DeviceArray] = {}
         self._uploading: deque[tuple[Any, NDArray[Any]]] = deque()
-        self._clock = _Clock(gpu)
+        self._clock = _Clock(gpu, timings)
         self._giver: type = object
         self._owed: list[Any] = []  # ends of copies that read other libraries' arrays
         self._open = True
@@ -202,7 +205,7 @@ class CudaDevice:
     def download(self, *arrays: DeviceArray) -> Download:
         """Start bringing arrays to the host."""
         found = tuple(self.host.empty(array.shape, array.dtype) for array in arrays)
-        for event in pending(event for array in arrays for event in self._readable(array)):
+        for event in pending([event for array in arrays for event in self._readable(array)]):
             self._gpu.wait(self._downwards, event)
         for array, target in zip(arrays, found, strict=True):
             if array.size:
@@ -273,7 +276,7 @@ class CudaDevice:
         ends = list(transfer.ends)
         if transfer.copies and transfer.copies.expected:
             ends.append(self._copies.arrival(transfer.copies))
-        if transfer.received and ends:
+        if transfer.received and ends and self._clock.runs:
             self._clock.waited(self._record_tails(timed=True), ends[-1])
         for array in (*transfer.kept, *transfer.received):
             for end in ends:
@@ -316,7 +319,7 @@ class CudaDevice:
         self._use(q, output, lse)
         self._join()
         self._next_lane = MAIN
-        return Partials(q, scale, output, lse, self._gpu.record(self._lanes[MAIN], timed=True))
+        return Partials(q, scale, output, lse, self._clock.time(self._lanes[MAIN]))
 
     def attend(
         self, accumulator: Partials, rows: Span, k: DeviceArray, v: DeviceArray, causal: bool
@@ -356,8 +359,7 @@ class CudaDevice:
             self._gpu.wait(self._lanes[MAIN], event)
         self._owed.clear()
         self._wrote(output, lse)
-        end = self._gpu.record(self._lanes[MAIN], timed=True)
-        self._clock.computed(accumulator.start, end)
+        self._clock.computed(accumulator.start, self._clock.time(self._lanes[MAIN]))
         return output, lse
 
     def _launch(
@@ -396,7 +398,7 @@ class CudaDevice:
         for call in calls:
             if call.lane != lane:
                 self._gpu.wait(side, call.end)
-        start = self._gpu.record(side, timed=True)
+        start = self._clock.time(side)
         running = accumulator.running
         self._gpu.merge(
             MergeCall(
@@ -414,7 +416,7 @@ class CudaDevice:
             ),
             side,
         )
-        self._clock.merged(start, self._gpu.record(side, timed=True))
+        self._clock.merged(start, self._clock.time(side))
         self._tails = None
 
     def _fold(self, accumulator: Partials) -> None:
@@ -599,10 +601,15 @@ TILE = 128  # query rows of one block of cuDNN's kernel
 class _Clock:
     """Where the GPU's time went, from pairs of events that are looked at once both are past."""
 
-    def __init__(self, gpu: Any) -> None:
+    def __init__(self, gpu: Any, runs: bool) -> None:
         self._gpu = gpu
+        self.runs = runs
         self._seconds = {"compute": 0.0, "exchange": 0.0, "merge": 0.0}
         self._open: deque[tuple[str, Fence, Any]] = deque()
+
+    def time(self, stream: Any) -> Any:
+        """Mark a place in `stream`; None where nobody wants to know."""
+        return self._gpu.record(stream, timed=True) if self.runs else None
 
     def computed(self, start: Any, end: Any) -> None:
         """All of an item's attention went on from `start` to `end`, merges and waits included."""
@@ -627,6 +634,8 @@ class _Clock:
         return dict(self._seconds)
 
     def _add(self, phase: str, starts: Fence, end: Any) -> None:
+        if not self.runs:
+            return
         self._open.append((phase, starts, end))
         if len(self._open) > 256:
             self.seconds()

@@ -212,7 +212,7 @@ def profile(world: World) -> None:
 
     from mdattn_mpi.cli import bench_attention_cuda as bench
 
-    device = open_cuda(world)
+    device = open_cuda(world, timings=False)
     for length in (8192, 16384):
         problem = AttentionProblem(length, length, 8, 8, 128, 128)
         for side in bench.our_sides(world, device, problem, bench.Inputs(problem, seed=1)):
