@@ -3,10 +3,10 @@
 In every round each side has its turn, beginning with another one each time, after the same pause:
 without it, whoever comes after a pause finds a cooler GPU and higher clocks. A call's time is that
 from the end of the one before it to its own end, by events on the GPU, the median over calls and
-rounds. Of several ranks the slowest counts; "one GPU" is the mean over GPUs that each compute the
-whole item by itself, all at the same time. Inputs are random and rotate. A call of a lone item
-starts its transfers when the call before it has ended; in a stream of items they run while the item
-before computes.
+rounds. For "one GPU" every GPU computes the whole item by itself, all at the same time. Of several
+ranks the slowest counts, on all sides alike: GPUs of one node differ by some percent. Inputs are
+random and rotate. A call of a lone item starts its transfers when the call before it has ended; in a
+stream of items they run while the item before computes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.cli.bench import surroundings, table
@@ -90,7 +90,7 @@ def measure(
     problem: AttentionProblem,
     rounds: int,
     rivals: Rivals | None,
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """Collective. Time all sides in turn; rank 0 gets milliseconds and errors by name."""
     import torch
 
@@ -112,12 +112,13 @@ def measure(
     every = [json.loads(each) for each in gathered or ()]
     if not every:
         return {}
-    found = {
-        name: {kind: max(each[name][kind] for each in every) for kind in kinds}
+    return {
+        name: {
+            **{kind: max(each[name][kind] for each in every) for kind in kinds},
+            "ms of ranks": [each[name]["ms"] for each in every],
+        }
         for name, kinds in every[0].items()
     }
-    found[ONE]["ms"] = fmean(each[ONE]["ms"] for each in every)
-    return found
 
 
 class Inputs:
@@ -351,16 +352,17 @@ def _guess(problem: AttentionProblem, ranks: int) -> float:
     return problem.flops / ranks / 5e14 + 5e-5
 
 
-def _lines(problem: AttentionProblem, sides: dict[str, dict[str, float]], ranks: int) -> str:
+def _lines(problem: AttentionProblem, sides: dict[str, dict[str, Any]], ranks: int) -> str:
     """A table of one problem: milliseconds, share of ideal, against PyTorch's best, error."""
     one = sides[ONE]
     theirs = min((sides[name]["ms"] for name in THEIRS if name in sides), default=float("nan"))
-    rows = [("", "ms", "share of ideal", "PyTorch's best / it", "error", "error / one GPU's")]
+    rows = [("", "ms", "of ranks", "share of ideal", "PyTorch's / it", "error", "/ one GPU's")]
     for name, found in sides.items():
         rows.append(
             (
                 name,
                 f"{found['ms']:.3f}",
+                " ".join(f"{ms:.3f}" for ms in found["ms of ranks"]),
                 f"{one['ms'] / found['ms'] / (1 if name == ONE else ranks):.3f}",
                 f"{theirs / found['ms']:.2f}",
                 f"{found['error']:.2e}",
