@@ -29,6 +29,15 @@ storm: $(VENV)/.dev  ## kill -9 and failing disks, again and again (make storm S
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.support.failing_disk
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m tests.support.faults --rounds 5
 
+SECONDS ?= 600
+
+.PHONY: fuzz
+fuzz: $(VENV)/.dev  ## look for files that break the reader (make fuzz SECONDS=600)
+	$(PIP) atheris
+	mkdir -p out/fuzz
+	$(BIN)/python -m tests.fuzz.reader out/fuzz tests/fuzz/corpus -max_total_time=$(SECONDS) \
+		-max_len=24000 -timeout=20 -rss_limit_mb=4000 -artifact_prefix=out/fuzz-
+
 .PHONY: lint
 lint: $(VENV)/.dev  ## ruff and mypy
 	$(BIN)/ruff check .

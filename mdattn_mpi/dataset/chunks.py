@@ -57,7 +57,7 @@ def read_chunks(
     start
         Where the box begins in the dataset.
     out
-        What to fill, of uint16, any strides.
+        What to fill; any strides, of as many bytes an element as the file has.
 
     Raises
     ------
@@ -75,7 +75,7 @@ def read_chunks(
         raw = np.empty(about.size, np.uint8)
         read_exactly(fd, about.byte_offset, raw)
         content = _decoded(raw, filters, about.filter_mask, nbytes)
-        block = content.view(np.uint16).reshape(chunk)
+        block = content.view(out.dtype).reshape(chunk)
         source, target = [], []
         for at, step, first, count in zip(corner, chunk, start, out.shape, strict=True):
             low, high = max(at, first), min(at + step, first + count)

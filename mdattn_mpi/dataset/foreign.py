@@ -205,27 +205,32 @@ def _hdf5_tensor(node: Node) -> ForeignTensor | None:
         storage = node.storage()
         with node.file.guard(node.path):
             stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
-            dtype = node.id.get_type().dtype if isinstance(stored, str) else NUMPY[stored.dtype]
+            if isinstance(stored, str):
+                dtype = _wide_float(node.id.get_type())
+                raw = dtype
+            else:
+                dtype = NUMPY[stored.dtype]
+                raw = np.dtype("<u2" if stored.little_endian else ">u2")
     except RejectedError as fault:
         return ForeignTensor((), np.dtype("f2"), lambda _: np.zeros(0), fault)
-    raw = np.dtype("<u2" if not isinstance(stored, str) and stored.little_endian else ">u2")
-    if isinstance(stored, str):
-        if dtype.kind != "f" or dtype.itemsize not in (4, 8):
-            return None
-        raw = dtype
+    if dtype is None or raw is None:
+        return None
 
     def fetch(index: Slices) -> Array:
         runs = [part.indices(extent) for part, extent in zip(index, storage.shape, strict=True)]
         count = tuple(stop - start for start, stop, _ in runs)
         array = np.empty(count, raw)
-        space = node.id.get_space()
-        space.select_hyperslab(tuple(start for start, *_ in runs), count)
         with node.file.guard(node.path):
-            memory = h5py.h5s.create_simple((prod(count),))
-            node.id.read(memory, space, array.reshape(-1), node.id.get_type())
+            node.read_box(storage, tuple(start for start, *_ in runs), array)
         return array.astype("=u2").view(dtype) if raw.kind == "u" else array
 
     return ForeignTensor(storage.shape, dtype, fetch)
+
+
+def _wide_float(stored: Any) -> np.dtype[Any] | None:
+    """Recognise IEEE floats of 32 and 64 bits, of either byte order."""
+    known = ("<f4", ">f4", "<f8", ">f8")
+    return next((np.dtype(n) for n in known if stored.equal(h5py.h5t.py_create(np.dtype(n)))), None)
 
 
 def _of_array(array: Array) -> ForeignTensor:

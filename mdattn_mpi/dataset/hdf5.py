@@ -19,7 +19,7 @@ from typing import Any, Literal
 import h5py
 import numpy as np
 
-from mdattn_mpi.dataset.chunks import Filter
+from mdattn_mpi.dataset.chunks import DECODED_HERE, Filter, read_chunks
 from mdattn_mpi.dataset.heap import text_attribute
 from mdattn_mpi.dataset.layout import (
     MAX_ATTRIBUTE_BYTES,
@@ -405,6 +405,37 @@ class Node:
             if layout == h5py.h5d.COMPACT:
                 return Storage(shape, itemsize, "compact")
             return self._contiguous(shape, itemsize)
+
+    def read_box(self, storage: Storage, start: Sequence[int], out: np.ndarray[Any, Any]) -> None:
+        """Read the box of `out`'s shape that begins at `start`, bit by bit as it is stored.
+
+        Parameters
+        ----------
+        storage
+            What `storage` returned.
+        start
+            Where the box begins; it lies within the dataset.
+        out
+            What to fill; any strides, of as many bytes an element as the file has.
+
+        Raises
+        ------
+        Exception
+            Of any class: the file is damaged, or can't be read.
+
+        """
+        if out.itemsize != storage.itemsize:
+            raise ValueError(f"{storage.itemsize} bytes an element don't fit {out.dtype}")
+        if storage.kind == "chunked" and all(f.code in DECODED_HERE for f in storage.filters):
+            read_chunks(self.id, self.file.fd, storage.chunk, storage.filters, start, out)
+            return
+        space = self.id.get_space()
+        space.select_hyperslab(tuple(start), out.shape)
+        box = out if out.flags.c_contiguous else np.empty(out.shape, out.dtype)
+        memory = h5py.h5s.create_simple((out.size,))
+        self.id.read(memory, space, box.reshape(-1), self.id.get_type())  # nothing to convert
+        if box is not out:
+            out[...] = box
 
     def _contiguous(self, shape: tuple[int, ...], itemsize: int) -> Storage:
         nbytes = prod(shape) * itemsize

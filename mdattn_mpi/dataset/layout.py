@@ -21,7 +21,7 @@ Output::
     /ledger/state         [items]         uint8: 0 todo, 1 done, 2 failed
     /ledger/crc32         [items, width]  uint32: of each rank's shard, output spans then LSE spans
     /ledger/spans         [items, width, 2, 2]  uint64: each rank's query tokens, as two runs
-                                          of start and stop; an unused one is 0, 0
+                                          of start and stop; an empty one is Sq, Sq
     /ledger/ranks         [items]         uint32: how many ranks made the item
     /ledger/strategy      [items]         uint8: how they shared it, a position in STRATEGIES
     /ledger/reason        [items]         256 bytes: why it failed, UTF-8, zero-padded

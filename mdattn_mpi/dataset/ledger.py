@@ -105,6 +105,7 @@ class Ledger:
             )
         checksums = np.zeros(self.width, "<u4")
         spans = np.zeros((self.width, RANK_SPANS, 2), "<u8")
+        spans[: len(crc32s)] = item.problem.q_tokens  # empty, and not all zeros: a rank was there
         for rank, (crc32, runs) in enumerate(zip(crc32s, shards, strict=True)):
             checksums[rank] = crc32
             for position, run in enumerate(runs):
@@ -193,6 +194,9 @@ def _entry(
         tuple(Span(int(start), int(stop)) for start, stop in runs if stop > start)
         for runs in spans[:ranks]
     )
+    there = spans.any(axis=(1, 2))
+    if not there[:ranks].all() or there[ranks:].any() or crc32[ranks:].any():
+        return damaged
     if not _cover(sorted(chain(*shards)), tokens):
         return damaged
     return Entry("done", STRATEGIES[strategy], tuple(int(crc) for crc in crc32[:ranks]), shards)

@@ -18,10 +18,8 @@ from dataclasses import asdict
 from functools import cached_property
 from typing import Any
 
-import h5py
 import numpy as np
 
-from mdattn_mpi.dataset.chunks import DECODED_HERE, read_chunks
 from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.dataset.index import Entry, TensorData, find_entries, first_of, patterns_of
 from mdattn_mpi.dataset.layout import LAYOUTS, TENSORS, Item, Tensor, natural_order
@@ -312,22 +310,7 @@ def _read_box(data: TensorData, span: Span, heads: Span, bits: Array) -> None:
     start: tuple[int, ...] = (*first, 0)
     if data.position is not None:
         start, target = (data.position, *start), target[np.newaxis]
-    storage, node = data.storage, data.node
-    if storage.kind == "chunked" and all(step.code in DECODED_HERE for step in storage.filters):
-        read_chunks(node.id, node.file.fd, storage.chunk, storage.filters, start, target)
-    else:
-        _read_by_hdf5(node.id, start, target)
-
-
-def _read_by_hdf5(dataset: Any, start: tuple[int, ...], target: Array) -> None:
-    """Let HDF5 read a box, with the file's own type: it has nothing to convert."""
-    space = dataset.get_space()
-    space.select_hyperslab(start, target.shape)
-    box = target if target.flags.c_contiguous else np.empty(target.shape, np.uint16)
-    memory = h5py.h5s.create_simple((target.size,))
-    dataset.read(memory, space, box.reshape(-1), dataset.get_type())
-    if box is not target:
-        target[...] = box
+    data.node.read_box(data.storage, start, target)
 
 
 def _sample_spans(data: TensorData, blocks: int) -> list[Span]:

@@ -69,4 +69,4 @@ def test_every_name_in_the_tables_is_there(tmp_path: Path) -> None:
             assert f"`/items/<name>/{name}`" in text
         for name in file["items/a"].attrs:
             assert f"`{name}`" in text
-        assert np.array_equal(file["ledger/spans"][0, 0], [[0, 20], [0, 0]])
+        assert np.array_equal(file["ledger/spans"][0, 0], [[0, 20], [40, 40]])

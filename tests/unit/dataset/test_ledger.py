@@ -125,7 +125,8 @@ def test_killed_at_any_write_the_item_is_not_done(
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("state", 3), ("state", 255), ("crc32", 0), ("ranks", 0), ("ranks", 9999)),
+        *(("state", 3), ("state", 255), ("crc32", 0), ("ranks", 0), ("ranks", 2)),
+        *(("ranks", 4), ("ranks", 9999)),
         *(("strategy", 77), ("spans", 0), ("spans", 2**63)),
     ],
 )
