@@ -3,7 +3,6 @@
 A few N here; ``make storm`` tries all of them.
 """
 
-
 import pytest
 
 from tests.support.failing_disk import MODES, FailingDisk, build

@@ -1,6 +1,5 @@
 """A short kill storm; ``make storm SEEDS=200`` raises long ones."""
 
-
 import pytest
 
 from tests.support.storm import Storm
