@@ -5,8 +5,8 @@ without it, whoever comes after a pause finds a cooler GPU and higher clocks. A 
 from the end of the one before it to its own end, by events on the GPU, the median over calls and
 rounds. For "one GPU" every GPU computes the whole item by itself, all at the same time. Of several
 ranks the slowest counts, on all sides alike: GPUs of one node differ by some percent. Inputs are
-random and rotate. A call of a lone item starts its transfers when the call before it has ended; in a
-stream of items they run while the item before computes.
+random and rotate. A call of a lone item starts its transfers when the call before it has ended; in
+a stream of items they run while the item before computes.
 """
 
 from __future__ import annotations
