@@ -49,6 +49,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="CPU threads a rank (default: its share of cores)")
     add("--transfer", metavar="HOW", help="between GPUs: auto (default), copy, nccl")
     add("--engine", metavar="FILE", help="a serialized TensorRT engine to run")
+    bind = "bind a model's input or output to a dataset: hidden=items/*/hidden:0"
+    add("--bind", action="append", metavar="TENSOR=PATH", help=bind)
 
     what = parser.add_argument_group("what")
     add = what.add_argument
@@ -102,6 +104,10 @@ def _work(arguments: argparse.Namespace) -> int:
     if "chaos" in arguments:
         arm(arguments.chaos, board())
     world = start()
+    if "bind" in arguments:
+        from mdattn_mpi.runner.model_job import run_model_job
+
+        return run_model_job(spec_of(arguments), tuple(arguments.bind), world)
     from mdattn_mpi.runner.main import run_job
 
     return run_job(lambda: spec_of(arguments), world)
@@ -119,7 +125,8 @@ def spec_of(arguments: argparse.Namespace) -> Any:
     from mdattn_mpi.errors import RejectedError
     from mdattn_mpi.runner.jobspec import JobSpec, load_job_file
 
-    given = {name: value for name, value in vars(arguments).items() if name not in ("main", "job")}
+    others = ("main", "job", "bind")
+    given = {name: value for name, value in vars(arguments).items() if name not in others}
     if "allow" in given:
         given["allow"] = tuple(given["allow"])
     fields = {**(load_job_file(arguments.job) if "job" in arguments else {}), **given}

@@ -34,9 +34,10 @@ class Binding:
     path: str
     axis: int
 
-    def dataset(self, item: str) -> str:
-        """Give the path of the dataset of `item`."""
-        return f"/{ITEMS}/{item}/{self.path.split('/')[-1]}"
+    @property
+    def name(self) -> str:
+        """The dataset's name, in every item."""
+        return self.path.split("/")[-1]
 
 
 def parse_bindings(texts: Sequence[str], axes: Mapping[str, int]) -> tuple[Binding, ...]:
@@ -119,10 +120,9 @@ def check_bindings(
                 f"the engine has no input or output {binding.tensor!r}",
                 fix=f"it has inputs {', '.join(wanted)} and outputs {', '.join(made)}",
             )
-        name = binding.path.split("/")[-1]
-        if binding.tensor in wanted and name not in there:
+        if binding.tensor in wanted and binding.name not in there:
             raise RejectedError(
-                f"{binding.path} matches nothing: no item has {name!r}",
+                f"{binding.path} matches nothing: no item has {binding.name!r}",
                 file=file,
                 fix=f"items have {', '.join(sorted(there)) or 'nothing'}",
             )

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from ml_dtypes import bfloat16
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.trt.library import SM, Library, Log, show_sm
@@ -95,6 +96,29 @@ class Engine:
         engine = self._engine
         names = (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
         return tuple(name for name in names if engine.get_tensor_mode(name) == mode)
+
+    def declared_shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor, -1 for a dynamic dim."""
+        return tuple(self._engine.get_tensor_shape(name))
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Return the dtype of a tensor.
+
+        Raises
+        ------
+        RejectedError
+            Neither BF16 nor FP16.
+
+        """
+        found = self._engine.get_tensor_dtype(name)
+        api = self._library.api
+        known = {api.bfloat16: np.dtype(bfloat16), api.float16: np.dtype(np.float16)}
+        if found not in known:
+            raise RejectedError(
+                f"{name!r} of the engine is {found}", fix="export the model in BF16 or FP16"
+            )
+        dtype: np.dtype[Any] = known[found]
+        return dtype
 
     def set_input(self, name: str, address: int, shape: tuple[int, ...]) -> None:
         """Bind an input to device memory at `address`."""

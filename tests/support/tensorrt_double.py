@@ -11,6 +11,7 @@ import ctypes
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +24,7 @@ from mdattn_mpi.trt.engine_room import EngineRoom
 from mdattn_mpi.trt.gpu import Buffer
 from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import define
+from mdattn_mpi.trt.onnx_model import attribute_of, read_sharding
 from mdattn_mpi.trt.spec import EngineSpec
 from mdattn_mpi.trt.store import describe_attention
 from tests.support.network_interpreter import MpiRanks, interpret, recorded
@@ -92,20 +94,20 @@ class Double:
     """Stands for the TensorRT module; only ``Runtime`` is not the real one's."""
 
     def __init__(self, real: Library, comm: Any) -> None:
-        self._real, self._comm = real, comm
+        self.real, self.comm = real, comm
         self.tape = Tape()
         self._sink: Any = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._real.api, name)
+        return getattr(self.real.api, name)
 
     def library(self) -> Library:
-        return Library(self._real.flavour, self._real.version, self)
+        return Library(self.real.flavour, self.real.version, self)
 
     def fails(self, what: str) -> bool:
         if self.tape.refuses != what:
             return False
-        self._sink.log(self._real.api.ILogger.Severity.ERROR, self.tape.words)
+        self._sink.log(self.real.api.ILogger.Severity.ERROR, self.tape.words)
         return True
 
     def Runtime(self, sink: Any) -> Any:
@@ -116,6 +118,8 @@ class Double:
         self.tape.note("deserialize", len(serialized))
         if self.fails("deserialize"):
             return None
+        if bytes(serialized[:1]) != b"{":
+            return ModelEngine(self, bytes(serialized))
         spec = EngineSpec.from_facts(json.loads(bytes(serialized)))
 
         def context() -> Any:
@@ -125,12 +129,89 @@ class Double:
         return SimpleNamespace(create_execution_context=context)
 
     def interpret(self, spec: EngineSpec, inputs: Any) -> Any:
-        api = self._real.api
+        api = self.real.api
         builder = api.Builder(api.Logger(api.Logger.ERROR))
         with recorded(api) as collectives:
-            network = define(self._real, builder, spec)
-        ranks = MpiRanks(self._comm)
+            network = define(self.real, builder, spec)
+        ranks = MpiRanks(self.comm)
         return interpret(api, network, inputs, ranks, collectives)["output"]
+
+
+class ModelEngine:
+    """Stands for the engine of a model, and its context; "serialized" it is the ONNX file."""
+
+    def __init__(self, double: Double, serialized: bytes) -> None:
+        import onnx
+
+        self._double = double
+        self._api = double.real.api
+        self._model = onnx.load_model_from_string(serialized)
+        self._sharding = read_sharding(self._model, Path("double"))
+        self._builder = self._api.Builder(self._api.Logger(self._api.Logger.ERROR))
+        flag = 1 << int(self._api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        self._network = self._builder.create_network(flag)
+        self._parser = self._api.OnnxParser(self._network, self._builder.logger)
+        assert self._parser.parse(serialized)
+        inputs = [self._network.get_input(i) for i in range(self._network.num_inputs)]
+        self._inputs = {tensor.name: tensor for tensor in inputs}
+        outputs = [self._network.get_output(i) for i in range(self._network.num_outputs)]
+        self._tensors = {**self._inputs, **{tensor.name: tensor for tensor in outputs}}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self.num_io_tensors = len(self._tensors)
+        self.get_tensor_name = list(self._tensors).__getitem__
+
+    def create_execution_context(self) -> Any:
+        return self
+
+    def get_tensor_mode(self, name: str) -> Any:
+        mode = self._api.TensorIOMode
+        return mode.INPUT if name in self._inputs else mode.OUTPUT
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        return self._tensors[name].dtype
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        declared = tuple(self._tensors[name].shape)
+        if not self._shapes:
+            return declared
+        axes = self._sharding.axes
+        (length,) = {shape[axes[each]] for each, shape in self._shapes.items()}
+        places = enumerate(declared)
+        return tuple(length if i == axes[name] else 1 if dim == -1 else dim for i, dim in places)
+
+    def set_communicator(self, capsule: Any) -> bool:
+        self._double.tape.note("set_communicator")
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        self._addresses[name] = address
+        return True
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in self._inputs if name not in self._addresses]
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self._double.tape.note("enqueue", stream)
+        dtypes = {self._api.float16: np.float16, self._api.int64: np.int64}
+        inputs = {
+            name: _view(self._addresses[name], self._shapes.get(name, (1,)), dtypes[tensor.dtype])
+            for name, tensor in self._inputs.items()
+        }
+        collectives = {
+            node.name: attribute_of(node, "collective_operation").decode().upper()
+            for node in self._model.graph.node
+            if node.op_type == "DistCollective"
+        }
+        ranks = MpiRanks(self._double.comm)
+        found = interpret(self._api, self._network, inputs, ranks, collectives)
+        for name, result in found.items():
+            _view(self._addresses[name], result.shape, result.dtype)[:] = result
+        return True
 
 
 class HostGpu:

@@ -13,7 +13,7 @@ AXES = {"hidden": 0, "output": 0}
 def test_parse() -> None:
     found = parse_bindings(["hidden=items/*/hidden:0", "output=/items/*/out"], AXES)
     assert found == (Binding("hidden", "items/*/hidden", 0), Binding("output", "items/*/out", 0))
-    assert found[1].dataset("layer 3") == "/items/layer 3/out"
+    assert [binding.name for binding in found] == ["hidden", "out"]
     assert parse_bindings(["x=items/*/x:2"], {})[0].axis == 2
 
 
