@@ -54,6 +54,7 @@ $(VENV)/.run: $(VENV)/bin/python setup.cfg pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	@$(PIP) -e .[$(EXTRAS)]
+	@$(PIP) --no-deps --prefix $(VENV)/mpich mpich || echo "no MPICH: its tests will be skipped"
 	@touch $@
 
 .PHONY: clean

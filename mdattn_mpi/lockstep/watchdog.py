@@ -30,12 +30,15 @@ from mdattn_mpi.lockstep.board import ENDED, PAGE, RUNNING, Board, BoardFile, Re
 from mdattn_mpi.lockstep.launcher import launcher
 
 INTERRUPTED = 75
+BY_MPI = "got an error from MPI"  # mostly because the rank at the other end has died
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 _DUMP = signal.SIGRTMIN + 9  # asks the rank for its stacks
 _POLL = 0.05
-_SCRIBE_POLL = 0.2
+_LOOK = 0.5  # seconds between two looks, at most; what is urgent wakes the watchdog up
+_SCRIBE_POLL = 0.4
 _HEARTBEAT = 2.0
 _STOPPED = 60.0  # seconds that a rank alone may be stopped, wherever it is
+_SUSPENDED = 2.0  # between two looks, after which this process must have been stopped
 _LOOK_AGAIN = 2.0  # seconds between two looks at who excuses a late rank
 _DEAF = 10.0  # seconds without a heartbeat after which nobody is home
 _REPEAT = 0.5  # launchers send one signal several times, to the process and to its group
@@ -121,7 +124,8 @@ def _note_failure(board: Board, stacks: int, error: BaseException | None) -> int
         board.fail(f"called sys.exit({error.code!r})")
         code = INTERRUPTED
     else:
-        board.fail(f"raised {type(error).__name__}: {error}")
+        by_mpi = type(error).__module__.partition(".")[0] == "mpi4py"
+        board.fail(f"{BY_MPI if by_mpi else 'raised ' + type(error).__name__}: {error}")
         code = error.exit_code if isinstance(error, MdattnError) else 4
     if error is not None:
         text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
@@ -141,6 +145,9 @@ def _exit(board: Board, code: int) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
+    if board.record().state == ENDED and "PMI_FD" in os.environ:
+        # MPICH takes leave of its launcher in an exit handler, and is killed if it doesn't.
+        ctypes.PyDLL(None).exit(code)
     os._exit(code)
 
 
@@ -181,12 +188,17 @@ class Watchdog:
         self.scribe.start()
         signals = {*STOPS, signal.SIGCHLD}
         while True:
-            arrived = signal.sigtimedwait(signals, _POLL)
+            arrived = signal.sigtimedwait(signals, self._until_next_look())
             if arrived and arrived.si_signo in STOPS and self._second_stop():
                 return self._stop_now()
             code = self._look()
             if code is not None:
                 return code
+
+    def _until_next_look(self) -> float:
+        """Seconds. A look costs as much as a tenth of a short step, so there are few of them."""
+        left = self.board.deadline - time.monotonic()
+        return min(_LOOK, max(_POLL, left)) if self._late_since is None else _POLL
 
     def _second_stop(self) -> bool:
         """Take note of a signal to stop; True if it is one too many to be polite."""
@@ -257,7 +269,7 @@ class Watchdog:
         asleep, self._looked = now - self._looked, now
         if self._phase != phase:
             self._phase, self._suspended = phase, 0.0
-        elif asleep > 1.0:
+        elif asleep > _SUSPENDED:
             self._suspended += asleep
         return self._suspended
 
@@ -381,12 +393,13 @@ class Excuse:
 def first_lost(records: list[Record]) -> Record:
     """Tell who failed or was late first.
 
-    Deaths go by the clock: what follows from one comes after it. Lateness goes by progress: who
-    waits has come further than who is waited for, or says that it waits.
+    Deaths go by the clock: what follows from one comes after it, and an error of MPI follows from
+    any other death. Lateness goes by progress: who waits has come further than who is waited for,
+    or says that it waits.
     """
     dead = [record for record in records if record.fault and not record.late]
     if dead:
-        return min(dead, key=lambda record: record.fault_time)
+        return min(dead, key=lambda record: (record.fault.startswith(BY_MPI), record.fault_time))
     own = records[0]
     awaited = [
         record
@@ -447,7 +460,9 @@ class Scribe(threading.Thread):
         record = self.board.record()
         if not record.folder:
             return
-        self.lost = self.lost or BoardFile(record.folder).lost(record.job)
+        if BoardFile(record.folder).lost(record.job):
+            self.lost = True
+            _wake_up()
         if len(self._peers) < record.size:
             self._meet(record)
         for rank, pid in self._peers.items():
@@ -457,6 +472,7 @@ class Scribe(threading.Thread):
                 # In order, or with a fault that it will write about itself.
                 if last and last.state != ENDED and not last.fault:
                     self.vanished = last
+                    _wake_up()
 
     def _meet(self, own: Record) -> None:
         """Remember the watchdogs of all ranks; 0 for those on other hosts."""
@@ -501,6 +517,11 @@ def within(seconds: float, function: Callable[[], T]) -> T | None:
     thread.start()
     thread.join(seconds)
     return result[0] if result else None
+
+
+def _wake_up() -> None:
+    """Let the watchdog look now: it waits for this signal among others."""
+    os.kill(os.getpid(), signal.SIGCHLD)
 
 
 def process_state(pid: int) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mdattn_mpi.lockstep import Board, Launcher, death_note
 from mdattn_mpi.lockstep.board import ENDED, Record
-from mdattn_mpi.lockstep.watchdog import first_lost
+from mdattn_mpi.lockstep.watchdog import BY_MPI, first_lost
 
 
 def record(rank: int, **changes: object) -> Record:
@@ -31,6 +31,13 @@ def test_the_dead_are_judged_by_the_clock() -> None:
     first = record(2, fault="x", fault_time=10.0, agreements=9)
     later = record(0, fault="y", fault_time=10.5, agreements=3)
     assert first_lost([later, first, record(1)]) is first
+
+
+def test_a_death_explains_errors_of_mpi() -> None:
+    noticed = record(0, fault=f"{BY_MPI}: no such process", fault_time=5.0)
+    dead = record(1, fault="was killed", fault_time=5.1)
+    assert first_lost([noticed, dead]) is dead
+    assert first_lost([noticed, record(1)]) is noticed
 
 
 def test_a_death_explains_lateness() -> None:
