@@ -38,8 +38,10 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Poll = Callable[[], None]
 
-TILE_ROWS = 256  # query tokens × query heads of one kv head; with BLOCK_KEYS it fills the L2 cache
-BLOCK_KEYS = 512
+# Large enough that threads seldom meet at the interpreter's lock, small enough for a core's share
+# of the last cache.
+TILE_ROWS = 512  # query tokens × query heads of one kv head
+BLOCK_KEYS = 1024
 STRIP_ROWS = 128  # on the diagonal of a causal mask: half a square of this is computed in vain
 PANEL_KEYS = 4096  # keys of one head that are held in float32 at a time
 HEADROOM = np.float32(24)  # exp(24) · 1M keys is far from the end of float32
@@ -187,12 +189,12 @@ class _Panel:
                 break
             for source, target in zip(self._sources, (self.k, self.v), strict=True):
                 chunk = slice(start, start + BLOCK_KEYS)
-                target[chunk, :-1] = source[chunk]
+                _convert(source[chunk], target[chunk, :-1])
                 target[chunk, -1] = 1
-            lengths = np.einsum("ij,ij->i", self.k[chunk, :-1], self.k[chunk, :-1])
+            longest = _longest(self.k[chunk, :-1])
             finite = bool(np.isfinite(self.v[chunk]).all())
             with self._lock:
-                self.longest = np.maximum(self.longest, np.sqrt(lengths.max()))
+                self.longest = np.maximum(self.longest, longest)
                 self.finite &= finite
                 self._left -= 1
                 if not self._left:
@@ -254,11 +256,11 @@ class _Rows:
         self.sums = partial.sums[index].copy().reshape(rows, -1)
         self.reference = partial.reference[index].copy().reshape(rows)
         self.q = np.zeros((rows, dim + 1), np.float32)
-        self.q[:, :-1] = q.reshape(rows, dim)
+        _convert(q.reshape(rows, dim), self.q[:, :-1])
         self.q *= partial.scale  # whole rows: those that end in mid-vector take four times as long
         np.negative(self.reference, out=self.q[:, -1])
         # No score is larger than the lengths of query and key multiplied (Cauchy and Schwarz).
-        bound = np.sqrt(np.einsum("ij,ij->i", self.q, self.q).max()) * longest
+        bound = _longest(self.q) * longest
         self.tame = bool(bound <= HEADROOM) and not self.reference.any()
         self.fresh = not self.sums[:, -1].all()  # some row has seen nothing
 
@@ -311,6 +313,27 @@ class _Rows:
         sums *= np.where(new, np.float32(0), np.exp(-by))[:, None]
         self.reference[strip.slice] += by
         np.negative(self.reference, out=self.q[:, -1])
+
+
+def _convert(source: Array, target: Floats) -> None:
+    """Copy 16-bit numbers into float32.
+
+    For float16 NumPy goes number by number; moving bits and setting the exponent right by one
+    product takes less than half as long. It makes numbers of infinity and NaN, which are looked for.
+    """
+    if source.dtype != np.float16 or (source.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
+        target[...] = source
+        return
+    bits = source.view(np.int16).astype(np.int32)
+    bits <<= 13  # mantissas end 13 bits apart; the sign comes along three times too often
+    bits &= ~0x7000_0000
+    np.multiply(bits.view(np.float32), np.float32(2.0**112), out=target)  # exponents: 127 - 15
+
+
+def _longest(vectors: Floats) -> np.float32:
+    """Euclidean length of the longest row; NaN if there is one."""
+    squares = (vectors * vectors) @ np.ones(vectors.shape[1], np.float32)
+    return np.sqrt(squares.max())  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=64)

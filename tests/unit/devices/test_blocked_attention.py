@@ -160,6 +160,16 @@ def test_nonfinite_inputs_reach_what_they_touch_and_nothing_else(where: str, val
         assert np.isnan(out[rows, heads].astype(float)).all()
 
 
+def test_every_float16_is_converted_exactly() -> None:
+    every = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    target = np.empty(2**16, np.float32)
+    for numbers in (every, every[np.isfinite(every)]):
+        blocked_attention._convert(numbers, target[: len(numbers)])
+        expected = numbers.astype(np.float32)
+        np.testing.assert_array_equal(target[: len(numbers)], expected)
+        np.testing.assert_array_equal(np.signbit(target[: len(numbers)]), np.signbit(expected))
+
+
 def test_keys_of_minus_infinity_are_not_seen() -> None:
     """A mask of one's own: a score of −∞ weighs nothing, and a row of them is empty."""
     q = np.ones((30, 1, 4), np.float16)
