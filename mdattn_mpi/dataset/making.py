@@ -24,7 +24,7 @@ from mdattn_mpi.dataset.layout import (
     Tensor,
 )
 from mdattn_mpi.dataset.positioned import write_exactly
-from mdattn_mpi.dataset.writer import allocate, new_file, put_attributes
+from mdattn_mpi.dataset.writer import add_group, allocate, new_file, put_attributes
 from mdattn_mpi.problem import AttentionProblem
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -88,7 +88,7 @@ def create_dataset(
     nbytes = sum(2 * prod(shape) for item in items for shape in shapes(item.problem).values())
     with new_file(path, nbytes + 4096 * (len(items) + 1), overwrite=overwrite) as file:
         put_attributes(file.id, {"format": DATASET_FORMAT, "version": VERSION, "layout": layout})
-        folder = file.create_group(ITEMS)
+        folder = add_group(file, ITEMS)
         places = {
             (item.name, tensor): place
             for item in items
@@ -111,7 +111,7 @@ def shapes(problem: AttentionProblem) -> dict[Tensor, tuple[int, int, int]]:
 def _create_item(
     folder: Any, item: Item, encoding: Encoding, layout: Layout
 ) -> dict[Tensor, _Place]:
-    group = folder.create_group(item.name)
+    group = add_group(folder, item.name)
     put_attributes(group.id, {"causal": item.problem.causal, "scale": item.problem.scale})
     places = {}
     for tensor in TENSORS:

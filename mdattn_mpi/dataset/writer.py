@@ -68,16 +68,16 @@ def create_output(
                 "ranks": ranks,
             },
         )
-        group = file.create_group(ITEMS)
+        group = add_group(file, ITEMS)
         for index, item in enumerate(items):
             problem = item.problem
-            folder = group.create_group(item.name)
+            folder = add_group(group, item.name)
             put_attributes(folder.id, {"index": index, "problem": json.dumps(asdict(problem))})
             shape = (problem.q_tokens, problem.q_heads, problem.v_head_dim)
             allocate(folder, "output", shape, hdf5_type(problem.dtype))
             if lse:
                 allocate(folder, "lse", shape[:2], h5py.h5t.IEEE_F32LE)
-        _create_ledger(file.create_group(LEDGER), len(items), max(ranks, MIN_LEDGER_WIDTH))
+        _create_ledger(add_group(file, LEDGER), len(items), max(ranks, MIN_LEDGER_WIDTH))
 
 
 def output_bytes(item: Item, lse: bool) -> int:
@@ -127,8 +127,7 @@ def new_file(
         )
     _check_room(folder, nbytes, shown)
     try:
-        # v108 puts a checksum on every piece of metadata, and any HDF5 since 2008 reads it.
-        with h5py.File(temporary, "w", libver=("v108", "v108"), locking=False) as file:
+        with _create(temporary) as file:
             yield file
         with open(temporary, "rb+") as made:
             _reserve(made.fileno(), os.fstat(made.fileno()).st_size)
@@ -141,6 +140,25 @@ def new_file(
     finally:
         with suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _create(path: str) -> h5py.File:
+    """Open a new file: any HDF5 since 2008 reads it, and the same contents give the same bytes."""
+    created = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    created.set_obj_track_times(False)
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_file_locking(False, True)
+    # This version puts a checksum on every piece of metadata; earlier ones don't.
+    access.set_libver_bounds(h5py.h5f.LIBVER_V18, h5py.h5f.LIBVER_V18)
+    return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, created, access))
+
+
+def add_group(parent: Any, name: str) -> Any:
+    """Make a group, without the time at which it was made."""
+    created = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
+    created.set_obj_track_times(False)
+    return h5py.Group(h5py.h5g.create(parent.id, name.encode(), gcpl=created))
 
 
 def _check_room(folder: str, nbytes: int, shown: str) -> None:
@@ -196,6 +214,7 @@ def allocate(group: Any, name: str, shape: tuple[int, ...], stored: Any) -> int:
     created.set_layout(h5py.h5d.CONTIGUOUS)
     created.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     created.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    created.set_obj_track_times(False)
     space = h5py.h5s.create_simple(shape)
     offset: int = h5py.h5d.create(group.id, name.encode(), stored, space, created).get_offset()
     return offset

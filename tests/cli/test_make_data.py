@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,7 @@ def test_the_seed_decides_and_the_block_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = made(tmp_path, "--seed 5", "a.h5").read_bytes()
+    time.sleep(1.1)  # the time isn't noted either
     assert made(tmp_path, "--seed 5", "b.h5").read_bytes() == first
     assert made(tmp_path, "--seed 6", "c.h5").read_bytes() != first
     monkeypatch.setattr(make_data, "BLOCK", 1000)
