@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 _MASK = (1 << 64) - 1
 _ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
 _HIGH, _LOW, _ERROR, _STOP, _CHECKSUMS = range(5)
-_VALID = 1 << 32
 
 
 class Step(NamedTuple):
@@ -86,7 +85,7 @@ class Ballot:
         # The greatest is the lowest rank; 0 is none.
         sent[_ERROR] = group.size - group.rank if error else 0
         sent[_STOP] = stop
-        sent[self._mine] = 0 if checksum is None else checksum | _VALID
+        sent[self._mine] = checksum or 0
         group.board.wait()
         self._allreduce()
         if received[_ERROR]:
@@ -95,7 +94,7 @@ class Ballot:
             self._raise_disagreement(step)
         checksums: tuple[int, ...] = ()
         if checksum is not None:
-            checksums = tuple(word & (_VALID - 1) for word in received[_CHECKSUMS:])
+            checksums = tuple(received[_CHECKSUMS:].tolist())
         return Agreement(received[_STOP] != 0, checksums)
 
     def _raise_error(self, root: int, own: MdattnError | None) -> None:

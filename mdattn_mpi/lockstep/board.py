@@ -13,7 +13,8 @@ identity    who: rank, size, group, processes, host, device; and the job's numbe
 moment      what: agreements entered, phases entered, since when, until when, phase, item
 progress    how far the job is: items done, items in all; and how far it was when it began, and when
 state       started, ended, exit code; whether a stop was asked for
-watch       the watchdog's own part: a heartbeat, the state that the kernel gives the process
+watch       the watchdog's own part: a heartbeat, the state that the kernel gives the process, and
+            how far the calendar's clock is ahead of the other one
 fault       what went wrong, in words
 folder      the run folder: tells the watchdog where the board's file is
 ==========  ======================================================================================
@@ -38,11 +39,12 @@ BULLETIN_MAGIC = b"mdlost01"
 FILE = "board"
 
 _IDENTITY = Struct("<8sQiiiII128s128s")
-_MOMENT = Struct("<QQQQQQ64s512s")
+_MOMENT = Struct("<QQQQQ64s512s")
+_DEADLINE = Struct("<Q")
 _COUNT = Struct("<QQQ")
 _PROGRESS = Struct("<QQQQ")
 _STATE = Struct("<BBxxi")  # of the three, the watchdog sets the second
-_WATCH = Struct("<QQcxxxxxxxQ")
+_WATCH = Struct("<QQcxxxxxxxq")
 _FAULT = Struct("<Q?1527s")
 _BULLETIN = Struct("<8sQi")
 _FOLDER = Struct("<1024s")
@@ -50,6 +52,7 @@ _FOLDER = Struct("<1024s")
 _AT_IDENTITY = 0
 _AT_MOMENT = 320
 _AT_WAITING = _AT_MOMENT + 16
+_AT_DEADLINE = _AT_MOMENT + 32
 _AT_PROGRESS = 960
 _AT_STATE = 992
 _AT_STOP = _AT_STATE + 1
@@ -122,17 +125,17 @@ class Record:
         if len(page) < PAGE or not page.startswith(MAGIC):
             return None
         _, job, rank, size, group, pid, watchdog_pid, host, device = _IDENTITY.unpack_from(page)
-        agreements, phases, waiting, since, since_wall, deadline, phase, item = _MOMENT.unpack_from(
+        agreements, phases, waiting, since, deadline, phase, item = _MOMENT.unpack_from(
             page, _AT_MOMENT
         )
         done, total, first_done, first_wall = _PROGRESS.unpack_from(page, _AT_PROGRESS)
         state, stop, exit_code = _STATE.unpack_from(page, _AT_STATE)
-        beats, heartbeat, process_state, _ = _WATCH.unpack_from(page, _AT_WATCH)
+        beats, heartbeat, process_state, clock = _WATCH.unpack_from(page, _AT_WATCH)
         fault_time, late, fault = _FAULT.unpack_from(page, _AT_FAULT)
         (folder,) = _FOLDER.unpack_from(page, _AT_FOLDER)
         return Record(
             job, rank, size, group, pid, watchdog_pid, _text(host), _text(device),
-            agreements, phases, bool(waiting), since / 1e9, since_wall / 1e9, deadline / 1e9,
+            agreements, phases, bool(waiting), since / 1e9, (since + clock) / 1e9, deadline / 1e9,
             _text(phase), _text(item), done, total, first_done, first_wall / 1e9,
             state, bool(stop), exit_code,
             beats, heartbeat / 1e9, _text(process_state), fault_time / 1e9, late, _text(fault),
@@ -155,6 +158,7 @@ class Board:
         }  # fmt: skip
         self._host = os.uname().nodename
         self.identify()
+        self.beat("R")
 
     # -- the rank says -----------------------------------------------------------------------------
 
@@ -163,7 +167,7 @@ class Board:
         now = time.monotonic_ns()
         self._phases += 1
         _MOMENT.pack_into(
-            self.page, _AT_MOMENT, self._agreements, self._phases, 0, now, time.time_ns(),
+            self.page, _AT_MOMENT, self._agreements, self._phases, 0, now,
             now + int(1e9 * (deadline or self.patience)), phase.encode(), item.encode(),
         )  # fmt: skip
         if self.on_enter:
@@ -250,9 +254,17 @@ class Board:
     def beat(self, process_state: str) -> None:
         """Say that the watchdog lives, and how the kernel calls the state of the rank."""
         beats = _WATCH.unpack_from(self.page, _AT_WATCH)[0]
+        now = time.time_ns()
         _WATCH.pack_into(
-            self.page, _AT_WATCH, beats + 1, time.time_ns(), (process_state or "X").encode(), 0
-        )
+            self.page, _AT_WATCH, beats + 1, now, (process_state or "X").encode(),
+            now - time.monotonic_ns(),
+        )  # fmt: skip
+
+    @property
+    def deadline(self) -> float:
+        """When the rank must have left its phase; 0 before the first one."""
+        nanoseconds: int = _DEADLINE.unpack_from(self.page, _AT_DEADLINE)[0]
+        return nanoseconds / 1e9
 
     def record(self) -> Record:
         """Decode this page."""
