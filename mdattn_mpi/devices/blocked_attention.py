@@ -32,11 +32,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.devices.exponential import fastest_exp
 from mdattn_mpi.problem import Span
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Poll = Callable[[], None]
+Exp = Callable[[Floats], Any]
 
 # Large enough that threads seldom meet at the interpreter's lock, small enough for a core's share
 # of the last cache.
@@ -80,6 +82,7 @@ class BlockedAttention:
 
     def __init__(self, threads: int, poll: Poll) -> None:
         self._poll = poll
+        self._exp = fastest_exp().apply
         self._helpers = threads - 1
         self._pool = ThreadPoolExecutor(self._helpers, "attention") if self._helpers else None
 
@@ -91,7 +94,7 @@ class BlockedAttention:
         for start in range(0, len(k), PANEL_KEYS):
             keys = slice(start, start + PANEL_KEYS)
             diagonal = len(k) - len(rows) - start if causal else None
-            self._run(_tiles(partial, rows, k[keys], v[keys], diagonal))
+            self._run(_tiles(partial, rows, k[keys], v[keys], diagonal, self._exp))
 
     def finish(self, partial: Partial) -> tuple[Array, Floats]:
         """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""
@@ -136,7 +139,7 @@ def _rest() -> None:
 
 
 def _tiles(
-    partial: Partial, rows: Span, k: Array, v: Array, diagonal: int | None
+    partial: Partial, rows: Span, k: Array, v: Array, diagonal: int | None, exp: Exp
 ) -> Iterator[Callable[[Poll], None]]:
     """Cut rows × keys into tiles; row ``i`` of `rows` sees keys up to and with ``i + diagonal``."""
     group = partial.q.shape[1] // k.shape[1]
@@ -149,7 +152,7 @@ def _tiles(
             tokens = Span(start, min(start + step, rows.stop))
             shift = None if diagonal is None else start - rows.start + diagonal
             if shift is None or shift + len(tokens) > 0:
-                yield _Tile(partial, tokens, heads, panel, shift)
+                yield _Tile(partial, tokens, heads, panel, shift, exp)
 
 
 class _Panel:
@@ -214,11 +217,12 @@ class _Tile:
     heads: slice
     panel: _Panel
     diagonal: int | None
+    exp: Exp
 
     def __call__(self, poll: Poll) -> None:
         self.panel.convert()
         index = (self.tokens.slice, self.heads)
-        rows = _Rows(self.partial, index, self.panel.longest)
+        rows = _Rows(self.partial, index, self.panel.longest, self.exp)
         for strip, keys in self._blocks(rows.group):
             rows.attend(strip, self.panel, keys, self._mask(strip.start // rows.group, keys))
             poll()
@@ -249,7 +253,10 @@ class _Tile:
 class _Rows:
     """The rows of a tile while it is computed: token-major, the heads of the group inside."""
 
-    def __init__(self, partial: Partial, index: tuple[slice, slice], longest: np.float32) -> None:
+    def __init__(
+        self, partial: Partial, index: tuple[slice, slice], longest: np.float32, exp: Exp
+    ) -> None:
+        self.exp = exp
         q = partial.q[index]
         tokens, self.group, dim = q.shape
         rows = tokens * self.group
@@ -283,7 +290,7 @@ class _Rows:
             np.copyto(scores[:, cut:], -np.inf, where=hidden)
         if not (self.tame or self._in_reach(scores)):
             self._move_reference(strip, scores)
-        np.exp(scores, out=scores)
+        self.exp(scores)
         if diagonal is None or panel.finite:
             np.matmul(scores, v, out=added)
         else:  # what a row must not see has weight 0, but 0 · NaN would be NaN
@@ -319,7 +326,7 @@ def _convert(source: Array, target: Floats) -> None:
     """Copy 16-bit numbers into float32.
 
     For float16 NumPy goes number by number; moving bits and setting the exponent right by one
-    product takes less than half as long. It makes numbers of infinity and NaN, which are looked for.
+    product takes less than half as long. That would make numbers of infinity and NaN.
     """
     if source.dtype != np.float16 or (source.view(np.uint16) & 0x7FFF).max() >= 0x7C00:
         target[...] = source

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from mdattn_mpi.devices.blocked_attention import BlockedAttention, Partial
+from mdattn_mpi.devices.exponential import fastest_exp
 from mdattn_mpi.problem import AttentionProblem, Span
 
 Array = NDArray[Any]
@@ -147,14 +148,18 @@ def processor() -> str:
 
 
 def libraries() -> dict[str, str]:
-    """What computes: NumPy and its BLAS, with their versions."""
+    """What computes: NumPy, its BLAS, and whose exp, with their versions."""
     found: list[dict[str, str]] = [info for info in threadpool_info() if info["user_api"] == "blas"]
     parts = (
         [found[0].get(part) for part in ("internal_api", "version", "architecture")]
         if found
         else []
     )
-    return {"numpy": np.__version__, "blas": " ".join(filter(None, parts)) or "unknown"}
+    return {
+        "numpy": np.__version__,
+        "blas": " ".join(filter(None, parts)) or "unknown",
+        "exp": fastest_exp().library,
+    }
 
 
 class _BlasLimit:

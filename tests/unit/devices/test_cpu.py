@@ -32,7 +32,7 @@ def test_share_of_the_cores(allowed: list[str], nodes: str, shares: list[int]) -
 
 def test_what_computes_is_named() -> None:
     assert processor()
-    assert set(libraries()) == {"numpy", "blas"}
+    assert set(libraries()) == {"numpy", "blas", "exp"}
 
 
 def test_blas_gets_its_threads_back_when_the_last_device_closes() -> None:
