@@ -212,8 +212,9 @@ def _random(device: Any, shape: tuple[int, ...]) -> Any:
     import ml_dtypes
     import numpy as np
 
-    numbers = np.random.default_rng().standard_normal(shape, np.float32)
-    return device.upload(numbers.astype(ml_dtypes.bfloat16))
+    # The same million numbers again and again: drawing them all would take longer than measuring.
+    some = np.random.default_rng().standard_normal(1 << 20, np.float32)
+    return device.upload(np.resize(some.astype(ml_dtypes.bfloat16), shape))
 
 
 def _attend_seconds(device: Any, call: Call) -> float:
