@@ -39,6 +39,7 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Poll = Callable[[], None]
 Exp = Callable[[Floats], Any]
+Spare = deque[Floats]  # memory to use again: fresh memory is slow
 
 # Large enough that threads seldom meet at the interpreter's lock, small enough for a core's share
 # of the last cache.
@@ -68,9 +69,10 @@ class Partial:
         tokens, heads, _ = q.shape
         self.q = q
         self.scale = np.float32(scale)
-        # The last column holds the sum of the weights.
-        self.sums = np.zeros((tokens, heads, v_head_dim + 1), np.float32)
-        self.reference = np.zeros((tokens, heads), np.float32)
+        # The last column holds the sum of the weights. Undefined where the reference is −∞: nothing
+        # has been stored, and touching fresh memory twice would take as long as a product.
+        self.sums = np.empty((tokens, heads, v_head_dim + 1), np.float32)
+        self.reference = np.full((tokens, heads), -np.inf, np.float32)
 
 
 class BlockedAttention:
@@ -83,6 +85,7 @@ class BlockedAttention:
     def __init__(self, threads: int, poll: Poll) -> None:
         self._poll = poll
         self._exp = fastest_exp().apply
+        self._spare: Spare = deque(maxlen=4)
         self._helpers = threads - 1
         self._pool = ThreadPoolExecutor(self._helpers, "attention") if self._helpers else None
 
@@ -94,7 +97,7 @@ class BlockedAttention:
         for start in range(0, len(k), PANEL_KEYS):
             keys = slice(start, start + PANEL_KEYS)
             diagonal = len(k) - len(rows) - start if causal else None
-            self._run(_tiles(partial, rows, k[keys], v[keys], diagonal, self._exp))
+            self._run(_tiles(partial, rows, (k[keys], v[keys]), diagonal, self._exp, self._spare))
 
     def finish(self, partial: Partial) -> tuple[Array, Floats]:
         """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""
@@ -139,20 +142,28 @@ def _rest() -> None:
 
 
 def _tiles(
-    partial: Partial, rows: Span, k: Array, v: Array, diagonal: int | None, exp: Exp
+    partial: Partial,
+    rows: Span,
+    kv: tuple[Array, Array],
+    diagonal: int | None,
+    exp: Exp,
+    spare: Spare,
 ) -> Iterator[Callable[[Poll], None]]:
     """Cut rows × keys into tiles; row ``i`` of `rows` sees keys up to and with ``i + diagonal``."""
+    k, v = kv
     group = partial.q.shape[1] // k.shape[1]
     step = max(1, TILE_ROWS // group)
+    starts = range(rows.start, rows.stop, step)
+    if diagonal is not None:  # leave out tiles that see nothing
+        starts = starts[max(0, (-diagonal) // step) :]
     for kv_head in range(k.shape[1]):
-        panel = _Panel(k[:, kv_head], v[:, kv_head])
+        panel = _Panel(k[:, kv_head], v[:, kv_head], len(starts), spare)
         heads = slice(kv_head * group, (kv_head + 1) * group)
         # Backwards: under a causal mask the last tile is the longest.
-        for start in reversed(range(rows.start, rows.stop, step)):
+        for start in reversed(starts):
             tokens = Span(start, min(start + step, rows.stop))
             shift = None if diagonal is None else start - rows.start + diagonal
-            if shift is None or shift + len(tokens) > 0:
-                yield _Tile(partial, tokens, heads, panel, shift, exp)
+            yield _Tile(partial, tokens, heads, panel, shift, exp)
 
 
 class _Panel:
@@ -161,12 +172,16 @@ class _Panel:
     Converted by all threads together, when the first of them needs it.
     """
 
-    def __init__(self, k: Array, v: Array) -> None:
+    def __init__(self, k: Array, v: Array, tiles: int, spare: Spare) -> None:
         self._sources = (k, v)
+        self._tiles = tiles
+        self._spare = spare
         self._chunks = deque(range(0, len(k), BLOCK_KEYS))
         self._left = len(self._chunks)
         self._lock = threading.Lock()
         self._converted = threading.Event()
+        self._error: BaseException | None = None
+        self._memory: list[Floats] = []
         self.k: Floats
         self.v: Floats
         self.longest = np.float32(0)  # Euclidean length of a key
@@ -177,21 +192,35 @@ class _Panel:
 
     def convert(self) -> None:
         """Return when all of it is there; does its share of the work."""
-        if self._converted.is_set():
-            return
+        if not self._converted.is_set():
+            try:
+                self._convert_share()
+            except BaseException as error:
+                self._error = error
+                self._converted.set()  # or the others would wait for ever
+                raise
+            self._converted.wait()
+        if self._error:
+            raise RuntimeError("another thread failed") from self._error
+
+    def done(self) -> None:
+        """One tile needs it no more; after the last its memory is spare."""
         with self._lock:
-            if not hasattr(self, "v"):
-                self.k, self.v = (
-                    np.empty((len(source), source.shape[1] + 1), np.float32)
-                    for source in self._sources
-                )
+            self._tiles -= 1
+            if not self._tiles:
+                self._spare.extend(self._memory)
+
+    def _convert_share(self) -> None:
+        with self._lock:
+            if not self._memory:
+                self.k, self.v = (self._allocate(source) for source in self._sources)
         while True:
             try:
                 start = self._chunks.popleft()
             except IndexError:
-                break
+                return
+            chunk = slice(start, start + BLOCK_KEYS)
             for source, target in zip(self._sources, (self.k, self.v), strict=True):
-                chunk = slice(start, start + BLOCK_KEYS)
                 _convert(source[chunk], target[chunk, :-1])
                 target[chunk, -1] = 1
             longest = _longest(self.k[chunk, :-1])
@@ -202,7 +231,19 @@ class _Panel:
                 self._left -= 1
                 if not self._left:
                     self._converted.set()
-        self._converted.wait()
+
+    def _allocate(self, source: Array) -> Floats:
+        """Memory for `source` and a column more, used before if possible."""
+        shape = (len(source), source.shape[1] + 1)
+        size = shape[0] * shape[1]
+        try:
+            memory = self._spare.popleft()
+        except IndexError:
+            memory = np.empty(0, np.float32)
+        if memory.size < size:
+            memory = np.empty(size, np.float32)
+        self._memory.append(memory)
+        return memory[:size].reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -227,6 +268,7 @@ class _Tile:
             rows.attend(strip, self.panel, keys, self._mask(strip.start // rows.group, keys))
             poll()
         rows.store(self.partial, index)
+        self.panel.done()
 
     def _mask(self, token: int, keys: Span) -> int | None:
         """Which of `keys` is the last that `token` sees; None where it sees them all."""
@@ -260,9 +302,9 @@ class _Rows:
         q = partial.q[index]
         tokens, self.group, dim = q.shape
         rows = tokens * self.group
-        self.sums = partial.sums[index].copy().reshape(rows, -1)
-        self.reference = partial.reference[index].copy().reshape(rows)
-        self.q = np.zeros((rows, dim + 1), np.float32)
+        self._load(partial, index, rows)
+        self.q = _workspace.array("q", rows, dim + 1)
+        self.q[:, -1] = 0
         _convert(q.reshape(rows, dim), self.q[:, :-1])
         self.q *= partial.scale  # whole rows: those that end in mid-vector take four times as long
         np.negative(self.reference, out=self.q[:, -1])
@@ -270,6 +312,15 @@ class _Rows:
         bound = _longest(self.q) * longest
         self.tame = bool(bound <= HEADROOM) and not self.reference.any()
         self.fresh = not self.sums[:, -1].all()  # some row has seen nothing
+
+    def _load(self, partial: Partial, index: tuple[slice, slice], rows: int) -> None:
+        self.sums = _workspace.array("sums", rows, partial.sums.shape[2])
+        self.reference = partial.reference[index].flatten()
+        unstored = self.reference == -np.inf
+        if not unstored.all():
+            self.sums.reshape(partial.sums[index].shape)[...] = partial.sums[index]
+        self.sums[unstored] = 0
+        self.reference[unstored] = 0
 
     def store(self, partial: Partial, index: tuple[slice, slice]) -> None:
         partial.sums[index] = self.sums.reshape(partial.sums[index].shape)
@@ -281,7 +332,8 @@ class _Rows:
         Token ``i`` of the strip sees keys up to and with ``i + diagonal``, counted in `keys`.
         """
         k, v = panel.k[keys.slice], panel.v[keys.slice]
-        scores, added = _scratch(len(strip), len(k), v.shape[1])
+        scores = _workspace.array("scores", len(strip), len(k))
+        added = _workspace.array("added", len(strip), v.shape[1])
         used = slice(-1) if self.tame else slice(None)  # no reference, one column less
         np.matmul(self.q[strip.slice, used], k[:, used].T, out=scores)
         if diagonal is not None:
@@ -339,8 +391,8 @@ def _convert(source: Array, target: Floats) -> None:
 
 def _longest(vectors: Floats) -> np.float32:
     """Euclidean length of the longest row; NaN if there is one."""
-    squares = (vectors * vectors) @ np.ones(vectors.shape[1], np.float32)
-    return np.sqrt(squares.max())  # type: ignore[no-any-return]
+    squares = np.multiply(vectors, vectors, out=_workspace.array("squares", *vectors.shape))
+    return np.sqrt((squares @ np.ones(vectors.shape[1], np.float32)).max())  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=64)
@@ -357,23 +409,22 @@ def _multiply_seen(scores: Floats, v: Floats, group: int, diagonal: int, out: Fl
         np.matmul(scores[rows, :seen], v[:seen], out=out[rows])
 
 
-class _Scratch(threading.local):
-    """A thread's own buffer, in which the scores of one block stay in cache."""
+class _Workspace(threading.local):
+    """A thread's own memory for the tile that it computes, the same for every tile."""
 
     def __init__(self) -> None:
-        self.buffer = np.empty(0, np.float32)
+        self._buffers: dict[str, Floats] = {}
+
+    def array(self, name: str, rows: int, columns: int) -> Floats:
+        """An array with undefined contents, valid until the next of this name."""
+        size = rows * columns
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < size:
+            buffer = self._buffers[name] = np.empty(size, np.float32)
+        return buffer[:size].reshape(rows, columns)
 
 
-_scratches = _Scratch()
-
-
-def _scratch(rows: int, keys: int, width: int) -> tuple[Floats, Floats]:
-    """Scores ``[rows, keys]`` and a product ``[rows, width]``, undefined, valid until the next."""
-    cut, needed = rows * keys, rows * (keys + width)
-    if _scratches.buffer.size < needed:
-        _scratches.buffer = np.empty(needed, np.float32)
-    buffer = _scratches.buffer
-    return buffer[:cut].reshape(rows, keys), buffer[cut:needed].reshape(rows, width)
+_workspace = _Workspace()
 
 
 @dataclass(frozen=True)
@@ -389,8 +440,9 @@ class _Finish:
         sums = self.partial.sums[self.tokens]
         total = sums[..., -1]
         quotient = sums[..., :-1] / total[..., None]
-        lse = np.log(total) + self.partial.reference[self.tokens]
-        unseen = total == 0
+        reference = self.partial.reference[self.tokens]
+        lse = np.log(total) + reference
+        unseen = (reference == -np.inf) | (total == 0)
         if unseen.any():
             quotient[unseen] = 0
             lse[unseen] = -np.inf
