@@ -215,6 +215,27 @@ def test_copies_of_strided_arrays() -> None:
     assert (again[:, 2:] == source[:, 2:]).all()
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_calls_in_all_streams_see_what_was_copied_before(seed: int) -> None:
+    problem = AttentionProblem(16, 24, 2, 2, 8, 8, "float16")
+    q, k, v = random_inputs(problem, seed)
+
+    def act(device: CudaDevice) -> Array:
+        arrays = [device.upload(array) for array in (q, k, v)]
+        copies = [device.empty(array.shape, array) for array in arrays]
+        for array, copied in zip(arrays, copies, strict=True):
+            device.copy(array, copied)
+        accumulator = device.accumulator(copies[0], 8, problem.scale)
+        for keys in (slice(0, 6), slice(6, 12), slice(12, 18), slice(18, 24)):
+            device.attend(accumulator, Span(0, 16), copies[1][keys], copies[2][keys], False)
+        found: Array = device.download(*device.finish(accumulator)).wait()[0]
+        return found
+
+    right, _ = attention(problem, q, k, v)
+    bound = 2 * TOLERANCE["float16"] * (1 + np.abs(right))
+    assert (np.abs(in_group(1, act, seed)[0].astype(float) - right) <= bound).all()
+
+
 def test_what_cudnn_refuses_is_refused_before_the_job() -> None:
     problem = AttentionProblem(50, 50, 2, 2, 12, 12)
     with pytest.raises(RejectedError, match="multiple of 8"):
