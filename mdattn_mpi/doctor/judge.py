@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mdattn_mpi.doctor.finding import Finding, by_value, who
+from mdattn_mpi.doctor.finding import Finding, Level, by_value, who
 from mdattn_mpi.doctor.storage import BLOCK, LOCAL
 
 Ranks = Sequence[dict[str, Any]]
@@ -180,43 +180,37 @@ def cores(ranks: Ranks) -> Iterator[Finding]:
 
 def limits(ranks: Ranks) -> Iterator[Finding]:
     """Memory that may be locked, open files, stack."""
-    hosts = _hosts(ranks)
-    need = FILES[0] + FILES[1] * len(ranks)
-
-    def below(name: str, least: int) -> list[int]:
-        return _those(ranks, lambda rank: 0 <= rank["limits"][name] < least)
-
-    few = below("nofile", need)
-    yield Finding(
-        "open files",
-        "FAIL" if few else "OK",
-        f"{ranks[few[0]]['limits']['nofile']} on {who(few, hosts)}, at least {need} are needed"
-        if few
-        else str(ranks[0]["limits"]["nofile"]),
-        "ulimit -n 65536 in the job script" if few else "",
-    )
-    small = below("stack", STACK)
-    yield Finding(
-        "stack",
-        "WARN" if small else "OK",
-        f"{ranks[small[0]]['limits']['stack'] >> 10} KiB on {who(small, hosts)}"
-        if small
-        else _bytes(ranks[0]["limits"]["stack"]),
-        "ulimit -s 8192 in the job script" if small else "",
-    )
+    files = FILES[0] + FILES[1] * len(ranks)
+    yield _limit(
+        ranks, "open files", "nofile", files, _count, f"at least {files} are needed",
+        "FAIL", "ulimit -n 65536 in the job script",
+    )  # fmt: skip
+    yield _limit(
+        ranks, "stack", "stack", STACK, _bytes, "native code may need more",
+        "WARN", "ulimit -s 8192 in the job script",
+    )  # fmt: skip
     pinning = any(rank["infiniband"] or rank["gpus"]["count"] > 0 for rank in ranks)
-    locked = below("memlock", MEMLOCK) if pinning else []
-    yield Finding(
-        "locked memory",
-        "WARN" if locked else "OK",
-        f"{_bytes(ranks[locked[0]]['limits']['memlock'])} on {who(locked, hosts)}: InfiniBand and "
-        "GPUs lock what they transfer"
-        if locked
-        else _bytes(ranks[0]["limits"]["memlock"]),
-        "ulimit -l unlimited, or PropagateResourceLimitsExcept=MEMLOCK in slurm.conf"
-        if locked
-        else "",
-    )
+    yield _limit(
+        ranks, "locked memory", "memlock", MEMLOCK if pinning else 0, _bytes,
+        "InfiniBand and GPUs lock what they transfer", "WARN",
+        "ulimit -l unlimited, or PropagateResourceLimitsExcept=MEMLOCK in slurm.conf",
+    )  # fmt: skip
+
+
+def _limit(
+    ranks: Ranks, check: str, name: str, least: int, show: Callable[[int], str], why: str,
+    level: Level, fix: str,
+) -> Finding:  # fmt: skip
+    """Whether every rank's limit `name` is `least` or none."""
+    low = _those(ranks, lambda rank: 0 <= rank["limits"][name] < least)
+    if not low:
+        return Finding(check, "OK", show(ranks[0]["limits"][name]))
+    limit = show(ranks[low[0]]["limits"][name])
+    return Finding(check, level, f"{limit} on {who(low, _hosts(ranks))}: {why}", fix)
+
+
+def _count(number: int) -> str:
+    return "unlimited" if number < 0 else str(number)
 
 
 def _bytes(number: float) -> str:

@@ -130,7 +130,7 @@ if rank == 1:
         ("environment", "WARN", "NCCL_DEBUG: unset on rank 0"),
         ("cores", "WARN", "2 ranks share 1 of"),
         ("open files", "FAIL", "200 on rank 1", "ulimit -n"),
-        ("stack", "WARN", "1024 KiB on rank 1", "ulimit -s"),
+        ("stack", "WARN", "1 MiB on rank 1", "ulimit -s"),
         ("clocks", "WARN", "rank 1", "100 s behind rank 0"),
         ("libnccl", "WARN", f"{tmp_path}/one/libnccl.so.2, {tmp_path}/two", "LD_LIBRARY_PATH"),
         plant=plant,

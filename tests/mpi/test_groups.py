@@ -14,7 +14,7 @@ import pytest
 
 from mdattn_mpi.cli import main
 from tests.support.mpirun import kill_all, mark_of, mpirun, processes, start
-from tests.support.storm import results
+from tests.support.storm import done, results
 
 ITEMS = 9
 RUN = ("-b", "cpu", "--threads", "1", "--lse")
@@ -36,11 +36,6 @@ def command(data: Path, out: Path, *options: str) -> list[str]:
 
 def summary(out: Path) -> dict[str, object]:
     return dict(json.loads(Path(f"{out}.run/summary.json").read_text()))
-
-
-def done(out: Path) -> int:
-    with h5py.File(out, locking=False) as file:
-        return int((file["ledger/state"][...] == 1).sum())
 
 
 @pytest.mark.parametrize(("ranks", "size"), [(2, 1), (4, 2), (3, 1)])
@@ -90,7 +85,7 @@ def test_one_group_is_told_to_stop_and_all_do(data: Path, tmp_path: Path) -> Non
     try:
         for _ in range(600):
             time.sleep(0.1)
-            if out.exists() and done(out) >= 1:
+            if done(out) >= 1:
                 break
         watchdogs = [
             pid

@@ -7,13 +7,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import h5py
 import pytest
 
 from mdattn_mpi.cli import main
 from tests.support.mpirun import kill_all, launcher, mark_of, mpirun, processes, start
 from tests.support.namespaces import Hosts, hosts, why_not
-from tests.support.storm import results
+from tests.support.storm import done, results
 
 RUN = ("-b", "cpu", "-s", "ring", "--threads", "1")
 
@@ -68,7 +67,7 @@ def test_a_host_is_cut_off(two: Hosts, data: Path, tmp_path: Path) -> None:
     )
     mark = mark_of(process)
     try:
-        wait_until(lambda: out.exists() and done(out) >= 1, 60.0)
+        wait_until(lambda: done(out) >= 1, 60.0)
         two.cut(two.names[1])
         wait_until(lambda: not ranks_of(mark), deadline + 30.0)
         note = Path(f"{out}.run/death-note.json")
@@ -95,14 +94,6 @@ def ranks_of(mark: str) -> list[int]:
         if b"mdattn_mpi\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
         and b"--host" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
-
-
-def done(out: Path) -> int:
-    try:
-        with h5py.File(out, locking=False) as file:
-            return int((file["ledger/state"][...] == 1).sum())
-    except OSError:
-        return 0
 
 
 def wait_until(happened: object, patience: float) -> None:

@@ -8,11 +8,11 @@ import shutil
 import signal
 from pathlib import Path
 
-import h5py
 import pytest
 
 from tests.support.mpirun import MARK, ROOT, processes
 from tests.support.slurm import Slurm
+from tests.support.storm import done, results
 
 JOBS = ROOT / "jobs"
 RUN = ("-b", "cpu", "-s", "ring", "--threads", "1")
@@ -23,24 +23,6 @@ SPREAD = ("--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-t
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def results(path: Path) -> dict[str, bytes]:
-    """The raw bytes of every output."""
-    with h5py.File(path) as file, path.open("rb") as raw:
-        found = {}
-        for name, item in file["items"].items():
-            raw.seek(item["output"].id.get_offset())
-            found[name] = raw.read(item["output"].id.get_storage_size())
-        return found
-
-
-def done(path: Path) -> int:
-    """How many items are finished so far."""
-    if not path.exists():
-        return 0
-    with h5py.File(path, locking=False) as file:
-        return int((file["ledger/state"][...] == 1).sum())
-
-
 def summary(path: Path) -> dict[str, object]:
     """What the job wrote about itself."""
     return dict(json.loads(Path(f"{path}.run/summary.json").read_text()))
@@ -49,6 +31,16 @@ def summary(path: Path) -> dict[str, object]:
 def until_some_are_done(cluster: Slurm, job: str, out: Path, some: int = 2) -> None:
     """Wait for the job to be in the middle of its work."""
     cluster.until(f"{some} items of job {job}", lambda: done(out) >= some)
+
+
+def rest_is_done(cluster: Slurm, data: Path, out: Path, whole: Path, items: int = 12) -> None:
+    """Submit again; what was finished is kept, and the bytes are those of `whole`."""
+    left = done(out)
+    assert 0 < left < items
+    job = cluster.submit(JOBS / "one-node.sbatch", *SMALL, arguments=[data, out, *RUN])
+    succeeded(cluster, job)
+    assert f"resuming: {left} of {items} items are done already" in cluster.log(job)
+    assert results(out) == results(whole)
 
 
 def succeeded(cluster: Slurm, job: str) -> None:
@@ -117,12 +109,7 @@ def test_cancelled_in_the_middle_and_submitted_again(
     until_some_are_done(cluster, first, out)
     cluster.run("scancel", first)
     assert cluster.wait(first)["JobState"] == "CANCELLED"
-    left = done(out)
-    assert 2 <= left < 12
-    second = cluster.submit(JOBS / "one-node.sbatch", *SMALL, arguments=[data, out, *RUN])
-    succeeded(cluster, second)
-    assert f"resuming: {left} of 12 items are done already" in cluster.log(second)
-    assert results(out) == results(undisturbed)
+    rest_is_done(cluster, data, out, undisturbed)
 
 
 def test_preempted_requeued_and_resumed(
@@ -160,9 +147,7 @@ def test_a_killed_rank_ends_the_job_with_a_death_note(
     assert cluster.wait(job)["JobState"] == "FAILED"
     assert "SIGKILL" in cluster.log(job)
     assert "rank 1" in cluster.log(job)
-    again = cluster.submit(JOBS / "one-node.sbatch", *SMALL, arguments=[data, out, *RUN])
-    succeeded(cluster, again)
-    assert results(out) == results(undisturbed)
+    rest_is_done(cluster, data, out, undisturbed)
 
 
 def rank_process(cluster: Slurm, rank: str) -> int:
@@ -191,12 +176,7 @@ def test_a_time_limit_that_comes_too_early(cluster: Slurm, tmp_path: Path) -> No
     cluster.until("its place in the queue", lambda: cluster.job(job)["Restarts"] == "1")
     assert cluster.state(job) == "PENDING"
     cluster.run("scancel", job)
-    left = done(out)
-    assert 0 < left < 90
-    again = cluster.submit(JOBS / "one-node.sbatch", *SMALL, arguments=[data, out, *RUN])
-    succeeded(cluster, again)
-    assert f"resuming: {left} of 90 items are done already" in cluster.log(again)
-    assert results(out) == results(whole)
+    rest_is_done(cluster, data, out, whole, items=90)
 
 
 def test_a_chain_of_jobs_goes_on_until_one_is_done(
