@@ -96,9 +96,11 @@ def _calls(world: World, bursts: int) -> dict[str, float]:
 
 def _steps(world: World, bursts: int) -> tuple[dict[str, float], float]:
     """Seconds of one step, without and with lockstep; the watchdog's share of a core."""
-    from mdattn_mpi.lockstep import Step
+    from mdattn_mpi.lockstep import Deadlines, Step
+    from mdattn_mpi.runner.clock import PhaseClock
 
     compute = _millisecond(world)
+    clock = PhaseClock(world.board, Deadlines())
 
     def bare_step() -> None:
         for _ in range(STEPS):
@@ -108,12 +110,12 @@ def _steps(world: World, bursts: int) -> tuple[dict[str, float], float]:
 
     def watched_step() -> None:
         for item in range(STEPS):
-            for phase in PHASES:
-                world.board.enter(phase, "item-17", 600.0)
-                if phase == "agree":
-                    world.agree(Step(item, "begin", 0x123456789ABCDEF), checksum=item)
-                elif phase == "enqueue":
-                    compute()
+            for name in PHASES:
+                with clock.phase(name, "item-17", work=1 << 20):
+                    if name == "agree":
+                        world.agree(Step(item, "begin", 0x123456789ABCDEF), checksum=item)
+                    elif name == "enqueue":
+                        compute()
             world.board.progress(item, STEPS)
 
     with _run_folder(world):

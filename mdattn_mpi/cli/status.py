@@ -74,6 +74,7 @@ def status(path: str) -> dict[str, Any]:
     folder = f"{path}.run"
     records, now = BoardFile(folder).records(), time()
     note = death_note.read(folder)
+    now = note["time"] if note else now  # nothing goes on after it
     state = _state(records, note, counts, now)
     return {
         "path": path,

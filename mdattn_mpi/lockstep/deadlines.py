@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Mapping
 
+_UNSEEN = (-1.0, 0.0)
+
 
 class Deadlines:
     """The longest time that each phase may take before the watchdog ends the job.
@@ -48,11 +50,10 @@ class Deadlines:
 
     def took(self, phase: str, seconds: float, work: float = 0.0) -> None:
         """Learn that `phase` took `seconds`."""
-        longest, rate = self._seen.get(phase, (0.0, 0.0))
-        self._seen[phase] = (
-            max(longest, seconds),
-            max(rate, seconds / work if work else 0.0),
-        )
+        longest, rate = self._seen.get(phase, _UNSEEN)
+        new_rate = seconds / work if work else 0.0
+        if seconds > longest or new_rate > rate:
+            self._seen[phase] = max(longest, seconds), max(rate, new_rate)
 
     def __str__(self) -> str:
         """For example ``30 s for every phase``."""
