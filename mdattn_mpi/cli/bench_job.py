@@ -61,8 +61,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
-    from mdattn_mpi.lockstep import start
-    from mdattn_mpi.runner.job import together
+    from mdattn_mpi.lockstep import start, together
     from mdattn_mpi.runner.jobspec import JobSpec
 
     with start() as world:

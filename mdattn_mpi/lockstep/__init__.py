@@ -14,7 +14,7 @@ from mdattn_mpi.lockstep.launcher import Launcher, launcher
 from mdattn_mpi.lockstep.watchdog import watch
 
 if TYPE_CHECKING:
-    from mdattn_mpi.lockstep.agreement import Agreement, Step
+    from mdattn_mpi.lockstep.agreement import Agreement, Step, together
     from mdattn_mpi.lockstep.world import Group, World, start
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "board",
     "launcher",
     "start",
+    "together",
     "watch",
 ]
 
@@ -38,6 +39,7 @@ _NEED_MPI = {
     "Group": "world",
     "World": "world",
     "start": "world",
+    "together": "agreement",
 }
 
 

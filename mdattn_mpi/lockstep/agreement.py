@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zlib import crc32
 
 import numpy as np
 from mpi4py import MPI
 
 from mdattn_mpi.errors import DisagreementError, MdattnError
+from mdattn_mpi.problem import digest_of
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.world import Group
+
+T = TypeVar("T")
 
 _MASK = (1 << 64) - 1
 _ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
@@ -148,3 +151,43 @@ def _ranks(ranks: Sequence[int]) -> str:
             runs.append([rank])
     text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {text}"
+
+
+def together(
+    group: Group,
+    phase: str,
+    action: Callable[[], T],
+    facts: Callable[[T], dict[str, Any]] = lambda _: {},
+) -> T:
+    """Collective. Do something on every rank; go on together, or raise the same error together.
+
+    Parameters
+    ----------
+    group
+        The ranks.
+    phase
+        What they do, in a word.
+    action
+        What each of them does; it may fail on some.
+    facts
+        Of what `action` returned, all that must be the same on every rank.
+
+    Raises
+    ------
+    MdattnError
+        Of the lowest rank that failed; the same on all ranks.
+    DisagreementError
+        The facts differ; the same on all ranks.
+
+    """
+    group.board.enter(phase)
+    error: MdattnError | None = None
+    found: dict[str, Any] = {}
+    value: T | None = None
+    try:
+        value = action()
+        found = facts(value)
+    except Exception as failure:
+        error = MdattnError.wrap(failure, rank=group.rank)
+    group.agree(Step(-1, phase, digest_of(found), lambda: found), error=error)
+    return value  # type: ignore[return-value]

@@ -8,8 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mdattn_mpi.errors import MdattnError
-from mdattn_mpi.lockstep import World
-from mdattn_mpi.runner.job import run_folder, together
+from mdattn_mpi.lockstep import World, together
+from mdattn_mpi.runner.job import run_folder
 from mdattn_mpi.runner.jobspec import JobSpec
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from mdattn_mpi.backends import Backend
 from mdattn_mpi.dataset import Dataset, Item, Output
-from mdattn_mpi.errors import ItemError, MdattnError
-from mdattn_mpi.lockstep import Group, Step, World
-from mdattn_mpi.problem import Plan, digest_of
+from mdattn_mpi.errors import ItemError
+from mdattn_mpi.lockstep import World
+from mdattn_mpi.problem import Plan
 from mdattn_mpi.runner.dealing import Schedule
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.teams import Team
@@ -48,29 +48,6 @@ class Job:
     def plans(self) -> dict[str, Plan]:
         """Of all items that this rank's groups may do; on rank 0, of all items."""
         return {name: plan for team in self.teams for name, plan in team.plans.items()}
-
-
-def together(
-    world: Group,
-    phase: str,
-    action: Callable[[], T],
-    facts: Callable[[T], dict[str, Any]] = lambda _: {},
-) -> T:
-    """Collective. Do something on every rank; go on together, or raise the same error together.
-
-    `facts` tells what all ranks must have found alike.
-    """
-    world.board.enter(phase)
-    error: MdattnError | None = None
-    found: dict[str, Any] = {}
-    value: T | None = None
-    try:
-        value = action()
-        found = facts(value)
-    except Exception as failure:
-        error = MdattnError.wrap(failure, rank=world.rank)
-    world.agree(Step(-1, phase, digest_of(found), lambda: found), error=error)
-    return value  # type: ignore[return-value]
 
 
 def run_folder(spec: JobSpec) -> Path:

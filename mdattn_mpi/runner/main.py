@@ -7,9 +7,9 @@ import os
 from collections.abc import Callable
 from time import perf_counter
 
-from mdattn_mpi.lockstep import World, board
+from mdattn_mpi.lockstep import World, board, together
 from mdattn_mpi.runner.folder import watched_folder
-from mdattn_mpi.runner.job import Job, add_seconds, run_folder, say, together
+from mdattn_mpi.runner.job import Job, add_seconds, run_folder, say
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.opening import describe_plans, open_files, open_job
 from mdattn_mpi.runner.report import closing_words, rank_times, summarize, write_summary

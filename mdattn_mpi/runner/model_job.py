@@ -15,8 +15,8 @@ from mdattn_mpi.dataset.tensors import (
     dataset_names,
 )
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.lockstep import Group, World
-from mdattn_mpi.runner.job import say, together
+from mdattn_mpi.lockstep import Group, World, together
+from mdattn_mpi.runner.job import say
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.trt.bindings import Binding, check_bindings, parse_bindings
 from mdattn_mpi.trt.engine_room import EngineRoom, open_room

@@ -12,10 +12,10 @@ from typing import Any
 from mdattn_mpi.backends import Backend, backend_name, open_backend
 from mdattn_mpi.dataset import Dataset, Item, create_output, open_dataset, open_output
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.lockstep import Group, World
+from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.problem import AttentionProblem, Plan, digest_of
 from mdattn_mpi.runner.dealing import RATES, deal
-from mdattn_mpi.runner.job import WIDTH, Job, run_folder, say, together
+from mdattn_mpi.runner.job import WIDTH, Job, run_folder, say
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.log import LOGGER, open_log
 from mdattn_mpi.runner.provenance import provenance

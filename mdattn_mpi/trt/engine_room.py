@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
-from mdattn_mpi.lockstep import Group, Step
-from mdattn_mpi.problem import digest_of
+from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.lockstep import Group, together
 from mdattn_mpi.trt.build import Made
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.engine import Engine
@@ -76,7 +75,7 @@ class EngineRoom:
     def share(self, phase: str, make: Callable[[], Made]) -> Made:
         """Collective. Make an engine on rank 0 and give it to all; its failure is everyone's."""
         group = self.group
-        made = agreed(group, phase, lambda: make() if group.rank == 0 else None)
+        made = together(group, phase, lambda: make() if group.rank == 0 else None)
         listed = group.bcast_bytes(made.manifest.to_json() if made else None)
         engine = group.bcast_large(made.engine if made else None)
         return Made(engine, Manifest.from_json(listed, Path(phase)))
@@ -95,7 +94,7 @@ class EngineRoom:
             check_fits(made.manifest, self.library, self.gpu.sm, self.group.size, str(path))
 
         made = self.share("engine file", lambda: Made(*read_engine(path)))
-        agreed(self.group, "engine fits", fits)
+        together(self.group, "engine fits", fits)
         return made
 
     def load(self, made: Made) -> Engine:
@@ -117,13 +116,13 @@ class EngineRoom:
             return Engine(self.library, made.engine, self.gpu.sm)
 
         facts = {"engine": digest, "library": str(self.library), "SM": show_sm(self.gpu.sm)}
-        agreed(group, "engine", lambda: None, facts)  # before anyone deserializes
-        engine = agreed(group, "load engine", deserialize)
+        together(group, "engine", lambda: facts, dict)  # before anyone deserializes
+        engine = together(group, "load engine", deserialize)
         if group.size > 1:
             pointer = self._communicator.ptr
-            agreed(group, "NCCL", lambda: check_one_nccl(self._nccl()))
-            agreed(group, "connect engine", lambda: engine.connect(pointer))
-            agreed(group, "NCCL again", lambda: check_one_nccl(self._nccl()))
+            together(group, "NCCL", lambda: check_one_nccl(self._nccl()))
+            together(group, "connect engine", lambda: engine.connect(pointer))
+            together(group, "NCCL again", lambda: check_one_nccl(self._nccl()))
         self._engines.append(engine)
         return engine
 
@@ -147,30 +146,6 @@ class EngineRoom:
         self._communicator.abort()
 
 
-def agreed(
-    group: Group, phase: str, action: Callable[[], T], facts: Mapping[str, Any] | None = None
-) -> T:
-    """Collective. Do `action` on every rank; go on together, or raise the same error together.
-
-    Raises
-    ------
-    MdattnError
-        Of the lowest rank that failed.
-    DisagreementError
-        The ranks' `facts` differ; this is found out before any goes on.
-
-    """
-    error: MdattnError | None = None
-    value: T | None = None
-    try:
-        value = action()
-    except Exception as failure:
-        error = MdattnError.wrap(failure, rank=group.rank)
-    found = dict(facts or {})
-    group.agree(Step(-1, phase, digest_of(found), lambda: found), error=error)
-    return value  # type: ignore[return-value]
-
-
 def open_room(group: Group) -> EngineRoom:
     """Collective. Open TensorRT, a GPU and an NCCL communicator on every rank.
 
@@ -180,11 +155,11 @@ def open_room(group: Group) -> EngineRoom:
         TensorRT, CUDA or NCCL is missing on some rank.
 
     """
-    library = agreed(group, "TensorRT", find_library)
-    gpu = agreed(group, "GPU", lambda: _open_gpu(group.local_rank, group.local_size))
+    library = together(group, "TensorRT", find_library)
+    gpu = together(group, "GPU", lambda: _open_gpu(group.local_rank, group.local_size))
     # nccl4py first: TensorRT then finds its libnccl.so.2 already in the process.
-    agreed(group, "nccl4py", _import_nccl)
-    communicator = agreed(group, "NCCL", lambda: _open_nccl(group))
+    together(group, "nccl4py", _import_nccl)
+    communicator = together(group, "NCCL", lambda: _open_nccl(group))
     return EngineRoom(group, library, gpu, communicator)
 
 

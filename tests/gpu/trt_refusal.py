@@ -13,12 +13,12 @@ import ctypes
 import sys
 
 from mdattn_mpi.errors import DeviceError, MdattnError
-from mdattn_mpi.lockstep import start
+from mdattn_mpi.lockstep import start, together
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import build_attention
 from mdattn_mpi.trt.engine import CAPSULE, Engine, communicator_capsule
-from mdattn_mpi.trt.engine_room import agreed, open_room
+from mdattn_mpi.trt.engine_room import open_room
 from mdattn_mpi.trt.library import find_library, loaded_nccl, show_sm, visible_sm
 from mdattn_mpi.trt.spec import spec_for
 
@@ -59,7 +59,7 @@ def main() -> int:
     (spec,) = spec_for([PROBLEM], "allgather", world.size)
     engine = build_attention(library, spec, ELSEWHERE)
     try:
-        agreed(world, "load engine", lambda: Engine(library, engine, sm))
+        together(world, "load engine", lambda: Engine(library, engine, sm))
     except DeviceError as error:
         refused += "this GPU" in error.what  # TensorRT's own words
         say(f"an engine for SM {show_sm(ELSEWHERE)}: exit {error.exit_code}: {error}")
