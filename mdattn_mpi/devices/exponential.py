@@ -23,6 +23,8 @@ MODEL = (
     b"\x03\x12\x01nb\x10\n\x01y\x12\x0b\n\t\x08\x01\x12\x05\n\x03\x12\x01nB\x04\n\x00\x10\x11"
 )
 
+FEW = 1 << 15  # numbers; a call of ONNX Runtime takes 20 µs however few they are
+
 
 class Exponential(NamedTuple):
     """Replaces contiguous float32 numbers by their exp; any number of threads may call it."""
@@ -67,6 +69,9 @@ def _onnxruntime_exp() -> Exponential:
     bound = Bound()
 
     def apply(numbers: NDArray[np.float32]) -> None:
+        if numbers.size < FEW:
+            np.exp(numbers, out=numbers)
+            return
         place = ("cpu", 0, np.float32, [numbers.size], numbers.ctypes.data)
         bound.io.bind_input("x", *place)
         bound.io.bind_output("y", *place)
