@@ -77,7 +77,7 @@ class Slurm:
                 raise TimeoutError(f"waited {patience:.0f} s for: {what}\n{self.logs()}")
             time.sleep(0.1)
 
-    def wait(self, job: str, patience: float = 60.0) -> dict[str, str]:
+    def wait(self, job: str, patience: float = 120.0) -> dict[str, str]:
         """Wait for the end of `job`."""
         self.until(f"the end of job {job}", lambda: self.state(job) in ENDED, patience)
         return self.job(job)
