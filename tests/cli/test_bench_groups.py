@@ -28,4 +28,4 @@ def test_for_real(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert main(["bench", "groups", *words.split()]) == 0
     (row,) = json.loads(capsys.readouterr().out)["figures"]
     assert row["groups"] == 2
-    assert row["gain"] == pytest.approx(row["items/s of all"] / row["items/s of one"])
+    assert row["gain"] == pytest.approx(row["items/s of groups"] / row["items/s of one rank"])
