@@ -8,8 +8,8 @@ bulletin: it is empty until a rank is lost.
 ==========  ======================================================================================
 page part   contents
 ==========  ======================================================================================
-identity    who: rank, size, group, processes, host, device; and the job's number, by which records
-            of an earlier run are told apart
+identity    who: rank, size, group, processes and the namespace that numbers them, host, device;
+            and the job's number, by which records of an earlier run are told apart
 moment      what: agreements entered, phases entered, since when, until when, phase, item
 progress    how far the job is: items done, items in all; and how far it was when it began, and when
 state       started, ended, exit code; whether a stop was asked for
@@ -38,7 +38,7 @@ MAGIC = b"mdboard1"
 BULLETIN_MAGIC = b"mdlost01"
 FILE = "board"
 
-_IDENTITY = Struct("<8sQiiiII128s128s")
+_IDENTITY = Struct("<8sQiiiIIQ128s128s")
 _MOMENT = Struct("<QQQQQ64s512s")
 _DEADLINE = Struct("<Q")
 _COUNT = Struct("<QQQ")
@@ -75,6 +75,7 @@ class Record:
     group: int
     pid: int
     watchdog_pid: int
+    pid_namespace: int
     host: str
     device: str
     agreements: int
@@ -100,6 +101,10 @@ class Record:
     fault: str
     folder: str
 
+    def shares_pids_with(self, other: Record) -> bool:
+        """Whether a pid of one means the same process to the other: same host, same container."""
+        return (self.host, self.pid_namespace) == (other.host, other.pid_namespace)
+
     @property
     def progress(self) -> tuple[int, int]:
         """How far the rank has come in the steps that all ranks of its group take alike."""
@@ -124,7 +129,9 @@ class Record:
         """Read a page; None if it is no record."""
         if len(page) < PAGE or not page.startswith(MAGIC):
             return None
-        _, job, rank, size, group, pid, watchdog_pid, host, device = _IDENTITY.unpack_from(page)
+        _, job, rank, size, group, pid, watchdog_pid, pid_namespace, host, device = (
+            _IDENTITY.unpack_from(page)
+        )
         agreements, phases, waiting, since, deadline, phase, item = _MOMENT.unpack_from(
             page, _AT_MOMENT
         )
@@ -134,7 +141,7 @@ class Record:
         fault_time, late, fault = _FAULT.unpack_from(page, _AT_FAULT)
         (folder,) = _FOLDER.unpack_from(page, _AT_FOLDER)
         return Record(
-            job, rank, size, group, pid, watchdog_pid, _text(host), _text(device),
+            job, rank, size, group, pid, watchdog_pid, pid_namespace, _text(host), _text(device),
             agreements, phases, bool(waiting), since / 1e9, (since + clock) / 1e9, deadline / 1e9,
             _text(phase), _text(item), done, total, first_done, first_wall / 1e9,
             state, bool(stop), exit_code,
@@ -157,6 +164,7 @@ class Board:
             "job": 0, "rank": -1, "size": 0, "group": 0, "device": "",
         }  # fmt: skip
         self._host = os.uname().nodename
+        self._pid_namespace = pid_namespace()
         self.identify()
         self.beat("R")
 
@@ -200,7 +208,8 @@ class Board:
         who = self._identity
         _IDENTITY.pack_into(
             self.page, _AT_IDENTITY, MAGIC, who["job"], who["rank"], who["size"], who["group"],
-            os.getpid(), self.watchdog_pid, self._host.encode(), str(who["device"]).encode(),
+            os.getpid(), self.watchdog_pid, self._pid_namespace,
+            self._host.encode(), str(who["device"]).encode(),
         )  # fmt: skip
 
     def attach(self, run_folder: str | Path, rank: int, size: int, device: str = "") -> None:
@@ -336,6 +345,17 @@ class BoardFile:
             yield file
         finally:
             os.close(file)
+
+
+def pid_namespace() -> int:
+    """Return the number of the namespace in which this process's pid counts; 0 if it has none.
+
+    Source: pid_namespaces(7).
+    """
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
 
 
 def _text(raw: bytes) -> str:

@@ -475,12 +475,10 @@ class Scribe(threading.Thread):
                     _wake_up()
 
     def _meet(self, own: Record) -> None:
-        """Remember the watchdogs of all ranks; 0 for those on other hosts."""
+        """Remember the watchdogs of all ranks; 0 for those whose pids mean nothing here."""
         for other in self.records():
-            here = other.host == own.host and other.rank != own.rank
-            # In another container the same host's pids may mean nothing: watch what is seen alive.
-            if not here or process_state(other.watchdog_pid) not in ("", "Z", "X"):
-                self._peers.setdefault(other.rank, other.watchdog_pid if here else 0)
+            here = other.rank != own.rank and other.shares_pids_with(own)
+            self._peers.setdefault(other.rank, other.watchdog_pid if here else 0)
 
     def records(self) -> list[Record]:
         """Read what all ranks of this job have published."""

@@ -112,8 +112,10 @@ class Loop:
                 assert work is not None
                 self._fail(work, failure)
                 continue
-            if work is None or stop:
-                self.stopped = self.stopped or stop
+            if work is None:
+                return None  # a wish to stop that comes now finds nothing to stop
+            if stop:
+                self.stopped = True
                 return None
             assert shards is not None
             with self.clock.phase("begin", work.item.name, work=work.item.problem.flops):

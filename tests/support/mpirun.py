@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import inspect
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +51,7 @@ def environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
         **os.environ,
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "OMPI_MCA_btl": "^ofi",  # where it finds no fabric it sleeps for a second at every start
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -85,6 +88,16 @@ def kill_all(mark: str) -> None:
         time.sleep(0.05)
 
 
+def clear_session_folders() -> None:
+    """Remove what killed mpiruns of Open MPI left: one that gets such a pid again won't start.
+
+    It says "The PMIx server's listener thread failed to start".
+    """
+    for folder in Path(tempfile.gettempdir()).glob("ompi.[0-9]*"):
+        if not Path("/proc", folder.suffix[1:]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def orphans(mark: str, patience: float = 10.0) -> dict[int, str]:
     """Processes of a run that are still there some time after its end."""
     end = time.monotonic() + patience
@@ -109,6 +122,7 @@ def start(
     **popen: Any,
 ) -> Popen[str]:
     """Start `python *argv` on `ranks` ranks by `program` (or `launcher`); see `mark_of`."""
+    clear_session_folders()
     variables = environment(env)
     process = Popen(
         [*(program or launcher()), *options, "-n", str(ranks), sys.executable, *argv],

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from mdattn_mpi.lockstep import Board, death_note
-from mdattn_mpi.lockstep.board import EPOCH_BITS, Record
-from mdattn_mpi.lockstep.watchdog import Excuse, process_state, within
+from mdattn_mpi.lockstep.board import EPOCH_BITS, BoardFile, Record, pid_namespace
+from mdattn_mpi.lockstep.watchdog import Excuse, Scribe, process_state, within
 
 FRAME = """
 import os, signal, sys, threading, time
@@ -197,3 +197,26 @@ def test_files_that_hang_are_not_waited_for() -> None:
         raise OSError
 
     assert within(5, fail) is None
+
+
+def published(folder: Path, rank: int, watchdog_pid: int, namespace: int) -> Board:
+    """The board of one rank of two, of whose page the run folder has a copy."""
+    board = Board()
+    board.watchdog_pid = watchdog_pid
+    board._pid_namespace = namespace
+    board.attach(folder, rank, 2)
+    board.started()
+    BoardFile(folder).publish(bytes(board.page), rank, 2)
+    return board
+
+
+@pytest.mark.parametrize("same_container", [True, False])
+def test_a_watchdog_that_was_gone_before_it_was_met(tmp_path: Path, same_container: bool) -> None:
+    """In another container its pid means nothing here; who has vanished there is late one day."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    own = published(tmp_path, 0, os.getpid(), pid_namespace())
+    published(tmp_path, 1, gone.pid, pid_namespace() + (not same_container))
+    scribe = Scribe(own, os.getpid())
+    scribe.look()
+    assert (scribe.vanished is not None) == same_container
