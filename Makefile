@@ -19,7 +19,7 @@ run: $(VENV)/.run  ## attention over the sample data on 2 ranks, three strategie
 
 .PHONY: test
 test: $(VENV)/.dev  ## all tests that this machine can run (arguments: make test ARGS="-k ring")
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest $(ARGS)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(ARGS)
 
 SEEDS ?= 200
 

@@ -20,7 +20,12 @@ SLOW = (*RUN, "--chaos", "slow@enqueue")  # half a second an item
 SMALL = ("--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=5")
 SPREAD = ("--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=5")
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [
+    pytest.mark.slurm,
+    pytest.mark.slow,
+    pytest.mark.timeout(300),
+    pytest.mark.xdist_group("slurm"),  # one cluster, one test at a time
+]
 
 
 def summary(path: Path) -> dict[str, object]:
