@@ -43,8 +43,8 @@ Spare = deque[Floats]  # memory to use again: fresh memory is slow
 
 # Large enough that threads seldom meet at the interpreter's lock, small enough for a core's share
 # of the last cache.
-TILE_ROWS = 512  # query tokens × query heads of one kv head
-BLOCK_KEYS = 1024
+TILE_ROWS = 1024  # query tokens × query heads of one kv head
+BLOCK_KEYS = 512
 STRIP_ROWS = 128  # on the diagonal of a causal mask: half a square of this is computed in vain
 PANEL_KEYS = 4096  # keys of one head that are held in float32 at a time
 HEADROOM = np.float32(24)  # exp(24) · 1M keys is far from the end of float32
@@ -317,10 +317,13 @@ class _Rows:
         self.sums = _workspace.array("sums", rows, partial.sums.shape[2])
         self.reference = partial.reference[index].flatten()
         unstored = self.reference == -np.inf
-        if not unstored.all():
+        if unstored.all():
+            self.sums.fill(0)
+            self.reference.fill(0)
+        else:
             self.sums.reshape(partial.sums[index].shape)[...] = partial.sums[index]
-        self.sums[unstored] = 0
-        self.reference[unstored] = 0
+            self.sums[unstored] = 0
+            self.reference[unstored] = 0
 
     def store(self, partial: Partial, index: tuple[slice, slice]) -> None:
         partial.sums[index] = self.sums.reshape(partial.sums[index].shape)
@@ -391,8 +394,7 @@ def _convert(source: Array, target: Floats) -> None:
 
 def _longest(vectors: Floats) -> np.float32:
     """Euclidean length of the longest row; NaN if there is one."""
-    squares = np.multiply(vectors, vectors, out=_workspace.array("squares", *vectors.shape))
-    return np.sqrt((squares @ np.ones(vectors.shape[1], np.float32)).max())  # type: ignore[no-any-return]
+    return np.sqrt(np.einsum("ij,ij->i", vectors, vectors).max())  # type: ignore[no-any-return]
 
 
 @lru_cache(maxsize=64)
