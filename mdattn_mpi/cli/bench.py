@@ -6,15 +6,21 @@ Each ``bench_*.py`` beside this module that has an `add_parser` is one benchmark
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from statistics import median
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep import World
 
 HERE = Path(__file__).parent
 
@@ -60,6 +66,29 @@ def surroundings(*packages: str) -> dict[str, str]:
 def numbers(text: str) -> tuple[int, ...]:
     """Parse ``2048,8192``; an argparse type."""
     return tuple(int(part) for part in text.split(","))
+
+
+def alternate(
+    world: World, kinds: Mapping[str, Callable[[], Any]], rounds: int
+) -> dict[str, float]:
+    """Collective. Median seconds of each of `kinds`, on the slowest rank each time."""
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(rounds):
+        for name in sorted(kinds, reverse=number % 2 > 0):  # another one first each time
+            world.control.Barrier()
+            began = perf_counter()
+            kinds[name]()
+            took[name].append(perf_counter() - began)
+    gathered = world.gather_bytes(json.dumps(took).encode()) or [b"{}"]
+    ranks = [json.loads(part) for part in gathered]
+    slowest = {
+        name: median(max(times) for times in zip(*(rank[name] for rank in ranks), strict=True))
+        for name in ranks[0]
+    }
+    found: dict[str, float] = json.loads(
+        world.bcast_bytes(json.dumps(slowest).encode() if world.rank == 0 else None)
+    )
+    return found
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

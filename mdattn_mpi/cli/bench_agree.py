@@ -76,6 +76,7 @@ def _measure(arguments: argparse.Namespace) -> int:
 
 def _calls(world: World, bursts: int) -> dict[str, float]:
     """Seconds of one call of each kind."""
+    from mdattn_mpi.cli.bench import alternate
     from mdattn_mpi.lockstep import Step
 
     def barrier() -> None:
@@ -91,11 +92,12 @@ def _calls(world: World, bursts: int) -> dict[str, float]:
             world.board.enter("enqueue", "item-17", 600.0)
 
     kinds = {"barrier": barrier, "agree": agree, "enter": enter}
-    return {name: took / CALLS for name, took in _alternate(world, kinds, bursts).items()}
+    return {name: took / CALLS for name, took in alternate(world, kinds, bursts).items()}
 
 
 def _steps(world: World, bursts: int) -> tuple[dict[str, float], float]:
     """Seconds of one step, without and with lockstep; the watchdog's share of a core."""
+    from mdattn_mpi.cli.bench import alternate
     from mdattn_mpi.lockstep import Deadlines, Step
     from mdattn_mpi.runner.clock import PhaseClock
 
@@ -121,31 +123,10 @@ def _steps(world: World, bursts: int) -> tuple[dict[str, float], float]:
     with _run_folder(world):
         kinds = {"bare_step": bare_step, "watched_step": watched_step}
         began, before = perf_counter(), _processor_seconds(world.board.watchdog_pid)
-        took = _alternate(world, kinds, bursts)
+        took = alternate(world, kinds, bursts)
         used = _processor_seconds(world.board.watchdog_pid) - before
         share = used / (perf_counter() - began)
         return {name: seconds / STEPS for name, seconds in took.items()}, share
-
-
-def _alternate(world: World, kinds: dict[str, Callable[[], None]], bursts: int) -> dict[str, float]:
-    """Median seconds of each of `kinds`; a burst takes as long as on its slowest rank."""
-    took: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(bursts):
-        for name in sorted(kinds, reverse=number % 2 > 0):  # another one first each time
-            world.control.Barrier()
-            began = perf_counter()
-            kinds[name]()
-            took[name].append(perf_counter() - began)
-    gathered = world.gather_bytes(json.dumps(took).encode()) or [b"{}"]
-    ranks = [json.loads(part) for part in gathered]
-    slowest = {
-        name: median(max(times) for times in zip(*(rank[name] for rank in ranks), strict=True))
-        for name in ranks[0]
-    }
-    found: dict[str, float] = json.loads(
-        world.bcast_bytes(json.dumps(slowest).encode() if world.rank == 0 else None)
-    )
-    return found
 
 
 def _millisecond(world: World) -> Callable[[], None]:

@@ -6,7 +6,9 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,7 @@ def gather_facts(folder: str) -> dict[str, Any]:
             "stack": limit(resource.RLIMIT_STACK),
         },
         "shm": space("/dev/shm"),
+        "sessions": stale_sessions(tempfile.gettempdir()),
         "infiniband": sorted(os.listdir(INFINIBAND)) if INFINIBAND.is_dir() else [],
         "interfaces": sorted(os.listdir("/sys/class/net")),
         "settings": settings(os.environ),
@@ -75,6 +78,19 @@ def space(path: str) -> dict[str, int]:
     except OSError:
         return {}
     return {"size": found.f_blocks * found.f_frsize, "free": found.f_bavail * found.f_frsize}
+
+
+def stale_sessions(folder: str) -> list[str]:
+    """This user's session folders of Open MPI (``ompi.PID``) whose mpirun is gone."""
+    found = []
+    for session in Path(folder).glob("ompi.[0-9]*"):
+        with suppress(OSError):  # another one tidies up
+            if (
+                session.stat().st_uid == os.getuid()
+                and not Path("/proc", session.suffix[1:]).exists()
+            ):
+                found.append(str(session))
+    return sorted(found)
 
 
 def settings(environment: Mapping[str, str]) -> dict[str, str]:

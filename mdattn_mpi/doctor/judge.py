@@ -241,6 +241,22 @@ def shared_memory(ranks: Ranks) -> Iterator[Finding]:
         yield Finding("/dev/shm", "OK", f"{_bytes(ranks[0]['shm']['free'])} free")
 
 
+def sessions(ranks: Ranks) -> Iterator[Finding]:
+    """No folder of a killed mpirun that keeps a later one, with the same pid, from starting."""
+    hosts = _hosts(ranks)
+    left = _those(ranks, lambda rank: bool(rank["sessions"]))
+    if left:
+        stale = ranks[left[0]]["sessions"]
+        yield Finding(
+            "mpirun",
+            "WARN",
+            f"{len(stale)} killed on {who(left, hosts)} left session folders; another one that "
+            "gets such a pid won't start (\"PMIx server's listener thread failed\")",
+            f"unless an mpirun runs in a container here: rm -r {' '.join(stale[:8])}"
+            + (" and so on" if len(stale) > 8 else ""),
+        )
+
+
 def clocks(ranks: Ranks) -> Iterator[Finding]:
     """The same time on all nodes."""
     worst = max(range(len(ranks)), key=lambda rank: abs(ranks[rank]["clock"]))
@@ -431,7 +447,8 @@ def folder(ranks: Ranks) -> Iterator[Finding]:
 
 
 CHECKS = (
-    launcher, mpi, versions, environment, cores, limits, shared_memory, clocks, gpus, nccl, folder,
+    launcher, mpi, versions, environment, cores, limits, shared_memory, sessions, clocks, gpus,
+    nccl, folder,
 )  # fmt: skip
 
 

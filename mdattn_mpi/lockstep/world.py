@@ -105,12 +105,12 @@ class Group:
         received = self.bcast_large(data, root)
         return received if isinstance(received, bytes) else bytes(received)
 
-    def bcast_large(self, data: bytes | bytearray | None, root: int = 0) -> bytes | bytearray:
+    def bcast_large(self, data: bytes | memoryview | None, root: int = 0) -> bytes | memoryview:
         """Collective. Give all ranks the root's `data`, of any length; one copy a rank, no more."""
         length = np.array([len(data or b"")], np.int64)
         self.control.Bcast(length, root)
-        # A bytes object can't be received into; the root sends its own without a copy.
-        received = data if self.rank == root else bytearray(int(length[0]))
+        # Not a bytearray: that writes zeros first, which takes longer than receiving.
+        received = data if self.rank == root else np.empty(int(length[0]), np.uint8).data
         assert received is not None, "the root broadcasts nothing"
         view = memoryview(received)
         for start in range(0, len(view), PIECE):

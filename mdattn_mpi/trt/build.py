@@ -19,7 +19,7 @@ Profile = dict[str, Range]
 class Made(NamedTuple):
     """A serialized engine and its manifest; whether it lay in the cache."""
 
-    engine: bytes | bytearray
+    engine: bytes | memoryview
     manifest: Manifest
     cached: bool = False
 

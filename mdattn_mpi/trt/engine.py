@@ -46,7 +46,7 @@ class Engine:
 
     """
 
-    def __init__(self, library: Library, serialized: bytes | bytearray, sm: SM) -> None:
+    def __init__(self, library: Library, serialized: bytes | memoryview, sm: SM) -> None:
         self._library = library
         self._log = Log(library)
         self._sm = sm

@@ -103,13 +103,13 @@ class Manifest:
         return EngineSpec.from_facts(self.spec)
 
 
-def sha256_of(engine: bytes | bytearray) -> str:
+def sha256_of(engine: bytes | memoryview) -> str:
     """SHA-256 in hex."""
     return hashlib.sha256(engine).hexdigest()
 
 
 def describe_attention(
-    engine: bytes | bytearray, library: Library, sm: SM, spec: EngineSpec
+    engine: bytes | memoryview, library: Library, sm: SM, spec: EngineSpec
 ) -> Manifest:
     """Make the manifest of an attention engine that has just been built."""
     return describe_model(
@@ -122,7 +122,7 @@ def describe_attention(
 
 
 def describe_model(
-    engine: bytes | bytearray,
+    engine: bytes | memoryview,
     library: Library,
     sm: SM,
     sharding: Sharding,
@@ -145,7 +145,7 @@ def describe_model(
     )
 
 
-def write_engine(path: Path, engine: bytes | bytearray, manifest: Manifest) -> None:
+def write_engine(path: Path, engine: bytes | memoryview, manifest: Manifest) -> None:
     """Write `path` and its manifest; each appears whole or not at all.
 
     Raises
@@ -277,7 +277,7 @@ class Cache:
             return None
         return engine, manifest
 
-    def put(self, key: str, engine: bytes | bytearray, manifest: Manifest) -> None:
+    def put(self, key: str, engine: bytes | memoryview, manifest: Manifest) -> None:
         """Keep an engine. A cache that can't be written is no cache: nothing is raised."""
         with suppress(OSError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -294,7 +294,7 @@ def _only_ours(folder: Path) -> bool:
     return found.st_uid == os.geteuid() and not writable_by_others
 
 
-def _put(path: Path, data: bytes | bytearray) -> None:
+def _put(path: Path, data: bytes | memoryview) -> None:
     """Write to a temporary name in the same folder, sync, rename."""
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:

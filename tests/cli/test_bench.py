@@ -98,6 +98,13 @@ def test_ranks_against_threads() -> None:
     assert all(row["ranks"] > 0 and row["threads"] > 0 for row in report["speed"].values())
 
 
+def test_how_an_engine_reaches_all_ranks() -> None:
+    argv = ["bench", "broadcast", "--mib", "3", "--rounds", "2", "--json"]
+    found = json.loads(mpirun(3, ["-m", "mdattn_mpi", *argv], check=True).stdout)
+    assert (found["ranks"], found["mib"]) == (3, 3)
+    assert all(found[f"{name}_gib_per_s"] > 0 for name in ("ours", "mpi_new_memory"))
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_memory_of_a_rank(ranks: int) -> None:
     argv = ["bench", "memory", "--length", "6000", "--head-dim", "64", "--json"]

@@ -114,8 +114,10 @@ def test_a_rank_that_is_not_like_the_others(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "libnccl.so.2").touch()
+    (tmp_path / "ompi.4194305").mkdir()  # more than the largest pid that Linux gives
     plant = f"""
 os.sched_setaffinity(0, {{0}})
+os.environ["TMPDIR"] = "{tmp_path}"
 os.environ["SLURM_NTASKS"] = "8"
 if rank == 1:
     os.environ["PYTHONPATH"] = "{tmp_path}:" + os.environ["PYTHONPATH"]
@@ -131,6 +133,7 @@ if rank == 1:
         ("cores", "WARN", "2 ranks share 1 of"),
         ("open files", "FAIL", "200 on rank 1", "ulimit -n"),
         ("stack", "WARN", "1 MiB on rank 1", "ulimit -s"),
+        ("mpirun", "WARN", "1 killed on all ranks", f"rm -r {tmp_path}/ompi.4194305"),
         ("clocks", "WARN", "rank 1", "100 s behind rank 0"),
         ("libnccl", "WARN", f"{tmp_path}/one/libnccl.so.2, {tmp_path}/two", "LD_LIBRARY_PATH"),
         plant=plant,

@@ -49,14 +49,33 @@ def job(tmp_path: Path) -> Job:
     return Job(tmp_path)
 
 
+def test_a_second_job_keeps_its_hands_off(job: Job) -> None:
+    process = start(2, job.slowly(), stdout=subprocess.DEVNULL)
+    try:
+        until_an_item_is_done(job)
+        second = mpirun(2, job.command(job.out, "--overwrite"))
+        code, said = finish(process)
+    finally:
+        kill_all(mark_of(process))
+    assert second.returncode == 2
+    assert "another job is writing this output: pid" in second.stderr
+    assert code == 0, said
+    assert results(job.out) == job.expected
+
+
+def until_an_item_is_done(job: Job) -> None:
+    """Wait for a job that was started to be in the middle of its work."""
+    end = time.monotonic() + 60
+    while not any(record.done for record in BoardFile(f"{job.out}.run").records()):
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 @pytest.mark.parametrize("to", ["mpirun", "one rank", "one watchdog"])
 def test_a_signal(job: Job, to: str) -> None:
     process = start(2, job.slowly(), stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 60
     try:
-        while not any(record.done for record in BoardFile(f"{job.out}.run").records()):
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        until_an_item_is_done(job)
         record = BoardFile(f"{job.out}.run").records()[1]
         pids = {"mpirun": process.pid, "one rank": record.pid, "one watchdog": record.watchdog_pid}
         os.kill(pids[to], signal.SIGUSR1)
