@@ -248,7 +248,8 @@ def leave(board: Board) -> None:
     """Collective. Finalize MPI, if that is still to be done."""
     if MPI.Is_initialized() and not MPI.Is_finalized():
         board.enter("end")
-        MPI.Finalize()
+        with board.waiting():
+            MPI.Finalize()
     board.end()
 
 
