@@ -64,6 +64,9 @@ class Agreement(NamedTuple):
     checksums: tuple[int, ...] = ()
 
 
+_GO_ON, _STOP_NOW = Agreement(False), Agreement(True)
+
+
 class Ballot:
     """The buffers of a group's agreements, used again and again."""
 
@@ -95,10 +98,10 @@ class Ballot:
             self._raise_error(group.size - received[_ERROR], error)
         if received[_HIGH] != received[_LOW] ^ _MASK:
             self._raise_disagreement(step)
-        checksums: tuple[int, ...] = ()
+        stop = received[_STOP] != 0
         if checksum is not None:
-            checksums = tuple(received[_CHECKSUMS:].tolist())
-        return Agreement(received[_STOP] != 0, checksums)
+            return Agreement(stop, tuple(received[_CHECKSUMS:].tolist()))
+        return _STOP_NOW if stop else _GO_ON
 
     def _raise_error(self, root: int, own: MdattnError | None) -> None:
         """Raise the error of the lowest rank that has one, on all ranks."""

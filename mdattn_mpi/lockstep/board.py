@@ -170,8 +170,11 @@ class Board:
 
     # -- the rank says -----------------------------------------------------------------------------
 
-    def enter(self, phase: str, item: str = "", deadline: float | None = None) -> None:
-        """Say that `phase` begins now and lasts `deadline` seconds at most."""
+    def enter(self, phase: str, item: str = "", deadline: float | None = None) -> int:
+        """Say that `phase` begins now and lasts `deadline` seconds at most.
+
+        Return the time, in nanoseconds of the host's clock that only goes forward.
+        """
         now = time.monotonic_ns()
         self._phases += 1
         _MOMENT.pack_into(
@@ -180,6 +183,7 @@ class Board:
         )  # fmt: skip
         if self.on_enter:
             self.on_enter(phase, item)
+        return now
 
     def wait(self) -> None:
         """Say that this rank now waits for the others, having entered one more agreement."""

@@ -37,23 +37,33 @@ class Deadlines:
         self.scale = scale
         self.fixed = fixed or None
         self._seen: dict[str, tuple[float, float]] = {}  # seconds, and seconds per unit of work
+        self._limits: dict[str | tuple[str, ...], tuple[float, float]] = {}  # the same, scaled
 
-    def of(self, phase: str, work: float = 0.0) -> float:
-        """Seconds that `phase` may take with so much work (any unit, but always the same)."""
+    def of(self, phases: str | tuple[str, ...], work: float = 0.0) -> float:
+        """Seconds that a phase, or the slowest of several, may take.
+
+        `work` is what they have to do, in any unit, but always the same.
+        """
         if self.fixed is not None:
             return self.fixed
-        seen = self._seen.get(phase)
-        if seen is None:
-            return self.first
+        least, rate = self._limits.get(phases) or self._limit(phases)
         # Never below what the longest has taken: small items have costs that work doesn't show.
-        return max(self.minimum, self.scale * max(seen[0], seen[1] * work))
+        return max(least, rate * work)
+
+    def _limit(self, phases: str | tuple[str, ...]) -> tuple[float, float]:
+        names = (phases,) if isinstance(phases, str) else phases
+        seen = [self._seen.get(name, _UNSEEN) for name in names]
+        longest, rate = (self.scale * max(numbers) for numbers in zip(*seen, strict=True))
+        least = self.first if _UNSEEN in seen else self.minimum
+        self._limits[phases] = limit = max(least, longest), rate
+        return limit
 
     def took(self, phase: str, seconds: float, work: float = 0.0) -> None:
         """Learn that `phase` took `seconds`."""
         longest, rate = self._seen.get(phase, _UNSEEN)
-        new_rate = seconds / work if work else 0.0
-        if seconds > longest or new_rate > rate:
-            self._seen[phase] = max(longest, seconds), max(rate, new_rate)
+        if seconds > longest or (work and seconds > rate * work):
+            self._seen[phase] = max(longest, seconds), max(rate, seconds / work if work else 0.0)
+            self._limits.clear()
 
     def __str__(self) -> str:
         """For example ``30 s for every phase``."""

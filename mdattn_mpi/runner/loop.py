@@ -22,6 +22,8 @@ from mdattn_mpi.runner.pipeline import ReadAhead, WriteBehind
 
 Shards = tuple[HostArray, HostArray, HostArray]
 
+MEANWHILE = ("agree", "read", "begin", "enqueue", "write")  # what others may do while one agrees
+
 
 @dataclass
 class Work:
@@ -100,6 +102,7 @@ class Loop:
             self.writes.close(wait=False)
             raise
         finally:
+            self.clock.stop()
             self.reads.close()
 
     def _begin_next(self) -> Work | None:
@@ -118,8 +121,8 @@ class Loop:
                 self.stopped = True
                 return None
             assert shards is not None
-            with self.clock.phase("begin", work.item.name, work=work.item.problem.flops):
-                work.running = self.backend.begin(work.plan, *shards)
+            self.clock.enter("begin", work.item.name, work.item.problem.flops)
+            work.running = self.backend.begin(work.plan, *shards)
             return work
 
     def _take(self) -> tuple[Work | None, Shards | None, MdattnError | None]:
@@ -128,16 +131,16 @@ class Loop:
         if ready is None:
             return None, None, None
         work, future = ready
-        with self.clock.phase("read", work.item.name, work=work.item.problem.flops):
-            shards, error = _outcome(future, work, self.group.rank)
+        self.clock.enter("read", work.item.name, work.item.problem.flops)
+        shards, error = _outcome(future, work, self.group.rank)
         return work, shards, error
 
     def _enqueue(self, work: Work) -> None:
         self.work = work.item.problem.flops
-        with self.clock.phase("enqueue", work.item.name, work=self.work):
-            self.backend.enqueue(work.running)
-            work.download = self.backend.collect(work.running)
-            work.running = None
+        self.clock.enter("enqueue", work.item.name, self.work)
+        self.backend.enqueue(work.running)
+        work.download = self.backend.collect(work.running)
+        work.running = None
         self.writes.put(work)
 
     def _commit_oldest(self, phase: str, *, drain: bool = False) -> bool:
@@ -146,8 +149,8 @@ class Loop:
         work, checksum, error = None, None, None
         if oldest is not None:
             work, future = oldest
-            with self.clock.phase("write", work.item.name, work=work.item.problem.flops):
-                checksum, error = _outcome(future, work, self.group.rank)
+            self.clock.enter("write", work.item.name, work.item.problem.flops)
+            checksum, error = _outcome(future, work, self.group.rank)
         try:
             self.writes.check(drain=work is None and drain)
         except MdattnError as failure:
@@ -179,15 +182,11 @@ class Loop:
             work.plan.digest if work else 0,
             (lambda: {"item": work.item.name, **work.plan.facts()}) if work else dict,
         )
-        with self.clock.phase(
-            "agree",
-            work.item.name if work else "",
-            work=max(self.work, work.item.problem.flops if work else 0),
-            meanwhile=("read", "begin", "enqueue", "write"),
-        ):
-            agreement = self.group.agree(
-                step, error=error, checksum=checksum, stop=self.wants_to_stop()
-            )
+        name, flops = (work.item.name, work.item.problem.flops) if work else ("", 0)
+        self.clock.enter("agree", name, max(self.work, flops), MEANWHILE)
+        agreement = self.group.agree(
+            step, error=error, checksum=checksum, stop=self.wants_to_stop()
+        )
         self.checksums = list(agreement.checksums)
         return bool(agreement.stop)
 

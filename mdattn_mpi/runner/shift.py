@@ -13,6 +13,7 @@ from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit
 from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.partition import partition_of, token_count
 from mdattn_mpi.problem import Plan
+from mdattn_mpi.runner.clock import PhaseClock
 from mdattn_mpi.runner.finite import check_finite
 from mdattn_mpi.runner.job import WIDTH, Job, add_seconds, say
 from mdattn_mpi.runner.log import LOGGER
@@ -101,19 +102,15 @@ class Shift:
             finished=self.finished,
             failed=self.failed,
         )
-        loop.run(self.tasks(team, counter))
+        loop.run(self.tasks(team, counter, loop.clock))
         job.stopped = loop.stopped
         add_seconds(job.phases, loop.clock.seconds)
         add_seconds(job.background, {"read": loop.reads.seconds, "write": loop.writes.seconds})
 
-    def tasks(self, team: Team, counter: SharedCounter | None) -> Iterator[Work]:
+    def tasks(self, team: Team, counter: SharedCounter | None, clock: PhaseClock) -> Iterator[Work]:
         """Items as the team takes them."""
-        items, rank, board = self.job.dataset.items, team.group.rank, self.job.world.board
-
-        def enter() -> None:
-            board.enter("deal", deadline=self.deadlines.of("deal"))
-
-        for number in team.turns(self.job.schedule, counter, enter):
+        items, rank = self.job.dataset.items, team.group.rank
+        for number in team.turns(self.job.schedule, counter, lambda: clock.enter("deal")):
             plan = team.plans[items[number].name]
             yield work_on(items[number], plan, rank, team.backend)
 
