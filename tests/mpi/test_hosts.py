@@ -61,7 +61,7 @@ def test_the_doctor_sees_two_nodes(two: Hosts, tmp_path: Path) -> None:
 def test_a_host_is_cut_off(two: Hosts, data: Path, tmp_path: Path) -> None:
     """Nobody can tell anybody anything: each side ends by its own deadline, and a note is left."""
     out, here = tmp_path / "out.h5", tmp_path / "here.h5"
-    deadline = 4.0
+    deadline = 8.0  # opening takes seconds on a busy machine
     process = start(
         2,
         command(data, out, "--chaos", "slow@enqueue", "--deadline", str(deadline)),
