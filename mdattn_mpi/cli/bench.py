@@ -34,7 +34,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the benchmarks."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure: attention, ranks, memory",
+        help="measure speed, memory, and what each guarantee costs",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -61,6 +61,15 @@ def surroundings(*packages: str) -> dict[str, str]:
         "commit": _commit(),
         **{package: _version(package) for package in packages},
     }
+
+
+def report(facts: Mapping[str, Any], world: World, *, as_json: bool) -> None:
+    """Print what was measured, once: a line a fact, or all as JSON."""
+    if world.rank:
+        return
+    width = max(map(len, facts))
+    lines = [f"{name:{width}}  {value}" for name, value in facts.items()]
+    print(json.dumps(facts) if as_json else "\n".join(lines))
 
 
 def numbers(text: str) -> tuple[int, ...]:

@@ -50,7 +50,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    from mdattn_mpi.cli.bench import surroundings
+    from mdattn_mpi.cli.bench import report, surroundings
     from mdattn_mpi.lockstep import start
 
     with start() as world:
@@ -67,10 +67,7 @@ def _measure(arguments: argparse.Namespace) -> int:
             "all_share": round(lockstep + watchdog, 5),
             **surroundings("mpi4py"),
         }
-        if world.rank == 0 and arguments.json:
-            print(json.dumps(facts))
-        elif world.rank == 0:
-            print("\n".join(f"{name:24} {value}" for name, value in facts.items()))
+        report(facts, world, as_json=arguments.json)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +40,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _measure(arguments: argparse.Namespace) -> int:
-    from mdattn_mpi.cli.bench import alternate, surroundings
+    from mdattn_mpi.cli.bench import alternate, report, surroundings
     from mdattn_mpi.lockstep import start
 
     with start() as world:
@@ -55,10 +54,7 @@ def _measure(arguments: argparse.Namespace) -> int:
             "ours_over_mpi_used_memory": round(rates["ours"] / rates["mpi_used_memory"], 3),
             **surroundings("mpi4py"),
         }
-        if world.rank == 0 and arguments.json:
-            print(json.dumps(facts))
-        elif world.rank == 0:
-            print("\n".join(f"{name:28} {value}" for name, value in facts.items()))
+        report(facts, world, as_json=arguments.json)
     return 0
 
 

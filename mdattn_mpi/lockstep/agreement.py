@@ -1,8 +1,8 @@
 """Agreement: a barrier that is also a check that all ranks are about to do the same.
 
 One all-reduce of a few 64-bit words carries everything: two that tell whether all ranks hold the
-same digest, one for a pending error, one for a wish to stop, and one a rank for the checksum of
-what it wrote. Only when something is wrong do the ranks talk in words.
+same digest, one for a pending error, one for an item that is refused, one for a wish to stop, and
+one a rank for the checksum of what it wrote. Only when something is wrong do the ranks use words.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 from mpi4py import MPI
 
-from mdattn_mpi.errors import DisagreementError, MdattnError
+from mdattn_mpi.errors import DisagreementError, ItemError, MdattnError
 from mdattn_mpi.problem import digest_of
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 _MASK = (1 << 64) - 1
 _ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
-_HIGH, _LOW, _ERROR, _STOP, _CHECKSUMS = range(5)
+_HIGH, _LOW, _ERROR, _REFUSED, _STOP, _CHECKSUMS = range(6)
 
 
 class Step(NamedTuple):
@@ -57,14 +57,13 @@ def _phase_digest(phase: str) -> int:
 class Agreement(NamedTuple):
     """What all ranks know after an agreement.
 
-    ``checksums`` has one a rank where checksums were given, else nothing.
+    ``checksums`` has one a rank where checksums were given, else nothing. ``refused`` says what is
+    wrong with the item ahead, on the lowest rank that found something.
     """
 
     stop: bool
     checksums: tuple[int, ...] = ()
-
-
-_GO_ON, _STOP_NOW = Agreement(False), Agreement(True)
+    refused: ItemError | None = None
 
 
 class Ballot:
@@ -81,7 +80,12 @@ class Ballot:
         self._mine = _CHECKSUMS + group.rank
 
     def agree(
-        self, step: Step, error: MdattnError | None, checksum: int | None, stop: bool
+        self,
+        step: Step,
+        error: MdattnError | None,
+        refused: ItemError | None,
+        checksum: int | None,
+        stop: bool,
     ) -> Agreement:
         """See `Group.agree`."""
         group, sent, received = self._group, self._sent, self._received
@@ -90,26 +94,30 @@ class Ballot:
         sent[_LOW] = digest ^ _MASK
         # The greatest is the lowest rank; 0 is none.
         sent[_ERROR] = group.size - group.rank if error else 0
+        sent[_REFUSED] = group.size - group.rank if refused else 0
         sent[_STOP] = stop
         sent[self._mine] = checksum or 0
         group.board.wait()
         self._allreduce()
         if received[_ERROR]:
-            self._raise_error(group.size - received[_ERROR], error)
+            root = group.size - received[_ERROR]
+            raise self._told(root, error) from (error if group.rank == root else None)
         if received[_HIGH] != received[_LOW] ^ _MASK:
             self._raise_disagreement(step)
-        stop = received[_STOP] != 0
-        if checksum is not None:
-            return Agreement(stop, tuple(received[_CHECKSUMS:].tolist()))
-        return _STOP_NOW if stop else _GO_ON
+        if received[_REFUSED]:
+            told = self._told(group.size - received[_REFUSED], refused)
+            assert isinstance(told, ItemError)
+            refused = told
+        checksums = () if checksum is None else tuple(received[_CHECKSUMS:].tolist())
+        return Agreement(received[_STOP] != 0, checksums, refused)
 
-    def _raise_error(self, root: int, own: MdattnError | None) -> None:
-        """Raise the error of the lowest rank that has one, on all ranks."""
+    def _told(self, root: int, own: MdattnError | None) -> MdattnError:
+        """Collective. The error of rank `root`, on all ranks."""
         data = own.to_json() if own and self._group.rank == root else None
         error = MdattnError.from_json(self._group.bcast_bytes(data, root))
         error.rank = root if error.rank is None else error.rank
         error.agreed = True
-        raise error from (own if self._group.rank == root else None)
+        return error
 
     def _raise_disagreement(self, step: Step) -> None:
         """Collect what the ranks are about to do, and raise who differs in what, on all ranks."""

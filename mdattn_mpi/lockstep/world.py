@@ -21,7 +21,7 @@ mpi4py.rc.initialize = False
 mpi4py.rc.finalize = False
 from mpi4py import MPI  # noqa: E402
 
-from mdattn_mpi.errors import MdattnError, RejectedError  # noqa: E402
+from mdattn_mpi.errors import ItemError, MdattnError, RejectedError  # noqa: E402
 from mdattn_mpi.lockstep.agreement import Agreement, Ballot, Step  # noqa: E402
 from mdattn_mpi.lockstep.board import Board  # noqa: E402
 from mdattn_mpi.lockstep.board import board as current_board  # noqa: E402
@@ -69,6 +69,7 @@ class Group:
         step: Step,
         *,
         error: MdattnError | None = None,
+        refused: ItemError | None = None,
         checksum: int | None = None,
         stop: bool = False,
     ) -> Agreement:
@@ -80,6 +81,9 @@ class Group:
             What this rank is about to do.
         error
             What went wrong on this rank since the last agreement.
+        refused
+            What is wrong with the item that this step begins, and with nothing else; it doesn't
+            end the step.
         checksum
             32 bits for all the others; on all ranks or none.
         stop
@@ -93,7 +97,7 @@ class Group:
             Ranks differ in what they are about to do; the same on all ranks.
 
         """
-        return self._ballot.agree(step, error, checksum, stop)
+        return self._ballot.agree(step, error, refused, checksum, stop)
 
     def barrier(self) -> None:
         """Collective. Wait until all ranks are here."""

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from mdattn_mpi.backends import Backend
 from mdattn_mpi.dataset import Dataset, Item, Output
@@ -16,8 +15,6 @@ from mdattn_mpi.problem import Plan
 from mdattn_mpi.runner.dealing import Schedule
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.teams import Team
-
-T = TypeVar("T")
 
 WIDTH = 80  # columns of a narrow terminal
 

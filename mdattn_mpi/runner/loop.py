@@ -1,21 +1,22 @@
 """The batch loop: read → agree → enqueue → agree → write → commit.
 
 Everything on this page happens on all ranks of a group in the same order. Item i+1 is begun while
-item i computes, read while item i is begun, and item i-1 is written meanwhile; an agreement, which
-is also the barrier, stands before and after every enqueue.
+item i computes, read while item i is begun, and item i-1 is written meanwhile. An agreement, which
+is also the barrier, stands before and after every enqueue: one between two enqueues is both, and is
+about the item that was written as well as about the one that begins.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdattn_mpi.backends import Backend, Download, HostArray
 from mdattn_mpi.dataset import Item
 from mdattn_mpi.errors import ItemError, MdattnError
-from mdattn_mpi.lockstep import Board, Deadlines, Group, Step
+from mdattn_mpi.lockstep import Agreement, Board, Deadlines, Group, Step
 from mdattn_mpi.problem import Plan, Span
 from mdattn_mpi.runner.clock import PhaseClock
 from mdattn_mpi.runner.pipeline import ReadAhead, WriteBehind
@@ -36,6 +37,17 @@ class Work:
     shards: Shards | None  # room for what is read
     running: Any = None
     download: Download | None = None
+
+
+class Outcome(NamedTuple):
+    """What a thread made of an item: shards that were read, or the checksum of what was written."""
+
+    work: Work | None = None
+    value: Any = None
+    error: MdattnError | None = None
+
+
+NOTHING = Outcome()
 
 
 @dataclass(frozen=True)
@@ -89,14 +101,14 @@ class Loop:
         self.reads = ReadAhead(tasks, self.files.read)
         self.writes = WriteBehind(self.files.write)
         try:
-            current = self._begin_next()
+            current = self._advance()
             while current is not None:
-                following = self._begin_next()  # its agreement is the barrier before this enqueue
+                following = self._advance()  # its agreement is the barrier between two enqueues
                 self._enqueue(current)
-                self._commit_oldest("enqueued")
                 current = following
-            while self._commit_oldest("drain", drain=True):
-                pass
+            while self.writes.under_way:
+                self._advance(drain=True)
+            self._agree(NOTHING, NOTHING, self._failed_errand(drain=True))
             self.writes.close(wait=True)
         except BaseException:
             self.writes.close(wait=False)
@@ -105,35 +117,68 @@ class Loop:
             self.clock.stop()
             self.reads.close()
 
-    def _begin_next(self) -> Work | None:
-        """Agree on the next item of which every rank has its shards, and begin it."""
+    def _advance(self, *, drain: bool = False) -> Work | None:
+        """Agree on what was written and on what comes next: commit the one, begin the other."""
         while True:
-            work, shards, error = self._take()
-            try:
-                stop = self._agree("begin", work, error=error)
-            except ItemError as failure:
-                assert work is not None
-                self._fail(work, failure)
-                continue
-            if work is None:
+            ahead, behind = self._take(), self._oldest(drain=drain)
+            agreement = self._agree(ahead, behind, self._failed_errand())
+            if behind.work is not None:
+                self._finish(behind.work, agreement.checksums)
+            if ahead.work is None:
                 return None  # a wish to stop that comes now finds nothing to stop
-            if stop:
+            if agreement.stop:
                 self.stopped = True
                 return None
-            assert shards is not None
-            self.clock.enter("begin", work.item.name, work.item.problem.flops)
-            work.running = self.backend.begin(work.plan, *shards)
-            return work
+            if agreement.refused is None:
+                return self._begin(ahead.work, ahead.value)
+            self._refuse(ahead.work.item, agreement.refused)
 
-    def _take(self) -> tuple[Work | None, Shards | None, MdattnError | None]:
-        """Wait for the reader. What went wrong on this rank goes into the next agreement."""
-        ready = None if self.stopped else next(self.reads, None)
+    def _take(self) -> Outcome:
+        """Wait for the next item's shards."""
+        return self._outcome("read", None if self.stopped else next(self.reads, None))
+
+    def _oldest(self, *, drain: bool) -> Outcome:
+        """Wait for the checksum of the oldest item under way, if it is its turn."""
+        return self._outcome("write", self.writes.oldest(drain=drain))
+
+    def _outcome(self, phase: str, ready: tuple[Work, Future[Any]] | None) -> Outcome:
+        """Wait for a thread. What went wrong on this rank goes into the next agreement."""
         if ready is None:
-            return None, None, None
+            return NOTHING
         work, future = ready
-        self.clock.enter("read", work.item.name, work.item.problem.flops)
-        shards, error = _outcome(future, work, self.group.rank)
-        return work, shards, error
+        self.clock.enter(phase, work.item.name, work.item.problem.flops)
+        try:
+            return Outcome(work, future.result())
+        except Exception as error:
+            failure = MdattnError.wrap(error, item=work.item.name, rank=self.group.rank)
+            return Outcome(work, error=failure)
+
+    def _failed_errand(self, *, drain: bool = False) -> MdattnError | None:
+        """What a commit of this rank has run into; wait for all of them to drain."""
+        try:
+            self.writes.check(drain=drain)
+        except MdattnError as error:
+            return error
+        return None
+
+    def _agree(self, ahead: Outcome, behind: Outcome, error: MdattnError | None) -> Agreement:
+        """Agree on the item ahead and the one behind; the barrier before and after an enqueue."""
+        refused = ahead.error if isinstance(ahead.error, ItemError) else None
+        work = ahead.work or behind.work
+        name, flops = (work.item.name, work.item.problem.flops) if work else ("", 0)
+        self.clock.enter("agree", name, max(self.work, flops), MEANWHILE)
+        return self.group.agree(
+            step_of(ahead.work, behind.work),
+            error=behind.error or error or (None if refused else ahead.error),
+            refused=refused,
+            checksum=behind.value,
+            stop=self.wants_to_stop(),
+        )
+
+    def _begin(self, work: Work, shards: Shards) -> Work:
+        self.clock.enter("begin", work.item.name, work.item.problem.flops)
+        work.running = self.backend.begin(work.plan, *shards)
+        return work
 
     def _enqueue(self, work: Work) -> None:
         self.work = work.item.problem.flops
@@ -143,59 +188,26 @@ class Loop:
         work.running = None
         self.writes.put(work)
 
-    def _commit_oldest(self, phase: str, *, drain: bool = False) -> bool:
-        """Agree; the agreement carries the checksums of the oldest item that was written."""
-        oldest = self.writes.oldest(drain=drain)
-        work, checksum, error = None, None, None
-        if oldest is not None:
-            work, future = oldest
-            self.clock.enter("write", work.item.name, work.item.problem.flops)
-            checksum, error = _outcome(future, work, self.group.rank)
-        try:
-            self.writes.check(drain=work is None and drain)
-        except MdattnError as failure:
-            error = error or failure
-        self._agree(phase, work, error=error, checksum=checksum)
-        if work is not None:
-            if self.group.rank == 0:
-                self.writes.errand(self.files.commit, work, self.checksums)
-            self.finished(work)
-        return work is not None
-
-    def _fail(self, work: Work, failure: ItemError) -> None:
+    def _finish(self, work: Work, checksums: Sequence[int]) -> None:
         if self.group.rank == 0:
-            self.writes.errand(self.files.fail, work.item, str(failure))
-        self.failed(work.item, failure)
+            self.writes.errand(self.files.commit, work, list(checksums))
+        self.finished(work)
 
-    def _agree(
-        self,
-        phase: str,
-        work: Work | None,
-        *,
-        error: MdattnError | None,
-        checksum: int | None = None,
-    ) -> bool:
-        """Agree on what comes next; True when any rank wants to stop."""
-        step = Step(
-            work.item.index if work else -1,
-            phase,
-            work.plan.digest if work else 0,
-            (lambda: {"item": work.item.name, **work.plan.facts()}) if work else dict,
-        )
-        name, flops = (work.item.name, work.item.problem.flops) if work else ("", 0)
-        self.clock.enter("agree", name, max(self.work, flops), MEANWHILE)
-        agreement = self.group.agree(
-            step, error=error, checksum=checksum, stop=self.wants_to_stop()
-        )
-        self.checksums = list(agreement.checksums)
-        return bool(agreement.stop)
+    def _refuse(self, item: Item, failure: ItemError) -> None:
+        if self.group.rank == 0:
+            self.writes.errand(self.files.fail, item, str(failure))
+        self.failed(item, failure)
 
 
-def _outcome(
-    future: Future[Any], work: Work, rank: int
-) -> tuple[Any, None] | tuple[None, MdattnError]:
-    """Wait for a thread; its value, or its error with its place filled in."""
-    try:
-        return future.result(), None
-    except Exception as error:
-        return None, MdattnError.wrap(error, item=work.item.name, rank=rank)
+def step_of(ahead: Work | None, behind: Work | None) -> Step:
+    """What the ranks must have in common: which item begins and how, and which one is committed."""
+    number = behind.item.index if behind else -1
+    if ahead is None:
+        return Step(-1, "end", number, lambda: {"committed item": number})
+    facts = ahead.plan.facts
+    return Step(
+        ahead.item.index,
+        "begin",
+        ahead.plan.digest ^ number,
+        lambda: {"item": ahead.item.name, "committed item": number, **facts()},
+    )

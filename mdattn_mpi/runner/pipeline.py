@@ -67,6 +67,11 @@ class WriteBehind(Generic[T]):
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="mdattn-write")
     )
 
+    @property
+    def under_way(self) -> int:
+        """How many pieces have been put and not been taken."""
+        return len(self._pending)
+
     def put(self, work: T) -> None:
         """Start writing `work` after all that was put before."""
         self._pending.append((work, self._thread.submit(self._timed, self.write, work)))

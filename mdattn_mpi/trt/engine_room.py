@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import Group, together
@@ -22,8 +22,6 @@ from mdattn_mpi.trt.library import (
     show_sm,
 )
 from mdattn_mpi.trt.store import Manifest, check_fits, read_engine, sha256_of
-
-T = TypeVar("T")
 
 
 class Communicator(Protocol):

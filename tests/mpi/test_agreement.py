@@ -7,7 +7,7 @@ import pytest
 
 from mdattn_mpi.errors import DeviceError, DisagreementError, ItemError, MdattnError
 from mdattn_mpi.lockstep import Step, World
-from tests.support.mpirun import on_ranks
+from tests.support.ranks import on_ranks
 
 
 def step(item: int = 3, phase: str = "begin", facts: int = 77, **described: object) -> Step:
@@ -59,6 +59,30 @@ def test_an_error_is_raised_by_all_as_the_lowest_rank_brought_it(world: World) -
 def test_an_error_wins_over_a_disagreement(world: World) -> None:
     with pytest.raises(DeviceError, match="no memory"):
         world.agree(step(world.rank), error=DeviceError("no memory") if world.rank == 1 else None)
+
+
+@on_ranks()
+def test_a_refused_item_ends_nothing_and_everybodys_checksums_arrive(world: World) -> None:
+    for first in range(world.size):
+        error = ItemError(f"shard {world.rank} is bad", item="item-7")
+        agreement = world.agree(
+            step(), refused=error if world.rank >= first else None, checksum=world.rank, stop=True
+        )
+        assert agreement.refused is not None
+        assert agreement.refused.what == f"shard {first} is bad"
+        assert agreement.refused.rank == first
+        assert agreement.stop
+        assert agreement.checksums == tuple(range(world.size))
+        assert world.agree(step()).refused is None
+
+
+@on_ranks(3)
+def test_an_error_wins_over_a_refused_item(world: World) -> None:
+    refused = ItemError("not a number") if world.rank < 2 else None
+    error = DeviceError("no memory") if world.rank == 2 else None
+    with pytest.raises(DeviceError, match="no memory"):
+        world.agree(step(), error=error, refused=refused)
+    world.agree(step())
 
 
 DIFFERENCES = {

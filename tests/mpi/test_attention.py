@@ -12,7 +12,8 @@ import mdattn_mpi
 from mdattn_mpi.errors import DeviceError, DisagreementError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, Causal, StrategyName
 from tests.support.group import take
-from tests.support.mpirun import mpirun, on_ranks
+from tests.support.mpirun import mpirun
+from tests.support.ranks import on_ranks
 from tests.support.reference import assert_close, attention, random_inputs
 
 PROBLEMS = [

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tests.support.mpirun import on_ranks
+from tests.support.ranks import on_ranks
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.world import World

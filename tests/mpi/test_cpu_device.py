@@ -12,7 +12,7 @@ from mdattn_mpi.devices import cpu
 from mdattn_mpi.devices.cpu import CpuDevice, open_cpu
 from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.problem import Span
-from tests.support.mpirun import on_ranks
+from tests.support.ranks import on_ranks
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32)
 

@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from tests.support.mpirun import on_ranks
+from tests.support.ranks import on_ranks
 from tests.support.tensorrt import library, needs_tensorrt
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.support.mpirun import on_ranks
+from tests.support.ranks import on_ranks
 from tests.support.tensorrt import library, needs_tensorrt
 
 if TYPE_CHECKING:

@@ -4,7 +4,8 @@ import os
 
 from mdattn_mpi.lockstep import World
 from mdattn_mpi.lockstep import world as world_module
-from tests.support.mpirun import mpirun, on_ranks
+from tests.support.mpirun import mpirun
+from tests.support.ranks import on_ranks
 
 
 @on_ranks()

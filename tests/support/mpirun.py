@@ -1,13 +1,12 @@
 """Run the package under a real mpirun, and leave nothing behind.
 
 `mpirun` runs Python on N ranks and returns what they printed. `start` does the same without
-waiting, for tests that kill things. `on_ranks` makes a test function run on every rank.
+waiting, for tests that kill things.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import shutil
 import signal
@@ -16,13 +15,15 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess, Popen
 from typing import Any
 
 import pytest
+
+from mdattn_mpi.doctor.facts import stale_sessions
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "MDATTN_TEST_RUN"  # every process of one run carries the same value in its environment
@@ -93,9 +94,8 @@ def clear_session_folders() -> None:
 
     It says "The PMIx server's listener thread failed to start".
     """
-    for folder in Path(tempfile.gettempdir()).glob("ompi.[0-9]*"):
-        if not Path("/proc", folder.suffix[1:]).exists():
-            shutil.rmtree(folder, ignore_errors=True)
+    for folder in stale_sessions(tempfile.gettempdir()):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def orphans(mark: str, patience: float = 10.0) -> dict[int, str]:
@@ -180,27 +180,3 @@ def mpirun(
     if check and process.returncode:
         pytest.fail(f"mpirun -n {ranks} {list(argv)}: exit {process.returncode}\n{out}\n{err}")
     return CompletedProcess(process.args, process.returncode, out, err)
-
-
-def on_ranks(*counts: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Run the decorated test on every rank of a real mpirun, once for each of `counts`.
-
-    The test takes the world, and the folder ``tmp_path`` if it names a second argument. What any
-    rank raises is printed with its rank and fails the test. ``@on_ranks()`` means 1, 2, 3 and 4.
-    """
-
-    def decorate(body: Callable[..., None]) -> Callable[..., None]:
-        file = inspect.getfile(body)
-        name = body.__qualname__
-
-        @pytest.mark.parametrize("ranks", counts or (1, 2, 3, 4))
-        def test(ranks: int, tmp_path: Path) -> None:
-            mpirun(
-                ranks, ["-m", "tests.support.ranks", f"{file}::{name}", str(tmp_path)], check=True
-            )
-
-        test.__doc__ = body.__doc__
-        test.body = body  # type: ignore[attr-defined]
-        return test
-
-    return decorate

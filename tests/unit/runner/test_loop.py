@@ -1,12 +1,13 @@
-"""When the loop stops: before an item that is left, and never after the last one."""
+"""When the loop stops, and what an item that can't be read, or not be written, costs."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from mdattn_mpi.errors import ItemError, OutputError
 from mdattn_mpi.lockstep import Board, Deadlines
 from mdattn_mpi.lockstep.agreement import Agreement
 from mdattn_mpi.runner.loop import Files, Loop, Work
@@ -17,9 +18,12 @@ class Alone:
 
     rank, size = 0, 1
 
-    def agree(self, step: Any, *, error: Any, checksum: int | None, stop: bool) -> Agreement:
-        assert error is None
-        return Agreement(stop, () if checksum is None else (checksum,))
+    def agree(
+        self, step: Any, *, error: Any, refused: Any, checksum: int | None, stop: bool
+    ) -> Agreement:
+        if error:
+            raise error
+        return Agreement(stop, () if checksum is None else (checksum,), refused)
 
 
 class Idle:
@@ -41,30 +45,56 @@ def items(count: int) -> Iterator[Work]:
         yield Work(cast(Any, item), cast(Any, plan), (), (), None)
 
 
-def committed(count: int, stop_from: float) -> tuple[list[str], bool]:
-    """Run `count` items; those that were committed, and whether the loop calls itself stopped.
+class Run:
+    """A loop over `count` items that ran to its end; what it did is in the attributes.
 
-    A stop is asked for from agreement number `stop_from` on.
+    A stop is asked for from agreement number `stop_from` on. Items in `bad` can't be read, those in
+    `unwritten` not be written.
     """
-    agreements = itertools.count()
-    done: list[str] = []
-    loop = Loop(
-        cast(Any, Alone()),
-        cast(Any, Idle()),
-        Files(
-            read=lambda work: cast(Any, ("q", "k", "v")),
-            write=lambda work: 7,
-            commit=lambda work, checksums: done.append(work.item.name),
-            fail=lambda item, why: None,
-        ),
-        board=Board(),
-        deadlines=Deadlines(),
-        wants_to_stop=lambda: next(agreements) >= stop_from,
-        finished=lambda work: None,
-        failed=lambda item, failure: None,
-    )
-    loop.run(items(count))
-    return done, loop.stopped
+
+    def __init__(
+        self,
+        count: int,
+        stop_from: float = float("inf"),
+        bad: Collection[int] = (),
+        unwritten: Collection[int] = (),
+    ) -> None:
+        agreements = itertools.count()
+        self.bad, self.unwritten = bad, unwritten
+        self.committed: list[str] = []
+        self.failed: list[str] = []
+        self.loop = Loop(
+            cast(Any, Alone()),
+            cast(Any, Idle()),
+            Files(
+                read=self.read,
+                write=self.write,
+                commit=lambda work, checksums: self.committed.append(work.item.name),
+                fail=lambda item, why: self.failed.append(item.name),
+            ),
+            board=Board(),
+            deadlines=Deadlines(),
+            wants_to_stop=lambda: next(agreements) >= stop_from,
+            finished=lambda work: None,
+            failed=lambda item, failure: None,
+        )
+        self.loop.run(items(count))
+
+    def read(self, work: Work) -> Any:
+        if work.item.index in self.bad:
+            raise ItemError("not a number")
+        return "q", "k", "v"
+
+    def write(self, work: Work) -> int:
+        if work.item.index in self.unwritten:
+            raise OutputError("disk full")
+        return 7
+
+
+def committed(count: int, stop_from: float) -> tuple[list[str], bool]:
+    """Run `count` items; those that were committed, and whether the loop calls itself stopped."""
+    run = Run(count, stop_from)
+    return run.committed, run.loop.stopped
 
 
 def names(count: int) -> list[str]:
@@ -76,14 +106,31 @@ def test_nobody_stops_it(count: int) -> None:
     assert committed(count, float("inf")) == (names(count), False)
 
 
-# Agreements are: begin 0, begin 1, enqueued 0, begin 2, enqueued 1, begin (nothing left), …
+# Agreements are: begin 0, begin 1, enqueued 0 and begin 2, enqueued 1 and nothing left, …
 
 
-@pytest.mark.parametrize(("stop_from", "done"), [(0, 0), (1, 1), (2, 2), (3, 2)])
+@pytest.mark.parametrize(("stop_from", "done"), [(0, 0), (1, 1), (2, 2)])
 def test_it_stops_before_an_item_that_is_left(stop_from: int, done: int) -> None:
     assert committed(3, stop_from) == (names(done), True)
 
 
-@pytest.mark.parametrize("stop_from", [4, 5, 6])
+@pytest.mark.parametrize("stop_from", [3, 4, 5])
 def test_a_wish_to_stop_that_comes_when_all_items_have_begun_stops_nothing(stop_from: int) -> None:
     assert committed(3, stop_from) == (names(3), False)
+
+
+@pytest.mark.parametrize("bad", [(0,), (2,), (4,), (0, 1, 2), (2, 3, 4), range(5)])
+def test_items_that_cannot_be_read_fail_and_the_others_are_committed(bad: Collection[int]) -> None:
+    """The agreement that refuses an item is also the one that commits another."""
+    run = Run(5, bad=bad)
+    assert run.failed == [f"item-{index}" for index in bad]
+    assert run.committed == [name for name in names(5) if name not in run.failed]
+
+
+@pytest.mark.parametrize("bad", [(), (3,), (4,)])
+@pytest.mark.parametrize("unwritten", range(5))
+def test_an_item_that_cannot_be_written_ends_the_loop(unwritten: int, bad: Collection[int]) -> None:
+    if unwritten in bad:
+        bad = ()
+    with pytest.raises(OutputError, match="disk full"):
+        Run(5, bad=bad, unwritten=[unwritten])

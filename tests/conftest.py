@@ -1,0 +1,41 @@
+"""What is running when the tests are ended from outside is told before they end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from types import FrameType
+
+import pytest
+
+
+class Running:
+    """The tests that have begun and not ended, on all workers."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.since: dict[str, float] = {}
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self.since[nodeid] = time.monotonic()
+
+    def pytest_runtest_logfinish(self, nodeid: str) -> None:
+        self.since.pop(nodeid, None)
+
+    def tell(self, number: int, frame: FrameType | None) -> None:
+        """Print them, and die of the signal after all."""
+        now, writer = time.monotonic(), self.config.get_terminal_writer()
+        for nodeid, since in self.since.items():
+            writer.line(f"\nended after {now - since:.0f} s in {nodeid}")
+        writer.flush()
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Watch from the process that prints, not from its workers."""
+    if not hasattr(config, "workerinput"):
+        running = Running(config)
+        config.pluginmanager.register(running)
+        signal.signal(signal.SIGTERM, running.tell)
