@@ -1,13 +1,17 @@
-"""What is running when the tests are ended from outside is told before they end."""
+"""The order of the tests, and what was running when they are ended from outside."""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
 
 import pytest
+
+TESTS = Path(__file__).parent
+ORDER = ("slurm", "mpi", "cli", "fuzz", "unit")
 
 
 class Running:
@@ -39,3 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
         running = Running(config)
         config.pluginmanager.register(running)
         signal.signal(signal.SIGTERM, running.tell)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whole files go to the workers in this order: those that take longest must not come last."""
+    items.sort(key=lambda item: ORDER.index(item.path.relative_to(TESTS).parts[0]))

@@ -14,8 +14,6 @@ from tests.support.mpirun import kill_all, launcher, mark_of, mpirun, processes,
 from tests.support.namespaces import Hosts, hosts, why_not
 from tests.support.storm import done, results
 
-pytestmark = pytest.mark.xdist_group("hosts")  # one pair of hosts
-
 RUN = ("-b", "cpu", "-s", "ring", "--threads", "1")
 
 

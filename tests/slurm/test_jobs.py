@@ -24,7 +24,6 @@ pytestmark = [
     pytest.mark.slurm,
     pytest.mark.slow,
     pytest.mark.timeout(300),
-    pytest.mark.xdist_group("slurm"),  # one cluster, one test at a time
 ]
 
 
@@ -156,15 +155,17 @@ def test_a_killed_rank_ends_the_job_with_a_death_note(
 
 
 def rank_process(cluster: Slurm, rank: str) -> int:
-    """The MPI process of a rank: the youngest of those that Slurm gave this number."""
+    """The MPI process of a rank, not its watchdog or its starter."""
     found = []
-    for pid in processes(cluster.env[MARK]):
+    for pid, name in processes(cluster.env[MARK]).items():
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         step = any(word.startswith(b"SLURM_STEP_ID=") for word in environ)
-        if b"mdattn" in command and step and f"SLURM_PROCID={rank}".encode() in environ:
+        program = b"mdattn" in command and name != "mdattn-watchdog"
+        if program and step and f"SLURM_PROCID={rank}".encode() in environ:
             found.append(pid)
-    return max(found)
+    (pid,) = found
+    return pid
 
 
 def test_a_time_limit_that_comes_too_early(cluster: Slurm, tmp_path: Path) -> None:

@@ -32,7 +32,6 @@ def on_ranks(*counts: int) -> Callable[[Callable[..., None]], Callable[..., None
         file, name = inspect.getfile(body), body.__qualname__
 
         @pytest.mark.parametrize("ranks", counts or (1, 2, 3, 4))
-        @pytest.mark.xdist_group(file)
         def test(ranks: int, request: pytest.FixtureRequest) -> None:
             failed = outcomes(file, ranks, request.session)[name]
             assert not failed, failed
