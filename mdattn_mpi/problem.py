@@ -126,7 +126,7 @@ class AttentionProblem:
             return self.q_tokens * self.kv_tokens
         return seen_pairs(self.q_tokens, self.kv_tokens, self.diagonal)
 
-    @property
+    @cached_property
     def flops(self) -> int:
         """Floating-point operations of the two matrix products (a multiply-add is two)."""
         return 2 * self.pairs * self.q_heads * (self.head_dim + self.v_head_dim)

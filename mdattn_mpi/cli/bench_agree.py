@@ -16,17 +16,17 @@ if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World
 
 DESCRIPTION = """\
-Time an agreement against a plain MPI barrier, and steps of about a millisecond with lockstep (six
-phases told, two agreements) against the same steps with two barriers. Short bursts of each,
-alternating; medians of the slowest rank. The watchdog's share of a core comes on top: bursts this
-short mostly miss it, so its processor time is read from the kernel.
+Time an agreement against a plain MPI barrier, and steps of about a millisecond with lockstep (five
+phases told, one agreement) against the same steps with a barrier. Short bursts, alternating;
+medians of the slowest rank. The watchdog's share of a core comes on top: bursts this short mostly
+miss it, so its processor time is read from the kernel.
 
   mpirun -n 2 mdattn bench agree
 """
 
 CALLS = 50  # a burst is shorter than a slice of the scheduler's time
 STEPS = 4
-PHASES = ("read", "agree", "begin", "enqueue", "write", "agree")  # those of the batch loop
+PHASES = ("read", "write", "agree", "begin", "enqueue")  # those of the batch loop
 
 
 def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
@@ -106,7 +106,6 @@ def _steps(world: World, bursts: int) -> tuple[dict[str, float], float]:
         for _ in range(STEPS):
             world.control.Barrier()
             compute()
-            world.control.Barrier()
 
     def watched_step() -> None:
         for item in range(STEPS):

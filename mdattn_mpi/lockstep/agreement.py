@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from zlib import crc32
 
@@ -44,14 +44,8 @@ class Step(NamedTuple):
     @property
     def digest(self) -> int:
         """64 bits of item, phase and facts; cheap, not cryptographic."""
-        return (
-            self.facts_digest ^ _phase_digest(self.phase) ^ (self.item_index + 1) * _ODD
-        ) & _MASK
-
-
-@lru_cache(4096)
-def _phase_digest(phase: str) -> int:
-    return crc32(phase.encode()) << 32
+        phase = crc32(self.phase.encode()) << 32
+        return (self.facts_digest ^ phase ^ (self.item_index + 1) * _ODD) & _MASK
 
 
 class Agreement(NamedTuple):

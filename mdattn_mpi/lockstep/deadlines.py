@@ -37,7 +37,6 @@ class Deadlines:
         self.scale = scale
         self.fixed = fixed or None
         self._seen: dict[str, tuple[float, float]] = {}  # seconds, and seconds per unit of work
-        self._limits: dict[str | tuple[str, ...], tuple[float, float]] = {}  # the same, scaled
 
     def of(self, phases: str | tuple[str, ...], work: float = 0.0) -> float:
         """Seconds that a phase, or the slowest of several, may take.
@@ -46,24 +45,18 @@ class Deadlines:
         """
         if self.fixed is not None:
             return self.fixed
-        least, rate = self._limits.get(phases) or self._limit(phases)
-        # Never below what the longest has taken: small items have costs that work doesn't show.
-        return max(least, rate * work)
-
-    def _limit(self, phases: str | tuple[str, ...]) -> tuple[float, float]:
         names = (phases,) if isinstance(phases, str) else phases
         seen = [self._seen.get(name, _UNSEEN) for name in names]
-        longest, rate = (self.scale * max(numbers) for numbers in zip(*seen, strict=True))
+        longest, rate = max(seconds for seconds, _ in seen), max(rate for _, rate in seen)
         least = self.first if _UNSEEN in seen else self.minimum
-        self._limits[phases] = limit = max(least, longest), rate
-        return limit
+        # Never below what the longest has taken: small items have costs that work doesn't show.
+        return max(least, self.scale * longest, self.scale * rate * work)
 
     def took(self, phase: str, seconds: float, work: float = 0.0) -> None:
         """Learn that `phase` took `seconds`."""
         longest, rate = self._seen.get(phase, _UNSEEN)
         if seconds > longest or (work and seconds > rate * work):
             self._seen[phase] = max(longest, seconds), max(rate, seconds / work if work else 0.0)
-            self._limits.clear()
 
     def __str__(self) -> str:
         """For example ``30 s for every phase``."""
