@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.trt.choice import check_target
-from mdattn_mpi.trt.library import SM, Library, Log, show_sm
+from mdattn_mpi.trt.library import SM, Library, Log, show_sm, uncollected
 from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.spec import EngineSpec, Extent
 from mdattn_mpi.trt.store import Cache, Manifest, describe_attention
@@ -42,6 +42,7 @@ def cache_key(library: Library, network: str, sm: SM) -> str:
     return hashlib.sha256(f"{network} {library} {show_sm(sm)}".encode()).hexdigest()
 
 
+@uncollected()
 def build_attention(library: Library, spec: EngineSpec, sm: SM) -> bytes:
     """Build the attention engine of `spec` for GPUs of `sm`.
 
@@ -73,6 +74,7 @@ def _profile(spec: EngineSpec) -> Profile:
     }
 
 
+@uncollected()
 def build_network(
     library: Library,
     builder: Any,

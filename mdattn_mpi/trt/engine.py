@@ -14,7 +14,7 @@ import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 from mdattn_mpi.errors import DeviceError, RejectedError
-from mdattn_mpi.trt.library import SM, Library, Log, show_sm
+from mdattn_mpi.trt.library import SM, Library, Log, show_sm, uncollected
 
 CAPSULE = b"ncclComm_t"
 
@@ -46,6 +46,7 @@ class Engine:
 
     """
 
+    @uncollected()
     def __init__(self, library: Library, serialized: bytes | memoryview, sm: SM) -> None:
         self._library = library
         self._log = Log(library)
@@ -65,6 +66,7 @@ class Engine:
             "TensorRT, which has collectives since SM 8.0 and multi-device attention since SM 10.0",
         )
 
+    @uncollected()
     def connect(self, pointer: int) -> None:
         """Collective. Hand over the NCCL communicator at `pointer`; returns when all ranks have.
 

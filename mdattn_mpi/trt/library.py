@@ -7,10 +7,12 @@ Two packages carry the same Python API: ``tensorrt`` (11 and later; any data-cen
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -153,6 +155,22 @@ def find_library(flavours: Sequence[Flavour] = FLAVOURS) -> Library:
             return Library(flavour, version, api)
         tried.append(f"{flavour} {version} has no multi-device layers")
     raise RejectedError(f"no TensorRT that can be used: {'; '.join(tried)}", fix=INSTALL)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep Python's garbage collector out of TensorRT; a decorator too.
+
+    TensorRT calls its logger, which is Python, with a lock held. If the collector ran in there and
+    found one of TensorRT's objects in a cycle, its destructor would wait for that lock for ever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class Log:

@@ -11,7 +11,7 @@ from typing import Any
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.trt.build import Made, Profile, build_network
 from mdattn_mpi.trt.choice import check_target
-from mdattn_mpi.trt.library import SM, Library, Log
+from mdattn_mpi.trt.library import SM, Library, Log, uncollected
 from mdattn_mpi.trt.onnx_model import (
     ATTENTION,
     RANK_COUNT,
@@ -131,6 +131,7 @@ def profile_of(network: Any, sharding: Sharding, tokens: tuple[int, int]) -> Pro
     return profile
 
 
+@uncollected()
 def build_model(library: Library, path: Path, ranks: int, tokens: tuple[int, int], sm: SM) -> Made:
     """Build the engine of a sharded model.
 

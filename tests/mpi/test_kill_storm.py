@@ -11,7 +11,7 @@ def storm(tmp_path_factory: pytest.TempPathFactory) -> Storm:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("seed", [3, 8])
+@pytest.mark.timeout(240)
+@pytest.mark.parametrize("seed", [3])
 def test_killed_again_and_again_the_job_gives_the_same_bytes(storm: Storm, seed: int) -> None:
     print(storm.run(seed))

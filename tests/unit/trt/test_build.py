@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.trt.build import build_attention, cache_key, make_attention
-from mdattn_mpi.trt.library import Library, Log
+from mdattn_mpi.trt.library import LOGGER, Library, Log
 from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.spec import spec_for
 from mdattn_mpi.trt.store import Cache, sha256_of
@@ -71,6 +73,26 @@ def test_where_the_builder_returns_nothing_its_last_words_are_told(
         build_attention(found, ring, target(found))
     assert caught.value.exit_code == 4
     assert str(found) in caught.value.what
+
+
+def test_the_collector_does_not_run_inside_of_it(caplog: pytest.LogCaptureFixture) -> None:
+    """If it did, it could destroy a builder while TensorRT holds the lock that this takes."""
+    running: list[bool] = []
+
+    def note(record: logging.LogRecord) -> bool:
+        running.append(gc.isenabled())
+        return True
+
+    found = library()
+    gc.enable()
+    caplog.handler.addFilter(note)
+    with caplog.at_level(logging.DEBUG, LOGGER.name):
+        (spec,) = spec_for(problems("bfloat16", "none", (64,)), "allgather", 2)
+        build_attention(found, spec, target(found))
+    caplog.handler.removeFilter(note)
+    assert running
+    assert not any(running)
+    assert gc.isenabled()
 
 
 def test_a_gpu_that_it_does_not_know() -> None:

@@ -87,7 +87,8 @@ def check(
     # The query is rounded once more, after scaling: that moves scores by up to u·|score|.
     unit = {"bfloat16": 2.0**-8, "float16": 2.0**-11}[problem.dtype]
     assert np.abs(output - expected).max() < 8 * unit
-    assert np.abs(expected).max() > 0.3
+    if expected.size > 1000:  # of few numbers, all may happen to be small
+        assert np.abs(expected).max() > 0.3  # zeros would have failed
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
