@@ -191,6 +191,8 @@ class Watchdog:
             arrived = signal.sigtimedwait(signals, self._until_next_look())
             if arrived and arrived.si_signo in STOPS and self._second_stop():
                 return self._stop_now()
+            if arrived:
+                self.scribe.hurry.set()  # perhaps another watchdog asks where this rank is
             code = self._look()
             if code is not None:
                 return code
@@ -303,8 +305,7 @@ class Watchdog:
         self._kill()
         self.board.fail(what, late=late)
         within(_NOTE_PATIENCE, self.scribe.publish)
-        time.sleep(_SCRIBE_POLL)  # by now all others have published where they are
-        records = within(_NOTE_PATIENCE, self.scribe.records) or []
+        records = self._all_records()
         own = self.board.record()
         first = first_lost([own, *(other for other in records if other.rank != own.rank)])
         if first.rank != own.rank and first.fault:
@@ -313,6 +314,20 @@ class Watchdog:
         waited = f"was waited for by rank {own.rank}, which {own.fault}; it was last seen"
         self._write_note(first, first.fault or waited, stack)
         return code
+
+    def _all_records(self) -> list[Record]:
+        """Where everybody is now. The launcher may be about to kill all: no time is lost."""
+        own, asked = self.board.record(), time.time()
+        end = time.monotonic() + _SCRIBE_POLL  # by then all have published by themselves
+        within(_NOTE_PATIENCE, self.scribe.wake_others)
+        while own.folder:
+            records = within(_NOTE_PATIENCE, self.scribe.records) or []
+            others = [record for record in records if record.rank != own.rank]
+            current = all(other.heartbeat > asked for other in others)
+            if time.monotonic() > end or (current and len(records) == own.size):
+                return records
+            time.sleep(0.01)
+        return []
 
     def _write_note(self, culprit: Record, what: str, stack: str) -> None:
         """Write the death note and the bulletin, and say it on stderr if nobody has."""
@@ -434,21 +449,22 @@ class Scribe(threading.Thread):
     def run(self) -> None:
         """Publish and look around, again and again."""
         while True:
-            self.hurry.wait(_SCRIBE_POLL)
+            hurried = self.hurry.wait(_SCRIBE_POLL)
             self.hurry.clear()
             with suppress(OSError):
-                self.publish()
+                self.publish(at_once=hurried)
             with suppress(OSError):
                 self.look()
 
-    def publish(self) -> None:
-        """Copy the page into the run folder, if it changed or the heartbeat is due."""
+    def publish(self, *, at_once: bool = True) -> None:
+        """Copy the page into the run folder; or only if it changed or the heartbeat is due."""
         record = self.board.record()
         if not record.folder:
             return
         state, now = process_state(self.child), time.monotonic()
         page = bytes(self.board.page)
-        if page == self._published and state == record.process_state and now < self._heartbeat:
+        same = page == self._published and state == record.process_state
+        if same and now < self._heartbeat and not at_once:
             return
         self.board.beat(state)
         self._published = bytes(self.board.page)
@@ -479,6 +495,14 @@ class Scribe(threading.Thread):
         for other in self.records():
             here = other.rank != own.rank and other.shares_pids_with(own)
             self._peers.setdefault(other.rank, other.watchdog_pid if here else 0)
+
+    def wake_others(self) -> None:
+        """Have the watchdogs of this host publish now; who isn't one ignores this signal."""
+        own = self.board.record()
+        for other in self.records():
+            if other.rank != own.rank and other.watchdog_pid and other.shares_pids_with(own):
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(other.watchdog_pid, signal.SIGCHLD)
 
     def records(self) -> list[Record]:
         """Read what all ranks of this job have published."""
