@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from functools import partial
+from struct import Struct
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
-from zlib import crc32
 
-import numpy as np
 from mpi4py import MPI
 
 from mdattn_mpi.errors import DisagreementError, ItemError, MdattnError
@@ -24,9 +23,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MASK = (1 << 64) - 1
-_ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
-_HIGH, _LOW, _ERROR, _REFUSED, _STOP, _CHECKSUMS = range(6)
+MASK = (1 << 64) - 1
+ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
+HEAD_WORDS = 5  # digest, its complement, an error's rank, that of a refused item, wish to stop
+HEAD = Struct(f"={HEAD_WORDS}Q")
+WORD = Struct("=Q")
 
 
 class Step(NamedTuple):
@@ -40,12 +41,6 @@ class Step(NamedTuple):
     phase: str
     facts_digest: int
     describe: Callable[[], dict[str, Any]] = dict
-
-    @property
-    def digest(self) -> int:
-        """64 bits of item, phase and facts; cheap, not cryptographic."""
-        phase = crc32(self.phase.encode()) << 32
-        return (self.facts_digest ^ phase ^ (self.item_index + 1) * _ODD) & _MASK
 
 
 class Agreement(NamedTuple):
@@ -61,51 +56,17 @@ class Agreement(NamedTuple):
 
 
 class Ballot:
-    """The buffers of a group's agreements, used again and again."""
+    """The words of a group's agreements, used again and again."""
 
     def __init__(self, group: Group) -> None:
         self._group = group
-        size = _CHECKSUMS + group.size
-        sent, received = np.zeros(size, np.uint64), np.zeros(size, np.uint64)
-        self._sent, self._received = sent.data, received.data
-        # A microsecond counts here: nothing is looked up or converted twice.
-        messages = [sent, size, MPI.UINT64_T], [received, size, MPI.UINT64_T]
-        self._allreduce = partial(group.control.Allreduce, *messages, MPI.MAX)
-        self._mine = _CHECKSUMS + group.rank
+        words = Struct(f"={HEAD_WORDS + group.size}Q")
+        self.sent, self._received = bytearray(words.size), bytearray(words.size)
+        self.own = HEAD.size + group.rank * WORD.size  # where this rank's checksum goes
+        self.unpack = partial(words.unpack, self._received)
+        self.reduce, self.free = _reduction(group.control, self.sent, self._received)
 
-    def agree(
-        self,
-        step: Step,
-        error: MdattnError | None,
-        refused: ItemError | None,
-        checksum: int | None,
-        stop: bool,
-    ) -> Agreement:
-        """See `Group.agree`."""
-        group, sent, received = self._group, self._sent, self._received
-        digest = step.digest
-        sent[_HIGH] = digest
-        sent[_LOW] = digest ^ _MASK
-        # The greatest is the lowest rank; 0 is none.
-        sent[_ERROR] = group.size - group.rank if error else 0
-        sent[_REFUSED] = group.size - group.rank if refused else 0
-        sent[_STOP] = stop
-        sent[self._mine] = checksum or 0
-        group.board.wait()
-        self._allreduce()
-        if received[_ERROR]:
-            root = group.size - received[_ERROR]
-            raise self._told(root, error) from (error if group.rank == root else None)
-        if received[_HIGH] != received[_LOW] ^ _MASK:
-            self._raise_disagreement(step)
-        if received[_REFUSED]:
-            told = self._told(group.size - received[_REFUSED], refused)
-            assert isinstance(told, ItemError)
-            refused = told
-        checksums = () if checksum is None else tuple(received[_CHECKSUMS:].tolist())
-        return Agreement(received[_STOP] != 0, checksums, refused)
-
-    def _told(self, root: int, own: MdattnError | None) -> MdattnError:
+    def told(self, root: int, own: MdattnError | None) -> MdattnError:
         """Collective. The error of rank `root`, on all ranks."""
         data = own.to_json() if own and self._group.rank == root else None
         error = MdattnError.from_json(self._group.bcast_bytes(data, root))
@@ -113,7 +74,7 @@ class Ballot:
         error.agreed = True
         return error
 
-    def _raise_disagreement(self, step: Step) -> None:
+    def raise_disagreement(self, step: Step) -> None:
         """Collect what the ranks are about to do, and raise who differs in what, on all ranks."""
         facts = {"item index": step.item_index, "phase": step.phase, **step.describe()}
         gathered = self._group.gather_bytes(json.dumps(facts, default=str).encode())
@@ -126,6 +87,28 @@ class Ballot:
         )
         error.agreed = True
         raise error
+
+
+def _reduction(
+    comm: MPI.Intracomm, sent: bytearray, received: bytearray
+) -> tuple[Callable[[], object], Callable[[], object]]:
+    """Collective. What reduces all words to the greatest, and what gives it back.
+
+    It is prepared once where there is MPI 4.
+    """
+    count = len(sent) // WORD.size
+    messages = [sent, count, MPI.UINT64_T], [received, count, MPI.UINT64_T]
+    try:
+        request = comm.Allreduce_init(*messages, MPI.MAX)
+    except NotImplementedError:
+        return partial(comm.Allreduce, *messages, MPI.MAX), lambda: None
+    start, wait = request.Start, request.Wait
+
+    def reduce() -> None:
+        start()
+        wait()
+
+    return reduce, request.Free
 
 
 def differences(facts: Sequence[dict[str, Any]]) -> str:
