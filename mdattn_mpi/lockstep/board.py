@@ -39,7 +39,8 @@ BULLETIN_MAGIC = b"mdlost01"
 FILE = "board"
 
 _IDENTITY = Struct("<8sQiiiIIQ128s128s")
-_MOMENT = Struct("<QQQQQ64s512s")
+_MOMENT = Struct("<QQQQQ64s")
+_ITEM = Struct("<512s")
 _DEADLINE = Struct("<Q")
 _COUNT = Struct("<QQQ")
 _PROGRESS = Struct("<QQQQ")
@@ -53,6 +54,7 @@ _AT_IDENTITY = 0
 _AT_MOMENT = 320
 _AT_WAITING = _AT_MOMENT + 16
 _AT_DEADLINE = _AT_MOMENT + 32
+_AT_ITEM = _AT_MOMENT + _MOMENT.size
 _AT_PROGRESS = 960
 _AT_STATE = 992
 _AT_STOP = _AT_STATE + 1
@@ -132,9 +134,8 @@ class Record:
         _, job, rank, size, group, pid, watchdog_pid, pid_namespace, host, device = (
             _IDENTITY.unpack_from(page)
         )
-        agreements, phases, waiting, since, deadline, phase, item = _MOMENT.unpack_from(
-            page, _AT_MOMENT
-        )
+        agreements, phases, waiting, since, deadline, phase = _MOMENT.unpack_from(page, _AT_MOMENT)
+        (item,) = _ITEM.unpack_from(page, _AT_ITEM)
         done, total, first_done, first_wall = _PROGRESS.unpack_from(page, _AT_PROGRESS)
         state, stop, exit_code = _STATE.unpack_from(page, _AT_STATE)
         beats, heartbeat, process_state, clock = _WATCH.unpack_from(page, _AT_WATCH)
@@ -159,6 +160,7 @@ class Board:
         self.on_enter: Callable[[str, str], None] | None = None  # faults on purpose
         self._agreements = 0
         self._phases = 0
+        self._item = ""
         self._first: tuple[int, int] | None = None
         self._identity: dict[str, int | str] = {
             "job": 0, "rank": -1, "size": 0, "group": 0, "device": "",
@@ -177,9 +179,12 @@ class Board:
         """
         now = time.monotonic_ns()
         self._phases += 1
+        if item is not self._item:
+            _ITEM.pack_into(self.page, _AT_ITEM, item.encode())
+            self._item = item
         _MOMENT.pack_into(
             self.page, _AT_MOMENT, self._agreements, self._phases, 0, now,
-            now + int(1e9 * (deadline or self.patience)), phase.encode(), item.encode(),
+            now + int(1e9 * (deadline or self.patience)), phase.encode(),
         )  # fmt: skip
         if self.on_enter:
             self.on_enter(phase, item)
