@@ -179,8 +179,8 @@ def test_a_time_limit_that_comes_too_early(cluster: Slurm, tmp_path: Path) -> No
     second = cluster.submit(JOBS / "one-node.sbatch", *SMALL, arguments=[data, whole, *RUN])
     succeeded(cluster, second)
     cluster.until("the signal", lambda: "stopped as asked" in cluster.log(job), 90.0)
-    cluster.until("its place in the queue", lambda: cluster.job(job)["Restarts"] == "1")
-    assert cluster.state(job) == "PENDING"
+    cluster.until("its place in the queue", lambda: cluster.state(job) == "PENDING")
+    assert cluster.job(job)["Restarts"] == "1"
     cluster.run("scancel", job)
     rest_is_done(cluster, data, out, whole, items=90)
 
