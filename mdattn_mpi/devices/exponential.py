@@ -1,6 +1,6 @@
 """exp of float32 in place, by the faster one of the libraries that are installed.
 
-A quarter of attention's time on a CPU is exp. NumPy's is fast with AVX-512; with AVX2 alone it
+Much of attention's time on a CPU is exp. NumPy's is fast with AVX-512; with AVX2 alone it
 stores vectors through masks and takes far longer than ONNX Runtime's, which is used there if it is
 installed: the extra ``fast``.
 """

@@ -61,10 +61,10 @@ class Ballot:
     def __init__(self, group: Group) -> None:
         self._group = group
         words = Struct(f"={HEAD_WORDS + group.size}Q")
-        self.sent, self._received = bytearray(words.size), bytearray(words.size)
+        self.sent, received = bytearray(words.size), bytearray(words.size)
         self.own = HEAD.size + group.rank * WORD.size  # where this rank's checksum goes
-        self.unpack = partial(words.unpack, self._received)
-        self.reduce, self.free = _reduction(group.control, self.sent, self._received)
+        self.unpack = partial(words.unpack, received)
+        self.reduce, self.free = _reduction(group.control, self.sent, received)
 
     def told(self, root: int, own: MdattnError | None) -> MdattnError:
         """Collective. The error of rank `root`, on all ranks."""

@@ -189,10 +189,10 @@ class Watchdog:
         signals = {*STOPS, signal.SIGCHLD}
         while True:
             arrived = signal.sigtimedwait(signals, self._until_next_look())
+            if arrived:  # perhaps a rank is lost, and its watchdog or the launcher says so
+                self.scribe.hurry.set()
             if arrived and arrived.si_signo in STOPS and self._second_stop():
                 return self._stop_now()
-            if arrived:
-                self.scribe.hurry.set()  # perhaps another watchdog asks where this rank is
             code = self._look()
             if code is not None:
                 return code
@@ -207,7 +207,6 @@ class Watchdog:
         now = time.monotonic()
         first, self._stop_asked = self._stop_asked, self._stop_asked or now
         self.board.request_stop()
-        self.scribe.hurry.set()  # perhaps the launcher does this because a rank is lost
         return first > 0 and now - first > _REPEAT
 
     def _stop_now(self) -> int:

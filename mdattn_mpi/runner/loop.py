@@ -126,12 +126,13 @@ class Loop:
                 self._finish(behind.work, agreement.checksums)
             if ahead.work is None:
                 return None  # a wish to stop that comes now finds nothing to stop
+            if agreement.refused is not None:
+                self._refuse(ahead.work.item, agreement.refused)
             if agreement.stop:
                 self.stopped = True
                 return None
             if agreement.refused is None:
                 return self._begin(ahead.work, ahead.value)
-            self._refuse(ahead.work.item, agreement.refused)
 
     def _take(self) -> Outcome:
         """Wait for the next item's shards."""

@@ -74,7 +74,6 @@ def _profile(spec: EngineSpec) -> Profile:
     }
 
 
-@uncollected()
 def build_network(
     library: Library,
     builder: Any,

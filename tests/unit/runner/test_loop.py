@@ -127,6 +127,11 @@ def test_items_that_cannot_be_read_fail_and_the_others_are_committed(bad: Collec
     assert run.committed == [name for name in names(5) if name not in run.failed]
 
 
+def test_a_bad_item_is_noted_even_when_its_agreement_stops_the_loop() -> None:
+    run = Run(5, stop_from=2, bad=[2])
+    assert (run.failed, run.committed, run.loop.stopped) == (["item-2"], names(2), True)
+
+
 @pytest.mark.parametrize("bad", [(), (3,), (4,)])
 @pytest.mark.parametrize("unwritten", range(5))
 def test_an_item_that_cannot_be_written_ends_the_loop(unwritten: int, bad: Collection[int]) -> None:
