@@ -242,9 +242,15 @@ class Board:
         if not _FAULT.unpack_from(self.page, _AT_FAULT)[0]:
             _FAULT.pack_into(self.page, _AT_FAULT, time.time_ns(), late, what.encode())
 
+    def suspect(self, what: str, code: int) -> None:
+        """Say ahead what it was, and the exit code, if MPI ends this process while it starts."""
+        self.fail(what)
+        self.exit(code)
+
     def started(self) -> None:
         """Say that this rank belongs to a world now: from here on others wait for it."""
         self.page[_AT_STATE] = STARTED
+        _FAULT.pack_into(self.page, _AT_FAULT, 0, False, b"")  # what was suspected wasn't so
 
     def end(self) -> None:
         """Say that this rank left the world in order; whatever its exit code, it is no death."""

@@ -235,7 +235,7 @@ class Watchdog:
             within(_NOTE_PATIENCE, self.scribe.publish)
             return code
         if record.fault:
-            return self._end_job(record.fault, code=code if code > 0 else INTERRUPTED)
+            return self._end_job(record.fault, code=record.exit_code or INTERRUPTED)
         if code < 0:
             return self._end_job(f"was killed by signal {-code} ({_signal_name(-code)})")
         return self._end_job(f"exited with code {code} and without a word")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -249,7 +248,7 @@ def start() -> World:
     board.identify(rank=launched.rank, size=launched.size)
     board.enter("start")
     if not MPI.Is_initialized():
-        _warn_of_strangers(launched)
+        _suspect_the_launcher(board, launched)
         MPI.Init_thread(MPI.THREAD_MULTIPLE)
     board.started()
     if launched.size > 1 and MPI.COMM_WORLD.size == 1:
@@ -300,18 +299,17 @@ def threads_may_call() -> bool:
     return bool(MPI.Query_thread() == MPI.THREAD_MULTIPLE)
 
 
-def _warn_of_strangers(launched: Launcher) -> None:
-    """Say so ahead when a library is likely to abort, without a clear word, in another's launcher.
+def _suspect_the_launcher(board: Board, launched: Launcher) -> None:
+    """Leave word ahead: a library is likely to end the process in another one's launcher.
 
     It may also work: there are builds of MPICH that understand Open MPI's launcher.
     """
     library = mpi_library()
-    if launched.speaks == "Open MPI" and "Open MPI" not in library and launched.rank == 0:
-        print(
-            "mdattn: warning: started by the mpirun of Open MPI, but mpi4py uses "
-            f"{library}; if MPI fails now, start with the mpirun that belongs to it",
-            file=sys.stderr,
-            flush=True,
+    if launched.speaks == "Open MPI" and "Open MPI" not in library:
+        board.suspect(
+            f"got no MPI: it was started by the mpirun of Open MPI, but mpi4py uses {library} "
+            "(start with the mpirun that belongs to it)",
+            RejectedError.exit_code,
         )
 
 
