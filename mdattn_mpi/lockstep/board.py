@@ -177,17 +177,20 @@ class Board:
 
         Return the time, in nanoseconds of the host's clock that only goes forward.
         """
+        return self.tell(phase.encode(), item, int(1e9 * (deadline or self.patience)))
+
+    def tell(self, phase: bytes, item: str, limit: int) -> int:
+        """Do as `enter`, with what is the same every time already made; `limit` in nanoseconds."""
         now = time.monotonic_ns()
         self._phases += 1
         if item is not self._item:
             _ITEM.pack_into(self.page, _AT_ITEM, item.encode())
             self._item = item
         _MOMENT.pack_into(
-            self.page, _AT_MOMENT, self._agreements, self._phases, 0, now,
-            now + int(1e9 * (deadline or self.patience)), phase.encode(),
-        )  # fmt: skip
+            self.page, _AT_MOMENT, self._agreements, self._phases, 0, now, now + limit, phase
+        )
         if self.on_enter:
-            self.on_enter(phase, item)
+            self.on_enter(phase.decode(), item)
         return now
 
     def wait(self) -> None:

@@ -24,6 +24,7 @@ from mpi4py import MPI  # noqa: E402
 from mdattn_mpi.errors import ItemError, MdattnError, RejectedError  # noqa: E402
 from mdattn_mpi.lockstep.agreement import (  # noqa: E402
     HEAD,
+    HEAD_WORDS,
     MASK,
     ODD,
     WORD,
@@ -108,7 +109,7 @@ class Group:
         # After a millisecond of other work none of this is in the processor's caches, and what it
         # costs is how much of Python and MPI it touches: hence no calls but these.
         ballot, number = self._ballot, self.size - self.rank  # the greatest is the lowest rank's
-        phase = crc32(step.phase.encode()) << 32
+        phase = _PHASES.get(step.phase) or _number_of(step.phase)
         digest = (step.facts_digest ^ phase ^ (step.item_index + 1) * ODD) & MASK
         HEAD.pack_into(
             ballot.sent, 0, digest, digest ^ MASK,
@@ -117,7 +118,8 @@ class Group:
         WORD.pack_into(ballot.sent, ballot.own, checksum or 0)
         self.board.wait()
         ballot.reduce()
-        high, low, failed, refusing, stops, *checksums = ballot.unpack()
+        words = ballot.unpack()
+        high, low, failed, refusing, stops = words[:HEAD_WORDS]
         if failed:
             root = self.size - failed
             raise ballot.told(root, error) from (error if self.rank == root else None)
@@ -127,7 +129,7 @@ class Group:
             told = ballot.told(self.size - refusing, refused)
             assert isinstance(told, ItemError)
             refused = told
-        return Agreement(stops != 0, () if checksum is None else tuple(checksums), refused)
+        return Agreement(stops != 0, () if checksum is None else words[HEAD_WORDS:], refused)
 
     def barrier(self) -> None:
         """Collective. Wait until all ranks are here."""
@@ -257,6 +259,15 @@ def start() -> World:
             time.sleep(PATIENCE)  # rank 0 speaks for all, before the launcher ends it for our exit
         raise _mismatch(launched)
     return World(MPI.COMM_WORLD, launched, board)
+
+
+_PHASES: dict[str, int] = {}
+
+
+def _number_of(phase: str) -> int:
+    """Return the part of a digest that stands for a phase; the same in every process."""
+    number = _PHASES[phase] = crc32(phase.encode()) << 32
+    return number
 
 
 def share_of_cores(allowed: Sequence[str], nodes: Sequence[str], rank: int) -> int:

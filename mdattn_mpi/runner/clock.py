@@ -10,21 +10,33 @@ from mdattn_mpi.lockstep import Board, Deadlines
 OFTEN = 50_000_000  # nanoseconds after which what phases took is looked at
 
 
+class Spell:
+    """A phase with some work: for how long it may last, and has lasted lately. Nanoseconds."""
+
+    __slots__ = ("limit", "longest", "meanwhile", "name", "phase", "spent", "work")
+
+    def __init__(self, phase: str, work: int, meanwhile: tuple[str, ...]) -> None:
+        self.phase = phase
+        self.name = phase.encode()
+        self.work = work
+        self.meanwhile = meanwhile or (phase,)
+        self.limit = self.longest = self.spent = 0
+
+
 class PhaseClock:
     """Seconds that the rank's main thread spent in each phase; it is always in one.
 
-    Phases change five times an item, which is felt where items take a millisecond: so one call ends
-    a phase and begins the next, with one look at the time, and leaves the rest for later.
+    Phases change several times an item, which is felt where items take a millisecond: so one call
+    ends a phase and begins the next, with one look at the time, and leaves the rest for later.
     """
 
     def __init__(self, board: Board, deadlines: Deadlines) -> None:
         self.board = board
         self.deadlines = deadlines
         self.seconds: dict[str, float] = defaultdict(float)
-        self._phase, self._work, self._since = "", 0, 0  # nanoseconds
-        self._spent: list[tuple[str, int, int]] = []  # phase, work, nanoseconds
-        self._learned = 0
-        self._limits: dict[tuple[str, int], float] = {}
+        self._spells: dict[tuple[str, int], Spell] = {}
+        self._spell = Spell("", 0, ())  # in which the rank is
+        self._since = self._learned = monotonic_ns()
 
     def enter(
         self, phase: str, item: str = "", work: int = 0, meanwhile: tuple[str, ...] = ()
@@ -42,29 +54,39 @@ class PhaseClock:
             may last as long as any of those. Always the same for one phase.
 
         """
-        limit = self._limits.get((phase, work)) or self._limit(phase, work, meanwhile)
-        now = self.board.enter(phase, item, limit)
-        self._spent.append((self._phase, self._work, now - self._since))
-        self._phase, self._work, self._since = phase, work, now
+        spell = self._spells.get((phase, work)) or self._new(phase, work, meanwhile)
+        now = self.board.tell(spell.name, item, spell.limit)
+        before, took = self._spell, now - self._since
+        before.spent += took
+        if took > before.longest:
+            before.longest = took
+        self._spell, self._since = spell, now
         if now - self._learned > OFTEN:
             self._learn(now)
 
     def stop(self) -> None:
         """End the last phase: the rank goes on to what nobody times."""
         now = monotonic_ns()
-        self._spent.append((self._phase, self._work, now - self._since))
-        self._phase = ""
+        self._spell.spent += now - self._since
+        self._spell.longest = max(self._spell.longest, now - self._since)
         self._learn(now)
+        self._spell = Spell("", 0, ())
 
-    def _limit(self, phase: str, work: int, meanwhile: tuple[str, ...]) -> float:
-        limit = self._limits[phase, work] = self.deadlines.of(meanwhile or phase, work)
-        return limit
+    def _new(self, phase: str, work: int, meanwhile: tuple[str, ...]) -> Spell:
+        return self._keep(Spell(phase, work, meanwhile))
+
+    def _keep(self, spell: Spell) -> Spell:
+        spell.limit = int(1e9 * self.deadlines.of(spell.meanwhile, spell.work))
+        spell.longest = spell.spent = 0
+        self._spells[spell.phase, spell.work] = spell
+        return spell
 
     def _learn(self, now: int) -> None:
-        for phase, work, nanoseconds in self._spent:
-            if phase:
-                self.seconds[phase] += 1e-9 * nanoseconds
-                self.deadlines.took(phase, 1e-9 * nanoseconds, work)
-        self._spent.clear()
-        self._limits.clear()
+        """Let deadlines follow what phases have taken, and begin anew."""
+        for spell in self._spells.values():
+            if spell.spent:
+                self.seconds[spell.phase] += 1e-9 * spell.spent
+                self.deadlines.took(spell.phase, 1e-9 * spell.longest, spell.work)
+        self._spells.clear()
+        self._keep(self._spell)
         self._learned = now

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdattn_mpi.devices.timeline import Compute, Exchange, Rates, calls, simulate, trace
+from mdattn_mpi.devices.timeline import (
+    Compute,
+    Exchange,
+    Rates,
+    calls,
+    host_seconds,
+    simulate,
+    trace,
+)
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 from mdattn_mpi.strategies import STRATEGIES
 
@@ -69,11 +78,27 @@ def test_a_batch_hides_gathering_behind_the_item_before() -> None:
 
 
 def test_merging_is_paid_for_where_there_is_something_to_merge() -> None:
-    rates = Rates(PerPair(), bandwidth=1e30, latency=0.0, memory=1e6)
+    rates = replace(IDEAL, merge=1e6, launch=0.5)
     row = 8 * 64 * 2 + 8 * 4
-    merged = (480 * 2 + 480) * row / 1e6
+    merged = 0.5 + (480 * 2 + 480) * row / 1e6
     assert seconds(plan_of("ring", 2), rates) - seconds(plan_of("ring", 2)) == pytest.approx(merged)
     assert seconds(plan_of("ring", 1), rates) == pytest.approx(seconds(plan_of("ring", 1)))
+
+
+def test_packing_heads_is_paid_for_by_the_byte() -> None:
+    packed = 480 * (8 + 4 + 4) * 64 * 2  # q, k and v, half of the heads at a time
+    unpacked = 480 * 8 * (64 * 2 + 4)
+    slow = replace(IDEAL, memory=1e6)
+    plan = plan_of("ulysses", 2)
+    assert seconds(plan, slow) - seconds(plan) >= 2 * (packed + unpacked) / 1e6
+
+
+@pytest.mark.parametrize(("strategy", "peers", "attends"), [("ring", 6, 4), ("allgather", 4, 1)])
+def test_the_host_asks_for_every_verb(strategy: StrategyName, peers: int, attends: int) -> None:
+    # A ring passes on three times, to one neighbour and from the other.
+    rates = replace(IDEAL, host={"message": 2.0, "attend": 30.0, "finish": 500.0})
+    traces = trace(plan_of(strategy, 4), STRATEGIES[strategy])
+    assert host_seconds(traces, rates) == 2.0 * peers + 30.0 * attends + 500.0
 
 
 @given(
