@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,24 +201,29 @@ def _load(world: World, path: str) -> Rates:
     if world.rank == 0 and Path(path).exists():
         text = Path(path).read_bytes()
     found = json.loads(world.bcast_bytes(text) or "{}")
-    times = {Call(*each["call"]): each["seconds"] for each in found.get("attend", ())}
+    times = {Call(*each["call"]): each for each in found.get("attend", ())}
     memory = found.get("memory", 0.0)
     return Rates(
-        times,
+        {call: each["seconds"] for call, each in times.items()},
         found.get("bandwidth", 0.0),
         found.get("latency", 0.0),
         memory,
         found.get("merge", memory),
         found.get("launch", 0.0),
         found.get("host", {}),
+        {call: each["after"] for call, each in times.items() if "after" in each},
     )
 
 
 def _save(world: World, path: str, rates: Rates) -> None:
     if world.rank == 0:
+        names = ("bandwidth", "latency", "memory", "merge", "launch", "host")
         found = {
-            **{field.name: getattr(rates, field.name) for field in fields(rates)},
-            "attend": [{"call": call, "seconds": time} for call, time in rates.attend.items()],
+            **{name: getattr(rates, name) for name in names},
+            "attend": [
+                {"call": call, "seconds": time, "after": rates.after.get(call, time)}
+                for call, time in rates.attend.items()
+            ],
             **surroundings(),
         }
         Path(path).write_text(json.dumps(found, indent=1) + "\n")

@@ -1,8 +1,8 @@
 """Measuring what ``bench predict`` plays with: kernels, links, memory, and the host's part.
 
 A GPU's clocks fall under load, so a long call is timed as ``bench attention`` times it: after a
-pause, for as long as one of its turns. Of a short one, that would only show how fast the host can
-ask for it: so it is asked for while the GPU is still busy with something longer.
+pause, and when as much as a turn has begun already. Of a short one, that would only show how fast
+the host can ask for it: so it is asked for while the GPU is still busy with something longer.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LINK_BYTES = 1 << 26
 SMALL_BYTES = 1 << 12
 ROUNDS = 3
 CALLS = 20  # short ones that are timed together
-SHORT = 5e-4  # seconds
+SHORT, LONG = 5e-4, 1e-2  # seconds
 LEAD = 8192  # tokens of the attention that keeps a GPU busy meanwhile
 MERGED = (2048, 16384)  # rows of two merges, to tell launch and bytes apart
 HEADS, DIM = 8, 128
@@ -45,33 +45,33 @@ def measure(
     backend = open_backend(arguments.backend, world, threads=arguments.threads)
     device = backend.device  # type: ignore[attr-defined]
     watch = Stopwatch(device, runs_ahead=arguments.backend == "cuda")
-    times = {}
-    for call in missing:
-        world.barrier()
-        times[call] = watch.seconds(attention(device, call))
-    slowest = [max(each) for each in zip(*_everyone(world, list(times.values())), strict=True)]
-    attend = {**known.attend, **dict(zip(times, slowest, strict=True))}
+    merge, launch = _merging(device) if watch.runs_ahead else (known.merge, known.launch)
+
+    def merging(call: Call) -> float:
+        return launch + 3 * call.q_rows * _row(call) / merge
+
+    alone, after = _attending(world, watch, missing, merging)
+    alone, after = {**known.attend, **alone}, {**known.after, **after}
     world.barrier()
     memory = 2 * LINK_BYTES / watch.seconds_among(copying(device))
-    merge, launch, host = memory, 0.0, dict(known.host)
+    merge, host = merge or memory, dict(known.host)
     bandwidth, latency = known.bandwidth or float("inf"), known.latency
     if world.size > 1:
         large = watch.seconds_among(exchanging(device, LINK_BYTES))
         latency = watch.seconds_among(exchanging(device, SMALL_BYTES))
         bandwidth = LINK_BYTES / max(large - latency, 1e-9)
-    if arguments.backend == "cuda":
-        merge, launch = _merging(watch, device)
+    if watch.runs_ahead:
         host |= _asking(world, watch, device)
     backend.close()
-    return Rates(attend, bandwidth, latency, memory, merge, launch, host)
+    return Rates(alone, bandwidth, latency, memory, merge, launch, host, after)
 
 
 class Stopwatch:
     """Times calls that end in an array; `runs_ahead` says that asking isn't doing."""
 
     def __init__(self, device: Any, *, runs_ahead: bool) -> None:
-        self._device = device
-        self._runs_ahead = runs_ahead
+        self.device = device
+        self.runs_ahead = runs_ahead
         if runs_ahead:
             self._lead = attention(device, _call(LEAD, LEAD))
             self._burst(self._lead, 1)
@@ -81,9 +81,9 @@ class Stopwatch:
         """How long a call takes, among as many as fill a turn."""
         self._burst(once, 1)
         guess = self._burst(once, 1)
-        if self._runs_ahead and guess < SHORT:
+        if self.runs_ahead and guess < SHORT:
             return self.seconds_among(once)
-        return median(self._turn(once, guess) for _ in range(ROUNDS))
+        return self._turn(once, guess)
 
     def seconds_among(self, once: Callable[[], Any]) -> float:
         """How long a short call takes; the same number of calls on every rank."""
@@ -106,20 +106,23 @@ class Stopwatch:
         ) / (2 * CALLS)
 
     def _turn(self, once: Callable[[], Any], guess: float) -> float:
-        if self._runs_ahead:
-            time.sleep(PAUSE)
-        calls = ceil(SECONDS / guess)
-        return self._burst(once, calls) / calls
+        """Time the calls of a turn that come after the first third."""
+        calls, taken = ceil(SECONDS / 2 / guess), []
+        for thirds in (1, 3):
+            if self.runs_ahead:
+                time.sleep(PAUSE)
+            taken.append(self._burst(once, thirds * calls))
+        return (taken[1] - taken[0]) / (2 * calls)
 
     def _leads(self, once: Callable[[], Any]) -> int:
         """How many leads keep the GPU busy until the host has asked for everything."""
-        if not self._runs_ahead:
+        if not self.runs_ahead:
             return 0
         start = perf_counter()
         for _ in range(2 * CALLS):
             last = once()
         asked = perf_counter() - start
-        self._device.download(last).wait()
+        self.device.download(last).wait()
         return ceil(1.5 * asked / self._lead_seconds)
 
     def _burst(self, once: Callable[[], Any], calls: int, leads: int = 0) -> float:
@@ -128,7 +131,7 @@ class Stopwatch:
             self._lead()
         for _ in range(calls):
             last = once()
-        self._device.download(last).wait()
+        self.device.download(last).wait()
         return perf_counter() - start
 
 
@@ -177,15 +180,43 @@ def exchanging(device: Any, nbytes: int) -> Callable[[], Any]:
     return once
 
 
-def _merging(watch: Stopwatch, device: Any) -> tuple[float, float]:
-    """Bytes/s of a merge, and the seconds that it takes besides."""
+def _attending(
+    world: World, watch: Stopwatch, missing: Sequence[Call], merging: Callable[[Call], float]
+) -> tuple[dict[Call, float], dict[Call, float]]:
+    """Collective. Seconds of every call alone, and after another one like it."""
+    alone, after = [], []
+    for call in missing:
+        world.barrier()
+        alone.append(watch.seconds(attention(watch.device, call)))
+        after.append(alone[-1])
+        if watch.runs_ahead and alone[-1] < LONG:
+            pair = watch.seconds(attention(watch.device, call, 2)) - merging(call)
+            after[-1] = min(alone[-1], max(pair - alone[-1], 0.0))
+    everyone = zip(*_everyone(world, [alone, after]), strict=True)
+    alone, after = ([max(each) for each in zip(*ranks, strict=True)] for ranks in everyone)
+    return dict(zip(missing, alone, strict=True)), dict(zip(missing, after, strict=True))
+
+
+def _merging(device: Any) -> tuple[float, float]:
+    """Bytes/s of a merge, and the seconds that it takes besides: by the GPU's own clock."""
     taken = []
     for rows in MERGED:
-        once, twice = (attention(device, _call(rows, MERGED[0]), times) for times in (1, 2))
-        taken.append(max(watch.seconds_among(twice) - 2 * watch.seconds_among(once), 0.0))
-    row = 3 * HEADS * (2 * DIM + 4)  # two results and what becomes of them, with LSE
+        call = _call(rows, MERGED[0])
+        twice = attention(device, call, 2)
+        for calls in (1, CALLS):
+            before = device.seconds["merge"]
+            for _ in range(calls):
+                last = twice()
+            device.download(last).wait()
+        taken.append((device.seconds["merge"] - before) / CALLS)
+    row = 3 * _row(call)
     rate = (MERGED[1] - MERGED[0]) * row / max(taken[1] - taken[0], 1e-9)
     return rate, max(taken[0] - MERGED[0] * row / rate, 0.0)
+
+
+def _row(call: Call) -> int:
+    """Bytes of a row of output and LSE."""
+    return call.q_heads * (2 * call.v_head_dim + 4)
 
 
 def _asking(world: World, watch: Stopwatch, device: Any) -> dict[str, float]:

@@ -43,6 +43,9 @@ class Rates:
     ----------
     attend
         Seconds of every attention call that occurs.
+    after
+        The same where the device is still busy with another one, whose end leaves room for its
+        beginning; calls that it doesn't have take as long as alone.
     bandwidth
         Bytes/s through a rank's port, each way.
     latency
@@ -66,6 +69,7 @@ class Rates:
     merge: float = float("inf")
     launch: float = 0.0
     host: Mapping[str, float] = field(default_factory=dict)
+    after: Mapping[Call, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -257,6 +261,7 @@ class _Rank:
 
     verbs: deque[Verb]
     clock: float = 0.0  # of the compute engine
+    attends: bool = False  # the last thing it did was an attention call
     out: float = 0.0  # of the ports
     into: float = 0.0
     ready: dict[int, float] = field(default_factory=lambda: defaultdict(float))
@@ -331,13 +336,16 @@ def _post(number: int, rank: _Rank, exchange: Exchange, posted: _Post) -> None:
 
 
 def _compute(rank: _Rank, verb: Compute, rates: Rates) -> None:
+    start = max([rank.clock, *(rank.ready[storage] for storage in verb.reads)])
     if verb.call:
-        seconds = rates.attend[verb.call]
+        busy = rank.attends and start == rank.clock
+        alone = rates.attend[verb.call]
+        seconds = rates.after.get(verb.call, alone) if busy else alone
     elif verb.kind == "copy":
         seconds = verb.nbytes / rates.memory
     else:
         seconds = rates.launch + verb.nbytes / rates.merge if verb.nbytes else 0.0
-    start = max([rank.clock, *(rank.ready[storage] for storage in verb.reads)])
+    rank.attends = verb.call is not None
     rank.clock = start + seconds
     for storage in verb.reads:
         rank.free[storage] = max(rank.free[storage], rank.clock)

@@ -85,6 +85,17 @@ def test_merging_is_paid_for_where_there_is_something_to_merge() -> None:
     assert seconds(plan_of("ring", 1), rates) == pytest.approx(seconds(plan_of("ring", 1)))
 
 
+def test_a_call_begins_in_what_the_end_of_another_leaves_idle() -> None:
+    plan = plan_of("ring", 4)
+    (call,) = calls(trace(plan, STRATEGIES["ring"]))
+    alone, after = PerPair()[call], PerPair()[call] / 2
+    overlapping = replace(IDEAL, after={call: after})
+    assert seconds(plan, overlapping) == pytest.approx(alone + 3 * after)
+    # Where a shard is waited for, nothing is left to overlap with.
+    waiting = replace(overlapping, latency=10 * alone)
+    assert seconds(plan, waiting) == pytest.approx(3 * 10 * alone + alone)
+
+
 def test_packing_heads_is_paid_for_by_the_byte() -> None:
     packed = 480 * (8 + 4 + 4) * 64 * 2  # q, k and v, half of the heads at a time
     unpacked = 480 * 8 * (64 * 2 + 4)
