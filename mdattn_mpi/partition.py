@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 from mdattn_mpi.errors import RejectedError
@@ -50,6 +51,7 @@ def equal_partition(problem: AttentionProblem, ranks: int) -> Partition:
     )
 
 
+@lru_cache(1 << 10)
 def partition(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> Partition:
     """Choose the owner of every token: zigzag for a causal ring, contiguous otherwise.
 
@@ -80,6 +82,11 @@ def pieces(spans: Sequence[Span]) -> tuple[tuple[Span, Span], ...]:
 
     Empty spans are left out; spans that continue the one before are joined to it.
     """
+    return _pieces(tuple(spans))
+
+
+@lru_cache(1 << 12)
+def _pieces(spans: tuple[Span, ...]) -> tuple[tuple[Span, Span], ...]:
     found: list[tuple[Span, Span]] = []
     local = 0
     for span in filter(len, spans):
@@ -121,6 +128,13 @@ def blocks(query: Sequence[Span], kv: Sequence[Span], diagonal: int | None) -> t
         `AttentionProblem.diagonal`.
 
     """
+    return _blocks(tuple(query), tuple(kv), diagonal)
+
+
+@lru_cache(1 << 12)  # the same few again and again, in items of one shape
+def _blocks(
+    query: tuple[Span, ...], kv: tuple[Span, ...], diagonal: int | None
+) -> tuple[Block, ...]:
     if diagonal is None:
         q_rows, kv_rows = token_count(query), token_count(kv)
         return (Block(Span(0, q_rows), Span(0, kv_rows), False),) if q_rows and kv_rows else ()

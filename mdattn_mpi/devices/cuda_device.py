@@ -146,6 +146,7 @@ class CudaDevice:
         self._lanes = tuple(gpu.stream(LANES - lane) for lane in range(LANES))
         self._apart: set[int] = set()  # lanes that MAIN doesn't wait for yet
         self._begin: Any = None  # what lanes come after that join in
+        self._seen: list[Any] = []  # what MAIN has waited for besides
         self._upwards, self._downwards = gpu.stream(), gpu.stream()
         self._within, self._net = gpu.stream(), gpu.stream(LANES + 1)
         self._tails: Fence | None = None
@@ -447,14 +448,17 @@ class CudaDevice:
 
     def _use(self, *arrays: DeviceArray) -> None:
         """Make the kernels that follow wait for what writes these arrays, or used them before."""
+        unseen: list[Any] = []
         for array in arrays:
             storage = array.storage
             storage.touched = True
             if storage.unseen:
-                for event in pending(storage.unseen):
-                    for lane in self._lanes:
-                        self._gpu.wait(lane, event)
+                unseen += storage.unseen
                 storage.unseen = []
+        for event in pending(unseen):
+            for lane in (MAIN, *self._apart):
+                self._gpu.wait(self._lanes[lane], event)
+            self._seen.append(event)
 
     def _wrote(self, *arrays: DeviceArray) -> None:
         self._tails = None
@@ -462,12 +466,13 @@ class CudaDevice:
             array.storage.by_kernels = True
 
     def _enter(self, lane: int) -> None:
-        """Let a lane come after all that had been joined."""
+        """Let a lane come after all that had been joined, and all that was waited for since."""
         if lane == MAIN or lane in self._apart:
             return
         if self._begin is None:
             self._begin = self._gpu.record(self._lanes[MAIN])
-        self._gpu.wait(self._lanes[lane], self._begin)
+        for event in (self._begin, *pending(self._seen)):
+            self._gpu.wait(self._lanes[lane], event)
         self._apart.add(lane)
 
     def _join(self) -> None:
@@ -475,6 +480,7 @@ class CudaDevice:
         for lane in self._apart:
             self._gpu.wait(self._lanes[MAIN], self._gpu.record(self._lanes[lane]))
         self._apart.clear()
+        self._seen.clear()
         self._begin = self._tails = None
 
     def _after_kernels(self) -> Fence:

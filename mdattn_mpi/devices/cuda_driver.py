@@ -6,6 +6,7 @@ double here. Addresses are integers; a copy may go between any two of them, the 
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,11 +16,9 @@ from cuda.bindings import driver as cu
 from cuda.core import (
     Device,
     EventOptions,
-    LaunchConfig,
     Program,
     ProgramOptions,
     StreamOptions,
-    launch,
 )
 from cuda.core.utils import StridedMemoryView
 
@@ -209,12 +208,19 @@ class Gpu:
 
     def merge(self, call: MergeCall, stream: Any) -> None:
         """Launch the kernel of `cuda_merge`."""
-        if call.kernel not in self._merge:
-            options = ProgramOptions(arch=f"sm_{self._device.arch}", std="c++17")
-            code = Program(call.source(SOURCE), code_type="c++", options=options).compile("cubin")
-            self._merge[call.kernel] = code.get_kernel("merge")
-        config = LaunchConfig(grid=call.grid, block=call.block)
-        launch(stream, config, self._merge[call.kernel], *map(_argument, call.arguments))
+        kernel = self._merge.get(call.kernel) or self._compile(call)
+        numbers = call.words
+        words = (ctypes.c_int64 * len(numbers))(*numbers)
+        argument = ctypes.c_void_p(ctypes.addressof(words))
+        grid, block, where = (call.grid, 1, 1), (call.block, 1, 1), ctypes.addressof(argument)
+        check(cu.cuLaunchKernel(kernel, *grid, *block, 0, stream.handle, where, 0))
+
+    def _compile(self, call: MergeCall) -> Any:
+        options = ProgramOptions(arch=f"sm_{self._device.arch}", std="c++17")
+        code = Program(call.source(SOURCE), code_type="c++", options=options).compile("cubin")
+        module = check(cu.cuModuleLoadData(code.code))
+        kernel = self._merge[call.kernel] = check(cu.cuModuleGetFunction(module, b"merge"))
+        return kernel
 
 
 class Event:
@@ -274,11 +280,6 @@ class Exported:
         return capsule(
             array.address, array.shape, array.strides, array.dtype, self._gpu.ordinal, array
         )
-
-
-def _argument(value: int) -> Any:
-    """Pass integers as 64 bits."""
-    return np.int64(value)
 
 
 def version(number: int) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -28,14 +28,16 @@ HOST_ALIGNMENT = 4096
 Fence = tuple[Any, ...]
 
 
-def pending(events: Iterable[Any]) -> Fence:
+def pending(events: Sequence[Any]) -> Fence:
     """Leave out what has happened, and all but the last of each stream: it comes after the rest."""
+    if not events:
+        return ()
     last: dict[int, Any] = {}
     for event in events:
         other = last.get(event.stream)
         if other is None or event.number > other.number:
             last[event.stream] = event
-    return tuple([event for event in last.values() if not event.is_done]) if last else ()
+    return tuple([event for event in last.values() if not event.is_done])
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Memory:
         self.blocks: list[int] = []
         self._sizes: list[int] = []
         self._holes: list[list[_Hole]] = []
+        # What was given back last, by size: items of one shape take it as it is.
+        self._spare: dict[int, list[tuple[Place, Fence]]] = {}
         self.in_use = 0
         self.peak = 0
 
@@ -89,7 +93,24 @@ class Memory:
 
         """
         size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        spare = self._spare.get(size)
+        # The longest idle first: what still uses it, if anything, ends soonest.
+        piece = spare.pop(0) if spare else self._cut(size)
+        self.in_use += size
+        self.peak = max(self.peak, self.in_use)
+        return piece
+
+    def give_back(self, place: Place, fence: Fence) -> None:
+        """Let a piece be used again after `fence`."""
+        size = place.stop - place.start
+        self.in_use -= size
+        self._spare.setdefault(size, []).append((place, fence))
+
+    def _cut(self, size: int) -> tuple[Place, Fence]:
         found = self._smallest_hole(size)
+        if found is None and self._spare:
+            self._fill_holes()
+            found = self._smallest_hole(size)
         if found is None:
             self._grow(size)
             found = self._smallest_hole(size)
@@ -99,13 +120,16 @@ class Memory:
         hole.start += size
         if hole.start == hole.stop:
             self._holes[block].remove(hole)
-        self.in_use += size
-        self.peak = max(self.peak, self.in_use)
         return place, hole.fence
 
-    def give_back(self, place: Place, fence: Fence) -> None:
-        """Let a piece be used again after `fence`."""
-        self.in_use -= place.stop - place.start
+    def _fill_holes(self) -> None:
+        """Join all that was given back to its neighbours."""
+        for places in self._spare.values():
+            for place, fence in places:
+                self._join(place, fence)
+        self._spare.clear()
+
+    def _join(self, place: Place, fence: Fence) -> None:
         holes = self._holes[place.block]
         index = sum(hole.start < place.start for hole in holes)
         start, stop = place.start, place.stop
@@ -126,7 +150,7 @@ class Memory:
         """Give everything back to the driver."""
         for address in self.blocks:
             self._gpu.release(address)
-        self.blocks, self._sizes, self._holes = [], [], []
+        self.blocks, self._sizes, self._holes, self._spare = [], [], [], {}
 
     def _smallest_hole(self, size: int) -> tuple[int, _Hole] | None:
         fitting = [
@@ -214,6 +238,8 @@ class DeviceArray:
     Other libraries take it by DLPack or ``__cuda_array_interface__``.
     """
 
+    __slots__ = ("address", "dtype", "nbytes", "shape", "size", "storage", "strides")
+
     def __init__(
         self,
         storage: Storage,
@@ -226,45 +252,30 @@ class DeviceArray:
         self.shape = shape
         self.dtype = dtype
         self.strides = contiguous_strides(shape) if strides is None else strides
-        self._offset = offset
-
-    @property
-    def address(self) -> int:
-        """Where the first element is."""
-        return self.storage.address + self._offset * self.dtype.itemsize
-
-    @property
-    def size(self) -> int:
-        """Count the elements."""
-        return prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all elements."""
-        return prod(self.shape) * self.dtype.itemsize
+        self.address = storage.address + offset  # of the first element; offset in bytes
+        self.size = prod(shape)
+        self.nbytes = self.size * dtype.itemsize
 
     @property
     def is_contiguous(self) -> bool:
         """Whether the elements are one run in memory."""
-        wanted = contiguous_strides(self.shape)
-        return self.strides == wanted or all(
-            extent == 1 or stride == right
-            for extent, stride, right in zip(self.shape, self.strides, wanted, strict=True)
-        )
+        return is_one_run(self.shape, self.strides)
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: slice | tuple[slice, ...]) -> DeviceArray:
         """Return a view; slices with step 1 only."""
+        if index == slice(0, self.shape[0]):
+            return self
         slices = index if isinstance(index, tuple) else (index,)
-        shape, offset = list(self.shape), self._offset
+        shape, offset = list(self.shape), self.address - self.storage.address
         for dim, part in enumerate(slices):
             start, stop, step = part.indices(self.shape[dim])
             if step != 1:
                 raise IndexError(f"a step of {step} in a slice of a device array")
             shape[dim] = max(0, stop - start)
-            offset += start * self.strides[dim]
+            offset += start * self.strides[dim] * self.dtype.itemsize
         return DeviceArray(self.storage, tuple(shape), self.dtype, self.strides, offset)
 
     def rows(self) -> tuple[int, int, int]:
@@ -309,6 +320,16 @@ def contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides[dim] = run
         run *= max(1, shape[dim])
     return tuple(strides)
+
+
+@cache
+def is_one_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the elements of an array lie one after the other."""
+    wanted = contiguous_strides(shape)
+    return strides == wanted or all(
+        extent == 1 or stride == right
+        for extent, stride, right in zip(shape, strides, wanted, strict=True)
+    )
 
 
 class HostBuffers:

@@ -88,8 +88,8 @@ class MergeCall:
         return THREADS // lanes * lanes
 
     @property
-    def arguments(self) -> tuple[int, ...]:
-        """The kernel's arguments; unused parts have no rows."""
+    def words(self) -> tuple[int, ...]:
+        """The kernel's argument, a struct of 64-bit words; unused parts have no rows."""
         flat: list[int] = []
         for index in range(PARTS):
             if index < len(self.parts):
@@ -132,13 +132,20 @@ template <> struct __align__(16) Vector<Float16> { Float16 at[8]; };
 template <> struct __align__(16) Vector<float> { float at[8]; };
 
 struct Part { const In* output; const float* lse; i64 start, stop; };
+struct Call {
+  Out* output; float* lse; const float* running; const float* running_lse;
+  i64 start, stop, heads, dim;
+  Part parts[8];
+};
 
-extern "C" __global__ void __launch_bounds__(256) merge(
-    Out* output, float* lse, const float* running, const float* running_lse,
-    i64 start, i64 stop, i64 heads, i64 dim,
-    ARGUMENTS)
+extern "C" __global__ void __launch_bounds__(256) merge(const Call call)
 {
-  const Part parts[8] = {PARTS_LIST};
+  const Part (&parts)[8] = call.parts;
+  Out* const output = call.output;
+  float* const lse = call.lse;
+  const float* const running = call.running;
+  const float* const running_lse = call.running_lse;
+  const i64 start = call.start, stop = call.stop, heads = call.heads, dim = call.dim;
   const i64 lanes = dim / 8;
   const i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
   const i64 place = index / lanes, lane = index % lanes;  // place: row and head
@@ -192,8 +199,3 @@ extern "C" __global__ void __launch_bounds__(256) merge(
   if (lane == 0) lse[at] = all;
 }
 """
-_PARTS = [(f"o{i}", f"l{i}", f"a{i}", f"z{i}") for i in range(PARTS)]
-SOURCE = SOURCE.replace(
-    "ARGUMENTS",
-    ", ".join(f"const In* {o}, const float* {m}, i64 {a}, i64 {z}" for o, m, a, z in _PARTS),
-).replace("PARTS_LIST", ", ".join(f"{{{o}, {m}, {a}, {z}}}" for o, m, a, z in _PARTS))

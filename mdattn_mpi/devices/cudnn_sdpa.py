@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 
@@ -21,8 +20,7 @@ Q, K, V, OUTPUT, LSE = range(1, 6)
 Strides = tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class PlanKey:
+class PlanKey(NamedTuple):
     """Everything that a plan depends on; strides are of ``[tokens, heads, dim]``, in elements.
 
     ``causal`` means ``lower_right``: the last row sees all keys.
