@@ -467,10 +467,10 @@ class CudaDevice:
 
     def _enter(self, lane: int) -> None:
         """Let a lane come after all that had been joined, and all that was waited for since."""
+        if self._begin is None:  # before MAIN has anything that others would wait for
+            self._begin = self._gpu.record(self._lanes[MAIN])
         if lane == MAIN or lane in self._apart:
             return
-        if self._begin is None:
-            self._begin = self._gpu.record(self._lanes[MAIN])
         for event in (self._begin, *pending(self._seen)):
             self._gpu.wait(self._lanes[lane], event)
         self._apart.add(lane)

@@ -212,7 +212,7 @@ class Gpu:
         numbers = call.words
         words = (ctypes.c_int64 * len(numbers))(*numbers)
         argument = ctypes.c_void_p(ctypes.addressof(words))
-        grid, block, where = (call.grid, 1, 1), (call.block, 1, 1), ctypes.addressof(argument)
+        grid, block, where = (call.grid, 1, 1), (*call.block, 1), ctypes.addressof(argument)
         check(cu.cuLaunchKernel(kernel, *grid, *block, 0, stream.handle, where, 0))
 
     def _compile(self, call: MergeCall) -> Any:

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-PARTS = 8  # partials that one launch reads
+SLOTS = (2, 4, 8)
+PARTS = SLOTS[-1]  # partials that one launch reads
 VECTOR = 8  # elements that one thread takes
 THREADS = 256
 
@@ -67,39 +68,53 @@ class MergeCall:
     running_lse: int = 0
 
     @property
+    def slots(self) -> int:
+        """How many parts the kernel is compiled for."""
+        return next(slots for slots in SLOTS if slots >= len(self.parts))
+
+    @property
     def kernel(self) -> str:
         """What tells compiled kernels apart."""
-        return f"{self.kind} {self.target}"
+        return f"{self.kind} {self.target} {self.slots} {self.running != 0}"
 
     def source(self, template: str) -> str:
-        """Fill in the dtypes."""
-        return template.replace("KIND", NAMES[self.kind]).replace("TARGET", NAMES[self.target])
+        """Fill in the dtypes and how many parts there are."""
+        for name, value in (
+            ("KIND", NAMES[self.kind]),
+            ("TARGET", NAMES[self.target]),
+            ("SLOTS", str(self.slots)),
+            ("RUNNING", "true" if self.running else "false"),
+        ):
+            template = template.replace(name, value)
+        return template
 
     @property
     def grid(self) -> int:
-        """Blocks of `block` threads, one thread a vector."""
-        vectors = (self.stop - self.start) * self.heads * (self.dim // VECTOR)
-        return -(-vectors // self.block)
+        """Blocks of `block` threads."""
+        return -(-(self.stop - self.start) * self.heads // self.block[1])
 
     @property
-    def block(self) -> int:
-        """Threads a block: those of a row and head are in the same one."""
+    def block(self) -> tuple[int, int]:
+        """Threads a block: one a vector of a row and head, and so many rows and heads."""
         lanes = self.dim // VECTOR
-        return THREADS // lanes * lanes
+        return lanes, THREADS // lanes
 
     @property
     def words(self) -> tuple[int, ...]:
-        """The kernel's argument, a struct of 64-bit words; unused parts have no rows."""
-        flat: list[int] = []
-        for index in range(PARTS):
-            if index < len(self.parts):
-                part = self.parts[index]
-                flat += [part.output, part.lse, part.start, part.stop]
-            else:
-                flat += [0, 0, 0, 0]
+        """The kernel's argument, a struct of 64-bit words; a row and head are counted as one.
+
+        Unused parts have no rows.
+        """
+        heads = self.heads
+        flat = [
+            word
+            for part in self.parts
+            for word in (part.output, part.lse, part.start * heads, part.stop * heads)
+        ]
+        flat += [0] * 4 * (self.slots - len(self.parts))
         return (
             self.output, self.lse, self.running, self.running_lse,
-            self.start, self.stop, self.heads, self.dim, *flat,
+            self.start * heads, self.stop * heads, self.dim, *flat,
         )  # fmt: skip
 
 
@@ -131,71 +146,68 @@ template <> struct __align__(16) Vector<Bfloat16> { Bfloat16 at[8]; };
 template <> struct __align__(16) Vector<Float16> { Float16 at[8]; };
 template <> struct __align__(16) Vector<float> { float at[8]; };
 
-struct Part { const In* output; const float* lse; i64 start, stop; };
+// Places are rows times heads: no thread needs to know which row its own is in.
+struct Part { const In* output; const float* lse; i64 begin, end; };
 struct Call {
   Out* output; float* lse; const float* running; const float* running_lse;
-  i64 start, stop, heads, dim;
-  Part parts[8];
+  i64 begin, end, dim;
+  Part parts[SLOTS];
 };
 
 extern "C" __global__ void __launch_bounds__(256) merge(const Call call)
 {
-  const Part (&parts)[8] = call.parts;
-  Out* const output = call.output;
-  float* const lse = call.lse;
-  const float* const running = call.running;
-  const float* const running_lse = call.running_lse;
-  const i64 start = call.start, stop = call.stop, heads = call.heads, dim = call.dim;
-  const i64 lanes = dim / 8;
-  const i64 index = (i64)blockIdx.x * blockDim.x + threadIdx.x;
-  const i64 place = index / lanes, lane = index % lanes;  // place: row and head
-  const i64 row = start + place / heads, head = place % heads;
-  const bool inside = row < stop;
-  const i64 at = row * heads + head;
+  const i64 at = call.begin + (i64)blockIdx.x * blockDim.y + threadIdx.y;
+  const i64 lane = threadIdx.x * 8;
+  const bool inside = at < call.end;
   const float none = -__int_as_float(0x7f800000);
 
-  float logs[9], most = none;
+  // Everything is asked for before anything is looked at: memory is all that this kernel waits for.
+  float logs[SLOTS + 1];
+  Vector<In> found[SLOTS];
+  Vector<float> before;
+  #pragma unroll
+  for (int i = 0; i < SLOTS; ++i) {
+    const Part& part = call.parts[i];
+    logs[i] = none;
+    if (inside && at >= part.begin && at < part.end) {
+      const i64 place = at - part.begin;
+      logs[i] = part.lse[place];
+      found[i] = *reinterpret_cast<const Vector<In>*>(part.output + place * call.dim + lane);
+    }
+  }
+  logs[SLOTS] = none;
+  if (RUNNING && inside) {
+    logs[SLOTS] = call.running_lse[at];
+    before = *reinterpret_cast<const Vector<float>*>(call.running + at * call.dim + lane);
+  }
+
+  float most = none;
   int best = -1;
   #pragma unroll
-  for (int i = 0; i < 9; ++i) {
-    logs[i] = none;
-    if (!inside) {}
-    else if (i == 8) { if (running_lse) logs[i] = running_lse[at]; }
-    else if (row >= parts[i].start && row < parts[i].stop)
-      logs[i] = parts[i].lse[(row - parts[i].start) * heads + head];
+  for (int i = 0; i <= SLOTS; ++i)
     if (logs[i] > most) { most = logs[i]; best = i; }
-  }
   float rest = 0.f;
   #pragma unroll
-  for (int i = 0; i < 9; ++i)
+  for (int i = 0; i <= SLOTS; ++i)
     if (i != best && logs[i] > none) rest += expf(logs[i] - most);
-  const float all = best < 0 ? none : most + log1pf(rest);
   const float scale = 1.f / (1.f + rest);
 
   float sum[8] = {0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f, 0.f};
   #pragma unroll
-  for (int i = 0; i < 8; ++i) {
+  for (int i = 0; i <= SLOTS; ++i) {
     if (logs[i] > none) {
       const float weight = expf(logs[i] - most) * scale;
-      const i64 from = ((row - parts[i].start) * heads + head) * dim + lane * 8;
-      const Vector<In> part = *reinterpret_cast<const Vector<In>*>(parts[i].output + from);
       #pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e] += weight * widen(part.at[e]);
+      for (int e = 0; e < 8; ++e)
+        sum[e] += weight * (i < SLOTS ? widen(found[i < SLOTS ? i : 0].at[e]) : before.at[e]);
     }
   }
-  if (logs[8] > none) {
-    const float weight = expf(logs[8] - most) * scale;
-    const Vector<float> part =
-        *reinterpret_cast<const Vector<float>*>(running + at * dim + lane * 8);
-    #pragma unroll
-    for (int e = 0; e < 8; ++e) sum[e] += weight * part.at[e];
-  }
-  __syncthreads();  // the LSE is about to be replaced: all threads of a row have read it
+  __syncthreads();  // the LSE is about to be replaced: all threads of a place have read it
   if (!inside) return;
   Vector<Out> merged;
   #pragma unroll
   for (int e = 0; e < 8; ++e) narrow(sum[e], merged.at[e]);
-  *reinterpret_cast<Vector<Out>*>(output + at * dim + lane * 8) = merged;
-  if (lane == 0) lse[at] = all;
+  *reinterpret_cast<Vector<Out>*>(call.output + at * call.dim + lane) = merged;
+  if (lane == 0) call.lse[at] = best < 0 ? none : most + log1pf(rest);
 }
 """
