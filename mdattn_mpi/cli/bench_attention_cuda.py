@@ -103,7 +103,7 @@ def measure(
         side = sides[(lap + place) % len(sides)]
         torch.cuda.synchronize()
         world.barrier()
-        time.sleep(PAUSE)
+        pause()
         world.barrier()
         calls = max(2, min(40, int(SECONDS / _guess(problem, world.size))))
         side.times += side.run(calls)
@@ -119,6 +119,13 @@ def measure(
         }
         for name, kinds in every[0].items()
     }
+
+
+def pause() -> None:
+    """Let the GPU idle, and not the host: a thread that has slept gets its core back cold."""
+    end = time.perf_counter() + PAUSE
+    while time.perf_counter() < end:
+        pass
 
 
 class Inputs:

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Sequence
 from math import ceil
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.cli.bench_attention_cuda import PAUSE, SECONDS
+from mdattn_mpi.cli.bench_attention_cuda import SECONDS, pause
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.timeline import Call, Rates
@@ -110,7 +109,7 @@ class Stopwatch:
         calls, taken = ceil(SECONDS / 2 / guess), []
         for thirds in (1, 3):
             if self.runs_ahead:
-                time.sleep(PAUSE)
+                pause()
             taken.append(self._burst(once, thirds * calls))
         return (taken[1] - taken[0]) / (2 * calls)
 

@@ -393,8 +393,11 @@ class CudaDevice:
             for piece in pieces_of(rows, accumulator.first):
                 self._merge(accumulator, piece, output, lse)
             return
-        # MAIN would first finish what it has; the lane of the last of these calls has nothing more.
-        lane = calls[-1].lane if calls else MAIN
+        # MAIN, unless it has more to do first: then the lane of the last of these calls.
+        others = {
+            call.lane for call in (*accumulator.first, *accumulator.more) if call not in calls
+        }
+        lane = calls[-1].lane if calls and MAIN in others else MAIN
         side = self._lanes[lane]
         for call in calls:
             if call.lane != lane:
