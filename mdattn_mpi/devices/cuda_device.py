@@ -556,10 +556,11 @@ class CudaDevice:
     def head_start(self, problem: AttentionProblem) -> int:
         """Query rows whose attention to the rank's own keys takes as long as gathering the others.
 
-        For an item that nothing else hides the transfer of; see `strategies.allgather`.
+        For an item that nothing else hides the transfer of; see `strategies.allgather`. None if it
+        is so short that the host would be late with the two calls more.
         """
         costs, ranks = self.costs(), self._ranks
-        if ranks == 1:
+        if ranks == 1 or problem.flops / ranks / costs.flops < HEAD_START:
             return 0
         rows, keys = problem.q_tokens // ranks, problem.kv_tokens // ranks
         gather = 2 * costs.latency + (ranks - 1) / ranks * problem.kv_bytes / costs.bandwidth
@@ -605,6 +606,9 @@ class CudaDevice:
 # Attention as cuDNN does it, per multiprocessor: H200 measured, the others scaled from data sheets.
 FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
 TILE = 128  # query rows of one block of cuDNN's kernel
+HEAD_START = (
+    5e-4  # seconds of attention a rank that make one worth it: 8k lost 0.1 ms, 16k won 0.06
+)
 
 
 class _Clock:

@@ -307,12 +307,14 @@ def test_different_gpus_in_one_group_are_refused() -> None:
 
 def test_head_start_covers_the_gathering() -> None:
     def act(device: CudaDevice) -> list[int]:
-        return [device.head_start(AttentionProblem(n, n, 8, 8, 128, 128)) for n in (8192, 131072)]
+        lengths = (8192, 16384, 131072)
+        return [device.head_start(AttentionProblem(n, n, 8, 8, 128, 128)) for n in lengths]
 
-    short, long = in_group(2, act)[0]
+    too_short, short, long = in_group(2, act)[0]
+    assert too_short == 0
     assert 1024 <= short <= 4096
     assert 0 < long <= 8192
-    assert in_group(1, act)[0] == [0, 0]
+    assert in_group(1, act)[0] == [0, 0, 0]
 
 
 def test_spans_without_a_result_are_found() -> None:
