@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,23 @@ def test_shares_follow_from_the_file(bandwidth: float, tmp_path: Path) -> None:
         assert all(row["share"] == pytest.approx(1, rel=1e-3) for row in rows.values())
     else:
         assert rows["allgather"]["batch_share"] > rows["allgather"]["share"]
+
+
+def test_measured_rows_stand_beside_predicted_ones(tmp_path: Path) -> None:
+    path, measured, tokens = tmp_path / "kernels.json", tmp_path / "measured.json", 2048
+    kernels(path, tokens, 2, 1e15)
+    compute = tokens * tokens * 8 * 1e-10
+    problem = asdict(AttentionProblem(tokens, tokens, 8, 8, 128, 128))
+    ms = {"one GPU": 1.1, "ring": 0.5, "allgather": 0.625, "ulysses": 1, "stream of allgather": 0.5}
+    sides = {name: {"ms": 1e3 * compute * share} for name, share in ms.items()}
+    rows = {"ranks": 2, "results": [{**problem, "sides": sides}], "facts": {}}
+    measured.write_text(json.dumps(rows))
+    options = f"--ranks 2 --lengths {tokens} --causal none --kernels {path}".split()
+    command = ["-m", "mdattn_mpi", "bench", "predict", *options, "--against", str(measured)]
+    found = json.loads(mpirun(1, [*command, "--json"], check=True).stdout)["rows"]
+    shares = {row["strategy"]: row["measured_share"] for row in found}
+    assert shares == pytest.approx({"ring": 1.1, "allgather": 0.88, "ulysses": 0.55})
+    (gathered,) = (row for row in found if row["strategy"] == "allgather")
+    assert gathered["measured_batch_share"] == pytest.approx(1.1)
+    table = mpirun(1, command, check=True).stdout
+    assert re.search(r" allgather .* 2\.097\s+1\.136\s+0\.909", table), table

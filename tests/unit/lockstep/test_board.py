@@ -52,6 +52,16 @@ def test_the_first_failure_stays() -> None:
     assert (page.record().fault, page.record().late) == ("raised this", False)
 
 
+def test_a_suspicion_is_over_once_the_rank_has_started() -> None:
+    page = Board()
+    page.suspect("got no MPI", 2)
+    assert (page.record().fault, page.record().exit_code) == ("got no MPI", 2)
+    page.started()
+    assert page.record().fault == ""
+    page.fail("raised this")
+    assert page.record().fault == "raised this"
+
+
 def test_a_stop_is_remembered() -> None:
     page = Board()
     assert not page.stop_requested
