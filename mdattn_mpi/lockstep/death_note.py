@@ -12,6 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,6 +144,12 @@ def write(folder: str | Path, note: Note) -> bool:
         stream.write("\n")
     (Path(folder) / TEXT).write_text(page(note))
     return True
+
+
+def add(folder: str | Path, line: str) -> None:
+    """Write one line more under the page, if it can be written."""
+    with suppress(OSError), open(Path(folder) / TEXT, "a") as file:
+        file.write(f"\n{line}\n")
 
 
 def read(folder: str | Path) -> Note | None:

@@ -25,9 +25,10 @@ from contextlib import suppress
 from typing import TypeVar
 
 from mdattn_mpi.errors import MdattnError
-from mdattn_mpi.lockstep import death_note
+from mdattn_mpi.lockstep import death_note, guard
 from mdattn_mpi.lockstep.board import ENDED, PAGE, RUNNING, Board, BoardFile, Record, share
 from mdattn_mpi.lockstep.launcher import launcher
+from mdattn_mpi.lockstep.process import name_this, process_state, set_death_signal
 
 INTERRUPTED = 75
 BY_MPI = "got an error from MPI"  # mostly because the rank at the other end has died
@@ -43,7 +44,6 @@ _LOOK_AGAIN = 2.0  # seconds between two looks at who excuses a late rank
 _DEAF = 10.0  # seconds without a heartbeat after which nobody is home
 _REPEAT = 0.5  # launchers send one signal several times, to the process and to its group
 _NOTE_PATIENCE = 1.0
-_PR_SET_PDEATHSIG = 1
 
 T = TypeVar("T")
 
@@ -65,6 +65,7 @@ def watch(main: Callable[[], int]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, {*STOPS, signal.SIGCHLD})
+    guard.post(launcher(), board)
     watchdog = os.getpid()
     child = os.fork()
     if child == 0:
@@ -153,8 +154,7 @@ def _exit(board: Board, code: int) -> None:
 
 def _die_with(parent: int) -> None:
     """Have the kernel kill this process when `parent` dies."""
-    with suppress(AttributeError, OSError):  # not Linux
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    set_death_signal(signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(INTERRUPTED)
 
@@ -180,8 +180,7 @@ class Watchdog:
         self._looked = time.monotonic()
         self._suspended = 0.0
         self._phase: tuple[int, int] | None = None
-        with suppress(OSError), open("/proc/self/comm", "w") as name:
-            name.write("mdattn-watchdog")
+        name_this("mdattn-watchdog")
 
     def run(self) -> int:
         """Watch until the rank has ended, or must; return the exit code."""
@@ -543,15 +542,6 @@ def within(seconds: float, function: Callable[[], T]) -> T | None:
 def _wake_up() -> None:
     """Let the watchdog look now: it waits for this signal among others."""
     os.kill(os.getpid(), signal.SIGCHLD)
-
-
-def process_state(pid: int) -> str:
-    """Return the kernel's letter for the state of a process; "" if there is none such."""
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
 
 
 def _signal_name(number: int) -> str:

@@ -87,11 +87,12 @@ def test_a_host_is_cut_off(two: Hosts, data: Path, tmp_path: Path) -> None:
 
 
 def ranks_of(mark: str) -> list[int]:
-    """The processes of a run that compute, and their watchdogs."""
+    """The processes of a run that compute, and their watchdogs; a guard waits for mpirun."""
     return [
         pid
-        for pid in processes(mark)
-        if b"mdattn_mpi\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        for pid, name in processes(mark).items()
+        if name != "mdattn-guard"
+        and b"mdattn_mpi\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
         and b"--host" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
 

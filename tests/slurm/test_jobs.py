@@ -161,7 +161,7 @@ def rank_process(cluster: Slurm, rank: str) -> int:
         environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
         command = Path(f"/proc/{pid}/cmdline").read_bytes()
         step = any(word.startswith(b"SLURM_STEP_ID=") for word in environ)
-        program = b"mdattn" in command and name != "mdattn-watchdog"
+        program = b"mdattn" in command and not name.startswith("mdattn-")
         if program and step and f"SLURM_PROCID={rank}".encode() in environ:
             found.append(pid)
     (pid,) = found

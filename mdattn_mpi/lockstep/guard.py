@@ -1,0 +1,92 @@
+"""A guard over the launcher, for when it doesn't end after its ranks have.
+
+Open MPI's mpirun may wait for ever once its last rank is dead: once in some hundred killed jobs its
+PMIx server, while it is torn down, waits for a lock that nobody gives back (Open MPI 5.0.11, seen
+in a debugger). It holds the allocation then, and nothing of ours is left that could say so. So the
+first rank of a node has a guard: a process without files, asleep until the watchdog is gone. If the
+rank had not left the world in order by then, and mpirun is still there long after the last process
+that it started, the guard kills it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from mdattn_mpi.lockstep import death_note
+from mdattn_mpi.lockstep.board import ENDED, Board
+from mdattn_mpi.lockstep.launcher import Launcher
+from mdattn_mpi.lockstep.process import Process, name_this, set_death_signal
+
+PATIENCE = 20.0  # seconds; an mpirun that is well ends a fraction of one after its last rank
+ONE_JOB = frozenset({"mpirun", "mpiexec", "orterun", "prterun"})  # other daemons outlive their jobs
+_LOOK = 0.1
+_GONE = signal.SIGRTMIN + 8  # the kernel's word that the watchdog is gone
+
+
+def post(launched: Launcher, board: Board) -> None:
+    """Fork the guard of this process's launcher, where that is Open MPI's and this the first rank.
+
+    Must be called before a thread exists. The guard never returns from here.
+    """
+    launcher = Process.look(os.getppid())
+    if launched.speaks != "Open MPI" or launched.local_rank > 0:
+        return
+    if launcher is None or launcher.name not in ONE_JOB:
+        return
+    watchdog = os.getpid()
+    if os.fork() == 0:
+        try:
+            stand(launcher, watchdog, board)
+        finally:
+            os._exit(0)
+
+
+def stand(launcher: Process, watchdog: int, board: Board, patience: float = PATIENCE) -> None:
+    """Sleep until the process `watchdog` is gone; then see to it that the launcher goes too."""
+    os.setsid()  # signals to the group of a rank are not for the guard
+    signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
+    name_this("mdattn-guard")
+    _let_go_of_files()
+    set_death_signal(_GONE)
+    while os.getppid() == watchdog:
+        signal.sigwait({_GONE})
+    record = board.record()
+    if record.state != ENDED and outlives_its_ranks(launcher, patience):
+        os.kill(launcher.pid, signal.SIGKILL)
+        if record.folder:
+            death_note.add(
+                record.folder,
+                f"{launcher.name} (pid {launcher.pid} on {record.host}) was still there "
+                f"{patience:g} s after the last process that it had started, and was killed.",
+            )
+
+
+def outlives_its_ranks(launcher: Process, patience: float) -> bool:
+    """Wait for the launcher's end; True if it is there `patience` seconds after its children."""
+    since = time.monotonic()
+    while (now := Process.look(launcher.pid)) and now.is_alive and now.start == launcher.start:
+        if time.monotonic() - since > patience:
+            if now.state != "T" and not _has_children(launcher):
+                return True
+            since = time.monotonic()
+        time.sleep(_LOOK)
+    return False
+
+
+def _has_children(launcher: Process) -> bool:
+    """Whether something that the launcher has started still runs."""
+    everyone = (Process.look(int(folder.name)) for folder in Path("/proc").glob("[0-9]*"))
+    return any(found.is_alive and found.parent == launcher.pid for found in everyone if found)
+
+
+def _let_go_of_files() -> None:
+    """Hold no end of a pipe: a launcher waits for the end of its ranks' output."""
+    for number in map(int, os.listdir("/proc/self/fd")):
+        with suppress(OSError):  # that of the list itself
+            os.close(number)
+    for _ in ("stdin", "stdout", "stderr"):
+        os.open(os.devnull, os.O_RDWR)

@@ -1,0 +1,55 @@
+"""What the kernel says of a process, and does for one. On other systems than Linux: nothing."""
+
+from __future__ import annotations
+
+import ctypes
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Process(NamedTuple):
+    """A process; `start` tells it from a later one of the same pid."""
+
+    pid: int
+    name: str
+    state: str
+    parent: int
+    start: int
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether more is left of it than its exit code."""
+        return self.state not in "ZX"
+
+    @staticmethod
+    def look(pid: int) -> Process | None:
+        """Read it; None if there is none."""
+        try:
+            text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+        except OSError:
+            return None
+        # The name stands in brackets and may itself hold some.
+        name, _, rest = text.partition("(")[2].rpartition(")")
+        fields = rest.split()
+        return Process(pid, name, fields[0], int(fields[1]), int(fields[19]))
+
+
+def process_state(pid: int) -> str:
+    """Return the kernel's letter for the state of a process; "" if there is none such."""
+    found = Process.look(pid)
+    return found.state if found else ""
+
+
+def name_this(name: str) -> None:
+    """Let ``ps`` and ``top`` call this process `name`."""
+    with suppress(OSError), open("/proc/self/comm", "w") as file:
+        file.write(name)
+
+
+def set_death_signal(number: int) -> None:
+    """Have the kernel send a signal to this process when its parent dies."""
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number, 0, 0, 0)
