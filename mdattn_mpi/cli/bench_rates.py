@@ -1,8 +1,8 @@
 """Measuring what ``bench predict`` plays with: kernels, links, memory, and the host's part.
 
 A GPU's clocks fall under load, so a long call is timed as ``bench attention`` times it: after a
-pause, and when as much as a turn has begun already. Of a short one, that would only show how fast
-the host can ask for it: so it is asked for while the GPU is still busy with something longer.
+pause, among others like it, the first of them left out. Of a short one, that would only show how
+fast the host can ask for it: so it is asked for while the GPU is still busy with something longer.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Stopwatch:
         ) / (2 * CALLS)
 
     def _turn(self, once: Callable[[], Any], guess: float) -> float:
-        """Time the calls of a turn that come after the first third."""
+        """Time calls that come after half a turn of them."""
         calls, taken = ceil(SECONDS / 2 / guess), []
         for thirds in (1, 3):
             if self.runs_ahead:
