@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.cli.bench import numbers, surroundings, table
+from mdattn_mpi.errors import RejectedError
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.timeline import Rates
@@ -66,9 +67,9 @@ def _main(arguments: argparse.Namespace) -> int:
     from mdattn_mpi.lockstep import start
     from mdattn_mpi.strategies import STRATEGIES
 
+    measured = _measured(arguments.against)
     with start() as world:
         plans = list(_plans(arguments))
-        measured = _measured(arguments.against)
         kernels = _load(world, arguments.kernels)
         needed = {
             call
@@ -138,22 +139,37 @@ def _predict(plan: Plan, rates: Rates) -> dict[str, Any]:
 
 def _measured(paths: Sequence[str]) -> dict[Plan, dict[str, float]]:
     """Seconds and shares by plan, from what ``bench attention`` printed."""
+    found: dict[Plan, dict[str, float]] = {}
+    for path in paths:
+        try:
+            printed = json.loads(Path(path).read_text())
+            for result in printed["results"]:
+                found.update(_rows_of(printed["ranks"], result))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RejectedError(
+                f"no measured rows ({type(error).__name__}: {error})",
+                fix="give --against what `mdattn bench attention -b cuda --json` has printed",
+                file=path,
+            ) from None
+    return found
+
+
+def _rows_of(ranks: int, result: dict[str, Any]) -> Iterator[tuple[Plan, dict[str, float]]]:
     from mdattn_mpi.cli.bench_attention_cuda import ONE, STREAM
     from mdattn_mpi.problem import AttentionProblem, Plan
     from mdattn_mpi.strategies import STRATEGIES
 
-    found = {}
-    for path in paths:
-        printed = json.loads(Path(path).read_text())
-        for result in printed["results"]:
-            seconds = {name: side["ms"] / 1e3 for name, side in result.pop("sides").items()}
-            for name in STRATEGIES:
-                taken, ranks = seconds[name], printed["ranks"]
-                row = {"measured_seconds": taken, "measured_share": seconds[ONE] / ranks / taken}
-                if name == "allgather":
-                    row["measured_batch_share"] = seconds[ONE] / ranks / seconds[STREAM]
-                found[Plan(AttentionProblem(**result), name, ranks)] = row
-    return found
+    seconds = {name: side["ms"] / 1e3 for name, side in result.pop("sides").items()}
+    for name in STRATEGIES:
+        if name not in seconds:
+            continue
+        row = {
+            "measured_seconds": seconds[name],
+            "measured_share": seconds[ONE] / ranks / seconds[name],
+        }
+        if name == "allgather":
+            row["measured_batch_share"] = seconds[ONE] / ranks / seconds[STREAM]
+        yield Plan(AttentionProblem(**result), name, ranks), row
 
 
 def _table(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, str]) -> str:

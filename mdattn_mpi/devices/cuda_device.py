@@ -606,9 +606,8 @@ class CudaDevice:
 # Attention as cuDNN does it, per multiprocessor: H200 measured, the others scaled from data sheets.
 FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
 TILE = 128  # query rows of one block of cuDNN's kernel
-HEAD_START = (
-    5e-4  # seconds of attention a rank that make one worth it: 8k lost 0.1 ms, 16k won 0.06
-)
+# Seconds of attention a rank that make a head start worth it: 8k lost 0.1 ms by one, 16k won 0.06.
+HEAD_START = 5e-4
 
 
 class _Clock:

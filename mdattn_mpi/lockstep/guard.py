@@ -70,7 +70,7 @@ def outlives_its_ranks(launcher: Process, patience: float) -> bool:
     since = time.monotonic()
     while (now := Process.look(launcher.pid)) and now.is_alive and now.start == launcher.start:
         if time.monotonic() - since > patience:
-            if now.state != "T" and not _has_children(launcher):
+            if now.state not in "Tt" and not _has_children(launcher):  # a debugger may hold it
                 return True
             since = time.monotonic()
         time.sleep(_LOOK)

@@ -68,3 +68,14 @@ def test_measured_rows_stand_beside_predicted_ones(tmp_path: Path) -> None:
     assert gathered["measured_batch_share"] == pytest.approx(1.1)
     table = mpirun(1, command, check=True).stdout
     assert re.search(r" allgather .* 2\.097\s+1\.136\s+0\.909", table), table
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"results": [{}], "ranks": 2}'])
+def test_what_holds_no_measured_rows_is_refused(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(text)
+    command = f"bench predict --kernels {tmp_path}/k.json --against {path}".split()
+    done = mpirun(1, ["-m", "mdattn_mpi", *command])
+    assert done.returncode == 2
+    assert "no measured rows" in done.stderr
+    assert str(path) in done.stderr
