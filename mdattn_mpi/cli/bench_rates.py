@@ -229,7 +229,7 @@ def _asking(world: World, watch: Stopwatch, device: Any) -> dict[str, float]:
     }
     if world.size > 1:
         message = watch.asking_seconds(exchanging(device, SMALL_BYTES)) - found["copy"]
-        found["message"] = max(message, 0.0) / (1 if world.size == 2 else 2)
+        found["message"] = max(message, 0.0)
     return {name: max(each[name] for each in _everyone(world, found)) for name in found}
 
 

@@ -58,7 +58,7 @@ class Rates:
         Seconds that a merge takes besides.
     host
         Seconds that the host needs to ask for one ``attend``, ``finish``, ``copy`` or ``message``
-        (all that goes to one other rank, or comes from it, at a time).
+        (all that goes to one other rank at a time, and all that comes from one).
 
     """
 
@@ -243,16 +243,21 @@ def calls(traces: Sequence[Sequence[Verb]]) -> set[Call]:
 
 def host_seconds(traces: Sequence[Sequence[Verb]], rates: Rates) -> float:
     """Add up what the slowest host needs to ask for everything; GPUs can't be faster for long."""
+    return max(
+        sum(_asking(verb, number, rates.host) for verb in verbs)
+        for number, verbs in enumerate(traces)
+    )
 
-    def asking(verb: Verb) -> float:
-        if isinstance(verb, Compute):
-            return rates.host.get(verb.kind, 0.0)
-        if isinstance(verb, Exchange):
-            peers = {parcel.peer for parcel in (*verb.sends, *verb.receives)}
-            return rates.host.get("message", 0.0) * len(peers)
-        return 0.0  # a wait is counted with its exchange
 
-    return max(sum(map(asking, verbs)) for verbs in traces)
+def _asking(verb: Verb, rank: int, host: Mapping[str, float]) -> float:
+    """Seconds that a host needs to ask for one verb; a wait is counted with its exchange."""
+    if isinstance(verb, Wait):
+        return 0.0
+    if isinstance(verb, Compute):
+        return host.get(verb.kind, 0.0)
+    ends = ({parcel.peer for parcel in way} - {rank} for way in (verb.sends, verb.receives))
+    kept = sum(parcel.peer == rank for parcel in verb.sends)
+    return host.get("message", 0.0) * sum(map(len, ends)) / 2 + host.get("copy", 0.0) * kept
 
 
 @dataclass
