@@ -42,6 +42,7 @@ _STOPPED = 60.0  # seconds that a rank alone may be stopped, wherever it is
 _SUSPENDED = 2.0  # between two looks, after which this process must have been stopped
 _LOOK_AGAIN = 2.0  # seconds between two looks at who excuses a late rank
 _DEAF = 10.0  # seconds without a heartbeat after which nobody is home
+_BLIND = 1.5  # seconds more for a rank that waits for others whose records it can't read
 _REPEAT = 0.5  # launchers send one signal several times, to the process and to its group
 _NOTE_PATIENCE = 1.0
 
@@ -243,7 +244,9 @@ class Watchdog:
         """End the job if the rank has passed the deadline of its phase and has no excuse."""
         record, now = self.board.record(), time.monotonic()
         limit = min(record.deadline, self._stopped_limit(now)) + self._grace(record.progress, now)
-        if not record.deadline or now < limit:
+        # Who can't see whom it waits for lets that one's own watchdog speak first.
+        blind = _BLIND if record.waiting and not record.folder else 0.0
+        if not record.deadline or now < limit + blind:
             self._late_since = None
             return None
         if self._late_since != record.progress:  # the rank may be in the middle of storing it
