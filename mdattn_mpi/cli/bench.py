@@ -88,16 +88,11 @@ def alternate(
             began = perf_counter()
             kinds[name]()
             took[name].append(perf_counter() - began)
-    gathered = world.gather_bytes(json.dumps(took).encode()) or [b"{}"]
-    ranks = [json.loads(part) for part in gathered]
-    slowest = {
+    ranks = world.allgather(took)
+    return {
         name: median(max(times) for times in zip(*(rank[name] for rank in ranks), strict=True))
-        for name in ranks[0]
+        for name in took
     }
-    found: dict[str, float] = json.loads(
-        world.bcast_bytes(json.dumps(slowest).encode() if world.rank == 0 else None)
-    )
-    return found
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -115,13 +115,12 @@ def _predict(plan: Plan, rates: Rates) -> dict[str, Any]:
     from mdattn_mpi.devices.timeline import host_seconds, simulate, trace
     from mdattn_mpi.strategies import STRATEGIES
 
-    def played(items: int) -> float:
-        return simulate(trace(plan, STRATEGIES[plan.strategy], items), rates)
-
+    single, batch = (trace(plan, STRATEGIES[plan.strategy], items) for items in (1, STREAM))
     alone = simulate(trace(_alone(plan), STRATEGIES["ring"]), rates)
-    host = host_seconds(trace(plan, STRATEGIES[plan.strategy]), rates)
-    one = max(played(1), host)
-    each = max((played(STREAM) - played(1)) / (STREAM - 1), host)
+    one, all_of_them = simulate(single, rates), simulate(batch, rates)
+    host = host_seconds(single, rates)
+    each = max((all_of_them - one) / (STREAM - 1), host)
+    one = max(one, host)
     problem = plan.problem
     return {
         "tokens": problem.q_tokens,

@@ -8,8 +8,8 @@ fast the host can ask for it: so it is asked for while the GPU is still busy wit
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import ceil
 from statistics import median
 from time import perf_counter
@@ -36,33 +36,50 @@ def measure(
 ) -> Rates:
     """Collective. Time the calls that are missing, on all ranks at once; the slowest rank counts.
 
-    Links are measured where there are any.
+    The device itself is measured unless it is known, and so are its links where there are any.
     """
     from mdattn_mpi.backends import open_backend
-    from mdattn_mpi.devices.timeline import Rates
 
     backend = open_backend(arguments.backend, world, threads=arguments.threads)
-    device = backend.device  # type: ignore[attr-defined]
-    watch = Stopwatch(device, runs_ahead=arguments.backend == "cuda")
-    merge, launch = _merging(device) if watch.runs_ahead else (known.merge, known.launch)
-
-    def merging(call: Call) -> float:
-        return launch + 3 * call.q_rows * _row(call) / merge
-
-    alone, after = _attending(world, watch, missing, merging)
-    alone, after = {**known.attend, **alone}, {**known.after, **after}
-    world.barrier()
-    memory = 2 * LINK_BYTES / watch.seconds_among(copying(device))
-    merge, host = merge or memory, dict(known.host)
-    bandwidth, latency = known.bandwidth or float("inf"), known.latency
-    if world.size > 1:
-        large = watch.seconds_among(exchanging(device, LINK_BYTES))
-        latency = watch.seconds_among(exchanging(device, SMALL_BYTES))
-        bandwidth = LINK_BYTES / max(large - latency, 1e-9)
-    if watch.runs_ahead:
-        host |= _asking(world, watch, device)
+    watch = Stopwatch(backend.device, runs_ahead=arguments.backend == "cuda")  # type: ignore[attr-defined]
+    rates = known
+    if not rates.memory:
+        rates = _with_device(world, watch, rates)
+    if world.size > 1 and not rates.latency:
+        rates = _with_links(world, watch, rates)
+    alone, after = _attending(world, watch, missing, rates)
     backend.close()
-    return Rates(alone, bandwidth, latency, memory, merge, launch, host, after)
+    return replace(
+        rates,
+        bandwidth=rates.bandwidth or float("inf"),
+        attend={**rates.attend, **alone},
+        after={**rates.after, **after},
+    )
+
+
+def _with_device(world: World, watch: Stopwatch, rates: Rates) -> Rates:
+    """Collective. Measure copies and merges, and what the host needs to ask for everything."""
+    world.barrier()
+    memory = 2 * LINK_BYTES / watch.seconds_among(copying(watch.device))
+    if not watch.runs_ahead:
+        return replace(rates, memory=memory, merge=memory)
+    merge, launch = _merging(watch)
+    host = _slowest(world, _asking(watch))
+    return replace(rates, memory=memory, merge=merge, launch=launch, host=host)
+
+
+def _with_links(world: World, watch: Stopwatch, rates: Rates) -> Rates:
+    """Collective. Measure messages from rank to rank."""
+    world.barrier()
+    small = exchanging(watch.device, SMALL_BYTES)
+    latency = watch.seconds_among(small)
+    large = watch.seconds_among(exchanging(watch.device, LINK_BYTES))
+    bandwidth = LINK_BYTES / max(large - latency, 1e-9)
+    host = dict(rates.host)
+    if watch.runs_ahead:
+        message = max(watch.asking_seconds(small) - host.get("copy", 0.0), 0.0)
+        host |= _slowest(world, {"message": message})
+    return replace(rates, bandwidth=bandwidth, latency=latency, host=host)
 
 
 class Stopwatch:
@@ -96,6 +113,10 @@ class Stopwatch:
             / CALLS,
             1e-9,
         )
+
+    def burst_behind_leads(self, once: Callable[[], Any]) -> None:
+        """Do some calls that the host has asked for before the GPU comes to them."""
+        self._burst(once, CALLS, self._leads(once))
 
     def asking_seconds(self, once: Callable[[], Any]) -> float:
         """How long the host needs for a call whose work is nothing."""
@@ -180,7 +201,7 @@ def exchanging(device: Any, nbytes: int) -> Callable[[], Any]:
 
 
 def _attending(
-    world: World, watch: Stopwatch, missing: Sequence[Call], merging: Callable[[Call], float]
+    world: World, watch: Stopwatch, missing: Sequence[Call], rates: Rates
 ) -> tuple[dict[Call, float], dict[Call, float]]:
     """Collective. Seconds of every call alone, and after another one like it."""
     alone, after = [], []
@@ -189,26 +210,24 @@ def _attending(
         alone.append(watch.seconds(attention(watch.device, call)))
         after.append(alone[-1])
         if watch.runs_ahead and alone[-1] < LONG:
-            pair = watch.seconds(attention(watch.device, call, 2)) - merging(call)
+            merged = rates.launch + 3 * call.q_rows * _row(call) / rates.merge
+            pair = watch.seconds(attention(watch.device, call, 2)) - merged
             after[-1] = min(alone[-1], max(pair - alone[-1], 0.0))
-    everyone = zip(*_everyone(world, [alone, after]), strict=True)
+    everyone = zip(*world.allgather([alone, after]), strict=True)
     alone, after = ([max(each) for each in zip(*ranks, strict=True)] for ranks in everyone)
     return dict(zip(missing, alone, strict=True)), dict(zip(missing, after, strict=True))
 
 
-def _merging(device: Any) -> tuple[float, float]:
+def _merging(watch: Stopwatch) -> tuple[float, float]:
     """Bytes/s of a merge, and the seconds that it takes besides: by the GPU's own clock."""
     taken = []
     for rows in MERGED:
-        call = _call(rows, MERGED[0])
-        twice = attention(device, call, 2)
-        for calls in (1, CALLS):
-            before = device.seconds["merge"]
-            for _ in range(calls):
-                last = twice()
-            device.download(last).wait()
-        taken.append((device.seconds["merge"] - before) / CALLS)
-    row = 3 * _row(call)
+        twice = attention(watch.device, _call(rows, MERGED[0]), 2)
+        watch.seconds_among(twice)  # by then everything is compiled
+        before = watch.device.seconds["merge"]
+        watch.burst_behind_leads(twice)
+        taken.append((watch.device.seconds["merge"] - before) / CALLS)
+    row = 3 * _row(_call(1, 1))
     rate = (MERGED[1] - MERGED[0]) * row / max(taken[1] - taken[0], 1e-9)
     return rate, max(taken[0] - MERGED[0] * row / rate, 0.0)
 
@@ -218,33 +237,27 @@ def _row(call: Call) -> int:
     return call.q_heads * (2 * call.v_head_dim + 4)
 
 
-def _asking(world: World, watch: Stopwatch, device: Any) -> dict[str, float]:
-    """Collective. Seconds of the host for every verb, from calls whose work is nothing."""
+def _asking(watch: Stopwatch) -> dict[str, float]:
+    """Seconds of the host for every verb but messages, from calls whose work is nothing."""
     small = _call(64, 64)
-    one, two = (watch.asking_seconds(attention(device, small, times)) for times in (1, 2))
-    found = {
+    one, two = (watch.asking_seconds(attention(watch.device, small, times)) for times in (1, 2))
+    return {
         "attend": max(two - one, 0.0),
         "finish": max(2 * one - two, 0.0),
-        "copy": watch.asking_seconds(copying(device, SMALL_BYTES)),
+        "copy": watch.asking_seconds(copying(watch.device, SMALL_BYTES)),
     }
-    if world.size > 1:
-        message = watch.asking_seconds(exchanging(device, SMALL_BYTES)) - found["copy"]
-        found["message"] = max(message, 0.0)
-    return {name: max(each[name] for each in _everyone(world, found)) for name in found}
+
+
+def _slowest(world: World, own: dict[str, float]) -> dict[str, float]:
+    """Collective. The greatest of every figure."""
+    ranks = world.allgather(own)
+    return {name: max(each[name] for each in ranks) for name in own}
 
 
 def _call(rows: int, keys: int) -> Call:
     from mdattn_mpi.devices.timeline import Call
 
     return Call(rows, keys, HEADS, HEADS, DIM, DIM, causal=False)
-
-
-def _everyone(world: World, own: Any) -> list[Any]:
-    """Collective. What every rank has found."""
-    gathered = world.gather_bytes(json.dumps(own).encode())
-    whole = json.dumps(list(map(json.loads, gathered))).encode() if gathered else b""
-    found: list[Any] = json.loads(world.bcast_bytes(whole))
-    return found
 
 
 def _random(device: Any, shape: tuple[int, ...]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,7 +58,7 @@ def open_cuda(
     libraries = seam or Libraries()
     local_rank = group.local_rank if local_rank is None else local_rank
     gpu, facts = together(group, lambda: _open_own(libraries, local_rank, group.local_size))
-    everyone = _share(group, facts)
+    everyone = group.allgather(facts)
     _check_alike(everyone)
     near = _near(group, gpu, everyone, transfer)
     memory = Memory(gpu)
@@ -169,14 +168,6 @@ def together(group: Group, act: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any
     return result
 
 
-def _share(group: Group, facts: Any) -> list[Any]:
-    """Collective. Give every rank the facts of all, in rank order."""
-    gathered = group.gather_bytes(json.dumps(facts).encode())
-    data = json.dumps([json.loads(each) for each in gathered]).encode() if gathered else None
-    shared: list[Any] = json.loads(group.bcast_bytes(data))
-    return shared
-
-
 def _check_alike(everyone: Sequence[Facts]) -> None:
     kinds: dict[str, list[int]] = {}
     places: dict[tuple[str, str], int] = {}
@@ -206,7 +197,7 @@ def _near(group: Group, gpu: Any, everyone: Sequence[Facts], transfer: str) -> l
         and bool(gpu.reaches(each["place"]))
         for rank, each in enumerate(everyone)
     ]
-    rows = _share(group, reached)
+    rows = group.allgather(reached)
     near = [rank for rank in range(group.size) if rows[group.rank][rank] and rows[rank][group.rank]]
     far = group.size * (group.size - 1) - sum(
         rows[a][b] and rows[b][a] for a in range(group.size) for b in range(group.size)
@@ -223,7 +214,7 @@ def _open_copies(
     group: Group, gpu: Any, memory: Memory, near: list[int], transfer: str
 ) -> tuple[PeerCopies | None, list[int], str]:
     """Collective. Open the copy engines; where CUDA IPC doesn't work, do without."""
-    if not any(_share(group, bool(near))):
+    if not any(group.allgather(bool(near))):
         return None, [], "asked for" if transfer == "nccl" else "no GPUs that reach each other"
     # Opened by all ranks or none: also a rank without a near one takes part.
     try:

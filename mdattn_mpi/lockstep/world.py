@@ -5,12 +5,14 @@ Everything on the wire is a buffer or JSON bytes; nothing is pickled.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import time
 from collections.abc import Sequence
+from functools import cache
 from types import TracebackType
-from typing import cast
+from typing import Any, cast
 from zlib import crc32
 
 import mpi4py
@@ -109,7 +111,7 @@ class Group:
         # After a millisecond of other work none of this is in the processor's caches, and what it
         # costs is how much of Python and MPI it touches: hence no calls but these.
         ballot, number = self._ballot, self.size - self.rank  # the greatest is the lowest rank's
-        phase = _PHASES.get(step.phase) or _number_of(step.phase)
+        phase = _phase_number(step.phase)
         digest = (step.facts_digest ^ phase ^ (step.item_index + 1) * ODD) & MASK
         HEAD.pack_into(
             ballot.sent, 0, digest, digest ^ MASK,
@@ -169,6 +171,13 @@ class Group:
             gathered.append(bytes(received))
         return gathered
 
+    def allgather(self, own: Any) -> list[Any]:
+        """Collective. Give every rank what all have, as JSON says it, in rank order."""
+        gathered = self.gather_bytes(json.dumps(own).encode())
+        every = json.dumps([json.loads(each) for each in gathered]).encode() if gathered else None
+        found: list[Any] = json.loads(self.bcast_bytes(every))
+        return found
+
     def split(self, color: int, key: int = 0) -> Group:
         """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""
         self.board.identify(group=color)
@@ -201,7 +210,7 @@ class World(Group):
     def __init__(self, comm: MPI.Intracomm, launched: Launcher, board: Board) -> None:
         super().__init__(comm, board)
         self.hostname = os.uname().nodename
-        self.nodes = self._tell(os.environ.get("SLURMD_NODENAME") or self.hostname)
+        self.nodes = tuple(self.allgather(os.environ.get("SLURMD_NODENAME") or self.hostname))
         self.local_rank, self.local_size = launched.local_rank, launched.local_size
         # Not MPI's split by shared memory: under srun Open MPI finds every rank alone there.
         if self.local_rank < 0:
@@ -209,15 +218,10 @@ class World(Group):
         if self.local_size < 0:
             self.local_size = self.nodes.count(self.nodes[self.rank])
         allowed = sorted(os.sched_getaffinity(0))
-        self.cores = share_of_cores(self._tell(" ".join(map(str, allowed))), self.nodes, self.rank)
+        everyone = self.allgather(" ".join(map(str, allowed)))
+        self.cores = share_of_cores(everyone, self.nodes, self.rank)
         self.job = int.from_bytes(self.bcast_bytes(secrets.token_bytes(8)), "little")
         board.identify(job=self.job, rank=self.rank, size=self.size)
-
-    def _tell(self, text: str) -> tuple[str, ...]:
-        """Collective. Every rank's line of `text`, in rank order."""
-        gathered = self.gather_bytes(text.encode())
-        together = b"\n".join(gathered) if gathered is not None else None
-        return tuple(self.bcast_bytes(together).decode().split("\n"))
 
     def end(self) -> None:
         """Collective. Leave the world in order. Safe to call twice."""
@@ -261,13 +265,10 @@ def start() -> World:
     return World(MPI.COMM_WORLD, launched, board)
 
 
-_PHASES: dict[str, int] = {}
-
-
-def _number_of(phase: str) -> int:
+@cache
+def _phase_number(phase: str) -> int:
     """Return the part of a digest that stands for a phase; the same in every process."""
-    number = _PHASES[phase] = crc32(phase.encode()) << 32
-    return number
+    return crc32(phase.encode()) << 32
 
 
 def share_of_cores(allowed: Sequence[str], nodes: Sequence[str], rank: int) -> int:

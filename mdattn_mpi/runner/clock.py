@@ -54,7 +54,7 @@ class PhaseClock:
             may last as long as any of those. Always the same for one phase.
 
         """
-        spell = self._spells.get((phase, work)) or self._new(phase, work, meanwhile)
+        spell = self._spells.get((phase, work)) or self._keep(Spell(phase, work, meanwhile))
         now = self.board.tell(spell.name, item, spell.limit)
         before, took = self._spell, now - self._since
         before.spent += took
@@ -71,9 +71,6 @@ class PhaseClock:
         self._spell.longest = max(self._spell.longest, now - self._since)
         self._learn(now)
         self._spell = Spell("", 0, ())
-
-    def _new(self, phase: str, work: int, meanwhile: tuple[str, ...]) -> Spell:
-        return self._keep(Spell(phase, work, meanwhile))
 
     def _keep(self, spell: Spell) -> Spell:
         spell.limit = int(1e9 * self.deadlines.of(spell.meanwhile, spell.work))

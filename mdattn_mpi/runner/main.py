@@ -8,6 +8,7 @@ from collections.abc import Callable
 from time import perf_counter
 
 from mdattn_mpi.lockstep import World, board, together
+from mdattn_mpi.lockstep.process import Process
 from mdattn_mpi.runner.folder import watched_folder
 from mdattn_mpi.runner.job import Job, add_seconds, run_folder, say
 from mdattn_mpi.runner.jobspec import JobSpec
@@ -56,9 +57,10 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
 
 def seconds_since_launch() -> float:
     """How long ago this rank was launched: Python, MPI and the wait for the other ranks."""
-    with open(f"/proc/{board().watchdog_pid or 'self'}/stat") as stat, open("/proc/uptime") as up:
-        ticks = int(stat.read().rpartition(")")[2].split()[19])
-        return float(up.read().split()[0]) - ticks / os.sysconf("SC_CLK_TCK")
+    launched = Process.look(board().watchdog_pid or os.getpid())
+    assert launched is not None
+    with open("/proc/uptime") as up:
+        return float(up.read().split()[0]) - launched.start / os.sysconf("SC_CLK_TCK")
 
 
 def close_job(job: Job) -> int:

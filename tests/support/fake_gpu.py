@@ -8,6 +8,7 @@ to wait for comes out as a wrong result.
 from __future__ import annotations
 
 import ctypes
+import json
 import random
 import threading
 import time
@@ -302,6 +303,13 @@ class FakeGroup:
                 self.comm._put((root, peer, "bcast"), data)
         found: bytes = self.comm._get((root, self.rank, "bcast"))
         return found
+
+    def allgather(self, own: Any) -> list[Any]:
+        for peer in range(self.size):
+            self.comm._put((self.rank, peer, "allgather"), json.dumps(own))
+        return [
+            json.loads(self.comm._get((peer, self.rank, "allgather"))) for peer in range(self.size)
+        ]
 
 
 class FakeLibraries:

@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 
 from mdattn_mpi.doctor.facts import stale_sessions
+from mdattn_mpi.lockstep.process import Process
 
 ROOT = Path(__file__).resolve().parents[2]
 MARK = "MDATTN_TEST_RUN"  # every process of one run carries the same value in its environment
@@ -70,12 +71,11 @@ def processes(mark: str) -> dict[int, str]:
         try:
             if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes():
                 continue
-            # The command stands in brackets and may itself hold some; the state follows the last.
-            name, _, rest = (folder / "stat").read_text().partition("(")[2].rpartition(")")
         except OSError:
             continue  # it ended while we looked, or it is not ours
-        if rest.split()[0] not in "ZX":
-            found[int(folder.name)] = name
+        process = Process.look(int(folder.name))
+        if process and process.is_alive:
+            found[process.pid] = process.name
     return found
 
 

@@ -305,6 +305,46 @@ def test_different_gpus_in_one_group_are_refused() -> None:
         _check_alike(facts)
 
 
+@pytest.mark.parametrize("strategy", ["ring", "allgather"])
+def test_a_lone_call_asks_the_driver_seldom(strategy: str) -> None:
+    problem = AttentionProblem(256, 256, 4, 4, 16, 16, "float16")
+
+    def act(device: CudaDevice) -> list[int]:
+        plan, shards = Plan(problem, strategy, 2), zeros(problem)  # type: ignore[arg-type]
+        asked: list[int] = []
+        count_calls(device._gpu, asked)
+        arrays = [device.upload(shard) for shard in shards]
+        for _ in range(6):
+            asked.append(0)
+            steps = STRATEGIES[plan.strategy](device, plan, *arrays)
+            next(steps)
+            next(steps, None)
+        return asked[3:]
+
+    for counts in in_group(2, act):
+        assert all(10 < count <= 32 for count in counts), counts
+
+
+def zeros(problem: AttentionProblem) -> list[Any]:
+    shape = (problem.q_tokens // 2, problem.q_heads, problem.head_dim)
+    return [np.zeros(shape, np.float16) for _ in range(3)]
+
+
+def count_calls(gpu: Any, asked: list[int]) -> None:
+    """Add each call that enqueues something to the last of `asked`."""
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **options: Any) -> Any:
+            if asked:
+                asked[-1] += 1
+            return call(*args, **options)
+
+        return ask
+
+    for name in ("record", "wait", "copy", "copy_rows", "raise_flag", "await_flag", "merge"):
+        setattr(gpu, name, counted(getattr(gpu, name)))
+
+
 def test_head_start_covers_the_gathering() -> None:
     def act(device: CudaDevice) -> list[int]:
         lengths = (8192, 16384, 131072)

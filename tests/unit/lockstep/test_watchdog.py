@@ -13,7 +13,8 @@ import pytest
 
 from mdattn_mpi.lockstep import Board, death_note
 from mdattn_mpi.lockstep.board import EPOCH_BITS, BoardFile, Record, pid_namespace
-from mdattn_mpi.lockstep.watchdog import Excuse, Scribe, process_state, within
+from mdattn_mpi.lockstep.process import process_state
+from mdattn_mpi.lockstep.watchdog import Excuse, Scribe, within
 
 FRAME = """
 import os, signal, sys, threading, time
