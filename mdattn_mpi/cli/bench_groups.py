@@ -122,6 +122,8 @@ def _deal() -> Iterator[dict[str, float]]:
 
 def _run(arguments: argparse.Namespace) -> list[dict[str, float]]:
     """Items a second of one rank, of N groups of one, and of N jobs of one, in turn."""
+    if arguments.folder and not Path(arguments.folder).is_dir():
+        raise RejectedError("no such folder", fix="make it first", file=arguments.folder)
     with tempfile.TemporaryDirectory(prefix="mdattn-bench-", dir=arguments.folder) as folder:
         bench = _Jobs(Path(folder), arguments)
         sides: dict[str, Callable[[], float]] = {
