@@ -203,11 +203,11 @@ def open_backend(
     """
     name = backend_name(name, group)
     if name == "cpu":
-        from mdattn_mpi.devices.cpu import open_cpu
+        from mdattn_mpi.devices.cpu.device import open_cpu
 
         return StrategyBackend("cpu", open_cpu(group, threads))
     if name == "cuda":
-        from mdattn_mpi.devices.cuda import open_cuda
+        from mdattn_mpi.devices.cuda.open import open_cuda
 
         return StrategyBackend("cuda", open_cuda(group, transfer=transfer))
     if name == "tensorrt":

@@ -11,7 +11,7 @@ from types import FrameType
 import pytest
 
 TESTS = Path(__file__).parent
-ORDER = ("slurm", "mpi", "cli", "fuzz", "unit")
+ORDER = ("slurm", "mpi", "cli", "bench", "fuzz", "unit")
 
 
 class Running:

@@ -70,8 +70,8 @@ def _timed(world: World, name: str, action: Callable[[], None], nbytes: int) -> 
 
 def try_nccl(world: World, gpu: int) -> dict[str, Try]:
     """Collective. The same over NCCL, each rank on its own GPU; raises what CUDA or NCCL raises."""
-    from mdattn_mpi.devices.cuda_driver import Gpu
-    from mdattn_mpi.devices.nccl_comm import NcclComm
+    from mdattn_mpi.devices.cuda.driver import Gpu
+    from mdattn_mpi.devices.nccl import NcclComm
 
     world.board.enter("doctor: NCCL")
     device, size = Gpu(gpu), world.size

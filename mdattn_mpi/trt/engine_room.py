@@ -173,7 +173,7 @@ def _open_gpu(local_rank: int, local_size: int) -> CudaGpu:
             "built without a GPU: mdattn build",
         )
     try:
-        from mdattn_mpi.devices.cuda_driver import Gpu as Driver
+        from mdattn_mpi.devices.cuda.driver import Gpu as Driver
     except ImportError as error:
         raise RejectedError(f"CUDA's Python packages are missing ({error})", fix=INSTALL) from error
     return CudaGpu(Driver(local_rank))
@@ -188,6 +188,6 @@ def _import_nccl() -> None:
 
 def _open_nccl(group: Group) -> Communicator:
     """Collective. Make the communicator; TensorRT's calls on it must not return early."""
-    from mdattn_mpi.devices.nccl_comm import NcclComm
+    from mdattn_mpi.devices.nccl import NcclComm
 
     return NcclComm(group, blocking=True)

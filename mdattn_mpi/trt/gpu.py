@@ -72,12 +72,12 @@ class CudaGpu:
     Parameters
     ----------
     driver
-        A `devices.cuda_driver.Gpu`.
+        A `devices.cuda.driver.Gpu`.
 
     """
 
     def __init__(self, driver: Any) -> None:
-        from mdattn_mpi.devices.cuda_memory import HostBuffers
+        from mdattn_mpi.devices.cuda.memory import HostBuffers
 
         self._driver = driver
         self.name: str = driver.name

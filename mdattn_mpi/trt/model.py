@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.onnx.shard import CAUSAL_KEYS, KEYS
 from mdattn_mpi.partition import equal_shards
 from mdattn_mpi.problem import DTypeName, Span
 from mdattn_mpi.trt.engine import Engine
 from mdattn_mpi.trt.engine_room import EngineRoom
 from mdattn_mpi.trt.gpu import Buffer, HostArray
-from mdattn_mpi.trt.onnx_shard import CAUSAL_KEYS, KEYS
 from mdattn_mpi.trt.spec import shard_length
 from mdattn_mpi.trt.store import Manifest
 

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.trt.build import Made, Profile, build_network
-from mdattn_mpi.trt.choice import check_target
-from mdattn_mpi.trt.library import SM, Library, Log, uncollected
-from mdattn_mpi.trt.onnx_model import (
+from mdattn_mpi.onnx.model import (
     ATTENTION,
     RANK_COUNT,
     attribute_of,
     load_model,
     read_sharding,
 )
-from mdattn_mpi.trt.onnx_shard import CAUSAL_KEYS, KEYS
+from mdattn_mpi.onnx.shard import CAUSAL_KEYS, KEYS
+from mdattn_mpi.trt.build import Made, Profile, build_network
+from mdattn_mpi.trt.choice import check_target
+from mdattn_mpi.trt.library import SM, Library, Log, uncollected
 from mdattn_mpi.trt.spec import Sharding, shard_length
 from mdattn_mpi.trt.store import describe_model
 

@@ -25,7 +25,7 @@ import numpy as np
 
 import mdattn_mpi
 from mdattn_mpi.backends import StrategyBackend
-from mdattn_mpi.devices.cuda import open_cuda
+from mdattn_mpi.devices.cuda.open import open_cuda
 from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.lockstep import World, start
 from mdattn_mpi.partition import partition_of
@@ -216,7 +216,7 @@ def million(world: World) -> int:
     """Collective. One item of 2²⁰ tokens by `ring`: sampled rows against float64, peak memory."""
     import torch
 
-    from mdattn_mpi.cli.bench_attention_cuda import Inputs
+    from mdattn_mpi.bench.attention_cuda import Inputs
     from mdattn_mpi.strategies import STRATEGIES
 
     device = open_cuda(world)
@@ -257,7 +257,7 @@ def profile(world: World) -> None:
     import cProfile
     import pstats
 
-    from mdattn_mpi.cli import bench_attention_cuda as bench
+    from mdattn_mpi.bench import attention_cuda as bench
 
     device = open_cuda(world, timings=False)
     for length in (8192, 16384):
@@ -354,7 +354,7 @@ def main() -> int:
     if "million" in arguments.what:
         wrong += million(world)
     if "bench" in arguments.what:
-        from mdattn_mpi.cli import bench_attention_cuda as bench
+        from mdattn_mpi.bench import attention_cuda as bench
 
         rows = [int(row) for row in arguments.rows.split(",") if row] or range(len(TABLE))
         table = [TABLE[row] for row in rows]

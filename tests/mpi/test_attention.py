@@ -163,7 +163,7 @@ def test_ranks_that_differ_are_told_in_what(world: Any) -> None:
 
 @on_ranks(2)
 def test_a_rank_without_memory_takes_nobody_down_and_the_next_call_works(world: Any) -> None:
-    from mdattn_mpi.devices.cpu import CpuDevice
+    from mdattn_mpi.devices.cpu.device import CpuDevice
 
     problem = AttentionProblem(64, 64, 2, 2, 16, 16)
     shards, right = shards_of(problem, world, "contiguous")

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mdattn_mpi.devices import cpu
-from mdattn_mpi.devices.cpu import CpuDevice, open_cpu
+from mdattn_mpi.devices.cpu import device
+from mdattn_mpi.devices.cpu.device import CpuDevice, open_cpu
 from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.problem import Span
 from tests.support.ranks import on_ranks
@@ -66,7 +66,7 @@ def test_two_transfers_under_way_keep_their_order(world: Any) -> None:
 @on_ranks(1, 3)
 def test_long_messages_are_cut(world: Any) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(cpu, "PIECE", 1000)
+        monkeypatch.setattr(device, "PIECE", 1000)
         test_everybody_with_everybody_in_order.body(world)
 
 

@@ -81,10 +81,10 @@ class MpiInstead:
 
 @on_ranks(1, 2, 3)
 def test_what_arrives_is_checked(world: World) -> None:
-    driver, nccl = ModuleType("cuda_driver"), ModuleType("nccl_comm")
+    driver, nccl = ModuleType("cuda_driver"), ModuleType("nccl")
     driver.Gpu, nccl.NcclComm = HostGpu, MpiInstead  # type: ignore[attr-defined]
-    sys.modules["mdattn_mpi.devices.cuda_driver"] = driver
-    sys.modules["mdattn_mpi.devices.nccl_comm"] = nccl
+    sys.modules["mdattn_mpi.devices.cuda.driver"] = driver
+    sys.modules["mdattn_mpi.devices.nccl"] = nccl
     from mdattn_mpi.doctor.network import try_nccl
 
     found = try_nccl(world, 0)

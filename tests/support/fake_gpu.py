@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mdattn_mpi.devices.cuda_merge import MergeCall
-from mdattn_mpi.devices.cudnn_sdpa import PlanKey
+from mdattn_mpi.devices.cuda.cudnn import PlanKey
+from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import RejectedError
 
 DEADLINE = 30.0
@@ -103,7 +103,7 @@ class Stream:
 
 
 class FakeGpu:
-    """What `cuda_driver.Gpu` is, on host memory."""
+    """What `driver.Gpu` is, on host memory."""
 
     sm = (9, 0)
     multiprocessors = 132
@@ -203,14 +203,14 @@ class FakeGpu:
 
 
 class FakePlan(NamedTuple):
-    """What `cudnn_sdpa.Plan` is."""
+    """What `cudnn.Plan` is."""
 
     key: PlanKey
     workspace: int = 256
 
 
 class FakeSdpa:
-    """What `cudnn_sdpa.Sdpa` is, in float64."""
+    """What `cudnn.Sdpa` is, in float64."""
 
     version = "double"
 

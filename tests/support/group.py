@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdattn_mpi.devices.loopback import run_ranks
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import Partition, Plan, Span
 from mdattn_mpi.strategies import STRATEGIES
+from tests.support.loopback import run_ranks
 
 Array = NDArray[Any]
 

@@ -18,13 +18,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from mdattn_mpi.onnx.model import attribute_of, read_sharding
 from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import Made
 from mdattn_mpi.trt.engine_room import EngineRoom
 from mdattn_mpi.trt.gpu import Buffer
 from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import define
-from mdattn_mpi.trt.onnx_model import attribute_of, read_sharding
 from mdattn_mpi.trt.spec import EngineSpec
 from mdattn_mpi.trt.store import describe_attention
 from tests.support.network_interpreter import MpiRanks, interpret, recorded

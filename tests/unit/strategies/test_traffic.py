@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from mdattn_mpi.devices.loopback import LoopbackDevice, LoopbackTransfer, run_ranks
 from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.partition import partition
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
 from tests.support.group import attend, attend_in_group, take
+from tests.support.loopback import LoopbackDevice, LoopbackTransfer, run_ranks
 from tests.support.reference import random_inputs
 
 Array = NDArray[Any]

@@ -1,0 +1,379 @@
+"""``mdattn bench attention -b cuda``, under ``mpirun -n P``: P GPUs against one, and PyTorch's.
+
+In every round each side has its turn, beginning with another one each time, after the same pause:
+without it, whoever comes after a pause finds a cooler GPU and higher clocks. A call's time is that
+from the end of the one before it to its own end, by events on the GPU, the median over calls and
+rounds. For "one GPU" every GPU computes the whole item by itself, all at the same time. Of several
+ranks the slowest counts, on all sides alike: GPUs of one node differ by some percent. Inputs are
+random and rotate. A call of a lone item starts its transfers when the call before it has ended; in
+a stream of items they run while the item before computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.bench.measure import surroundings, table
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.partition import partition, partition_of
+from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
+
+if TYPE_CHECKING:
+    from mdattn_mpi.devices.cuda.device import CudaDevice
+    from mdattn_mpi.lockstep import World
+
+SETS = 3  # inputs that rotate
+ROWS = 32  # of a rank's query that are compared with float64
+SECONDS = 0.15  # of one turn, roughly
+PAUSE = 0.2  # seconds before a turn
+ONE = "one GPU"
+LONE = ("ring", "allgather", "allgather, head start", "ulysses")
+STREAM = "stream of allgather"
+THEIRS = ("PyTorch, all-gather", "PyTorch, all-to-all")
+
+Shards = tuple[Any, Any, Any]
+
+
+@dataclass
+class Side:
+    """One of the sides that are compared: ``run(n)`` gives the milliseconds of n calls."""
+
+    name: str
+    run: Callable[[int], list[float]]
+    error: float = float("nan")
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def milliseconds(self) -> float:
+        """The median call."""
+        return median(self.times) if self.times else float("nan")
+
+
+def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse.Namespace) -> int:
+    """Collective. Measure every problem; rank 0 prints."""
+    from mdattn_mpi.devices.cuda.open import open_cuda
+
+    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    device = open_cuda(world, transfer=arguments.transfer, timings=False)
+    rivals = Rivals(world, device) if arguments.rivals else None
+    results = []
+    for problem in problems:
+        sides = measure(world, device, problem, arguments.rounds, rivals)
+        if sides:
+            results.append({**asdict(problem), "sides": sides})
+            if not arguments.json:
+                print(_lines(problem, sides, world.size), flush=True)
+    facts = {**device.describe(), **surroundings("torch"), "rounds": str(arguments.rounds)}
+    if rivals:
+        rivals.close()
+    device.close()
+    if world.rank == 0:
+        if arguments.json:
+            print(json.dumps({"ranks": world.size, "results": results, "facts": facts}, indent=1))
+        else:
+            print("\n".join(f"{name}: {value}" for name, value in facts.items()))
+    return 0
+
+
+def measure(
+    world: World,
+    device: CudaDevice,
+    problem: AttentionProblem,
+    rounds: int,
+    rivals: Rivals | None,
+) -> dict[str, dict[str, Any]]:
+    """Collective. Time all sides in turn; rank 0 gets milliseconds and errors by name."""
+    import torch
+
+    inputs = Inputs(problem, seed=17)
+    sides = list(our_sides(world, device, problem, inputs))
+    if rivals is not None:
+        sides += rivals.sides(problem, inputs)
+    for turn in range(rounds * len(sides)):
+        lap, place = divmod(turn, len(sides))
+        side = sides[(lap + place) % len(sides)]
+        torch.cuda.synchronize()
+        world.barrier()
+        pause()
+        world.barrier()
+        calls = max(2, min(40, int(SECONDS / _guess(problem, world.size))))
+        side.times += side.run(calls)
+    own = {side.name: {"ms": side.milliseconds, "error": side.error} for side in sides}
+    gathered = world.gather_bytes(json.dumps(own).encode())
+    every = [json.loads(each) for each in gathered or ()]
+    if not every:
+        return {}
+    return {
+        name: {
+            **{kind: max(each[name][kind] for each in every) for kind in kinds},
+            "ms of ranks": [each[name]["ms"] for each in every],
+        }
+        for name, kinds in every[0].items()
+    }
+
+
+def pause() -> None:
+    """Let the GPU idle, and not the host: a thread that has slept gets its core back cold."""
+    end = time.perf_counter() + PAUSE
+    while time.perf_counter() < end:
+        pass
+
+
+class Inputs:
+    """Random inputs, the same on all ranks, and what is right for some of their rows."""
+
+    def __init__(self, problem: AttentionProblem, seed: int) -> None:
+        import torch
+
+        self.problem = problem
+        torch.manual_seed(seed)
+        dtype = getattr(torch, problem.dtype)
+        q = (problem.q_tokens, problem.q_heads, problem.head_dim)
+        k = (problem.kv_tokens, problem.kv_heads, problem.head_dim)
+        v = (problem.kv_tokens, problem.kv_heads, problem.v_head_dim)
+        self.sets = [
+            tuple(torch.randn(*shape, device="cuda", dtype=dtype) for shape in (q, k, v))
+            for _ in range(SETS if problem.q_tokens <= 1 << 17 else 1)
+        ]
+
+    def shards(self, plan: Plan, rank: int) -> list[Shards]:
+        """The shards of a rank, by PyTorch, one a set."""
+        import torch
+
+        owners = partition_of(plan)
+        spans = (owners.query[rank], owners.kv[rank], owners.kv[rank])
+        return [
+            tuple(
+                torch.cat([array[span.slice] for span in own]).contiguous()
+                for array, own in zip(arrays, spans, strict=True)
+            )
+            for arrays in self.sets
+        ]
+
+    def error(self, output: Any, spans: Sequence[Span], among: Sequence[Span]) -> float:
+        """Mean of ‖output − right‖ / ‖right‖ over some rows of set 0.
+
+        `output` holds the rows of `spans`; those that are looked at are among the rows of `among`.
+        """
+        import torch
+
+        q, k, v = self.sets[0]
+        tokens, wanted = (
+            torch.cat([torch.arange(span.start, span.stop) for span in some])
+            for some in (spans, among)
+        )
+        rows = wanted[torch.linspace(0, len(wanted) - 1, ROWS).long()]
+        local = torch.stack([(tokens == row).nonzero()[0, 0] for row in rows]).to(output.device)
+        rows, group = rows.to(q.device), self.problem.group_heads
+        errors = []
+        for head in range(self.problem.q_heads):
+            scores = q[rows, head].double() @ k[:, head // group].double().T * self.problem.scale
+            if self.problem.diagonal is not None:
+                keys = torch.arange(len(k), device=q.device)
+                scores[keys[None] > rows[:, None] + self.problem.diagonal] = -torch.inf
+            right = scores.softmax(-1) @ v[:, head // group].double()
+            wrong = output[local, head].double() - right
+            errors.append((wrong.norm(dim=-1) / right.norm(dim=-1)).mean())
+        return float(torch.stack(errors).mean())
+
+
+def our_sides(
+    world: World, device: CudaDevice, problem: AttentionProblem, inputs: Inputs
+) -> Iterator[Side]:
+    """One GPU by itself, then the strategies for lone items and in a stream."""
+    from mdattn_mpi.strategies import STRATEGIES
+
+    def side(name: str, strategy: StrategyName, *, ahead: bool = False, **options: Any) -> Side:
+        plan = Plan(problem, strategy, world.size)
+        own = partition_of(plan).query[world.rank]
+        arrays = [
+            [device.adopt(array, ready=ahead) for array in shards]
+            for shards in inputs.shards(plan, world.rank)
+        ]
+
+        def begin(call: int) -> Any:
+            steps = STRATEGIES[strategy](device, plan, *arrays[call % len(arrays)], **options)
+            next(steps)
+            return steps
+
+        def end(steps: Any) -> Any:
+            try:
+                next(steps)
+            except StopIteration as stop:
+                return stop.value[0]
+            raise AssertionError("a strategy yields once")
+
+        def run(calls: int) -> list[float]:
+            marks, running = [], begin(0)
+            for call in range(1, calls + 2):
+                following = begin(call) if ahead else None
+                end(running)
+                marks.append(device.mark())
+                running = following or begin(call)
+            end(running)
+            device.mark().sync()
+            return [later - earlier for earlier, later in pairwise(marks[1:])]
+
+        found = end(begin(0))
+        import torch
+
+        output = torch.from_dlpack(device.hand_over(found))
+        return Side(name, run, inputs.error(output, own, own))
+
+    yield _alone(world, device, problem, inputs)
+    if world.size > 1:
+        yield side("ring", "ring")
+        yield side("allgather", "allgather")
+        yield side("allgather, head start", "allgather", head_start=device.head_start(problem))
+        yield side("ulysses", "ulysses")
+        yield side(STREAM, "allgather", ahead=True)
+
+
+def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: Inputs) -> Side:
+    """Every rank's GPU computes the whole item by itself."""
+    import torch
+
+    arrays = [[device.adopt(array) for array in arrays] for arrays in inputs.sets]
+    sequence = Span(0, problem.q_tokens)
+
+    def call(index: int) -> Any:
+        from mdattn_mpi.partition import blocks
+
+        q, k, v = arrays[index % len(arrays)]
+        accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
+        keys = Span(0, problem.kv_tokens)
+        for block in blocks((sequence,), (keys,), problem.diagonal):
+            run = block.kv.slice
+            device.attend(accumulator, block.q, k[run], v[run], block.causal)
+        return device.finish(accumulator)[0]
+
+    def run(calls: int) -> list[float]:
+        marks = []
+        for index in range(calls + 2):
+            call(index)
+            marks.append(device.mark())
+        marks[-1].sync()
+        return [later - earlier for earlier, later in pairwise(marks[1:])]
+
+    output = torch.from_dlpack(device.hand_over(call(0)))
+    own = partition(problem, "ring", world.size).query[world.rank]
+    return Side(ONE, run, inputs.error(output, (sequence,), own))
+
+
+class Rivals:
+    """PyTorch's context parallelism over the same ranks and GPUs."""
+
+    def __init__(self, world: World, device: CudaDevice) -> None:
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if world.size < 2:
+            raise RejectedError("one rank", fix="start at least two, or give --no-rivals")
+        place = f"{os.uname().nodename}:{29000 + world.job % 2000}".encode()
+        address, _, port = world.bcast_bytes(place).decode().partition(":")
+        torch.cuda.set_device(world.local_rank)
+        store = dist.TCPStore(address, int(port), world.size, is_master=world.rank == 0)
+        dist.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size)
+        self._mesh = init_device_mesh("cuda", (world.size,))
+        self._world = world
+
+    def sides(self, problem: AttentionProblem, inputs: Inputs) -> list[Side]:
+        """Both ways in which it moves K and V."""
+        heads = [
+            [array.transpose(0, 1)[None].contiguous() for array in arrays] for arrays in inputs.sets
+        ]
+        ways = zip(THEIRS, ("allgather", "alltoall"), strict=True)
+        return [Side(name, self._runner(problem, heads, way)) for name, way in ways]
+
+    def close(self) -> None:
+        """End PyTorch's process group."""
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+    def _runner(
+        self, problem: AttentionProblem, heads: list[list[Any]], way: str
+    ) -> Callable[[int], list[float]]:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def run(calls: int) -> list[float]:
+            with (
+                self._shared(problem, heads, way) as shards,
+                sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
+            ):
+                marks = []
+                for call in range(calls + 2):
+                    q, k, v = shards[call % len(shards)]
+                    torch.nn.functional.scaled_dot_product_attention(
+                        q, k, v,
+                        is_causal=problem.causal != "none",
+                        scale=problem.scale,
+                        enable_gqa=problem.group_heads > 1,
+                    )  # fmt: skip
+                    marks.append(torch.cuda.Event(enable_timing=True))
+                    marks[-1].record()
+                torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in pairwise(marks[1:])]
+
+        return run
+
+    @contextmanager
+    def _shared(
+        self, problem: AttentionProblem, heads: list[list[Any]], way: str
+    ) -> Iterator[list[list[Any]]]:
+        """Inside, the shards of this rank and PyTorch's attention over all ranks."""
+        import torch
+        from torch.distributed.tensor.experimental import context_parallel
+        from torch.distributed.tensor.experimental._context_parallel import (
+            _cp_options,
+            set_rotate_method,
+        )
+
+        set_rotate_method(way)
+        _cp_options.enable_load_balance = problem.causal != "none"  # refused without a mask
+        with torch.no_grad():
+            shards = [[array.clone() for array in arrays] for arrays in heads]
+            flat = [array for arrays in shards for array in arrays]
+            with context_parallel(
+                self._mesh,
+                buffers=flat,
+                buffer_seq_dims=[2] * len(flat),
+                no_restore_buffers=set(flat),
+            ):
+                yield shards
+
+
+def _guess(problem: AttentionProblem, ranks: int) -> float:
+    """Seconds of one call, roughly."""
+    return problem.flops / ranks / 5e14 + 5e-5
+
+
+def _lines(problem: AttentionProblem, sides: dict[str, dict[str, Any]], ranks: int) -> str:
+    """A table of one problem: milliseconds, share of ideal, against PyTorch's best, error."""
+    one = sides[ONE]
+    theirs = min((sides[name]["ms"] for name in THEIRS if name in sides), default=float("nan"))
+    rows = [("", "ms", "of ranks", "share of ideal", "PyTorch's / it", "error", "/ one GPU's")]
+    for name, found in sides.items():
+        rows.append(
+            (
+                name,
+                f"{found['ms']:.3f}",
+                " ".join(f"{ms:.3f}" for ms in found["ms of ranks"]),
+                f"{one['ms'] / found['ms'] / (1 if name == ONE else ranks):.3f}",
+                f"{theirs / found['ms']:.2f}",
+                f"{found['error']:.2e}",
+                f"{found['error'] / one['error']:.3f}",
+            )
+        )
+    return f"{problem}\n{table(rows)}\n"

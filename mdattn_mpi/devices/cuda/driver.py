@@ -1,0 +1,312 @@
+"""One GPU as this package uses it: addresses, streams, events and one kernel.
+
+Everything that touches CUDA itself is on this page and in `cudnn` and `devices.nccl`; tests put a
+double here. Addresses are integers; a copy may go between any two of them, the host's included.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from cuda.bindings import driver as cu
+from cuda.core import (
+    Device,
+    EventOptions,
+    Program,
+    ProgramOptions,
+    StreamOptions,
+)
+from cuda.core.utils import StridedMemoryView
+
+from mdattn_mpi.devices.cuda.dlpack import capsule
+from mdattn_mpi.devices.cuda.memory import DeviceArray, contiguous_strides
+from mdattn_mpi.devices.cuda.merge import SOURCE, MergeCall
+from mdattn_mpi.errors import DeviceError, RejectedError
+
+Strides = tuple[int, ...]
+
+
+class Gpu:
+    """A GPU of this process, with its primary context made current.
+
+    Parameters
+    ----------
+    ordinal
+        Which of the visible GPUs.
+
+    Raises
+    ------
+    DeviceError
+        CUDA can't use it.
+
+    """
+
+    def __init__(self, ordinal: int) -> None:
+        # With fewer channels than streams, a stream that waits holds up another one.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        self._device = Device(ordinal)
+        self._device.set_current()
+        self.ordinal = ordinal
+        self.name: str = self._device.name
+        capability = self._device.compute_capability
+        self.sm = (int(capability.major), int(capability.minor))
+        properties = self._device.properties
+        self.multiprocessors = int(properties.multiprocessor_count)
+        self.place = str(self._device.pci_bus_id)
+        driver = int(check(cu.cuDriverGetVersion()))
+        self.driver, self.driver_major = version(driver), driver // 1000
+        self.library_major = int(cu.CUDA_VERSION) // 1000
+        self.free_bytes, self.total_bytes = (int(n) for n in check(cu.cuMemGetInfo()))
+        self._merge: dict[str, Any] = {}
+        self._recorded = 0
+        self._numbers: dict[int, int] = {}  # handles of our streams, which live as long as this
+        # Making an event takes longer than recording it: those that nobody looks at serve again.
+        self._idle: tuple[list[Any], list[Any]] = ([], [])
+
+    # -- memory ------------------------------------------------------------------------------------
+
+    def allocate(self, nbytes: int) -> int:
+        """Take device memory; 0 when there is none."""
+        result, address = cu.cuMemAlloc(nbytes)
+        if result == cu.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
+            return 0
+        check((result,))
+        return int(address)
+
+    def release(self, address: int) -> None:
+        """Give back what `allocate` took."""
+        check(cu.cuMemFree(address))
+
+    def available(self) -> int:
+        """Count the free bytes of the GPU, whoever may take them."""
+        return int(check(cu.cuMemGetInfo())[0])
+
+    def pinned(self, nbytes: int) -> int:
+        """Take host memory that copies can read and write while the host goes on."""
+        return int(check(cu.cuMemHostAlloc(nbytes, cu.CU_MEMHOSTALLOC_PORTABLE)))
+
+    def release_pinned(self, address: int) -> None:
+        """Give back what `pinned` took."""
+        check(cu.cuMemFreeHost(address))
+
+    # -- streams and events ------------------------------------------------------------------------
+
+    def stream(self, urgency: int = 0) -> Any:
+        """Make a stream; where several have work, that of the most urgent (up to 5) goes first."""
+        return self._device.create_stream(options=StreamOptions(priority=-urgency))
+
+    def record(self, stream: Any, *, timed: bool = False) -> Event:
+        """Mark this place in `stream`; timed ones give milliseconds by ``-``."""
+        self._recorded += 1
+        idle = self._idle[timed]
+        if idle:
+            made = idle.pop()
+            stream.record(made)
+        else:
+            made = stream.record(options=TIMED if timed else UNTIMED)
+        return Event(made, self._number(stream), self._recorded, idle)
+
+    def wait(self, stream: Any, event: Event) -> None:
+        """Let what follows in `stream` come after `event`."""
+        stream.wait(event.made)
+
+    def _number(self, stream: Any) -> int:
+        number = self._numbers.get(id(stream))
+        if number is None:
+            number = self._numbers[id(stream)] = int(stream.handle)
+        return number
+
+    def adopt(self, handle: int) -> Any:
+        """Wrap a stream of another library."""
+        return type(self._device.default_stream).from_handle(handle)
+
+    def synchronize(self) -> None:
+        """Wait for everything on this GPU."""
+        self._device.sync()
+
+    # -- copies, flags and fills -------------------------------------------------------------------
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """Copy a run of bytes."""
+        check(cu.cuMemcpyAsync(target, source, nbytes, stream.handle))
+
+    def copy_rows(
+        self, target: int, pitch: int, source: int, source_pitch: int, row: int, rows: int, on: Any
+    ) -> None:
+        """Copy `rows` runs of `row` bytes that begin `pitch` bytes apart."""
+        what = cu.CUDA_MEMCPY2D()
+        what.srcMemoryType = what.dstMemoryType = cu.CUmemorytype.CU_MEMORYTYPE_UNIFIED
+        what.srcDevice, what.srcPitch = source, source_pitch
+        what.dstDevice, what.dstPitch = target, pitch
+        what.WidthInBytes, what.Height = row, rows
+        check(cu.cuMemcpy2DAsync(what, on.handle))
+
+    def fill(self, target: int, value: int, words: int, stream: Any) -> None:
+        """Fill 32-bit words."""
+        check(cu.cuMemsetD32Async(target, value, words, stream.handle))
+
+    def raise_flag(self, address: int, value: int, stream: Any) -> None:
+        """Write a 32-bit word, on any GPU, after everything before it in `stream` is visible."""
+        check(cu.cuStreamWriteValue32(stream.handle, address, value, 0))
+
+    def await_flag(self, address: int, value: int, stream: Any) -> None:
+        """Hold `stream` until the word at `address` has come to `value` (modulo 2³²)."""
+        at_least = cu.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
+        check(cu.cuStreamWaitValue32(stream.handle, address, value, int(at_least)))
+
+    # -- other processes ---------------------------------------------------------------------------
+
+    def reaches(self, place: str) -> bool:
+        """Whether this GPU can write into the memory of the visible GPU at PCI address `place`."""
+        result, other = cu.cuDeviceGetByPCIBusId(place.encode())
+        if result != cu.CUresult.CUDA_SUCCESS:
+            return False
+        if int(other) == self.ordinal:
+            return True
+        return bool(check(cu.cuDeviceCanAccessPeer(self.ordinal, other)))
+
+    def export(self, address: int) -> bytes:
+        """Make a handle by which another process can open an allocation."""
+        return bytes(check(cu.cuIpcGetMemHandle(address)).reserved)
+
+    def open(self, handle: bytes) -> int:
+        """Open another process's allocation; its address here."""
+        remote = cu.CUipcMemHandle()
+        remote.reserved = handle
+        lazy = cu.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        return int(check(cu.cuIpcOpenMemHandle(remote, int(lazy))))
+
+    def close(self, address: int) -> None:
+        """Close what `open` opened."""
+        check(cu.cuIpcCloseMemHandle(address))
+
+    # -- other libraries ---------------------------------------------------------------------------
+
+    def view(self, array: Any, stream: Any) -> tuple[int, tuple[int, ...], Strides, np.dtype[Any]]:
+        """Take address, shape, strides and dtype of another library's array on this GPU.
+
+        `stream` waits for what the other library is still doing to it.
+        """
+        view = StridedMemoryView.from_any_interface(array, stream_ptr=int(stream.handle))
+        if not view.is_device_accessible or view.device_id != self.ordinal:
+            raise RejectedError(
+                f"an array on device {view.device_id}, where this rank has GPU {self.ordinal}",
+                fix="put every rank's arrays on the GPU of its local rank",
+            )
+        strides = view.strides or contiguous_strides(view.shape)
+        return view.ptr, tuple(view.shape), tuple(strides), np.dtype(view.dtype)
+
+    def exported(self, array: DeviceArray, fence: Callable[[], Iterable[Any]]) -> Exported:
+        """Give `array` to other libraries; their stream waits for `fence`."""
+        return Exported(self, array, fence)
+
+    # -- the merge ---------------------------------------------------------------------------------
+
+    def merge(self, call: MergeCall, stream: Any) -> None:
+        """Launch the kernel of `merge`."""
+        kernel = self._merge.get(call.kernel) or self._compile(call)
+        numbers = call.words
+        words = (ctypes.c_int64 * len(numbers))(*numbers)
+        argument = ctypes.c_void_p(ctypes.addressof(words))
+        grid, block, where = (call.grid, 1, 1), (*call.block, 1), ctypes.addressof(argument)
+        check(cu.cuLaunchKernel(kernel, *grid, *block, 0, stream.handle, where, 0))
+
+    def _compile(self, call: MergeCall) -> Any:
+        options = ProgramOptions(arch=f"sm_{self._device.arch}", std="c++17")
+        code = Program(call.source(SOURCE), code_type="c++", options=options).compile("cubin")
+        module = check(cu.cuModuleLoadData(code.code))
+        kernel = self._merge[call.kernel] = check(cu.cuModuleGetFunction(module, b"merge"))
+        return kernel
+
+
+class Event:
+    """A place in a stream; places of one stream come in the order of their numbers."""
+
+    __slots__ = ("_done", "_idle", "made", "number", "stream")
+
+    def __init__(self, made: Any, stream: int, number: int, idle: list[Any]) -> None:
+        self.made = made
+        self.stream = stream
+        self.number = number
+        self._done = False
+        self._idle = idle
+
+    def __del__(self) -> None:
+        self._idle.append(self.made)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether everything before it is done."""
+        self._done = self._done or self.made.is_done
+        return self._done
+
+    def sync(self) -> None:
+        """Wait for it; any thread may."""
+        self.made.sync()
+
+    def __sub__(self, earlier: Event) -> float:
+        """Milliseconds between two timed events that are done."""
+        return float(self.made - earlier.made)
+
+
+TIMED = EventOptions(timing_enabled=True)
+UNTIMED = EventOptions(blocking_sync=True)
+
+
+class Exported:
+    """A device array as other libraries take it."""
+
+    def __init__(self, gpu: Gpu, array: DeviceArray, fence: Callable[[], Iterable[Any]]) -> None:
+        self._gpu = gpu
+        self._array = array
+        self._fence = fence
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """CUDA, and which GPU."""
+        return 2, self._gpu.ordinal
+
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        """Let the consumer's stream wait for this library's; then hand the memory over."""
+        for event in self._fence():
+            if stream is None or stream == -1:
+                event.sync()
+            else:
+                self._gpu.wait(self._gpu.adopt(stream), event)
+        array = self._array
+        return capsule(
+            array.address, array.shape, array.strides, array.dtype, self._gpu.ordinal, array
+        )
+
+
+def version(number: int) -> str:
+    """Write CUDA's 13020 as 13.2."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def check(result: Sequence[Any]) -> Any:
+    """Take the value out of what a driver call returned.
+
+    Raises
+    ------
+    DeviceError
+        The call failed.
+
+    """
+    code, *values = result
+    if code != cu.CUresult.CUDA_SUCCESS:
+        name = cu.cuGetErrorName(code)[1].decode()
+        text = cu.cuGetErrorString(code)[1].decode()
+        raise DeviceError(f"CUDA: {name}: {text}", fix=FIXES.get(name, ""))
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+FIXES = {
+    "CUDA_ERROR_OUT_OF_MEMORY": "use more ranks, or -s ring, which holds 1/P of K and V",
+    "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "install the driver and libraries of one CUDA release",
+    "CUDA_ERROR_UNSUPPORTED_PTX_VERSION": "update the NVIDIA driver",
+    "CUDA_ERROR_ECC_UNCORRECTABLE": "this GPU is broken: start again on another node",
+}

@@ -1,0 +1,235 @@
+"""Opening the GPUs of a group: who has which, what they can do, how they reach each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from mdattn_mpi.devices.cuda.copies import PeerCopies
+from mdattn_mpi.devices.cuda.device import CudaDevice
+from mdattn_mpi.devices.cuda.memory import Memory
+from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
+from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep import Group
+
+TransferName = Literal["auto", "copy", "nccl"]
+LEAST_SM = (8, 0)
+Facts = dict[str, Any]
+
+
+def open_cuda(
+    group: Group,
+    local_rank: int | None = None,
+    *,
+    transfer: str = "auto",
+    timings: bool = True,
+    seam: Any = None,
+) -> CudaDevice:
+    """Collective. Open this rank's GPU, and the ways to those of the other ranks.
+
+    Parameters
+    ----------
+    group
+        The ranks that work together.
+    local_rank
+        Which GPU of its node the rank takes; by default its number among the job's ranks there.
+    transfer
+        How messages go: ``copy`` by copy engines, which the multiprocessors don't notice, between
+        GPUs of one node that reach each other; ``nccl`` by NCCL; ``auto`` by copy engines where
+        possible.
+    timings
+        Whether `CudaDevice.seconds` is wanted.
+    seam
+        What opens the GPU instead of `Libraries`, for tests.
+
+    Raises
+    ------
+    RejectedError
+        A library isn't installed; GPUs of different kinds, or below SM 8.0; no such way.
+    DeviceError
+        No GPU, fewer GPUs than ranks on a node, a driver older than the libraries.
+
+    """
+    if transfer not in ("auto", "copy", "nccl"):
+        raise RejectedError(f"transfer {transfer!r}", fix="use auto, copy or nccl")
+    libraries = seam or Libraries()
+    local_rank = group.local_rank if local_rank is None else local_rank
+    gpu, facts = together(group, lambda: _open_own(libraries, local_rank, group.local_size))
+    everyone = group.allgather(facts)
+    _check_alike(everyone)
+    near = _near(group, gpu, everyone, transfer)
+    memory = Memory(gpu)
+    sdpa, _ = together(group, lambda: (libraries.sdpa(gpu.sm), {}))
+    copies, near, note = _open_copies(group, gpu, memory, near, transfer)
+    nccl = libraries.nccl(group) if len(near) < group.size - 1 else None
+    return CudaDevice(
+        group.rank,
+        group.size,
+        gpu,
+        sdpa,
+        memory=memory,
+        copies=copies,
+        nccl=nccl,
+        near=near,
+        timings=timings,
+        limit=min(each["memory"] for each in everyone),
+        facts={
+            "gpu": f"{gpu.name} (SM {gpu.sm[0]}.{gpu.sm[1]}, {gpu.total_bytes / 2**30:.0f} GiB)",
+            "driver": f"CUDA {gpu.driver}",
+            "nccl": nccl.library if nccl else "not used",
+            "transfer": _describe_way(len(near), group.size, note),
+        },
+    )
+
+
+class Libraries:
+    """CUDA, cuDNN and NCCL, imported when they are wanted."""
+
+    def count(self) -> int:
+        """Count the visible GPUs."""
+        return gpu_count()
+
+    def why_not(self) -> str:
+        """Say what is missing; empty when nothing is."""
+        return why_no_cuda()
+
+    def gpu(self, ordinal: int) -> Any:
+        """Open a GPU."""
+        from mdattn_mpi.devices.cuda.driver import Gpu
+
+        return Gpu(ordinal)
+
+    def sdpa(self, sm: tuple[int, int]) -> Any:
+        """Open cuDNN on the current GPU."""
+        from mdattn_mpi.devices.cuda.cudnn import Sdpa
+
+        return Sdpa(sm)
+
+    def nccl(self, group: Group) -> Any:
+        """Collective. Open NCCL on the current GPU."""
+        from mdattn_mpi.devices.nccl import NcclComm
+
+        return NcclComm(group)
+
+
+def _open_own(libraries: Any, local_rank: int, local_size: int) -> tuple[Any, Facts]:
+    """Open this rank's GPU; say what the others must know of it."""
+    missing = libraries.why_not()
+    if missing:
+        kind = RejectedError if EXTRA in missing else DeviceError
+        raise kind(missing, fix="install it, or use -b cpu")
+    count = libraries.count()
+    if local_rank >= count:
+        raise DeviceError(
+            f"{local_size} ranks on this node and {count} visible GPUs: none is left for local "
+            f"rank {local_rank}",
+            fix="start at most as many ranks a node as it has GPUs, and let every rank see all of "
+            "them (Slurm: --gpus-per-node=N --ntasks-per-node=N, not --gpus-per-task)",
+        )
+    gpu = libraries.gpu(local_rank)
+    if gpu.sm < LEAST_SM:
+        raise RejectedError(
+            f"{gpu.name} has SM {gpu.sm[0]}.{gpu.sm[1]}; cuDNN's attention needs "
+            f"{LEAST_SM[0]}.{LEAST_SM[1]}",
+            fix="use a GPU from the A100 on, or -b cpu",
+        )
+    if gpu.driver_major < gpu.library_major:
+        raise DeviceError(
+            f"the driver of {gpu.name} is for CUDA {gpu.driver}; the installed libraries are for "
+            f"CUDA {gpu.library_major}",
+            fix=f"update the NVIDIA driver, or install the libraries for CUDA {gpu.driver_major}",
+        )
+    facts = {
+        "host": os.uname().nodename,
+        "place": gpu.place,
+        "name": gpu.name,
+        "sm": list(gpu.sm),
+        "memory": gpu.free_bytes,
+    }
+    return gpu, facts
+
+
+def together(group: Group, act: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Collective. Do something on every rank; where it fails on any, raise that on all."""
+    result: tuple[Any, Any] = (None, None)
+    error: MdattnError | None = None
+    try:
+        result = act()
+    except Exception as failure:
+        error = MdattnError.wrap(failure, rank=group.rank)
+    gathered = group.gather_bytes(error.to_json() if error else b"")
+    first = next(filter(None, gathered or ()), b"")
+    first = group.bcast_bytes(first if group.rank == 0 else None)
+    if first:
+        raise MdattnError.from_json(first)
+    return result
+
+
+def _check_alike(everyone: Sequence[Facts]) -> None:
+    kinds: dict[str, list[int]] = {}
+    places: dict[tuple[str, str], int] = {}
+    for rank, each in enumerate(everyone):
+        kinds.setdefault(each["name"], []).append(rank)
+        other = places.setdefault((each["host"], each["place"]), rank)
+        if other != rank:
+            raise DeviceError(
+                f"ranks {other} and {rank} on {each['host']} have the same GPU, {each['place']}",
+                fix="start at most as many ranks a node as it has GPUs",
+            )
+    if len(kinds) > 1:
+        who = "; ".join(f"{name} on rank {ranks[0]}" for name, ranks in kinds.items())
+        raise RejectedError(
+            f"GPUs of different kinds in one group: {who}",
+            fix="ask the scheduler for one kind of GPU, or use groups within one kind",
+        )
+
+
+def _near(group: Group, gpu: Any, everyone: Sequence[Facts], transfer: str) -> list[int]:
+    """Collective. Find the ranks that this one and that reach this one by copy engines."""
+    own = everyone[group.rank]
+    reached = [
+        transfer != "nccl"
+        and rank != group.rank
+        and each["host"] == own["host"]
+        and bool(gpu.reaches(each["place"]))
+        for rank, each in enumerate(everyone)
+    ]
+    rows = group.allgather(reached)
+    near = [rank for rank in range(group.size) if rows[group.rank][rank] and rows[rank][group.rank]]
+    far = group.size * (group.size - 1) - sum(
+        rows[a][b] and rows[b][a] for a in range(group.size) for b in range(group.size)
+    )
+    if transfer == "copy" and far:
+        raise RejectedError(
+            "not all GPUs of the group reach each other by peer copies",
+            fix="use --transfer auto or --transfer nccl",
+        )
+    return near
+
+
+def _open_copies(
+    group: Group, gpu: Any, memory: Memory, near: list[int], transfer: str
+) -> tuple[PeerCopies | None, list[int], str]:
+    """Collective. Open the copy engines; where CUDA IPC doesn't work, do without."""
+    if not any(group.allgather(bool(near))):
+        return None, [], "asked for" if transfer == "nccl" else "no GPUs that reach each other"
+    # Opened by all ranks or none: also a rank without a near one takes part.
+    try:
+        copies, _ = together(group, lambda: (PeerCopies(group.comm.Dup(), gpu, memory, near), None))
+    except MdattnError as error:
+        if transfer == "copy":
+            raise
+        return None, [], f"CUDA IPC doesn't work here: {error.what}"
+    return copies, near, ""
+
+
+def _describe_way(near: int, size: int, note: str) -> str:
+    if size == 1:
+        return "none: one rank"
+    if near == size - 1:
+        return "copy engines"
+    ways = f"copy engines to {near} ranks, NCCL to {size - 1 - near}" if near else "NCCL"
+    return f"{ways} ({note})" if note else ways

@@ -1,0 +1,1 @@
+"""ONNX models: reading them, finding attention and tokens, sharding; knows no TensorRT."""

@@ -1,0 +1,364 @@
+"""The CUDA device over a double of its libraries: results, whatever order streams run in."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from mdattn_mpi.devices.cuda.device import CudaDevice
+from mdattn_mpi.devices.cuda.open import open_cuda
+from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.partition import partition_of
+from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
+from mdattn_mpi.strategies import STRATEGIES
+from tests.support.fake_gpu import FakeGroup, FakeLibraries, Machine
+from tests.support.group import take
+from tests.support.reference import TOLERANCE, attention, problems, random_inputs
+
+Array = NDArray[Any]
+NAMES = get_args(StrategyName)
+
+
+def in_group(
+    ranks: int, act: Callable[[CudaDevice], Any], seed: int = 0, **wrong: Any
+) -> list[Any]:
+    """Open a device on every rank, each a thread; return what `act` returned, or raise."""
+    machine, shared = Machine(seed), {}
+    results: list[Any] = [None] * ranks
+    errors: list[BaseException] = []
+    options = {name: wrong.pop(name) for name in ("transfer",) if name in wrong}
+    wrong = {"gpus": ranks, **wrong}
+
+    def run(rank: int) -> None:
+        try:
+            libraries = FakeLibraries(machine, **wrong)
+            device = open_cuda(FakeGroup(rank, ranks, shared), seam=libraries, **options)
+            results[rank] = act(device)
+            gc.collect()
+            device.close()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) and not errors:
+        threads[0].join(0.05)
+        threads[-1].join(0.05)
+    if errors:
+        raise errors[0]
+    return results
+
+
+def attend_in_turn(
+    device: CudaDevice, plans: list[Plan], inputs: list[tuple[Array, ...]], **options: Any
+) -> list[tuple[Array, Array]]:
+    """Do as a batch does: begin an item before the one before it is enqueued."""
+
+    def begin(plan: Plan, arrays: tuple[Array, ...]) -> Any:
+        owners = partition_of(plan)
+        spans = (owners.query, owners.kv, owners.kv)
+        shards = [take(array, s[device.rank]) for array, s in zip(arrays, spans, strict=True)]
+        steps = STRATEGIES[plan.strategy](device, plan, *map(device.upload, shards), **options)
+        next(steps)
+        return steps
+
+    def enqueue(steps: Any) -> Any:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return device.download(*end.value)
+        raise AssertionError
+
+    downloads, running = [], None
+    for plan, arrays in zip(plans, inputs, strict=True):
+        following = begin(plan, arrays)
+        if running:
+            downloads.append(enqueue(running))
+        running = following
+        del following
+    downloads.append(enqueue(running))
+    return [download.wait() for download in downloads]
+
+
+def check(plans: list[Plan], seed: int, **options: Any) -> None:
+    inputs = [random_inputs(plan.problem, seed + index) for index, plan in enumerate(plans)]
+    shards = in_group(
+        plans[0].ranks, lambda device: attend_in_turn(device, plans, inputs, **options), seed
+    )
+    for index, (plan, arrays) in enumerate(zip(plans, inputs, strict=True)):
+        out = np.full((*arrays[0].shape[:2], arrays[2].shape[2]), np.nan, arrays[0].dtype)
+        lse = np.full(arrays[0].shape[:2], np.nan, np.float32)
+        for spans, results in zip(partition_of(plan).query, shards, strict=True):
+            start = 0
+            for span in spans:
+                out[span.slice] = results[index][0][start : start + len(span)]
+                lse[span.slice] = results[index][1][start : start + len(span)]
+                start += len(span)
+        right, right_lse = attention(plan.problem, *arrays)
+        # Results that are merged have been rounded to 16 bits once before: twice the tolerance.
+        bound = 2 * TOLERANCE[plan.problem.dtype] * (1 + np.abs(right))
+        assert (np.abs(out.astype(float) - right) <= bound).all()
+        np.testing.assert_allclose(lse, right_lse, rtol=1e-4, atol=1e-4)
+
+
+def whole_heads(problem: AttentionProblem) -> AttentionProblem:
+    """The same with head dims that cuDNN takes."""
+    return AttentionProblem(
+        problem.q_tokens, problem.kv_tokens, problem.q_heads, problem.kv_heads,
+        8 * (1 + problem.head_dim % 3), 8 * (1 + problem.v_head_dim % 3),
+        problem.dtype, problem.causal, problem.scale,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", NAMES)
+@settings(max_examples=10, deadline=None)
+@given(st.lists(problems(max_tokens=40), min_size=1, max_size=4), st.integers(1, 4), st.integers())
+def test_a_batch_is_right_in_whatever_order_streams_run(
+    strategy: StrategyName, batch: list[AttentionProblem], ranks: int, seed: int
+) -> None:
+    check([Plan(whole_heads(problem), strategy, ranks) for problem in batch], abs(seed))
+
+
+@settings(max_examples=10, deadline=None)
+@given(problems(max_tokens=40), st.integers(1, 4), st.integers(0, 1000), st.integers(0, 30))
+def test_a_head_start_changes_no_result(
+    problem: AttentionProblem, ranks: int, seed: int, rows: int
+) -> None:
+    plan = Plan(whole_heads(problem), "allgather", ranks)
+    check([plan, plan], seed, head_start=rows)
+
+
+def test_a_long_ring_folds_what_it_has() -> None:
+    problem = AttentionProblem(31, 37, 2, 1, 8, 16, "bfloat16", "lower_right")
+    check([Plan(problem, "ring", 10)], seed=5)
+
+
+def test_where_one_result_is_all_there_is_nothing_to_merge() -> None:
+    calls = []
+
+    def act(device: CudaDevice) -> None:
+        device._gpu.merge = lambda call, stream: calls.append(call)
+        plan = Plan(AttentionProblem(30, 30, 2, 2, 8, 8, causal="lower_right"), "allgather", 2)
+        attend_in_turn(device, [plan], [random_inputs(plan.problem, 1)])
+
+    in_group(2, act)
+    assert calls == []
+
+
+def test_a_ring_of_two_holds_one_partial_result_besides_the_output() -> None:
+    problem = AttentionProblem(4096, 4096, 1, 1, 64, 64)
+    shard = 2048 * 64 * 2
+
+    def act(device: CudaDevice) -> int:
+        attend_in_turn(device, [Plan(problem, "ring", 2)], [random_inputs(problem, 1)])
+        return device.memory.peak
+
+    # Query, key, value and output, a second key and value, and one more output.
+    slack = 2 * 2048 * 4 + (1 << 21)
+    assert max(in_group(2, act)) <= 7 * shard + slack
+
+
+def test_nothing_stays_in_use_after_a_batch() -> None:
+    problem = AttentionProblem(50, 50, 2, 2, 8, 8)
+
+    def act(device: CudaDevice) -> tuple[int, int]:
+        plan = Plan(problem, "ring", 2)
+        used = []
+        for _ in range(2):
+            attend_in_turn(device, [plan] * 6, [random_inputs(problem, i) for i in range(6)])
+            gc.collect()
+            used.append(device.memory.in_use)
+        return used[0], used[1]
+
+    for before, after in in_group(2, act):
+        assert before == after  # the workspaces of the two streams
+        assert after <= 2 << 20
+
+
+def test_pinned_memory_is_used_again() -> None:
+    def act(device: CudaDevice) -> bool:
+        first = device.host.empty((100, 3), np.dtype(np.float16))
+        address = first.ctypes.data
+        del first
+        second = device.host.empty((99, 3), np.dtype(np.float16))
+        assert device.host.empty((0, 3), np.dtype(np.float16)).size == 0
+        return bool(second.ctypes.data == address)
+
+    assert in_group(1, act) == [True]
+
+
+def test_copies_of_strided_arrays() -> None:
+    def act(device: CudaDevice) -> tuple[Array, Array]:
+        source = np.arange(5 * 4 * 8, dtype=np.float16).reshape(5, 4, 8)
+        whole = device.upload(source)
+        part = device.empty((5, 2, 8), whole)
+        device.copy(whole[:, 1:3], part)
+        again = device.empty((5, 4, 8), whole)
+        device.copy(whole, again)
+        device.copy(part, again[:, 0:2])
+        return device.download(part).wait()[0], device.download(again).wait()[0]
+
+    part, again = in_group(1, act)[0]
+    source = np.arange(5 * 4 * 8, dtype=np.float16).reshape(5, 4, 8)
+    assert (part == source[:, 1:3]).all()
+    assert (again[:, :2] == source[:, 1:3]).all()
+    assert (again[:, 2:] == source[:, 2:]).all()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_calls_in_all_streams_see_what_was_copied_before(seed: int) -> None:
+    problem = AttentionProblem(16, 24, 2, 2, 8, 8, "float16")
+    q, k, v = random_inputs(problem, seed)
+
+    def act(device: CudaDevice) -> Array:
+        arrays = [device.upload(array) for array in (q, k, v)]
+        copies = [device.empty(array.shape, array) for array in arrays]
+        for array, copied in zip(arrays, copies, strict=True):
+            device.copy(array, copied)
+        accumulator = device.accumulator(copies[0], 8, problem.scale)
+        for keys in (slice(0, 6), slice(6, 12), slice(12, 18), slice(18, 24)):
+            device.attend(accumulator, Span(0, 16), copies[1][keys], copies[2][keys], False)
+        found: Array = device.download(*device.finish(accumulator)).wait()[0]
+        return found
+
+    right, _ = attention(problem, q, k, v)
+    bound = 2 * TOLERANCE["float16"] * (1 + np.abs(right))
+    assert (np.abs(in_group(1, act, seed)[0].astype(float) - right) <= bound).all()
+
+
+def test_what_cudnn_refuses_is_refused_before_the_job() -> None:
+    problem = AttentionProblem(50, 50, 2, 2, 12, 12)
+    with pytest.raises(RejectedError, match="multiple of 8"):
+        in_group(1, lambda device: device.check(problem))
+
+
+def test_out_of_memory_says_how_much_and_what_to_do() -> None:
+    def act(device: CudaDevice) -> None:
+        like = device.upload(np.zeros((1, 1, 8), np.float16))
+        device.empty((1 << 30, 1, 8), like)
+
+    with pytest.raises(DeviceError, match=r"16 GiB more were needed.*-s ring"):
+        in_group(1, act)
+
+
+def test_messages_that_do_not_match_are_an_error() -> None:
+    def act(device: CudaDevice) -> None:
+        like = device.upload(np.zeros((4, 1, 8), np.float16))
+        peer = 1 - device.rank
+        device.exchange(
+            [Message(like[0 : 2 + device.rank], peer)],
+            [Message(device.empty((2, 1, 8), like), peer)],
+        )
+
+    with pytest.raises(DeviceError, match="expects 32 bytes where 48 come"):
+        in_group(2, act)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error", "message"),
+    [
+        (
+            {"gpus": 1},
+            DeviceError,
+            r"rank 1: 2 ranks on this node and 1 visible GPUs.*gpus-per-task",
+        ),
+        ({"sm": (7, 5)}, RejectedError, "SM 7.5"),
+        (
+            {"library_major": 14},
+            DeviceError,
+            "driver of Double is for CUDA 13.0.*update the NVIDIA",
+        ),
+        ({"missing": "there is no NVIDIA driver"}, DeviceError, "no NVIDIA driver"),
+        (
+            {"missing": "not installed: nccl4py (pip install 'mdattn_mpi[cuda]')"},
+            RejectedError,
+            "nccl4py.*pip install 'mdattn_mpi",
+        ),
+        ({"place": "0000:01:00.0"}, DeviceError, "ranks 0 and 1 on .* have the same GPU"),
+        ({"transfer": "pigeon"}, RejectedError, "pigeon"),
+    ],
+)
+def test_what_can_be_wrong_at_the_start(
+    wrong: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        in_group(2, lambda device: None, **wrong)
+
+
+def test_different_gpus_in_one_group_are_refused() -> None:
+    from mdattn_mpi.devices.cuda.open import _check_alike
+
+    facts = [
+        {"host": "a", "place": str(i), "name": name} for i, name in enumerate(("A100", "H100"))
+    ]
+    with pytest.raises(RejectedError, match="A100 on rank 0; H100 on rank 1"):
+        _check_alike(facts)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather"])
+def test_a_lone_call_asks_the_driver_seldom(strategy: str) -> None:
+    problem = AttentionProblem(256, 256, 4, 4, 16, 16, "float16")
+
+    def act(device: CudaDevice) -> list[int]:
+        plan, shards = Plan(problem, strategy, 2), zeros(problem)  # type: ignore[arg-type]
+        asked: list[int] = []
+        count_calls(device._gpu, asked)
+        arrays = [device.upload(shard) for shard in shards]
+        for _ in range(6):
+            asked.append(0)
+            steps = STRATEGIES[plan.strategy](device, plan, *arrays)
+            next(steps)
+            next(steps, None)
+        return asked[3:]
+
+    for counts in in_group(2, act):
+        assert all(10 < count <= 32 for count in counts), counts
+
+
+def zeros(problem: AttentionProblem) -> list[Any]:
+    shape = (problem.q_tokens // 2, problem.q_heads, problem.head_dim)
+    return [np.zeros(shape, np.float16) for _ in range(3)]
+
+
+def count_calls(gpu: Any, asked: list[int]) -> None:
+    """Add each call that enqueues something to the last of `asked`."""
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def ask(*args: Any, **options: Any) -> Any:
+            if asked:
+                asked[-1] += 1
+            return call(*args, **options)
+
+        return ask
+
+    for name in ("record", "wait", "copy", "copy_rows", "raise_flag", "await_flag", "merge"):
+        setattr(gpu, name, counted(getattr(gpu, name)))
+
+
+def test_head_start_covers_the_gathering() -> None:
+    def act(device: CudaDevice) -> list[int]:
+        lengths = (8192, 16384, 131072)
+        return [device.head_start(AttentionProblem(n, n, 8, 8, 128, 128)) for n in lengths]
+
+    too_short, short, long = in_group(2, act)[0]
+    assert too_short == 0
+    assert 1024 <= short <= 4096
+    assert 0 < long <= 8192
+    assert in_group(1, act)[0] == [0, 0, 0]
+
+
+def test_spans_without_a_result_are_found() -> None:
+    from mdattn_mpi.devices.cuda.device import complement
+
+    assert complement([Span(2, 4), Span(6, 8)], 9) == [Span(0, 2), Span(4, 6), Span(8, 9)]
+    assert complement([Span(0, 9)], 9) == []
