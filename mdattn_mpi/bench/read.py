@@ -1,22 +1,5 @@
-"""``mdattn bench read``: reading a rank's shard, against plain `os.preadv` of the same bytes."""
+"""Reading a rank's shard, against plain preadv.
 
-from __future__ import annotations
-
-import argparse
-import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
-from statistics import median
-from time import perf_counter
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mdattn_mpi.dataset import Dataset, Item
-    from mdattn_mpi.problem import Span
-
-DESCRIPTION = """\
 Time `Dataset.read` of one rank's shard of Q, K and V against `os.preadv` of as many bytes, from the
 page cache, into arrays that are there already. One span a tensor, and two (a causal ring's
 zigzag). Alternating; medians.
@@ -24,73 +7,72 @@ zigzag). Alternating; medians.
   mdattn bench read --length 65536 --ranks 4
 """
 
-KINDS = {  # as the arguments of `mdattn make-data`
-    "bf16 as float": ("bf16", "float", "token_major"),
-    "bf16 as uint16": ("bf16", "uint16", "token_major"),
-    "bf16 as opaque": ("bf16", "opaque", "token_major"),
-    "fp16": ("fp16", "float", "token_major"),
-    "bf16, head-major": ("bf16", "float", "head_major"),
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.bench.measure import alternate, report, versions
+from mdattn_mpi.bench.options import add_folder, add_rounds
+from mdattn_mpi.problem import AttentionProblem, DTypeName, Span
+
+if TYPE_CHECKING:
+    from mdattn_mpi.dataset import Dataset, Item
+    from mdattn_mpi.dataset.layout import Encoding, Layout
+
+KINDS: dict[str, tuple[DTypeName, Encoding, Layout]] = {
+    "bf16 as float": ("bfloat16", "float", "token_major"),
+    "bf16 as uint16": ("bfloat16", "uint16", "token_major"),
+    "bf16 as opaque": ("bfloat16", "opaque", "token_major"),
+    "fp16": ("float16", "float", "token_major"),
+    "bf16, head-major": ("bfloat16", "float", "head_major"),
 }
 
 
-def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
-    """Declare the arguments."""
-    parser: argparse.ArgumentParser = benchmarks.add_parser(
-        "read",
-        help="reading a shard against plain preadv",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare shard, rounds and folder."""
     add = parser.add_argument
-    add("--length", type=int, default=65536, metavar="S", help="tokens (default 65536)")
-    add("--ranks", type=int, default=4, metavar="P", help="of which one reads (default 4)")
-    add("--runs", type=int, default=51, metavar="N", help="of each kind (default 51)")
-    add("--folder", metavar="DIR", help="where to put the datasets (default: the temporary one)")
-    add("--json", action="store_true", help="print JSON")
-    return parser
+    add("--length", type=int, default=65536, metavar="S", help="tokens (default: 65536)")
+    add("--ranks", type=int, default=4, metavar="P", help="of which one reads (default: 4)")
+    add_rounds(parser, 51)
+    add_folder(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Measure all kinds."""
-    from mdattn_mpi.bench.measure import surroundings, table
-
-    rows = list(_measure(arguments))
-    facts = surroundings("h5py", "numpy")
-    if arguments.json:
-        print(json.dumps({"rows": rows, **facts}))
-        return 0
-    cells = [["stored", "spans", "MB", "read GB/s", "preadv GB/s", "ratio"]]
-    for row in rows:
+    found = list(_measure(arguments))
+    rows = [["stored", "spans", "MB", "read GB/s", "preadv GB/s", "ratio"]]
+    for row in found:
         speeds = [f"{row[name]:.2f}" for name in ("read", "preadv", "ratio")]
-        cells.append([row["stored"], str(row["spans"]), f"{row['bytes'] / 1e6:.0f}", *speeds])
-    print(table(cells))
-    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+        rows.append([row["stored"], str(row["spans"]), f"{row['bytes'] / 1e6:.0f}", *speeds])
+    report({"rows": found}, rows, versions("h5py", "numpy"), as_json=arguments.json)
     return 0
 
 
 def _measure(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from mdattn_mpi.cli import main as mdattn
+    from mdattn_mpi.bench.items import make_dataset
     from mdattn_mpi.dataset import open_dataset
     from mdattn_mpi.partition import split, zigzag
 
-    shards = (
-        (split(arguments.length, arguments.ranks)[1 % arguments.ranks],),
-        zigzag(arguments.length, arguments.ranks)[0],
-    )
+    length, ranks = arguments.length, arguments.ranks
+    shards = ((split(length, ranks)[1 % ranks],), zigzag(length, ranks)[0])
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         path = os.path.join(folder, "data.h5")
         for kind, (dtype, encoding, layout) in KINDS.items():
-            options = ["--dtype", dtype, "--encoding", encoding, "--layout", layout]
-            size = ["--items", "1", "--length", str(arguments.length)]
-            mdattn(["make-data", path, *size, *options, "--overwrite", "--quiet"])
+            problem = AttentionProblem(length, length, 8, 2, 128, 128, dtype)
+            make_dataset(path, [problem], encoding=encoding, layout=layout, overwrite=True)
             with open_dataset(path) as dataset:
                 for spans in shards:
                     yield {"stored": kind, "spans": len(spans)} | compare(
-                        dataset, dataset.items[0], spans, arguments.runs
+                        dataset, dataset.items[0], spans, arguments.rounds
                     )
 
 
-def compare(dataset: Dataset, item: Item, spans: Sequence[Span], runs: int) -> dict[str, float]:
+def compare(dataset: Dataset, item: Item, spans: Sequence[Span], rounds: int) -> dict[str, float]:
     """Bytes of a shard, GB/s of both ways, and their ratio."""
     import numpy as np
 
@@ -120,23 +102,10 @@ def compare(dataset: Dataset, item: Item, spans: Sequence[Span], runs: int) -> d
             for buffer, offset in plan:
                 os.preadv(fd, [buffer], offset)
 
-        ours, theirs = alternate(read, preadv, runs)
+        took = alternate({"read": read, "preadv": preadv}, rounds)
     return {
         "bytes": nbytes,
-        "read": nbytes / ours / 1e9,
-        "preadv": nbytes / theirs / 1e9,
-        "ratio": theirs / ours,
+        "read": nbytes / took["read"] / 1e9,
+        "preadv": nbytes / took["preadv"] / 1e9,
+        "ratio": took["preadv"] / took["read"],
     }
-
-
-def alternate(
-    first: Callable[[], None], second: Callable[[], None], runs: int
-) -> tuple[float, float]:
-    """Median seconds of both."""
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(runs):
-        for action, taken in zip((first, second), seconds, strict=True):
-            start = perf_counter()
-            action()
-            taken.append(perf_counter() - start)
-    return median(seconds[0]), median(seconds[1])

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mdattn_mpi.bench import rates
-from mdattn_mpi.bench.rates import Stopwatch, attention, copying
+from mdattn_mpi.bench import stopwatch
+from mdattn_mpi.bench.stopwatch import Stopwatch, attention, copying
 from mdattn_mpi.bench.timeline import Call
 
 ASKING = 1e-4  # seconds of the host for a call of any kind
@@ -23,9 +23,9 @@ class Late:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.busy_until = self.worked = 0.0
-        monkeypatch.setattr(rates, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(rates, "pause", self.cool_down)
-        monkeypatch.setattr(rates, "_random", lambda device, shape: Array(shape))
+        monkeypatch.setattr(stopwatch, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(stopwatch, "pause", self.cool_down)
+        monkeypatch.setattr(stopwatch, "_random", lambda device, shape: Array(shape))
 
     def cool_down(self) -> None:
         self.now, self.worked = self.now + 0.2, 0.0
@@ -103,5 +103,5 @@ def test_what_the_host_takes_is_timed_where_the_device_has_nothing_to_do(
 def test_a_device_that_does_what_it_is_asked_needs_no_lead(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Late(monkeypatch)
     watch = Stopwatch(device, runs_ahead=False)
-    monkeypatch.setattr(rates, "pause", lambda: pytest.fail("a processor needs no pause"))
+    monkeypatch.setattr(stopwatch, "pause", lambda: pytest.fail("a processor needs no pause"))
     assert watch.seconds(attention(device, call(40_000))) == pytest.approx(SLOW * 0.0128, rel=0.05)

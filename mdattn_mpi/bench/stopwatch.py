@@ -7,7 +7,6 @@ fast the host can ask for it: so it is asked for while the GPU is still busy wit
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.bench.attention_cuda import SECONDS, pause
 
 if TYPE_CHECKING:
-    from mdattn_mpi.bench.timeline import Call, Rates
+    from mdattn_mpi.bench.timeline import Call, Timings
     from mdattn_mpi.lockstep import World
 
 LINK_BYTES = 1 << 26
@@ -31,55 +30,53 @@ MERGED = (2048, 16384)  # rows of two merges, to tell launch and bytes apart
 HEADS, DIM = 8, 128
 
 
-def measure(
-    world: World, arguments: argparse.Namespace, known: Rates, missing: Sequence[Call]
-) -> Rates:
+def measure(world: World, backend_name: str, known: Timings, missing: Sequence[Call]) -> Timings:
     """Collective. Time the calls that are missing, on all ranks at once; the slowest rank counts.
 
     The device itself is measured unless it is known, and so are its links where there are any.
     """
     from mdattn_mpi.backends import open_backend
 
-    backend = open_backend(arguments.backend, world, threads=arguments.threads)
-    watch = Stopwatch(backend.device, runs_ahead=arguments.backend == "cuda")  # type: ignore[attr-defined]
-    rates = known
-    if not rates.memory:
-        rates = _with_device(world, watch, rates)
-    if world.size > 1 and not rates.latency:
-        rates = _with_links(world, watch, rates)
-    alone, after = _attending(world, watch, missing, rates)
+    backend = open_backend(backend_name, world)
+    watch = Stopwatch(backend.device, runs_ahead=backend_name == "cuda")  # type: ignore[attr-defined]
+    timings = known
+    if not timings.memory:
+        timings = _with_device(world, watch, timings)
+    if world.size > 1 and not timings.latency:
+        timings = _with_links(world, watch, timings)
+    alone, after = _attending(world, watch, missing, timings)
     backend.close()
     return replace(
-        rates,
-        bandwidth=rates.bandwidth or float("inf"),
-        attend={**rates.attend, **alone},
-        after={**rates.after, **after},
+        timings,
+        bandwidth=timings.bandwidth or float("inf"),
+        attend={**timings.attend, **alone},
+        after={**timings.after, **after},
     )
 
 
-def _with_device(world: World, watch: Stopwatch, rates: Rates) -> Rates:
+def _with_device(world: World, watch: Stopwatch, timings: Timings) -> Timings:
     """Collective. Measure copies and merges, and what the host needs to ask for everything."""
     world.barrier()
     memory = 2 * LINK_BYTES / watch.seconds_among(copying(watch.device))
     if not watch.runs_ahead:
-        return replace(rates, memory=memory, merge=memory)
+        return replace(timings, memory=memory, merge=memory)
     merge, launch = _merging(watch)
     host = _slowest(world, _asking(watch))
-    return replace(rates, memory=memory, merge=merge, launch=launch, host=host)
+    return replace(timings, memory=memory, merge=merge, launch=launch, host=host)
 
 
-def _with_links(world: World, watch: Stopwatch, rates: Rates) -> Rates:
+def _with_links(world: World, watch: Stopwatch, timings: Timings) -> Timings:
     """Collective. Measure messages from rank to rank."""
     world.barrier()
     small = exchanging(watch.device, SMALL_BYTES)
     latency = watch.seconds_among(small)
     large = watch.seconds_among(exchanging(watch.device, LINK_BYTES))
     bandwidth = LINK_BYTES / max(large - latency, 1e-9)
-    host = dict(rates.host)
+    host = dict(timings.host)
     if watch.runs_ahead:
         message = max(watch.asking_seconds(small) - host.get("copy", 0.0), 0.0)
         host |= _slowest(world, {"message": message})
-    return replace(rates, bandwidth=bandwidth, latency=latency, host=host)
+    return replace(timings, bandwidth=bandwidth, latency=latency, host=host)
 
 
 class Stopwatch:
@@ -201,7 +198,7 @@ def exchanging(device: Any, nbytes: int) -> Callable[[], Any]:
 
 
 def _attending(
-    world: World, watch: Stopwatch, missing: Sequence[Call], rates: Rates
+    world: World, watch: Stopwatch, missing: Sequence[Call], timings: Timings
 ) -> tuple[dict[Call, float], dict[Call, float]]:
     """Collective. Seconds of every call alone, and after another one like it."""
     alone, after = [], []
@@ -210,7 +207,7 @@ def _attending(
         alone.append(watch.seconds(attention(watch.device, call)))
         after.append(alone[-1])
         if watch.runs_ahead and alone[-1] < LONG:
-            merged = rates.launch + 3 * call.q_rows * _row(call) / rates.merge
+            merged = timings.launch + 3 * call.q_rows * _row(call) / timings.merge
             pair = watch.seconds(attention(watch.device, call, 2)) - merged
             after[-1] = min(alone[-1], max(pair - alone[-1], 0.0))
     everyone = zip(*world.allgather([alone, after]), strict=True)
