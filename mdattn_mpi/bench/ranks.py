@@ -1,4 +1,4 @@
-"""P ranks of one thread against one rank of P threads.
+"""Many ranks of one thread, against one rank of as many threads.
 
 Time one item on P ranks of one thread each, and on rank 0 alone with P threads, in turn, on the
 CPU. A speed above 1 means that the ranks together are faster.
