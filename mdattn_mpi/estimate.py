@@ -212,14 +212,14 @@ def least_memory(problem: AttentionProblem, ranks: int, costs: Costs) -> int:
 
 def least_ranks(problem: AttentionProblem, costs: Costs) -> int | None:
     """Find the smallest group whose ranks can hold an item of a batch; None if there is none."""
-    ranks = 1
-    while ranks <= max(problem.q_tokens, problem.kv_tokens):
-        needed = least_memory(problem, ranks, costs)
-        if not costs.memory or needed <= costs.memory:
-            return ranks
-        # More ranks divide it among them, at best: nothing between the two would do.
-        ranks = max(ranks + 1, ceil(ranks * needed / costs.memory))
-    return None
+    if not costs.memory:
+        return 1
+    most = max(problem.q_tokens, problem.kv_tokens)
+    if least_memory(problem, most, costs) > costs.memory:
+        return None
+    at_least = ceil(least_memory(problem, 1, costs) / costs.memory)  # they divide it, at best
+    numbers = range(at_least, most + 1)
+    return next((n for n in numbers if least_memory(problem, n, costs) <= costs.memory), None)
 
 
 def head_start(problem: AttentionProblem, ranks: int, costs: Costs, multiprocessors: int) -> int:
@@ -264,7 +264,7 @@ def _busiest_share(problem: AttentionProblem, ranks: int, owners: Partition | No
 @lru_cache
 def _largest_head_shares(q_heads: int, kv_heads: int, ranks: int) -> tuple[float, float]:
     """Return the largest shares of the query heads, and of the kv heads, that a rank attends to."""
-    shards = head_shards(q_heads, kv_heads, ranks)
+    shards = head_shards(q_heads, kv_heads, min(ranks, q_heads))  # nobody gets less than a head
     return max(len(s.q) for s in shards) / q_heads, max(len(s.kv) for s in shards) / kv_heads
 
 
