@@ -27,6 +27,8 @@ Causal = Literal["none", "upper_left", "lower_right"]
 DTypeName = Literal["bfloat16", "float16"]
 StrategyName = Literal["ring", "allgather", "ulysses"]
 
+DTYPES: dict[str, DTypeName] = {"bf16": "bfloat16", "fp16": "float16"}  # by what users type
+
 MAX_HEAD_DIM = 256
 
 

@@ -15,12 +15,14 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from mdattn_mpi.bench.measure import on_all_ranks, report
 from mdattn_mpi.bench.options import add_folder, add_shapes, one_problem
+from mdattn_mpi.problem import AttentionProblem
 
 if TYPE_CHECKING:
     from mdattn_mpi.dataset import Item
@@ -48,7 +50,6 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 def _run(world: World, arguments: argparse.Namespace) -> None:
-    from mdattn_mpi.bench.items import make_dataset
     from mdattn_mpi.lockstep import together
     from mdattn_mpi.runner.jobspec import JobSpec
 
@@ -60,7 +61,7 @@ def _run(world: World, arguments: argparse.Namespace) -> None:
     def prepare() -> None:
         if world.rank == 0:
             folder.mkdir(parents=True)
-            make_dataset(data, [problem] * arguments.items)
+            _make_dataset(data, problem, arguments.items)
 
     try:
         together(world, "dataset", prepare)
@@ -83,6 +84,28 @@ def _run(world: World, arguments: argparse.Namespace) -> None:
         facts = {"job": f"{arguments.items} items of {problem} on {world.size} ranks"}
         figures = {"seconds": seconds, "slowest": slowest, "ratio": ratio}
         report(figures, rows, facts, as_json=arguments.json)
+
+
+def _make_dataset(path: Path, problem: AttentionProblem, count: int) -> None:
+    """Write random items, the same block of numbers again and again.
+
+    Drawing them all, as `mdattn make-data` does, would take longer than measuring.
+    """
+    import numpy as np
+
+    from mdattn_mpi.dataset import NUMPY, TENSORS, Item, create_dataset
+    from mdattn_mpi.dataset.making import shapes
+
+    items = [Item(f"item{number}", number, problem) for number in range(count)]
+    block = np.random.default_rng().standard_normal(1 << 24, np.float32)
+    block = block.astype(NUMPY[problem.dtype])
+    with create_dataset(path, items) as dataset:
+        for item in items:
+            for tensor in TENSORS:
+                left = prod(shapes(problem)[tensor])
+                while left:
+                    dataset.append(item, tensor, block[: min(left, block.size)])
+                    left -= min(left, block.size)
 
 
 def _measure(world: World, spec: JobSpec) -> dict[str, float]:

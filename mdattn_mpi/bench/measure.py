@@ -7,7 +7,6 @@ import os
 import platform
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -97,7 +96,9 @@ def surroundings() -> dict[str, str]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Of installed packages."""
-    return {package: _version(package) for package in packages}
+    from mdattn_mpi.runner.provenance import package_version
+
+    return {package: package_version(package) for package in packages}
 
 
 def table(rows: Iterable[Sequence[str]]) -> list[str]:
@@ -121,12 +122,5 @@ def _commit() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return f"mdattn_mpi {_version('mdattn_mpi')}"
+        return "mdattn_mpi " + versions("mdattn_mpi")["mdattn_mpi"]
     return found.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

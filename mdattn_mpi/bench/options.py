@@ -8,9 +8,7 @@ from itertools import product
 from typing import get_args
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName
-
-DTYPES: dict[str, DTypeName] = {"bf16": "bfloat16", "fp16": "float16"}
+from mdattn_mpi.problem import DTYPES, AttentionProblem, Causal
 
 
 def add_shapes(

@@ -2,9 +2,9 @@
 
 Predict the share of ideal, t(1) / (P · t(P)), of every strategy on P ranks. The strategies' own
 code runs in virtual time; what an attention call, a link, the memory and the host take is measured
-here once and kept in a file. With two ranks or more, the links are measured too.
+here once, on GPUs, and kept in a file. With two ranks or more, the links are measured too.
 
-  mpirun -n 2 mdattn bench predict -b cuda --kernels h200.json --ranks 2,4,8
+  mpirun -n 2 mdattn bench predict --kernels h200.json --ranks 2,4,8
   mdattn bench predict --kernels h200.json --ranks 16      nothing is measured that is in the file
 
 --against compares with what `mdattn bench attention -b cuda --json` has measured.
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import on_all_ranks, report, surroundings
-from mdattn_mpi.bench.options import add_backend, add_shapes, numbers, problems
+from mdattn_mpi.bench.options import add_shapes, numbers, problems
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, Plan
 
@@ -37,7 +37,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--kernels", required=True, metavar="FILE", help="measured times, read and completed")
     add("--ranks", type=numbers, default=(2, 4, 8), metavar="P,P", help="default: 2,4,8")
     add("--against", action="append", default=[], metavar="FILE", help="measured rows to compare")
-    add_backend(parser)
     add_shapes(parser, lengths=(8192, 32768, 131072), causal="both")
 
 
@@ -66,7 +65,7 @@ def _main(world: World, arguments: argparse.Namespace) -> None:
         for call in calls(trace(one, STRATEGIES[one.strategy]))
     }
     if missing := sorted(needed - timings.attend.keys()):
-        timings = measure(world, arguments.backend, timings, missing)
+        timings = measure(world, timings, missing)
         _save(world, arguments.kernels, timings)
     if world.rank == 0:
         rows = [{**_predict(plan, timings), **measured.get(plan, {})} for plan in plans]

@@ -30,22 +30,22 @@ MERGED = (2048, 16384)  # rows of two merges, to tell launch and bytes apart
 HEADS, DIM = 8, 128
 
 
-def measure(world: World, backend_name: str, known: Timings, missing: Sequence[Call]) -> Timings:
+def measure(world: World, known: Timings, missing: Sequence[Call]) -> Timings:
     """Collective. Time the calls that are missing, on all ranks at once; the slowest rank counts.
 
     The device itself is measured unless it is known, and so are its links where there are any.
     """
-    from mdattn_mpi.backends import open_backend
+    from mdattn_mpi.devices.cuda.open import open_cuda
 
-    backend = open_backend(backend_name, world)
-    watch = Stopwatch(backend.device, runs_ahead=backend_name == "cuda")  # type: ignore[attr-defined]
+    device = open_cuda(world)
+    watch = Stopwatch(device)
     timings = known
     if not timings.memory:
         timings = _with_device(world, watch, timings)
     if world.size > 1 and not timings.latency:
         timings = _with_links(world, watch, timings)
     alone, after = _attending(world, watch, missing, timings)
-    backend.close()
+    device.close()
     return replace(
         timings,
         bandwidth=timings.bandwidth or float("inf"),
@@ -58,8 +58,6 @@ def _with_device(world: World, watch: Stopwatch, timings: Timings) -> Timings:
     """Collective. Measure copies and merges, and what the host needs to ask for everything."""
     world.barrier()
     memory = 2 * LINK_BYTES / watch.seconds_among(copying(watch.device))
-    if not watch.runs_ahead:
-        return replace(timings, memory=memory, merge=memory)
     merge, launch = _merging(watch)
     host = _slowest(world, _asking(watch))
     return replace(timings, memory=memory, merge=merge, launch=launch, host=host)
@@ -72,31 +70,25 @@ def _with_links(world: World, watch: Stopwatch, timings: Timings) -> Timings:
     latency = watch.seconds_among(small)
     large = watch.seconds_among(exchanging(watch.device, LINK_BYTES))
     bandwidth = LINK_BYTES / max(large - latency, 1e-9)
-    host = dict(timings.host)
-    if watch.runs_ahead:
-        message = max(watch.asking_seconds(small) - host.get("copy", 0.0), 0.0)
-        host |= _slowest(world, {"message": message})
+    message = max(watch.asking_seconds(small) - timings.host.get("copy", 0.0), 0.0)
+    host = {**timings.host, **_slowest(world, {"message": message})}
     return replace(timings, bandwidth=bandwidth, latency=latency, host=host)
 
 
 class Stopwatch:
-    """Times calls that end in an array; `runs_ahead` says that asking isn't doing."""
+    """Times calls that end in an array, on a GPU: asking for them isn't doing them."""
 
-    def __init__(self, device: Any, *, runs_ahead: bool) -> None:
+    def __init__(self, device: Any) -> None:
         self.device = device
-        self.runs_ahead = runs_ahead
-        if runs_ahead:
-            self._lead = attention(device, _call(LEAD, LEAD))
-            self._burst(self._lead, 1)
-            self._lead_seconds = self._burst(self._lead, 4) / 4
+        self._lead = attention(device, _call(LEAD, LEAD))
+        self._burst(self._lead, 1)
+        self._lead_seconds = self._burst(self._lead, 4) / 4
 
     def seconds(self, once: Callable[[], Any]) -> float:
         """How long a call takes, among as many as fill a turn."""
         self._burst(once, 1)
         guess = self._burst(once, 1)
-        if self.runs_ahead and guess < SHORT:
-            return self.seconds_among(once)
-        return self._turn(once, guess)
+        return self.seconds_among(once) if guess < SHORT else self._turn(once, guess)
 
     def seconds_among(self, once: Callable[[], Any]) -> float:
         """How long a short call takes; the same number of calls on every rank."""
@@ -126,15 +118,12 @@ class Stopwatch:
         """Time calls that come after half a turn of them."""
         calls, taken = ceil(SECONDS / 2 / guess), []
         for thirds in (1, 3):
-            if self.runs_ahead:
-                pause()
+            pause()
             taken.append(self._burst(once, thirds * calls))
         return (taken[1] - taken[0]) / (2 * calls)
 
     def _leads(self, once: Callable[[], Any]) -> int:
         """How many leads keep the GPU busy until the host has asked for everything."""
-        if not self.runs_ahead:
-            return 0
         start = perf_counter()
         for _ in range(2 * CALLS):
             last = once()
@@ -206,7 +195,7 @@ def _attending(
         world.barrier()
         alone.append(watch.seconds(attention(watch.device, call)))
         after.append(alone[-1])
-        if watch.runs_ahead and alone[-1] < LONG:
+        if alone[-1] < LONG:
             merged = timings.launch + 3 * call.q_rows * _row(call) / timings.merge
             pair = watch.seconds(attention(watch.device, call, 2)) - merged
             after[-1] = min(alone[-1], max(pair - alone[-1], 0.0))

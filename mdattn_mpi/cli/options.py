@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+from mdattn_mpi.problem import DTYPES as DTYPES
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:

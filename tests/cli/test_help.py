@@ -79,7 +79,7 @@ def test_completion_can_see_all_commands_at_once() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["agree", "attention", "broadcast", "groups", "job", "memory", "predict", "ranks", "read"],
+    ["agree", "attention", "broadcast", "groups", "job", "memory", "predict", "ranks"],
 )
 def test_every_benchmark_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
