@@ -22,12 +22,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import get_args
 
 from mdattn_mpi.partition import head_shards, token_count
-from mdattn_mpi.problem import AttentionProblem, Partition, StrategyName, seen_pairs
-
-STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
+from mdattn_mpi.problem import (
+    STRATEGY_NAMES,
+    AttentionProblem,
+    Partition,
+    StrategyName,
+    seen_pairs,
+)
 
 # Attention as cuDNN does it, per multiprocessor and by the major number of the SM architecture:
 # SM 9 measured on an H200, the others scaled from data sheets.

@@ -1,7 +1,7 @@
 """What an agreement costs over a barrier, and lockstep over a bare step.
 
 Time an agreement against a plain MPI barrier, and steps of about a millisecond with lockstep (three
-phases told, one agreement) against the same steps with a barrier. Short bursts, alternating;
+phases noted, one agreement) against the same steps with a barrier. Short bursts, alternating;
 medians of the slowest rank. The watchdog's share of a core comes on top: bursts this short mostly
 miss it, so its processor time is read from the kernel.
 

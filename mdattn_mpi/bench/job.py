@@ -155,7 +155,7 @@ def _write(job: Job, files: Files) -> None:
 
     from mdattn_mpi.backends import HostArray
 
-    class Made:
+    class Downloaded:
         """A download that is there."""
 
         def __init__(self, *arrays: HostArray) -> None:
@@ -171,7 +171,7 @@ def _write(job: Job, files: Files) -> None:
         query, problem = work.shards[0], work.item.problem
         out = np.empty((*query.shape[:2], problem.v_head_dim), query.dtype)
         out.view(np.uint16)[...] = 0x3F80
-        work.download = Made(out, np.zeros(query.shape[:2], np.float32))
+        work.download = Downloaded(out, np.zeros(query.shape[:2], np.float32))
         files.write(work)
 
 

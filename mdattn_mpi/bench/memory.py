@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import on_all_ranks, report
 from mdattn_mpi.bench.options import add_shapes, one_problem
-from mdattn_mpi.estimate import STRATEGY_NAMES
+from mdattn_mpi.problem import STRATEGY_NAMES
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 NAP = 0.002  # seconds; ranks that have nothing to do must leave their core to the one that has
 
 
-class Team(NamedTuple):
+class Side(NamedTuple):
     """A group with its backend and shards, ready to attend."""
 
     backend: Backend
@@ -86,8 +86,8 @@ def _compare(
     world: World, alone: Group, strategy: str, problem: AttentionProblem, rounds: int
 ) -> dict[str, float]:
     """Collective. Medians of both sides in seconds, until the last rank is done."""
-    together = _team(world, strategy, 1, problem)
-    single = _team(alone, "ring", world.size, problem)
+    together = _side(world, strategy, 1, problem)
+    single = _side(alone, "ring", world.size, problem)
     meet = partial(_meet, world)
 
     def threads() -> None:
@@ -105,7 +105,7 @@ def _compare(
     return {**took, "speed": took["threads"] / took["ranks"]}
 
 
-def _team(group: Group, strategy: Any, threads: int, problem: AttentionProblem) -> Team:
+def _side(group: Group, strategy: Any, threads: int, problem: AttentionProblem) -> Side:
     """Collective. The same random item whatever the group; a rank makes its own shard of it."""
     import numpy as np
 
@@ -124,7 +124,7 @@ def _team(group: Group, strategy: Any, threads: int, problem: AttentionProblem) 
         spans = (owners.query if tensor == "query" else owners.kv)[group.rank]
         parts = [whole[span.slice] for span in spans]
         shards.append(np.concatenate(parts).astype(NUMPY[problem.dtype]))
-    return Team(backend, plan, shards)
+    return Side(backend, plan, shards)
 
 
 def _meet(world: World) -> None:

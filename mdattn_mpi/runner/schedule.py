@@ -279,7 +279,7 @@ def _range(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}…{high}"
 
 
-def finish_times(schedule: Schedule, seconds: Time, *, ahead: int = AHEAD) -> list[float]:
+def finish_times(schedule: Schedule, seconds: Time) -> list[float]:
     """Play `schedule` on paper: when each rank (in `order`) has done its last item.
 
     Parameters
@@ -288,8 +288,6 @@ def finish_times(schedule: Schedule, seconds: Time, *, ahead: int = AHEAD) -> li
         What `make_schedule` returned.
     seconds
         How long an item takes on a group of so many ranks.
-    ahead
-        How many items a group has taken besides the one that it computes.
 
     """
     turns = [0] * len(schedule.queues)
@@ -308,7 +306,7 @@ def finish_times(schedule: Schedule, seconds: Time, *, ahead: int = AHEAD) -> li
         fits = queue >= 0 and stop - start == schedule.queues[queue].size
         item = next(schedule.items(queue, take), None) if fits else None
         if item is not None:
-            taken = (*taken, taken[-1] + seconds(item, stop - start))[-ahead - 1 :]
+            taken = (*taken, taken[-1] + seconds(item, stop - start))[-AHEAD - 1 :]
             heapq.heappush(groups, (taken[0], start, stop, queue, taken))
             continue
         ends[start:stop] = [taken[-1]] * (stop - start)

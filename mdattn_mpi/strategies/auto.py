@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Literal
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import STRATEGY_NAMES, Costs, Estimate, estimate, least_ranks
-from mdattn_mpi.problem import AttentionProblem, Partition, StrategyName
+from mdattn_mpi.estimate import Costs, Estimate, estimate, least_ranks
+from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, Partition, StrategyName
 
 TIE = 1.05  # the less a strategy merges the more exact it is: worth this much time
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from mdattn_mpi.estimate import (
     FILE_BANDWIDTH,
-    STRATEGY_NAMES,
     cpu_costs,
     estimate,
     file_bytes,
@@ -22,7 +21,7 @@ from mdattn_mpi.estimate import (
     typical_costs,
 )
 from mdattn_mpi.partition import partition
-from mdattn_mpi.problem import AttentionProblem, Partition, Span
+from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, Partition, Span
 from tests.support.reference import problems
 
 GPU = typical_costs("cuda")
