@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.cli.inspect import printable
 
 if TYPE_CHECKING:
-    from mdattn_mpi.lockstep.board import Record
+    from mdattn_mpi.lockstep.record import Record
 
 DESCRIPTION = """\
 Say how the job that writes an output is doing, while it runs or after: items done and left, rate,
@@ -88,7 +88,7 @@ def status(path: str) -> dict[str, Any]:
 
 def _state(records: Sequence[Record], note: object, counts: Mapping[str, int], now: float) -> str:
     """Say in a word how it is."""
-    from mdattn_mpi.lockstep.board import ENDED
+    from mdattn_mpi.lockstep.record import ENDED
 
     if note:
         return "lost a rank"
@@ -121,7 +121,7 @@ def _speed(
 
 
 def _rank(record: Record, now: float) -> dict[str, Any]:
-    from mdattn_mpi.lockstep.board import ENDED
+    from mdattn_mpi.lockstep.record import ENDED
 
     return {
         "rank": record.rank,

@@ -14,8 +14,9 @@ from mdattn_mpi.lockstep.launcher import Launcher, launcher
 from mdattn_mpi.lockstep.watchdog import watch
 
 if TYPE_CHECKING:
-    from mdattn_mpi.lockstep.agreement import Agreement, Step, together
-    from mdattn_mpi.lockstep.world import Group, World, start
+    from mdattn_mpi.lockstep.agreement import Agreement, Step
+    from mdattn_mpi.lockstep.group import Group, together
+    from mdattn_mpi.lockstep.world import World, start
 
 __all__ = [
     "Agreement",
@@ -36,10 +37,10 @@ __all__ = [
 _NEED_MPI = {
     "Agreement": "agreement",
     "Step": "agreement",
-    "Group": "world",
+    "Group": "group",
     "World": "world",
     "start": "world",
-    "together": "agreement",
+    "together": "group",
 }
 
 

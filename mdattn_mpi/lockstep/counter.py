@@ -13,9 +13,9 @@ from time import monotonic, sleep
 from types import TracebackType
 
 import numpy as np
-from mpi4py import MPI
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.lockstep.mpi import MPI, threads_may_call
 
 CLOSED = 1 << 62  # larger than any number of items
 _TAKE, _CLOSE, _ANSWER = 1, 2, 3
@@ -41,7 +41,7 @@ class SharedCounter:
     def __init__(
         self, comm: MPI.Comm, slots: int, meanwhile: Callable[[], None] = lambda: None
     ) -> None:
-        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        if not threads_may_call():
             raise RejectedError(
                 "this MPI library doesn't allow calls from several threads, which sharing items "
                 "among groups needs",

@@ -14,12 +14,10 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mdattn_mpi.lockstep.launcher import Launcher
-
-if TYPE_CHECKING:
-    from mdattn_mpi.lockstep.board import Record
+from mdattn_mpi.lockstep.record import Record
 
 TEXT, JSON = "death-note.txt", "death-note.json"
 
@@ -33,7 +31,6 @@ def compose(
     *,
     stack: str = "",
     command: str = "",
-    folder: str = "",
 ) -> Note:
     """Put everything that is known into one JSON object.
 
@@ -49,8 +46,6 @@ def compose(
         Where the rank was, as far as it could still say.
     command
         What resumes the job.
-    folder
-        The run folder.
 
     """
     now = time.time()
@@ -81,7 +76,7 @@ def compose(
         "done": min((record.done for record in records), default=culprit.done),
         "total": max((record.total for record in records), default=culprit.total),
         "resume": command,
-        "folder": folder,
+        "folder": culprit.folder,
     }
 
 
@@ -142,7 +137,7 @@ def write(folder: str | Path, note: Note) -> bool:
     with os.fdopen(file, "w") as stream:
         json.dump(note, stream, indent=1)
         stream.write("\n")
-    (Path(folder) / TEXT).write_text(page(note))
+    (Path(folder) / TEXT).write_text(page(note), errors="backslashreplace")
     return True
 
 

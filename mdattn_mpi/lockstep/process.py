@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +25,11 @@ class Process(NamedTuple):
     def is_alive(self) -> bool:
         """Whether more is left of it than its exit code."""
         return self.state not in "ZX"
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was started."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.start / os.sysconf("SC_CLK_TCK")
 
     @staticmethod
     def look(pid: int) -> Process | None:
