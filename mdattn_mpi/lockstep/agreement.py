@@ -48,29 +48,21 @@ class Agreement(NamedTuple):
     refused: ItemError | None = None
 
 
-class Words(NamedTuple):
-    """What an agreement's reduction brings: the greatest of each word."""
-
-    alike: bool  # all ranks had the same step
-    failed: int | None  # the lowest rank with an error
-    refusing: int | None  # the lowest rank that refuses the item ahead
-    stop: bool
-    checksums: tuple[int, ...]
-
-
 class Ballot:
     """Collective. The words of the agreements over `comm`, used again and again."""
 
     def __init__(self, comm: MPI.Intracomm) -> None:
         words = Struct(f"={HEAD_WORDS + comm.size}Q")
         self._sent, received = bytearray(words.size), bytearray(words.size)
-        self._size, self._number = comm.size, comm.size - comm.rank  # the greatest: the lowest rank
+        self._number = comm.size - comm.rank  # the greatest is the lowest rank's
         self._own = HEAD.size + comm.rank * WORD.size  # where this rank's checksum goes
         self._unpack = partial(words.unpack, received)
         self._reduce, self.free = _reduction(comm, self._sent, received)
 
-    def cast(self, step: Step, *, failed: bool, refuses: bool, stop: bool, checksum: int) -> Words:
-        """Collective. Give this rank's words; return what all have brought."""
+    def cast(
+        self, step: Step, failed: bool, refuses: bool, stop: bool, checksum: int
+    ) -> tuple[int, ...]:
+        """Collective. Give this rank's words; return the greatest that any rank gave, of each."""
         # After a millisecond of other work none of this is in the processor's caches, and what it
         # costs is how much of Python and MPI it touches: hence no calls but these.
         number = self._number
@@ -81,15 +73,7 @@ class Ballot:
         )  # fmt: skip
         WORD.pack_into(self._sent, self._own, checksum)
         self._reduce()
-        words = self._unpack()
-        high, low, failing, refusing, stops = words[:HEAD_WORDS]
-        return Words(
-            high ^ low == MASK,
-            self._size - failing if failing else None,
-            self._size - refusing if refusing else None,
-            stops != 0,
-            words[HEAD_WORDS:],
-        )
+        return self._unpack()
 
 
 @cache

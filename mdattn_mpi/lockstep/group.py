@@ -12,7 +12,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 
 from mdattn_mpi.errors import DisagreementError, ItemError, MdattnError
-from mdattn_mpi.lockstep.agreement import Agreement, Ballot, Step, differences
+from mdattn_mpi.lockstep.agreement import HEAD_WORDS, MASK, Agreement, Ballot, Step, differences
 from mdattn_mpi.lockstep.arrival import wait_for_all
 from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.board import board as current_board
@@ -94,25 +94,22 @@ class Group:
             The error of the lowest rank that brought one; the same on all ranks.
         DisagreementError
             Ranks differ in what they are about to do; the same on all ranks.
+        InterruptedJobError
+            Ranks didn't come within the group's deadline; on those that did.
 
         """
         self._arrive(step.phase)
-        words = self._ballot.cast(
-            step,
-            failed=error is not None,
-            refuses=refused is not None,
-            stop=stop,
-            checksum=checksum or 0,
-        )
-        if words.failed is not None:
-            raise self._error_of(words.failed, error) from error
-        if not words.alike:
+        words = self._ballot.cast(step, error is not None, refused is not None, stop, checksum or 0)
+        high, low, failed, refusing, stops = words[:HEAD_WORDS]
+        if failed:
+            raise self._error_of(self.size - failed, error) from error
+        if high ^ low != MASK:
             raise self._disagreement(step)
-        if words.refusing is not None:
-            found = self._error_of(words.refusing, refused)
+        if refusing:
+            found = self._error_of(self.size - refusing, refused)
             assert isinstance(found, ItemError)
             refused = found
-        return Agreement(words.stop, () if checksum is None else words.checksums, refused)
+        return Agreement(stops != 0, () if checksum is None else words[HEAD_WORDS:], refused)
 
     def _arrive(self, phase: str) -> None:
         """Collective. Say that this rank waits; where there is a deadline, wait for all with it."""

@@ -228,6 +228,45 @@ def test_an_error_that_all_agreed_on_is_printed_once_and_is_no_death(tmp_path: P
     assert death_note.read(tmp_path) is None
 
 
+RAISES = """
+import logging, os, sys
+from mdattn_mpi.errors import LOGGER
+from mdattn_mpi.lockstep import watch
+def go_wrong():
+    return {{}}["no such key"]
+def main():
+    from mdattn_mpi.lockstep import start, together
+    world = start()
+    world.board.attach({folder!r}, world.rank, world.size)
+    LOGGER.addHandler(logging.FileHandler(os.path.join({folder!r}, f"log-{{world.rank}}")))
+    act = go_wrong if world.rank == 1 else dict
+    {way}
+    world.barrier()
+sys.exit(watch(main))
+"""
+
+
+@pytest.mark.parametrize("way", ["together(world, 'plan', act)", "act()"])
+def test_an_exception_of_one_rank_is_shown_once_and_its_log_has_the_traceback(
+    tmp_path: Path, way: str
+) -> None:
+    done = mpirun(2, ["-c", RAISES.format(folder=str(tmp_path), way=way)])
+    assert done.returncode == 4
+    assert done.stderr.count("KeyError: 'no such key'") == 1, done.stderr
+    assert "rank 1" in done.stderr
+    assert "Traceback" not in done.stderr
+    if way == "act()":  # the other rank is in a barrier, and hears nothing
+        assert "raised KeyError" in (death_note.read(tmp_path) or {})["what"]
+    else:
+        assert "mdattn: error: rank 1: KeyError: 'no such key' (<string>, line " in done.stderr
+        assert "a bug in mdattn_mpi" in done.stderr
+        assert death_note.read(tmp_path) is None
+    logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
+    assert logs[0] == ""
+    assert "Traceback" in logs[1]
+    assert "in go_wrong" in logs[1]
+
+
 def test_a_job_that_loses_nobody_says_nothing(tmp_path: Path) -> None:
     done = job(tmp_path, 4)
     assert (done.returncode, done.stderr) == (0, "")
