@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 import traceback
 from pathlib import Path
 from typing import Any, ClassVar
@@ -88,6 +89,13 @@ class MdattnError(Exception):
         if not (known and found.agreed):  # else the rank that it comes from has logged it
             log_traceback(error)
         return found
+
+
+def wrapped(message: str) -> str:
+    """Break a message into lines of 80 columns at most, at words."""
+    return textwrap.fill(
+        message, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def _adopt(error: BaseException) -> MdattnError:

@@ -152,10 +152,10 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     for rank in ranks:
         yield f"  rank {rank['rank']}: {_doing(rank, facts['state'])}"
     if facts["death_note"]:
-        from mdattn_mpi.lockstep.death_note import paragraph
+        from mdattn_mpi.lockstep.death_note import message
 
         yield ""
-        yield printable(paragraph(facts["death_note"]))
+        yield from map(printable, message(facts["death_note"]).splitlines())
 
 
 def _doing(rank: Mapping[str, Any], state: str) -> str:

@@ -1,6 +1,6 @@
 """Start and end of the ranks, groups, agreement, barriers and the watchdog.
 
-`watch` must run before MPI, NumPy or a thread exist; so what needs MPI is imported on first use.
+`watch` must run before MPI, NumPy or a thread exist, so what needs MPI is imported on first use.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Board:
         """
         now = time.monotonic_ns()
         since, page = 1e-9 * now, self.page
-        page.deadline = since + (deadline or self.patience)  # first: a look in between is no harm
+        page.deadline = since + (deadline or self.patience)  # first: a watchdog may look meanwhile
         page.since = since
         page.phases += 1
         page.waiting = False
@@ -121,14 +121,14 @@ class Board:
             self.page.fault_time, self.page.late = time.time(), late
 
     def suspect(self, what: str, code: int) -> None:
-        """Say ahead what it was, and the exit code, if MPI ends this process while it starts."""
+        """Store the fault and exit code to report if MPI ends this process while it starts."""
         self.fail(what)
         self.exit(code)
 
     def started(self) -> None:
         """Say that this rank belongs to a world now: from here on others wait for it."""
         self.page.state = STARTED
-        self.page.fault_time = 0.0  # what was suspected wasn't so
+        self.page.fault_time = 0.0  # the suspicion was wrong
         self.page.put(fault="")
 
     def end(self) -> None:
@@ -171,7 +171,7 @@ class Board:
         return record
 
     def restore(self, page: Page) -> None:
-        """Take back what the rank has stored since `page` was copied."""
+        """Undo what the rank has stored since `page` was copied."""
         ctypes.pointer(self.page)[0] = page
 
 
@@ -192,7 +192,7 @@ def share(new: Board) -> Board:
 
 @dataclass(frozen=True)
 class BoardFile:
-    """All ranks' pages in the run folder, and word of a rank that is lost.
+    """All ranks' pages in the run folder, and the notice that a rank is lost.
 
     The file is opened anew every time: that is what makes NFS show what other hosts wrote.
     """

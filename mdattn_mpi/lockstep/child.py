@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from mdattn_mpi.errors import LOGGER, InternalError, MdattnError, log_traceback
+from mdattn_mpi.errors import LOGGER, InternalError, MdattnError, log_traceback, wrapped
 from mdattn_mpi.lockstep.blame import BY_MPI, INTERRUPTED
 from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.launcher import launcher
@@ -53,7 +53,7 @@ def _run(main: Callable[[], int], board: Board) -> int:
         if not error.agreed and board.page.state != RUNNING:
             raise
         if not error.agreed or launcher().rank == 0:
-            print(f"mdattn: error: {error}", file=sys.stderr, flush=True)
+            print(wrapped(f"mdattn: error: {error}"), file=sys.stderr, flush=True)
         code = error.exit_code
     except SystemExit as stop:
         if board.page.state != RUNNING or not stop.code:

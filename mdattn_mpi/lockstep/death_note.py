@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mdattn_mpi.errors import wrapped
 from mdattn_mpi.lockstep.launcher import Launcher
 from mdattn_mpi.lockstep.record import Record
 
@@ -32,7 +33,7 @@ def compose(
     stack: str = "",
     command: str = "",
 ) -> Note:
-    """Put everything that is known into one JSON object.
+    """Put all that is known into one JSON object.
 
     Parameters
     ----------
@@ -43,7 +44,7 @@ def compose(
     records
         Those of all ranks that can be read.
     stack
-        Where the rank was, as far as it could still say.
+        The rank's stacks, as far as it could still write them.
     command
         What resumes the job.
 
@@ -80,8 +81,8 @@ def compose(
     }
 
 
-def paragraph(note: Note) -> str:
-    """Say it in one paragraph."""
+def message(note: Note) -> str:
+    """Say it in one paragraph, with the command to copy on a line of its own."""
     rank = f"rank {note['rank']}" if note["rank"] >= 0 else "a rank"
     place = f"host {note['host']}, pid {note['pid']}"
     if note["device"]:
@@ -91,16 +92,15 @@ def paragraph(note: Note) -> str:
         when += f" of item {note['item']!r}"
     text = (
         f"mdattn: {rank} of {note['size']} ({place}) {note['what']} {when}, "
-        f"{note['seconds']:.1f} s after that began."
+        f"{note['seconds']:.1f} s after it began."
     )
     if note["waited"]:
         text += f" Meanwhile: {_others(note['waited'])}."
     if note["total"]:
         text += f" Finished: at least {note['done']} of {note['total']} items; they are intact."
-    text += f" To go on, run the same command again: {note['resume']}"
     if note["folder"]:
-        text += f" (more in {Path(note['folder']) / TEXT})"
-    return text
+        text += f" More in {Path(note['folder']) / TEXT}."
+    return f"{wrapped(f'{text} To go on, run the same command again:')}\n  {note['resume']}"
 
 
 def _others(waited: Sequence[dict[str, Any]]) -> str:
@@ -120,9 +120,9 @@ def _others(waited: Sequence[dict[str, Any]]) -> str:
 
 def page(note: Note) -> str:
     """Say it on one page."""
-    stack = note["stack"].strip() or "(it could not say where it was)"
+    stack = note["stack"].strip() or "(unknown)"
     when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(note["time"]))
-    return f"{paragraph(note)}\n\nWritten {when}.\n\nWhere the rank was:\n\n{stack}\n"
+    return f"{message(note)}\n\nWritten {when}.\n\nWhere the rank was:\n\n{stack}\n"
 
 
 def write(folder: str | Path, note: Note) -> bool:

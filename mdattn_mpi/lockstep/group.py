@@ -58,11 +58,6 @@ class Group:
         self.local_rank, self.local_size, self.cores = 0, 1, 1
         self._ballot = Ballot(self.control)
 
-    @property
-    def ranks(self) -> int:
-        """How many ranks the group has."""
-        return self.size
-
     def agree(
         self,
         step: Step,

@@ -34,7 +34,7 @@ class Publisher(threading.Thread):
     lost
         Another watchdog has said that a rank is lost.
     vanished
-        The record of a rank of this host whose watchdog is gone without a word.
+        The record of a rank of this host whose watchdog is gone without a note.
 
     """
 
@@ -74,7 +74,7 @@ class Publisher(threading.Thread):
         BoardFile(record.folder).publish(self._published, record.rank, record.size)
 
     def look(self) -> None:
-        """Look for word of a lost rank, and for watchdogs of this host that have vanished."""
+        """Look for the notice of a lost rank, and for watchdogs of this host that have vanished."""
         record = self.board.record()
         if not record.folder:
             return

@@ -22,10 +22,10 @@ from mdattn_mpi.lockstep.launcher import Launcher
 from mdattn_mpi.lockstep.process import Process, name_this, set_death_signal
 from mdattn_mpi.lockstep.record import ENDED
 
-PATIENCE = 20.0  # seconds; an mpirun that is well ends a fraction of one after its last rank
+PATIENCE = 20.0  # seconds; an mpirun in order ends a fraction of one after its last rank
 ONE_JOB = frozenset({"mpirun", "mpiexec", "orterun", "prterun"})  # other daemons outlive their jobs
 _LOOK = 0.1
-_GONE = signal.SIGRTMIN + 8  # the kernel's word that the watchdog is gone
+_GONE = signal.SIGRTMIN + 8  # sent by the kernel when the watchdog is gone
 
 
 def post(launched: Launcher, board: Board) -> None:
@@ -49,7 +49,7 @@ def post(launched: Launcher, board: Board) -> None:
 def wait_and_reap(
     launcher: Process, watchdog: int, board: Board, patience: float = PATIENCE
 ) -> None:
-    """Sleep until the process `watchdog` is gone; then see to it that the launcher goes too."""
+    """Sleep until the process `watchdog` is gone; then make sure that the launcher ends too."""
     os.setsid()  # signals to the group of a rank are not for the reaper
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
     name_this("mdattn-reaper")

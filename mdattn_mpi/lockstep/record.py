@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from dataclasses import dataclass, fields
+from typing import Any
 
 PAGE = 4096  # bytes of a record in memory and in the file
 EPOCH_BITS = 32  # agreements of one phase of the job's schedule; see `Board.join`
@@ -17,62 +18,11 @@ MAGIC = b"mdboard2"
 RUNNING, STARTED, ENDED = range(3)  # before the world, in it, and after it was left in order
 
 
-class Page(ctypes.Structure):
-    """What a rank and its watchdog store, in memory that both share."""
-
-    _fields_ = (
-        ("magic", ctypes.c_char * 8),
-        # who: processes and the namespace that numbers them; `job` tells runs apart
-        ("job", ctypes.c_uint64),
-        ("rank", ctypes.c_int32),
-        ("size", ctypes.c_int32),
-        ("group", ctypes.c_int32),
-        ("pid", ctypes.c_int32),
-        ("watchdog_pid", ctypes.c_int32),
-        ("pid_namespace", ctypes.c_uint64),
-        ("host", ctypes.c_char * 128),
-        ("device", ctypes.c_char * 128),
-        # what it is doing: agreements and phases entered so far, and the phase it is in
-        ("agreements", ctypes.c_uint64),
-        ("phases", ctypes.c_uint64),
-        ("waiting", ctypes.c_bool),
-        ("since", ctypes.c_double),
-        ("deadline", ctypes.c_double),
-        ("phase", ctypes.c_char * 64),
-        ("item", ctypes.c_char * 512),
-        # how far the job is, and was when it began
-        ("done", ctypes.c_uint64),
-        ("total", ctypes.c_uint64),
-        ("first_done", ctypes.c_uint64),
-        ("first_wall", ctypes.c_double),
-        # how it ends
-        ("state", ctypes.c_uint8),
-        ("stop", ctypes.c_bool),
-        ("exit_code", ctypes.c_int32),
-        ("fault_time", ctypes.c_double),
-        ("late", ctypes.c_bool),
-        ("fault", ctypes.c_char * 1536),
-        # what the watchdog adds; `clock` is how far the calendar is ahead of the other clock
-        ("beats", ctypes.c_uint64),
-        ("heartbeat", ctypes.c_double),
-        ("process_state", ctypes.c_char * 1),
-        ("clock", ctypes.c_double),
-        ("folder", ctypes.c_char * 1024),
-    )
-
-    def put(self, **values: str) -> None:
-        """Store texts; what is too long is cut."""
-        for name, value in values.items():
-            setattr(self, name, os.fsencode(value)[: getattr(Page, name).size])
-
-
-assert ctypes.sizeof(Page) <= PAGE
-
-
 @dataclass(frozen=True)
 class Record:
-    """A copy of a page, with texts decoded."""
+    """A copy of a rank's page, with texts decoded."""
 
+    # who: processes and the namespace that numbers them; `job` tells runs apart
     job: int
     rank: int
     size: int
@@ -82,6 +32,7 @@ class Record:
     pid_namespace: int
     host: str
     device: str
+    # what it is doing: agreements and phases entered so far, and the phase it is in
     agreements: int
     phases: int
     waiting: bool
@@ -89,15 +40,19 @@ class Record:
     deadline: float
     phase: str
     item: str
+    # how far the job is, and was when it began
     done: int
     total: int
     first_done: int
     first_wall: float
+    # how it ends
     state: int
+    stop: bool
     exit_code: int
     fault_time: float
     late: bool
     fault: str
+    # what the watchdog adds; `clock` is how far the calendar is ahead of the other clock
     beats: int
     heartbeat: float
     process_state: str
@@ -111,13 +66,10 @@ class Record:
             return None
         page = Page.from_buffer_copy(raw)
         values = {field.name: getattr(page, field.name) for field in fields(Record)}
-        folder = os.fsdecode(values.pop("folder"))
-        texts = {
-            name: value.decode(errors="replace")
-            for name, value in values.items()
-            if isinstance(value, bytes)
-        }
-        return Record(**{**values, **texts}, folder=folder)
+        for name, value in values.items():
+            if isinstance(value, bytes):
+                values[name] = value.decode(errors="replace")
+        return Record(**{**values, "folder": os.fsdecode(page.folder)})
 
     @property
     def since_wall(self) -> float:
@@ -146,3 +98,25 @@ class Record:
         """
         earlier = self.agreements >> EPOCH_BITS < other.agreements >> EPOCH_BITS
         return earlier or (self.group == other.group and self.progress < other.progress)
+
+
+_TYPES = {"int": ctypes.c_int64, "float": ctypes.c_double, "bool": ctypes.c_bool}
+_TEXTS = {"host": 128, "device": 128, "phase": 64, "item": 512, "fault": 1536, "folder": 1024}
+_FIELDS: list[Any] = [
+    (field.name, _TYPES.get(str(field.type)) or ctypes.c_char * _TEXTS.get(field.name, 1))
+    for field in fields(Record)
+]
+
+
+class Page(ctypes.Structure):
+    """What a rank and its watchdog store, in memory that both share: the fields of `Record`."""
+
+    _fields_ = (("magic", ctypes.c_char * len(MAGIC)), *_FIELDS)
+
+    def put(self, **texts: str) -> None:
+        """Store texts; what is too long is cut."""
+        for name, text in texts.items():
+            setattr(self, name, os.fsencode(text)[: getattr(Page, name).size])
+
+
+assert ctypes.sizeof(Page) <= PAGE

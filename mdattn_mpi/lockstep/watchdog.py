@@ -207,7 +207,7 @@ class Watchdog:
             command=death_note.resume_command(self.launched, max(1, culprit.size)),
         )
         if within_patience(lambda: self.publisher.write_note(note)) is not False:
-            text = death_note.paragraph(note)
+            text = death_note.message(note)
             within_patience(lambda: print(text, file=sys.stderr, flush=True))
 
     def _wait_for_note(self) -> None:

@@ -42,17 +42,20 @@ class World(Group):
     ) -> None:
         super().__init__(comm, board, deadline)
         self.hostname = os.uname().nodename
-        self.nodes = tuple(self.allgather(os.environ.get("SLURMD_NODENAME") or self.hostname))
+        mine = (
+            os.environ.get("SLURMD_NODENAME") or self.hostname,
+            " ".join(map(str, sorted(os.sched_getaffinity(0)))),
+            secrets.randbits(63),
+        )
+        self.nodes, allowed, numbers = zip(*self.allgather(mine), strict=True)
         self.local_rank, self.local_size = launched.local_rank, launched.local_size
         # Not MPI's split by shared memory: under srun Open MPI finds every rank alone there.
         if self.local_rank < 0:
             self.local_rank = self.nodes[: self.rank].count(self.nodes[self.rank])
         if self.local_size < 0:
             self.local_size = self.nodes.count(self.nodes[self.rank])
-        allowed = sorted(os.sched_getaffinity(0))
-        everyone = self.allgather(" ".join(map(str, allowed)))
-        self.cores = share_of_cores(everyone, self.nodes, self.rank)
-        self.job = int.from_bytes(self.bcast_bytes(secrets.token_bytes(8)), "little")
+        self.cores = share_of_cores(allowed, self.nodes, self.rank)
+        self.job = int(numbers[0])
         board.identify(job=self.job, rank=self.rank, size=self.size)
 
     @classmethod
@@ -89,7 +92,7 @@ class World(Group):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # Where one rank alone has failed the others are elsewhere: nothing may wait for them.
+        # Where one rank alone has failed the others are elsewhere: it must not wait for them.
         if error is None or getattr(error, "agreed", False):
             self.end()
 
@@ -113,7 +116,7 @@ def start() -> World:
     if launched.size > 1 and MPI.COMM_WORLD.size == 1:
         leave(board)
         if launched.rank > 0:
-            time.sleep(PATIENCE)  # rank 0 speaks for all, before the launcher ends it for our exit
+            time.sleep(PATIENCE)  # our exit ends rank 0 too, which prints the error
         raise _mismatch(launched)
     return World(MPI.COMM_WORLD, launched, board)
 

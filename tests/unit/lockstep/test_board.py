@@ -18,13 +18,13 @@ names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 
 def test_a_page_says_what_was_stored() -> None:
     page = Board()
-    page.identify(job=2**64 - 1, rank=3, size=5, group=-7, device="cuda:3")
+    page.identify(job=2**63 - 1, rank=3, size=5, group=-7, device="cuda:3")
     page.enter("read", "item/Ä", 2.5)
     page.wait()
     page.progress(3, 9)
     page.progress(4, 9)
     record = page.record()
-    assert (record.job, record.rank, record.size, record.group) == (2**64 - 1, 3, 5, -7)
+    assert (record.job, record.rank, record.size, record.group) == (2**63 - 1, 3, 5, -7)
     assert (record.phase, record.item, record.device) == ("read", "item/Ä", "cuda:3")
     assert (record.agreements, record.phases, record.waiting) == (1, 2, True)
     assert record.deadline - record.since == pytest.approx(2.5, abs=1e-6)

@@ -78,7 +78,7 @@ def test_a_death_is_noted(tmp_path: Path, fault: str) -> None:
     assert done.returncode == code, done.stderr
     assert note is not None
     assert what in note["what"]
-    assert done.stderr == death_note.paragraph(note) + "\n"
+    assert done.stderr == death_note.message(note) + "\n"
     assert (note["rank"], note["phase"]) == (0, "write" if "write" in fault else "read")
     if "sleep" in fault or "raise" in fault:
         assert "<string>" in note["stack"]
