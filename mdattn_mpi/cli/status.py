@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.cli.options import printable
 
 if TYPE_CHECKING:
-    from mdattn_mpi.lockstep.board import Record
+    from mdattn_mpi.lockstep.record import Record
 
 DESCRIPTION = """\
 Say how the job that writes an output is doing, while it runs or after: items done and left, rate,
@@ -87,7 +87,7 @@ def status(path: str) -> dict[str, Any]:
 
 def _state(records: Sequence[Record], note: object, counts: Mapping[str, int], now: float) -> str:
     """Say in a word how it is."""
-    from mdattn_mpi.lockstep.board import ENDED
+    from mdattn_mpi.lockstep.record import ENDED
 
     if note:
         return "lost a rank"
@@ -120,7 +120,7 @@ def _speed(
 
 
 def _rank(record: Record, now: float) -> dict[str, Any]:
-    from mdattn_mpi.lockstep.board import ENDED
+    from mdattn_mpi.lockstep.record import ENDED
 
     return {
         "rank": record.rank,
@@ -151,10 +151,10 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     for rank in ranks:
         yield f"  rank {rank['rank']}: {_doing(rank, facts['state'])}"
     if facts["death_note"]:
-        from mdattn_mpi.lockstep.death_note import paragraph
+        from mdattn_mpi.lockstep.death_note import message
 
         yield ""
-        yield printable(paragraph(facts["death_note"]))
+        yield from map(printable, message(facts["death_note"]).splitlines())
 
 
 def _doing(rank: Mapping[str, Any], state: str) -> str:

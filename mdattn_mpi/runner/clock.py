@@ -13,11 +13,10 @@ OFTEN = 50_000_000  # nanoseconds after which what phases took is looked at
 class Spell:
     """A phase with some work: for how long it may last, and has lasted lately. Nanoseconds."""
 
-    __slots__ = ("limit", "longest", "meanwhile", "name", "phase", "spent", "work")
+    __slots__ = ("limit", "longest", "meanwhile", "phase", "spent", "work")
 
     def __init__(self, phase: str, work: int, meanwhile: tuple[str, ...]) -> None:
         self.phase = phase
-        self.name = phase.encode()
         self.work = work
         self.meanwhile = meanwhile or (phase,)
         self.limit = self.longest = self.spent = 0
@@ -55,7 +54,7 @@ class PhaseClock:
 
         """
         spell = self._spells.get((phase, work)) or self._keep(Spell(phase, work, meanwhile))
-        now = self.board.tell(spell.name, item, spell.limit)
+        now = self.board.enter(spell.phase, item, 1e-9 * spell.limit)
         before, took = self._spell, now - self._since
         before.spent += took
         if took > before.longest:

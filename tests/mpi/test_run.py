@@ -105,8 +105,9 @@ def test_some_items_from_a_job_file(data: Path, tmp_path: Path) -> None:
 def refused(done: CompletedProcess[str], code: int, *words: str) -> None:
     assert done.returncode == code, done.stderr
     assert done.stderr.count("mdattn: error:") == 1, done.stderr
+    said = " ".join(done.stderr.split())
     for word in (*words, "Fix:"):
-        assert word in done.stderr, done.stderr
+        assert word in said, done.stderr
 
 
 def edited(data: Path, folder: Path, edit: str) -> Path:
