@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention, Partial
+from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention
 from mdattn_mpi.devices.cpu.exponential import fastest_exp
+from mdattn_mpi.devices.cpu.partial import Partial
 from mdattn_mpi.problem import AttentionProblem, Span
 
 Array = NDArray[Any]
