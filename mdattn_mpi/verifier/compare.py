@@ -49,6 +49,7 @@ class Judgement:
     """
 
     rows: int = 0
+    compared: int = 0  # rows × heads
     used: float = 0.0
     error: float = 0.0
     tolerance: float = 0.0
@@ -59,8 +60,13 @@ class Judgement:
     wrong: int = 0  # rows × heads out of tolerance
 
     @property
+    def judged(self) -> bool:
+        """Whether anything could be judged."""
+        return self.not_judged < self.compared
+
+    @property
     def right(self) -> bool:
-        """Whether everything is within its tolerance."""
+        """Whether everything that could be judged is within its tolerance."""
         return not self.wrong
 
 
@@ -79,7 +85,7 @@ def judge(source: Source, rows: Array, rounding: Rounding) -> Judgement:
     problem = source.problem
     row_bytes = 8 * problem.q_heads * max(problem.head_dim, problem.v_head_dim)
     step = max(1, PASS_BYTES // row_bytes)
-    found = Judgement(rows=len(rows), lse_used=0.0 if source.lse else None)
+    found = Judgement(len(rows), len(rows) * problem.q_heads, lse_used=0.0 if source.lse else None)
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
         spans = tuple(runs(some))
