@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ class _Table:
             line += f"  {good}/{ranks}"
         print(f"{line:<70} {finding.verdict}", flush=True)
         for complaint in finding.complaints():
-            print(f"  {complaint}", flush=True)
+            lines = textwrap.wrap(complaint, 78, initial_indent="  ", subsequent_indent="    ")
+            print(*lines, sep="\n", flush=True)
 
 
 def _conclude(arguments: argparse.Namespace, findings: list[Finding]) -> None:

@@ -62,11 +62,14 @@ class Finding:
             return
         for rank in self.bad_shards:
             yield f"the shard of rank {rank} has other bytes than that rank wrote"
-        for impossible, what in ((survey.outputs, "mean of the values"), (survey.lses, "LSE")):
+        for impossible, what in (
+            (survey.outputs, "beyond the values that it sees"),
+            (survey.lses, "no log-sum-exp of what it sees"),
+        ):
             if impossible.first:
                 yield (
-                    f"{self._place(impossible.first)}: not finite, or no possible {what} of the "
-                    f"keys that it sees; so are {impossible.count} rows × heads"
+                    f"{self._place(impossible.first)}: not finite, or {what}; rows × heads "
+                    f"of this kind: {impossible.count}"
                 )
         if found.used > 1 and found.worst:
             yield (

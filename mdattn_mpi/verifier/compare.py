@@ -120,7 +120,7 @@ def _add(
         found.worst = Place(int(rows[place[0]]), int(place[1]))
         found.error, found.tolerance = (float(array[place]) for array in stricter)
     if lse is not None:
-        lse_used = np.where(truth.finite, lse_excess(problem, truth, lse), 0.0)
+        lse_used = np.where(truth.finite, lse_excess(problem, truth, lse, rounding), 0.0)
         wrong |= lse_used > 1
         place = np.unravel_index(lse_used.argmax(), lse_used.shape)
         if found.lse_worst is None or lse_used[place] > (found.lse_used or 0.0):
@@ -156,12 +156,14 @@ def excess(measures: Sequence[Measure]) -> Doubles:
     return used
 
 
-def lse_excess(problem: AttentionProblem, truth: Reference, lse: Array) -> Doubles:
+def lse_excess(
+    problem: AttentionProblem, truth: Reference, lse: Array, rounding: Rounding
+) -> Doubles:
     """Return error / tolerance of every log-sum-exp, ``[R, Nq]``; −∞ must be met exactly."""
     with np.errstate(invalid="ignore"):
         error = np.abs(lse.astype(np.float64) - truth.lse)
     error[np.isneginf(lse) & np.isneginf(truth.lse)] = 0
-    return _ratio(error, lse_tolerance(problem, truth))
+    return _ratio(error, lse_tolerance(problem, truth, rounding))
 
 
 def _ratio(error: Doubles, allowed: Doubles) -> Doubles:
