@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from mdattn_mpi.devices.cpu.exponential import fastest_exp
+from mdattn_mpi.devices.cpu.exponential import Exponential, fastest_exp
 from mdattn_mpi.devices.cpu.partial import Array, Floats, Partial
 from mdattn_mpi.devices.cpu.tile import Exp, Poll, Tile
 from mdattn_mpi.problem import Span
@@ -33,12 +33,12 @@ class BlockedAttention:
     """Runs tiles on `threads` threads, the caller's own among them.
 
     `poll` is called between blocks, by the caller's thread alone: whatever must be kept going
-    while the rank computes.
+    while the rank computes. `exp` is the fastest that is installed unless given.
     """
 
-    def __init__(self, threads: int, poll: Poll) -> None:
+    def __init__(self, threads: int, poll: Poll, exp: Exponential | None = None) -> None:
         self._poll = poll
-        self._exp = fastest_exp().apply
+        self._exp = (exp or fastest_exp()).apply
         self._helpers = threads - 1
         self._pool = ThreadPoolExecutor(self._helpers, "attention") if self._helpers else None
 
