@@ -12,8 +12,8 @@ from mdattn_mpi.dataset import Dataset, Item, Output
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.lockstep import World
 from mdattn_mpi.problem import Plan
-from mdattn_mpi.runner.dealing import Schedule
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.schedule import Schedule
 from mdattn_mpi.runner.teams import Team
 
 WIDTH = 80  # columns of a narrow terminal
@@ -27,7 +27,7 @@ class Job:
     world: World
     dataset: Dataset
     schedule: Schedule
-    teams: list[Team]  # one a phase of the schedule
+    teams: list[Team]  # one a queue of the schedule
     output: Output | None = None
     todo: list[Item] = field(default_factory=list)
     failed: list[ItemError] = field(default_factory=list)

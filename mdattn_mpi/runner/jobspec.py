@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import STRATEGY_NAMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,7 +83,7 @@ class JobSpec:
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "backend": ("auto", "cpu", "cuda", "tensorrt"),
-    "strategy": ("auto", "ring", "allgather", "ulysses"),
+    "strategy": ("auto", *STRATEGY_NAMES),
     "layout": ("auto", "token_major", "head_major"),
     "nonfinite": ("refuse", "pass"),
     "transfer": ("auto", "copy", "nccl"),

@@ -12,13 +12,14 @@ from typing import Any
 from mdattn_mpi.backends import Backend, backend_name, open_backend
 from mdattn_mpi.dataset import Dataset, Item, create_output, open_dataset, open_output
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.problem import AttentionProblem, Plan, digest_of
-from mdattn_mpi.runner.dealing import RATES, deal
 from mdattn_mpi.runner.job import WIDTH, Job, run_folder, say
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.log import LOGGER, open_log
 from mdattn_mpi.runner.provenance import provenance
+from mdattn_mpi.runner.schedule import make_schedule
 from mdattn_mpi.runner.teams import Team, memory_of_a_rank, open_teams, smallest
 
 KINDS = 6  # kinds of item that are described one by one
@@ -37,12 +38,12 @@ def open_job(spec: JobSpec, world: World) -> Job:
         dataset_facts,
     )
     name = backend_name(spec.backend, world)
-    memory = smallest(world, memory_of_a_rank(name, world)) or None
+    costs = typical_costs(name, smallest(world, memory_of_a_rank(name, world)))
     problems = [item.problem for item in dataset.items]
     schedule = together(
         world,
         "deal",
-        lambda: deal(problems, world.nodes, spec.group_size, rates=RATES[name], rank_bytes=memory),
+        lambda: make_schedule(problems, world.nodes, spec.group_size, costs),
         lambda schedule: {"group sizes": schedule.signature},
     )
 
@@ -55,7 +56,7 @@ def open_job(spec: JobSpec, world: World) -> Job:
     job = Job(spec, world, dataset, schedule, teams)
     world.board.identify(device=job.backend.describe().get("device", ""))
     for team in teams:
-        items = [dataset.items[item] for item in schedule.phases[team.phase].items]
+        items = [dataset.items[item] for item in schedule.queues[team.queue].items]
         if team.complete:
             plan_items(job, team, items)
     return job

@@ -25,7 +25,7 @@ LOOK = 1.0  # seconds between two looks at what other groups have done
 
 
 def run_items(job: Job) -> None:
-    """Collective. Compute what is to be done, phase by phase of the schedule.
+    """Collective. Compute what is to be done, queue by queue of the schedule.
 
     Groups don't wait for each other before the last item is done. What goes wrong in one of them
     lets the others finish what they have in hand, and is then raised on all ranks.
@@ -42,9 +42,9 @@ def run_items(job: Job) -> None:
 
 def run_groups(job: Job, shift: Shift) -> None:
     """Collective. Do the items in groups; see `run_items`."""
-    world, phases = job.world, len(job.teams)
+    world, queues = job.world, len(job.teams)
     error: MdattnError | None = None
-    with SharedCounter(world.comm, phases, meanwhile=shift.look_around) as counter:
+    with SharedCounter(world.comm, queues, meanwhile=shift.look_around) as counter:
         for team in job.teams:
             if job.stopped or error:
                 break
@@ -58,7 +58,7 @@ def run_groups(job: Job, shift: Shift) -> None:
                 error = failure
         if job.stopped or error:
             counter.close()
-        world.board.join(0, counted=(phases + 1) << 32)
+        world.board.join(0, counted=(queues + 1) << 32)
         world.board.enter("groups", deadline=shift.deadlines.of("groups"))
     world.agree(Step(-1, "groups", 0), error=error)
 
@@ -90,7 +90,7 @@ class Shift:
         self.last = self.looked = perf_counter()
 
     def work(self, team: Team, counter: SharedCounter | None) -> None:
-        """Collective in the team's group. Do items of the team's phase until none is left."""
+        """Collective in the team's group. Do items of the team's queue until none is left."""
         job, board = self.job, self.job.world.board
         loop = Loop(
             team.group,

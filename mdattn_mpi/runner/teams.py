@@ -1,4 +1,4 @@
-"""This rank's groups: one for each phase of the schedule, with its engine and its plans."""
+"""This rank's groups: one for each queue of the schedule, with its engine and its plans."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mdattn_mpi.devices.presence import gpu_memory
 from mdattn_mpi.lockstep import Board, Group, World
 from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.problem import Plan
-from mdattn_mpi.runner.dealing import Schedule
+from mdattn_mpi.runner.schedule import Schedule
 
 NOBODY = -1
 USABLE = 0.8  # of a GPU's memory; of the host's, half: the files' pages want some too
@@ -19,30 +19,30 @@ USABLE = 0.8  # of a GPU's memory; of the host's, half: the files' pages want so
 
 @dataclass
 class Team:
-    """The ranks that do one phase's items together with this rank."""
+    """The ranks that do one queue's items together with this rank."""
 
-    phase: int
+    queue: int
     group: Group
     backend: Backend
-    complete: bool  # the world's last ranks may be too few; they sit the phase out
+    complete: bool  # the world's last ranks may be too few; they leave the queue out
     name: int  # by which the board tells groups apart
     plans: dict[str, Plan] = field(default_factory=dict)
 
     def join(self, board: Board) -> None:
         """Say that this rank works in this group now; all its ranks count from the same number."""
-        board.join(self.name, counted=(self.phase + 1) << 32)
+        board.join(self.name, counted=(self.queue + 1) << 32)
 
     def turns(
         self, schedule: Schedule, counter: SharedCounter | None, enter: Callable[[], None]
     ) -> Iterator[int]:
-        """Collective in the group. Take items of this phase until there are none.
+        """Collective in the group. Take items of this queue until there are none.
 
         `enter` is called before each wait.
         """
         if counter is None:
-            yield from schedule.phases[self.phase].items
+            yield from schedule.queues[self.queue].items
             return
-        items = schedule.items(self.phase, counter.take)
+        items = schedule.items(self.queue, counter.take)
         while True:
             enter()
             mine = next(items, NOBODY) if self.group.rank == 0 else NOBODY
@@ -55,14 +55,14 @@ class Team:
 def open_teams(
     world: World, schedule: Schedule, open_one: Callable[[Group], Backend]
 ) -> list[Team]:
-    """Collective. Make the groups of all phases and open their backends."""
+    """Collective. Make the groups of all queues and open their backends."""
     teams = []
-    for number, phase in enumerate(schedule.phases):
+    for number, queue in enumerate(schedule.queues):
         place = schedule.place(world.rank)
-        index = place // phase.size
-        alone = phase.size == world.size and schedule.order == tuple(range(world.size))
+        index = place // queue.size
+        alone = queue.size == world.size and schedule.order == tuple(range(world.size))
         group = world if alone else world.split(index, place)
-        complete = schedule.group(phase.size, world.rank) is not None
+        complete = schedule.group(queue.size, world.rank) is not None
         name = number << 20 | index
         teams.append(Team(number, group, open_one(group), complete, name))
     return teams
