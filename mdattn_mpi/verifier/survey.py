@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +19,7 @@ from mdattn_mpi.verifier.value_range import ValueRange
 
 Flags = NDArray[np.bool_]
 
+READ_BYTES = 8 << 20
 READ_TOKENS = 4096
 
 
@@ -72,11 +73,11 @@ class _Surveyor:
     def shard(self, spans: Sequence[Span]) -> tuple[int, Impossible, Impossible]:
         """CRC-32 over the output of `spans`, then over their LSE; what is impossible in each."""
         crc32, outputs, lses = 0, Impossible(), Impossible()
-        for rows in self._pieces(spans):
+        for rows in self._runs(spans):
             output = self._source.read_output("output", (rows,))
             crc32 = zlib.crc32(_bytes(output), crc32)
             outputs += self._impossible(rows, self._values.outside(rows, output))
-        for rows in self._pieces(spans) if self._source.lse else ():
+        for rows in self._runs(spans) if self._source.lse else ():
             lse = self._source.read_output("lse", (rows,))
             crc32 = zlib.crc32(_bytes(lse), crc32)
             seeing = self._last_seen(rows)[:, None] >= 0
@@ -84,8 +85,12 @@ class _Surveyor:
             lses += self._impossible(rows, wrong)
         return crc32, outputs, lses
 
-    def _pieces(self, spans: Sequence[Span]) -> Sequence[Span]:
-        return [piece for span in spans for piece in self._values.pieces(span)]
+    def _runs(self, spans: Sequence[Span]) -> Iterator[Span]:
+        token_bytes = 2 * self._problem.q_heads * self._problem.v_head_dim
+        step = max(1, READ_BYTES // token_bytes)
+        for span in spans:
+            for start in range(span.start, span.stop, step):
+                yield Span(start, min(start + step, span.stop))
 
     def _last_seen(self, rows: Span) -> Array:
         """The last key that each row sees; below 0 where it sees none."""

@@ -89,25 +89,27 @@ class ValueRange:
                 seen = seen.with_all(keys[group.slice])
                 self._before.append(seen)
 
-    def pieces(self, span: Span) -> Iterator[Span]:
-        """Cut query tokens into runs that stay in cache."""
-        return _cut(span, max(1, PIECE // (self._problem.q_heads * self._problem.v_head_dim)))
-
     def outside(self, rows: Span, output: Array) -> NDArray[np.bool_]:
         """Say which rows and heads of ``[R, Nq, Hv]`` have a number out of bounds: ``[R, Nq]``."""
         problem = self._problem
         found = np.zeros(output.shape[:2], bool)
+        for piece in _cut(rows, max(1, PIECE // (problem.q_heads * problem.v_head_dim))):
+            part = piece.shift(-rows.start).slice
+            self._look(piece, output[part], found[part])
+        return found
+
+    def _look(self, rows: Span, output: Array, found: NDArray[np.bool_]) -> None:
+        problem = self._problem
         keys = ordered(output).reshape(len(rows), problem.kv_heads, -1, problem.v_head_dim)
         if problem.diagonal is None:
             self._mark(found, keys, self._before[-1])
-            return found
+            return
         last_seen = np.arange(rows.start, rows.stop) + problem.diagonal
         blind = int(np.searchsorted(last_seen, 0))
         found[:blind] = (output[:blind].view(np.uint16) & 0x7FFF).any(axis=2)
         if blind < len(rows):
             last_seen = np.minimum(last_seen[blind:], problem.kv_tokens - 1)
             self._mark_prefixes(found[blind:], keys[blind:], last_seen)
-        return found
 
     def _mark(self, found: NDArray[np.bool_], keys: Keys, values: Bounds) -> None:
         """Note which rows and heads are outside; `keys` is ``[R, Nkv, Nq / Nkv, Hv]``."""
