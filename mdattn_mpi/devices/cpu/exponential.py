@@ -2,7 +2,7 @@
 
 Much of attention's time on a CPU is exp. ONNX Runtime's takes a half to a third of the time of
 NumPy's, with AVX-512 and without, and is used if it is installed: the extra ``fast``.
-`mdattn bench attention --rival numpy-exp` shows what that gains.
+`mdattn bench attention` shows what that gains.
 """
 
 from __future__ import annotations
