@@ -15,7 +15,8 @@ from mdattn_mpi.devices.cpu import tile
 from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention
 from mdattn_mpi.devices.cpu.partial import Partial
 from mdattn_mpi.partition import blocks
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.problem import AttentionProblem, Plan, Span
+from tests.support.group import attend_in_group
 from tests.support.reference import DTYPES, attention
 
 Array = NDArray[Any]
@@ -105,6 +106,15 @@ def test_what_float64_gives(name: str, cut: int) -> None:
     with np.errstate(over="ignore"):
         right = attention(problem, *inputs)[1].astype(np.float32)
     np.testing.assert_allclose(lse, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather", "ulysses"])
+@pytest.mark.parametrize("name", CASES)
+def test_every_strategy_gives_it_too(name: str, strategy: Any) -> None:
+    problem, sizes = CASES[name]
+    inputs = normal(problem, sizes)
+    out, _ = attend_in_group(Plan(problem, strategy, 3), *inputs)
+    assert close(problem, out, *inputs)
 
 
 CONTROLS = [
