@@ -19,52 +19,72 @@ PAUSE = 0.01  # seconds between runs: PyTorch's threads spin for a while after t
 
 @dataclass(frozen=True)
 class Result:
-    """Medians in seconds; `ratio` is PyTorch's over ours."""
+    """Medians in seconds; `ratio` is PyTorch's over ours.
+
+    ``numpy_exp`` is of our engine with NumPy's exp, whatever is installed.
+    """
 
     problem: AttentionProblem
     ours: float
     theirs: float
+    numpy_exp: float
 
     @property
     def ratio(self) -> float:
         """How many times faster ours is."""
         return self.theirs / self.ours
 
+    @property
+    def exp_gain(self) -> float:
+        """How many times faster the exp that is used makes it than NumPy's."""
+        return self.numpy_exp / self.ours
+
     def __str__(self) -> str:
         gflops = self.problem.flops / 1e9
         return (
             f"{self.problem}: ours {self.ours * 1e3:.1f} ms ({gflops / self.ours:.0f} GFLOP/s), "
             f"PyTorch {self.theirs * 1e3:.1f} ms ({gflops / self.theirs:.0f}), "
-            f"ratio {self.ratio:.2f}"
+            f"ratio {self.ratio:.2f}; exp gains {self.exp_gain:.2f}"
         )
 
 
 def main(problems: Sequence[AttentionProblem], rounds: int, *, as_json: bool) -> None:
     """Measure every problem with as many threads as there are cores."""
     torch = _torch()
+    from mdattn_mpi.devices.cpu.exponential import numpy_exp
     from mdattn_mpi.devices.cpu.host import HostDevice, libraries, processor
 
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    device = HostDevice(0, 1, threads)
+    devices = HostDevice(0, 1, threads), HostDevice(0, 1, threads, numpy_exp())
     results = []
     for problem in problems:
-        took = alternate(sides(device, torch, problem), rounds, before=partial(time.sleep, PAUSE))
-        results.append(Result(problem, took["ours"], took["theirs"]))
+        kinds = sides(*devices, torch, problem)
+        took = alternate(kinds, rounds, before=partial(time.sleep, PAUSE))
+        results.append(Result(problem, **took))
         if not as_json:
             print(results[-1], flush=True)
     causal = causal_cost(results)
     mean = geometric_mean(result.ratio for result in results)
+    exp_gain = geometric_mean(result.exp_gain for result in results)
     figures = {
         "results": [
-            {**asdict(r.problem), "ours": r.ours, "theirs": r.theirs, "ratio": r.ratio}
+            {
+                **asdict(r.problem),
+                "ours": r.ours,
+                "theirs": r.theirs,
+                "ratio": r.ratio,
+                "exp_gain": r.exp_gain,
+            }
             for r in results
         ],
         "geometric_mean": mean,
+        "exp_gain": exp_gain,
         "causal_cost": causal,
     }
     rows = [
         ("geometric mean of the ratios", f"{mean:.3f}"),
+        ("the same of our time with NumPy's exp over ours", f"{exp_gain:.3f}"),
         *((f"our causal time / full, {where}", f"{cost:.2f}") for where, cost in causal.items()),
     ]
     facts = {
@@ -101,8 +121,10 @@ def _but_mask(problem: AttentionProblem) -> str:
     return f"S={problem.q_tokens} H={problem.head_dim} {problem.dtype}"
 
 
-def sides(device: Any, torch: Any, problem: AttentionProblem) -> dict[str, Callable[[], Any]]:
-    """Two functions that compute the same attention of the same random inputs.
+def sides(
+    ours: Any, with_numpy_exp: Any, torch: Any, problem: AttentionProblem
+) -> dict[str, Callable[[], Any]]:
+    """Functions that compute the same attention of the same random inputs, on devices and PyTorch.
 
     Raises
     ------
@@ -127,7 +149,7 @@ def sides(device: Any, torch: Any, problem: AttentionProblem) -> dict[str, Calla
         for tensor in tensors
     )
 
-    def ours() -> Any:
+    def attend(device: Any) -> Any:
         accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
         device.attend(accumulator, Span(0, len(q)), k, v, problem.causal != "none")
         return device.finish(accumulator)[0]
@@ -141,8 +163,12 @@ def sides(device: Any, torch: Any, problem: AttentionProblem) -> dict[str, Calla
         )
 
     difference = np.abs(
-        ours().astype(np.float32) - theirs()[0].transpose(0, 1).to(torch.float32).numpy()
+        attend(ours).astype(np.float32) - theirs()[0].transpose(0, 1).to(torch.float32).numpy()
     ).max()
     if not difference < 0.05:  # both round to 16 bits; random values of order 1
         raise DeviceError(f"ours and PyTorch's differ by {difference} for {problem}")
-    return {"ours": ours, "theirs": theirs}
+    return {
+        "ours": partial(attend, ours),
+        "theirs": theirs,
+        "numpy_exp": partial(attend, with_numpy_exp),
+    }

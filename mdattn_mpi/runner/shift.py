@@ -14,7 +14,7 @@ from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.partition import partition_of, token_count
 from mdattn_mpi.problem import Plan
 from mdattn_mpi.runner.clock import PhaseClock
-from mdattn_mpi.runner.finite import check_finite
+from mdattn_mpi.runner.finite import check_finite, check_output, is_finite
 from mdattn_mpi.runner.job import WIDTH, Job, add_seconds, say
 from mdattn_mpi.runner.log import LOGGER
 from mdattn_mpi.runner.loop import Files, Loop, Shards, Work
@@ -173,7 +173,16 @@ def files_of(job: Job, output: Output) -> Files:
         assert work.download is not None
         out, lse = work.download.wait()
         work.download = None  # what it holds can be used again
-        checksum = output.write(work.item, work.query, out, lse if spec.lse else None)
+        wanted = lse if spec.lse else None
+        check_output(
+            work.item,
+            work.query,
+            out,
+            wanted,
+            backend=work.plan.backend,
+            may_be_nonfinite=lambda: spec.nonfinite == "pass" and not is_finite(dataset, work.item),
+        )
+        checksum = output.write(work.item, work.query, out, wanted)
         output.sync()
         return checksum
 

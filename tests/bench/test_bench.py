@@ -59,7 +59,7 @@ def test_all_combinations_and_what_causal_costs() -> None:
     assert len(set(found)) == 8
     assert {problem.causal for problem in found} == {"none", "upper_left"}
     results = [
-        Result(problem, problem.q_tokens * (1 if problem.causal == "none" else 0.5), 1.0)
+        Result(problem, problem.q_tokens * (1 if problem.causal == "none" else 0.5), 1.0, 1.0)
         for problem in found
     ]
     assert list(causal_cost(results).values()) == [0.5] * 4
@@ -92,7 +92,7 @@ def test_attention_against_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "attention", "--lengths", "96", "--rounds", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["results"]) == 8
-    assert all(result["ratio"] > 0 for result in report["results"])
+    assert all(result["ratio"] > 0 < result["exp_gain"] for result in report["results"])
     assert report["facts"]["threads"]
 
 
