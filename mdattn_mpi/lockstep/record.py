@@ -114,9 +114,10 @@ class Page(ctypes.Structure):
     _fields_ = (("magic", ctypes.c_char * len(MAGIC)), *_FIELDS)
 
     def put(self, **texts: str) -> None:
-        """Store texts; what is too long is cut."""
+        """Store texts; what is too long is cut. A path keeps its bytes, whatever they are."""
         for name, text in texts.items():
-            setattr(self, name, os.fsencode(text)[: getattr(Page, name).size])
+            raw = os.fsencode(text) if name == "folder" else text.encode(errors="backslashreplace")
+            setattr(self, name, raw[: getattr(Page, name).size])
 
 
 assert ctypes.sizeof(Page) <= PAGE
