@@ -82,11 +82,10 @@ class MdattnError(Exception):
         What a library or the system reports is a `DeviceError`; any other exception that isn't ours
         is a bug, an `InternalError`.
         """
-        known = isinstance(error, MdattnError)
         found = error if isinstance(error, MdattnError) else _adopt(error)
         found.item = found.item or item
         found.rank = rank if found.rank is None else found.rank
-        if not (known and found.agreed):  # else the rank that it comes from has logged it
+        if not found.agreed:  # else the rank that it comes from has logged it
             log_traceback(error)
         return found
 
@@ -103,7 +102,9 @@ def _adopt(error: BaseException) -> MdattnError:
         what = f"out of host memory ({error})" if str(error) else "out of host memory"
         return DeviceError(what, fix="use more ranks, or -s ring, which holds 1/P of K and V")
     what = f"{type(error).__name__}: {error}"
-    return InternalError(f"{what} {_place(error)}") if _is_bug(error) else DeviceError(what)
+    found = InternalError(f"{what} {_place(error)}") if _is_bug(error) else DeviceError(what)
+    found.__cause__ = error
+    return found
 
 
 def _is_bug(error: BaseException) -> bool:
@@ -121,11 +122,8 @@ def _place(error: BaseException) -> str:
 
 
 def log_traceback(error: BaseException) -> None:
-    """Write an exception and what led to it into this rank's log.
-
-    Without a log a bug goes where Python sends warnings: to stderr, unless the program says more.
-    """
-    if LOGGER.handlers or _is_bug(error):
+    """Write an exception and what led to it into this rank's log, if it has one."""
+    if LOGGER.handlers:
         LOGGER.error("%s: %s", type(error).__name__, error, exc_info=error)
 
 
@@ -173,8 +171,10 @@ class InternalError(MdattnError):
     def __init__(self, what: str, *, fix: str = "", **where: Any) -> None:
         if not fix:  # new, and not one that came from another rank
             what = f"{what}: this is a bug in mdattn_mpi, and nothing that you did wrong"
-            log = "its log (OUT.h5.run/rank-*.log, if the job got so far; else stderr)"
-            fix = f"report it, with the traceback that this rank left in {log}"
+            logs = "OUT.h5.run/rank-*.log"
+            fix = (
+                f"report it, with that rank's traceback, which is in its log ({logs}) or on stderr"
+            )
         super().__init__(what, fix=fix, **where)
 
 

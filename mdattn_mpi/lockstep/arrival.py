@@ -19,6 +19,7 @@ VARIABLE = "MDATTN_DEADLINE"
 DEFAULT = 600.0  # seconds
 _SPIN = 2e-3  # seconds in which ranks that work alike arrive
 _PAUSE = 5e-4
+_AT_ONCE = 32  # MPICH sends so many, then waits: one missing rank would hide those after it
 
 # Requests that nobody waits for any more, with their buffers: a late rank may still write there.
 _abandoned: list[object] = []
@@ -60,13 +61,20 @@ def wait_for_all(comm: MPI.Intracomm, what: str, deadline: float) -> None:
 
     """
     here, came = np.ones(1, np.uint8), np.zeros(comm.size, np.uint8)
-    one_each, places = [1] * comm.size, list(range(comm.size))
-    request = comm.Ialltoallv(
-        [here, one_each, [0] * comm.size, MPI.BYTE], [came, one_each, places, MPI.BYTE]
-    )
-    if not in_time(request, deadline):
-        _abandoned.append((request, here, came))
-        missing = [rank for rank in range(comm.size) if not came[rank] and rank != comm.rank]
+    ranks = range(comm.size)
+    requests = []
+    for first in range(0, comm.size, _AT_ONCE):
+        some = range(first, first + _AT_ONCE)
+        to = [int((comm.rank - rank) % comm.size in some) for rank in ranks]
+        of = [int((rank - comm.rank) % comm.size in some) for rank in ranks]
+        requests.append(
+            comm.Ialltoallv(
+                [here, to, [0] * comm.size, MPI.BYTE], [came, of, list(ranks), MPI.BYTE]
+            )
+        )
+    if not in_time(requests, deadline):
+        _abandoned.append((requests, here, came))
+        missing = [rank for rank in ranks if not came[rank] and rank != comm.rank]
         raise missing_ranks(missing, what, deadline)
 
 
@@ -74,16 +82,16 @@ def duplicate(comm: MPI.Intracomm, what: str, deadline: float) -> MPI.Intracomm:
     """Collective. Duplicate `comm` once all its ranks have come to `what`; see `wait_for_all`."""
     wait_for_all(comm, what, deadline)
     copy, request = comm.Idup()  # some may have given up at the very moment when the last one came
-    if not in_time(request, deadline):
+    if not in_time([request], deadline):
         _abandoned.append((request, copy))
         raise missing_ranks([], what, deadline)
     return copy
 
 
-def in_time(request: MPI.Request, deadline: float) -> bool:
-    """Whether a request is complete within `deadline` seconds."""
+def in_time(requests: list[MPI.Request], deadline: float) -> bool:
+    """Whether all requests are complete within `deadline` seconds."""
     began = monotonic()
-    while not request.Test():
+    while not MPI.Request.Testall(requests):
         waited = monotonic() - began
         if waited > deadline:
             return False

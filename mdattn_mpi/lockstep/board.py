@@ -81,7 +81,7 @@ class Board:
     def join(self, group: int, counted: int) -> None:
         """Say that this rank works in another group now, whose ranks all count from `counted`.
 
-        That is a multiple of ``1 << EPOCH_BITS``, and a larger one for each phase of the job.
+        That is a multiple of ``1 << ROUND_BITS``, and a larger one for each round of the job.
         """
         self.page.agreements = self.page.phases = counted
         self.identify(group=group)

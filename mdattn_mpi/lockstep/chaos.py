@@ -23,24 +23,8 @@ from mdattn_mpi.lockstep.launcher import Launcher, launcher
 _FOREVER = 10**8
 
 
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _stop() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _segfault() -> None:
-    ctypes.string_at(0)
-
-
 def _exit_0() -> None:
     raise SystemExit(0)
-
-
-def _exit_3() -> None:
-    os._exit(3)
 
 
 def _raise() -> None:
@@ -61,25 +45,17 @@ def _hold_gil() -> None:
     library.pthread_mutex_lock(mutex)
 
 
-def _sleep() -> None:
-    time.sleep(_FOREVER)
-
-
-def _slow() -> None:
-    time.sleep(0.5)
-
-
 KINDS: dict[str, Callable[[], None]] = {
-    "kill": _kill,
-    "stop": _stop,
-    "segfault": _segfault,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "segfault": lambda: print(ctypes.string_at(0)),
     "exit0": _exit_0,
-    "exit3": _exit_3,
+    "exit3": lambda: os._exit(3),
     "raise": _raise,
     "raise-thread": _raise_in_thread,
     "hold-gil": _hold_gil,
-    "sleep": _sleep,
-    "slow": _slow,
+    "sleep": lambda: time.sleep(_FOREVER),
+    "slow": lambda: time.sleep(0.5),
 }
 DEADLY = sorted(set(KINDS) - {"slow"})
 

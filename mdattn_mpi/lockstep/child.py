@@ -52,6 +52,8 @@ def _run(main: Callable[[], int], board: Board) -> int:
     except MdattnError as error:
         if not error.agreed and board.page.state != RUNNING:
             raise
+        if isinstance(error, InternalError) and error.__cause__ and not LOGGER.handlers:
+            traceback.print_exception(error)  # it is this rank's own, and there is no log yet
         if not error.agreed or launcher().rank == 0:
             print(wrapped(f"mdattn: error: {error}"), file=sys.stderr, flush=True)
         code = error.exit_code
@@ -77,8 +79,9 @@ def _note_failure(board: Board, stacks: int, error: BaseException) -> int:
         by_mpi = type(error).__module__.partition(".")[0] == "mpi4py"
         board.fail(f"{BY_MPI if by_mpi else 'raised ' + type(error).__name__}: {error}")
         code = error.exit_code if isinstance(error, MdattnError) else InternalError.exit_code
-        if LOGGER.handlers or not board.page.folder:  # else the death note has the traceback
-            log_traceback(error)
+        log_traceback(error)
+        if not LOGGER.handlers and not board.page.folder:  # nor will there be a death note
+            traceback.print_exception(error)
     text = "".join(traceback.format_exception(error))
     os.write(stacks, text.encode(errors="replace"))
     return code

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 PAGE = 4096  # bytes of a record in memory and in the file
-EPOCH_BITS = 32  # agreements of one phase of the job's schedule; see `Board.join`
+ROUND_BITS = 32  # agreements of one round of the job; see `Board.join`
 MAGIC = b"mdboard2"
 
 RUNNING, STARTED, ENDED = range(3)  # before the world, in it, and after it was left in order
@@ -93,10 +93,10 @@ class Record:
     def is_behind(self, other: Record) -> bool:
         """Whether `other` may have to wait for this rank.
 
-        Groups take different items and count apart; but all that `Board.join` later phases of the
-        job come after all that are in earlier ones.
+        Groups take different items and count apart; but all groups of a round of the job end
+        before any of the next begins.
         """
-        earlier = self.agreements >> EPOCH_BITS < other.agreements >> EPOCH_BITS
+        earlier = self.agreements >> ROUND_BITS < other.agreements >> ROUND_BITS
         return earlier or (self.group == other.group and self.progress < other.progress)
 
 
@@ -114,9 +114,10 @@ class Page(ctypes.Structure):
     _fields_ = (("magic", ctypes.c_char * len(MAGIC)), *_FIELDS)
 
     def put(self, **texts: str) -> None:
-        """Store texts; what is too long is cut."""
+        """Store texts; what is too long is cut. A path keeps its bytes, whatever they are."""
         for name, text in texts.items():
-            setattr(self, name, os.fsencode(text)[: getattr(Page, name).size])
+            raw = os.fsencode(text) if name == "folder" else text.encode(errors="backslashreplace")
+            setattr(self, name, raw[: getattr(Page, name).size])
 
 
 assert ctypes.sizeof(Page) <= PAGE

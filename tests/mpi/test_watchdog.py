@@ -239,7 +239,8 @@ def main():
     from mdattn_mpi.lockstep import start, together
     world = start()
     world.board.attach({folder!r}, world.rank, world.size)
-    LOGGER.addHandler(logging.FileHandler(os.path.join({folder!r}, f"log-{{world.rank}}")))
+    if {logged}:
+        LOGGER.addHandler(logging.FileHandler(os.path.join({folder!r}, f"log-{{world.rank}}")))
     act = go_wrong if world.rank == 1 else dict
     {way}
     world.barrier()
@@ -251,7 +252,7 @@ sys.exit(watch(main))
 def test_an_exception_of_one_rank_is_shown_once_and_its_log_has_the_traceback(
     tmp_path: Path, way: str
 ) -> None:
-    done = mpirun(2, ["-c", RAISES.format(folder=str(tmp_path), way=way)])
+    done = mpirun(2, ["-c", RAISES.format(folder=str(tmp_path), way=way, logged=True)])
     assert done.returncode == 4
     said = " ".join(done.stderr.split())
     assert said.count("KeyError: 'no such key'") == 1
@@ -268,6 +269,15 @@ def test_an_exception_of_one_rank_is_shown_once_and_its_log_has_the_traceback(
     assert logs[0] == ""
     assert "Traceback" in logs[1]
     assert "in go_wrong" in logs[1]
+
+
+def test_a_bug_before_there_is_a_log_shows_its_traceback(tmp_path: Path) -> None:
+    way = "together(world, 'plan', act)"
+    done = mpirun(2, ["-c", RAISES.format(folder=str(tmp_path), way=way, logged=False)])
+    assert done.returncode == 4
+    assert done.stderr.count("Traceback") >= 1
+    assert done.stderr.count("in go_wrong") == 1
+    assert done.stderr.count("mdattn: error: rank 1: KeyError") == 1
 
 
 def test_a_job_that_loses_nobody_says_nothing(tmp_path: Path) -> None:

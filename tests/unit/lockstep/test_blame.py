@@ -16,7 +16,7 @@ from mdattn_mpi.lockstep.blame import (
     may_wait_longer,
     verdict_on_exit,
 )
-from mdattn_mpi.lockstep.record import ENDED, EPOCH_BITS, STARTED, Record
+from mdattn_mpi.lockstep.record import ENDED, ROUND_BITS, STARTED, Record
 
 
 def record(rank: int, **changes: object) -> Record:
@@ -111,7 +111,7 @@ def test_who_waits_for_a_busy_rank_may_wait_longer() -> None:
 
 
 def test_all_groups_come_before_what_follows_them() -> None:
-    later = record(0, agreements=(1 << EPOCH_BITS) + 1, waiting=True)
+    later = record(0, agreements=(1 << ROUND_BITS) + 1, waiting=True)
     elsewhere = record(1, agreements=4, group=1, waiting=True)
     assert may_wait_longer(later, [later, elsewhere])
     assert not may_wait_longer(elsewhere, [later, elsewhere])
