@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mdattn_mpi.dataset import DatasetWriter, open_dataset
+    from mdattn_mpi.dataset.results import open_output
     from mdattn_mpi.errors import (
         DeviceError,
         DisagreementError,
@@ -41,6 +42,7 @@ __all__ = [
     "__version__",
     "attention",
     "open_dataset",
+    "open_output",
     "shard_spans",
 ]
 
@@ -50,6 +52,7 @@ _HOMES = {
     "shard_spans": "library",
     "DatasetWriter": "dataset",
     "open_dataset": "dataset",
+    "open_output": "dataset.results",
 }
 
 

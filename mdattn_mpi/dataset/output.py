@@ -105,6 +105,10 @@ class Output:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def regions(self, item: Item) -> Mapping[str, Region]:
+        """Say where each tensor of an item lies."""
+        return dict(self._regions[self.item(item.name).index].items())
+
     def close(self) -> None:
         """Close the file, without a sync."""
         if self._fd >= 0:
