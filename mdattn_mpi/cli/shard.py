@@ -50,8 +50,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> int:
     """Shard; write; say what was done to which node."""
-    from mdattn_mpi.onnx.model import load_model, read_sharding, save_model
+    from mdattn_mpi.onnx.model import load_model, save_model
     from mdattn_mpi.onnx.shard import shard_model
+    from mdattn_mpi.onnx.sharding import read_sharding
 
     if arguments.ranks < 1:
         raise RejectedError(f"-n {arguments.ranks}", fix="use at least one rank")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of
+from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of, operator, reads
 
 
 @dataclass
@@ -36,7 +36,7 @@ def fuse_patterns(model: Any) -> list[str]:
     """
     readers = _Readers(model)
     done = []
-    for softmax in [node for node in model.graph.node if node.op_type == "Softmax"]:
+    for softmax in [node for node in model.graph.node if operator(node) == "Softmax"]:
         pattern = _match(model, readers, softmax)
         if pattern:
             _replace(model, pattern)
@@ -59,7 +59,7 @@ class _Readers:
 
     def only_reader(self, tensor: str) -> Any:
         """Return the one node that reads `tensor`; None when there are more, or it is an output."""
-        found = [node for node in self._nodes if tensor in node.input]
+        found = [node for node in self._nodes if tensor in reads(node)]
         return found[0] if len(found) == 1 and tensor not in self._outputs else None
 
 
@@ -68,29 +68,31 @@ def _match(model: Any, readers: _Readers, softmax: Any) -> Pattern | None:
     between: list[Any] = []
     scale = 1.0
     node = readers.maker(softmax.input[0])
-    while node is not None and node.op_type in ("Mul", "Div", "Cast", "Add"):
-        if node.op_type == "Add":
-            if readers.maker(node.input[0]) and _leads_to_product(readers, node):
+    while node is not None and operator(node) in ("Mul", "Div", "Cast", "Add"):
+        if operator(node) == "Add":
+            if any(_leads_to_product(readers, name) for name in node.input):
                 raise RejectedError(
                     f"{name_of(node)} adds a mask to the scores of an attention: it can't be "
                     "cut into token shards",
                     fix="export the model with is_causal instead of a mask, or use one rank",
                 )
             return None
-        if node.op_type != "Cast":
+        if operator(node) != "Cast":
             factor = _scalar(model, node)
             if factor is None:
                 return None
-            scale *= factor if node.op_type == "Mul" else 1 / factor
+            scale *= factor if operator(node) == "Mul" else 1 / factor
         between.append(node)
         node = readers.maker(_data_input(model, node))
-    if node is None or node.op_type != "MatMul":
+    if node is None or operator(node) != "MatMul":
         return None
-    first, after = node, readers.only_reader(softmax.output[0])
-    while after is not None and after.op_type == "Cast":
+    first, weights = node, softmax.output[0]
+    after = readers.only_reader(weights)
+    while after is not None and operator(after) == "Cast":
         between.append(after)
-        after = readers.only_reader(after.output[0])
-    if after is None or after.op_type != "MatMul":
+        weights = after.output[0]
+        after = readers.only_reader(weights)
+    if after is None or operator(after) != "MatMul" or after.input[0] != weights:
         return None
     inside = [first, *between]
     if any(readers.only_reader(each.output[0]) is None for each in inside):
@@ -98,16 +100,16 @@ def _match(model: Any, readers: _Readers, softmax: Any) -> Pattern | None:
     return Pattern(first, softmax, after, between, scale)
 
 
-def _leads_to_product(readers: _Readers, add: Any) -> bool:
-    node = add
-    while node is not None and node.op_type in ("Add", "Mul", "Div", "Cast"):
+def _leads_to_product(readers: _Readers, tensor: str) -> bool:
+    node = readers.maker(tensor)
+    while node is not None and operator(node) in ("Add", "Mul", "Div", "Cast"):
         node = readers.maker(node.input[0])
-    return node is not None and node.op_type == "MatMul"
+    return node is not None and operator(node) == "MatMul"
 
 
 def _data_input(model: Any, node: Any) -> str:
     """Return the input of a scaling that isn't the factor."""
-    if node.op_type == "Mul" and constant_of(model, node.input[0]) is not None:
+    if operator(node) == "Mul" and constant_of(model.graph, node.input[0]) is not None:
         return str(node.input[1])
     return str(node.input[0])
 
@@ -115,7 +117,7 @@ def _data_input(model: Any, node: Any) -> str:
 def _scalar(model: Any, node: Any) -> float | None:
     """Return the factor of a Mul, or the divisor of a Div."""
     number = 0 if _data_input(model, node) == node.input[1] else 1
-    value = constant_of(model, node.input[number])
+    value = constant_of(model.graph, node.input[number])
     if value is None or np.size(value) != 1:
         return None
     return float(np.asarray(value).astype(np.float64).reshape(()))

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import load_model, mend, read_sharding, save_model
+from mdattn_mpi.onnx.model import load_model, mend, save_model
 from mdattn_mpi.onnx.shard import shard_model
+from mdattn_mpi.onnx.sharding import read_sharding
 from tests.support.tensorrt import library, needs_tensorrt
 
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
@@ -285,7 +286,8 @@ def test_positions_counted_from_zero_are_refused() -> None:
     ]
     weights = [*scalars, numpy_helper.from_array(np.array([1, 2], np.int64), "axes")]
     with pytest.raises(
-        RejectedError, match=r"'positions' .Range. makes 'where', whose shape isn't known"
+        RejectedError,
+        match=r"'positions' .Range. numbers the tokens, which every rank would do from 0",
     ):
         shard_model(after(*nodes, weights=weights), "allgather", 2, {})
 
