@@ -38,7 +38,8 @@ def follow(node: Any, tokens: Tokens) -> bool:
         sizes = np.full(len(tokens.shape(node.input[0]) or ()), FIXED)
         sizes[place.dim] = LINEAR
         cut = slice(attribute_of(node, "start", 0), attribute_of(node, "end"))
-        tokens.counts[node.output[0]] = sizes[cut] if kind == "Shape" else np.array(LINEAR)
+        if kind == "Size" or sizes[cut].any():
+            tokens.counts[node.output[0]] = sizes[cut] if kind == "Shape" else np.array(LINEAR)
         return True
     counted = [number for number, name in enumerate(node.input) if name in tokens.counts]
     if kind in ("Shape", "Size"):
@@ -61,7 +62,8 @@ def follow(node: Any, tokens: Tokens) -> bool:
         )
     found = _picked(node, tokens) if kind in PICKS else [_computed(node, tokens)]
     for name, kinds in zip(node.output, found, strict=True):
-        tokens.counts[name] = kinds
+        if kinds.any():
+            tokens.counts[name] = kinds
     return True
 
 

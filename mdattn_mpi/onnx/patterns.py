@@ -74,7 +74,7 @@ def _match(model: Any, readers: _Readers, softmax: Any) -> Pattern | None:
                 raise RejectedError(
                     f"{name_of(node)} adds a mask to the scores of an attention: it can't be "
                     "cut into token shards",
-                    fix="export the model with is_causal instead of a mask, or use one rank",
+                    fix="export the model with is_causal instead of a mask, or use -n 1",
                 )
             return None
         if operator(node) != "Cast":

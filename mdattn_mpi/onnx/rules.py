@@ -253,9 +253,9 @@ def check_attention(node: Any, tokens: Tokens) -> None:
     for number, name in enumerate(node.input):
         if name and number > 2 and not _is_mask_of_whole_keys(name, number, places, tokens):
             told = EXTRA_INPUTS.get(number, "more inputs than are known")
-            raise tokens.refuse(node, f"has {told}", "use a model without, or one rank")
+            raise tokens.refuse(node, f"has {told}", "use a model without, or -n 1")
     if len([name for name in node.output if name]) > 1:
-        raise tokens.refuse(node, "gives more than its output", "use one rank")
+        raise tokens.refuse(node, "gives more than its output", "use -n 1")
     if any(name in tokens.counts for name in node.input):
         raise tokens.refuse(node, "takes what is computed from the number of tokens")
     query, key, value = places

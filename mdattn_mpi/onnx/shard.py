@@ -47,9 +47,9 @@ def shard_model(
     sharded = import_onnx().ModelProto()
     sharded.CopyFrom(model)
     _check_opset(sharded)
-    done = fuse_patterns(sharded)
+    done = fuse_patterns(sharded) if ranks > 1 else []
     attentions = [node for node in sharded.graph.node if operator(node) in ATTENTION]
-    if not attentions:
+    if not attentions and ranks > 1:
         raise RejectedError(
             "the model has no attention: no Attention or TRT_Attention node, and no "
             "MatMul–Softmax–MatMul",
@@ -57,8 +57,11 @@ def shard_model(
         )
     _name_apart(sharded, attentions)
     tokens = _trace(sharded, token_places(sharded, attentions, named_axes))
-    check(tokens)
-    done += _share(sharded, tokens, strategy, ranks)
+    if ranks > 1:
+        check(tokens)
+        done += _share(sharded, tokens, strategy, ranks)
+    else:
+        done.append("one rank has all tokens; the model is left as it is")
     places = {
         value.name: place
         for value in (*graph_inputs(model), *sharded.graph.output)
@@ -118,7 +121,7 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
         else:
             nodes.append(node)
             if operator(node) in ATTENTION and tokens.place(node.input[0]):
-                done.append(_left_alone(node, tokens, ranks))
+                done.append(_left_alone(node, tokens))
     if not cut:
         raise RejectedError(
             "no attention of this model has keys that are cut into token shards",
@@ -138,7 +141,7 @@ def _keys_are_cut(node: Any, tokens: Tokens) -> bool:
     return place is not None and place.dim > 0  # dim 0 is the batch: each its own keys
 
 
-def _left_alone(node: Any, tokens: Tokens, ranks: int) -> str:
+def _left_alone(node: Any, tokens: Tokens) -> str:
     """Say why an attention is left as it is: each rank has all keys of its queries.
 
     Raises
@@ -150,12 +153,12 @@ def _left_alone(node: Any, tokens: Tokens, ranks: int) -> str:
     if tokens.place(node.input[1]):
         return f"{name_of(node)}: the tokens are its batch; left as it is"
     mask = mask_of(node)
-    if mask != "none" and ranks > 1:
+    if mask != "none":
         raise tokens.refuse(
             node,
             f"is causal ({mask}) over keys that no rank cuts, and every rank would count its "
             "queries from 0",
-            fix=_cut_keys_too(node, tokens) if mask == "upper_left" else "use one rank",
+            fix=_cut_keys_too(node, tokens) if mask == "upper_left" else "use -n 1",
         )
     return f"{name_of(node)}: every rank has all of its keys; left as it is"
 
@@ -164,11 +167,11 @@ def _cut_keys_too(node: Any, tokens: Tokens) -> str:
     """Say how to cut the keys and values of an attention that are inputs of the model."""
     inputs = [value.name for value in tokens.graph.input]
     if not set(node.input[1:3]) <= set(inputs):
-        return "use one rank"
+        return "use -n 1"
     places = {name: place.dim for name in inputs if (place := tokens.place(name))}
     places |= {name: len(tokens.shape(name) or ()) - 2 for name in node.input[1:3]}
     named = " ".join(f"--shard {name}:{dim}" for name, dim in places.items())
-    return f"cut the keys too: -s ulysses {named}; or use one rank"
+    return f"cut the keys too: -s ulysses {named}; or use -n 1"
 
 
 def _add_numbers(model: Any, names: Sequence[str]) -> None:

@@ -84,7 +84,7 @@ class Site:
 
     def _refuse(self, why: str, fix: str = "") -> RejectedError:
         return RejectedError(
-            f"{self._shown} {why}", fix=fix or "shard the attention block alone, or use one rank"
+            f"{self._shown} {why}", fix=fix or "shard the attention block alone, or use -n 1"
         )
 
     def share(self, strategy: StrategyName) -> str:
@@ -116,7 +116,7 @@ class Site:
         return f"{self._shown}: {done}"
 
     def _ring(self) -> None:
-        if self._mask != "none" and self.ranks > 1:
+        if self._mask != "none":
             raise self._refuse(
                 "is causal: TensorRT's multi-device attention has no mask",
                 "use -s allgather or -s ulysses",
@@ -140,7 +140,7 @@ class Site:
         if self._mask != "none" and not self._same_length:
             raise self._refuse(
                 f"is causal ({self._mask}) over keys of another sequence than the queries'",
-                "use -s ulysses" if self._mask == "upper_left" else "use one rank",
+                "use -s ulysses" if self._mask == "upper_left" else "use -n 1",
             )
         keys = KEYS if self._mask == "none" else CAUSAL_KEYS
         for number in (1, 2):
@@ -173,7 +173,7 @@ class Site:
             if not self._same_length:
                 raise self._refuse(
                     "is causal (lower_right) over keys of another sequence than the queries'",
-                    "use one rank",
+                    "use -n 1",
                 )
             self._set("causal_kind", "upper_left")  # the same, for equal lengths
         if self._heads[0] % self.ranks:
@@ -228,8 +228,6 @@ class Site:
 
     def _collective(self, name: str, operation: str, where: list[Any] | None = None) -> str:
         """Let the ranks exchange along dim 0."""
-        if self.ranks == 1:
-            return name
         rest = {"reduce_op": "none", "root": -1, RANK_COUNT: self.ranks}
         return self._op("DistCollective", [name], where, collective_operation=operation, **rest)
 

@@ -5,6 +5,7 @@ Found by shape inference with two different numbers of tokens: the dim that foll
 
 from __future__ import annotations
 
+import re
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from math import isqrt
@@ -132,7 +133,7 @@ class Tokens:
         named = name_of(node) if node else "the model"
         return RejectedError(
             f"{named}{self._inside} {why}: it can't be cut into token shards",
-            fix=fix or "shard the attention block alone, or run the model on one rank",
+            fix=fix or "shard the attention block alone, or use -n 1",
         )
 
 
@@ -193,12 +194,19 @@ def _infer(
     except Exception as error:
         if others:
             return traced.graph
-        told = str(error).strip().splitlines()[-1]
-        raise RejectedError(
-            f"the model doesn't take every number of tokens: {told}",
-            fix="export it with a dynamic number of tokens, and name the dim of every input that "
-            "counts them: --shard INPUT:DIM",
-        ) from error
+        raise _baked(str(error)) from error
+
+
+def _baked(told: str) -> RejectedError:
+    """Name the node at which shape inference stopped, as it tells."""
+    found = re.search(r"\(op_type:(\w+), node name: (.*?)\): (?:\[\w+\] )?(.*)", told)
+    kind, name, why = found.groups() if found else ("", "", told.strip().replace("\n", " "))
+    named = f"node {name!r} ({kind})" if name else f"a node {kind}" if kind else "the model"
+    return RejectedError(
+        f"{named} doesn't take every number of tokens: {why}",
+        fix="export the model with a dynamic number of tokens; or name the dim of every input that "
+        "counts them: --shard INPUT:DIM",
+    )
 
 
 def _values(graph: Any) -> Iterable[Any]:
