@@ -7,7 +7,8 @@ is given some.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def token_places(
     labels = {value.name: _labels(value) for value in graph_inputs(model)}
     if named:
         found = _named(labels, named)
-        arriving = _arriving(model, labels, attentions)
+        arriving = _sequences(labels, _token_dims(model, labels, attentions))
         found = {symbol: found.get(arriving.get(symbol, ""), to) for symbol, to in found.items()}
     else:
         labels, found = _found(model, labels, attentions)
@@ -96,49 +97,90 @@ def _found(
     model: Any, labels: Labels, attentions: Sequence[Any]
 ) -> tuple[Labels, dict[str | int, str]]:
     """Follow symbols to the attentions: the model's own; else one a length; else one a dim."""
-    by_length: Labels = {
-        name: [f"{dim}_tokens" if isinstance(dim, int) else dim for dim in dims]
-        for name, dims in labels.items()
-    }
-    by_dim: Labels = {
-        name: [f"{name}_dim{n}" if isinstance(dim, int) else dim for n, dim in enumerate(dims)]
-        for name, dims in labels.items()
-    }
-    for tried in (labels, by_length, by_dim):
-        found = _arriving(model, tried, attentions)
-        if found and all(sum(d in found for d in dims) < 2 for dims in tried.values()):
-            return tried, found
-    symbols = {dim for dims in labels.values() for dim in dims if isinstance(dim, str)}
+    by_length = _with_symbols(labels, lambda name, dim, length: f"{length}_tokens")
+    by_dim = _with_symbols(labels, lambda name, dim, length: f"{name}_dim{dim}")
+    if found := _sequences(labels, _token_dims(model, labels, attentions)):
+        return labels, found
+    found = _sequences(by_length, _token_dims(model, by_length, attentions))
+    if found and all(sum(label in found for label in dims) < 2 for dims in by_length.values()):
+        return by_length, found
+    if found := _sequences(by_dim, _token_dims(model, by_dim, attentions)):
+        return by_dim, found
+    lengths = [[f"{d}_tokens" for d in dims] for dims in _token_dims(model, labels, attentions)]
+    if found := _sequences(by_length, lengths):
+        return by_length, found
+    symbols = {label for dims in labels.values() for label in dims if isinstance(label, str)}
     return labels, {symbol: symbol for symbol in symbols if len(symbols) == 1}
 
 
-def _arriving(model: Any, labels: Labels, attentions: Sequence[Any]) -> dict[str | int, str]:
-    """Return the sequence of each symbol that counts the tokens of an attention."""
-    onnx = import_onnx()
+def _with_symbols(labels: Labels, symbol: Callable[[str, int, int], str]) -> Labels:
+    """Give dims of a fixed length a symbol."""
+    return {
+        name: [symbol(name, n, dim) if isinstance(dim, int) else dim for n, dim in enumerate(dims)]
+        for name, dims in labels.items()
+    }
+
+
+def _token_dims(
+    model: Any, labels: Labels, attentions: Sequence[Any]
+) -> list[list[str | int | None]]:
+    """Return what counts the tokens of queries, keys and values of each attention.
+
+    The label of an input's dim, a length, or None where inference doesn't carry it so far.
+    """
     traced = skeleton(model)
     for value in traced.graph.input:
         dims = value.type.tensor_type.shape.dim
         for label, dim in zip(labels.get(value.name, ()), dims, strict=False):
             if isinstance(label, str):
                 dim.dim_param = label
-    del traced.graph.value_info[:]
     for value in traced.graph.output:
         value.type.tensor_type.ClearField("shape")
-    graph = onnx.shape_inference.infer_shapes(traced, data_prop=True).graph
+    graph = infer_shapes(traced)
     shapes = {value.name: _labels(value) for value in (*graph.value_info, *graph.input)}
+    found = [[shapes.get(tensor, []) for tensor in node.input[:3]] for node in attentions]
+    return [[dims[-2] if len(dims) > 2 else None for dims in three] for three in found]
+
+
+def _sequences(
+    labels: Labels, token_dims: Iterable[Sequence[str | int | None]]
+) -> dict[str | int, str]:
+    """Return the sequence of each symbol that counts tokens; keys and values are of one."""
     known = {label for dims in labels.values() for label in dims if isinstance(label, str)}
-
-    def symbol_of(tensor: str) -> str | int | None:
-        dims = shapes.get(tensor, [])
-        return dims[-2] if len(dims) > 2 and dims[-2] in known else None
-
     found: dict[str | int, str] = {}
-    for node in attentions:
-        query, key, value = (symbol_of(tensor) for tensor in node.input[:3])
+    for three in token_dims:
+        query, key, value = (dim if dim in known else None for dim in three)
         for symbol, like in ((query, query), (key, key), (value, key or value)):
-            if symbol is not None:  # keys and values are of one sequence
+            if symbol is not None:
                 found.setdefault(symbol, found.get(like or symbol, str(like)))
     return found
+
+
+def infer_shapes(model: Any, strict_mode: bool = False) -> Any:
+    """Return the graph of a model with shapes; in strict mode all nodes must fit together.
+
+    Raises
+    ------
+    RejectedError
+        They don't, naming the first that doesn't.
+
+    """
+    infer = import_onnx().shape_inference.infer_shapes
+    try:
+        return infer(model, strict_mode=strict_mode, data_prop=True).graph
+    except Exception as error:
+        told = str(error)
+    stops = re.findall(r"\(op_type:(\w+), node name: (.*?)\): (?:\[\w+\] )?(.*)", told)
+    first = [stop for stop in stops if "instead is null" not in stop[2]]
+    if strict_mode and stops and not first:
+        return infer_shapes(model)  # only for want of what an unknown operator makes
+    kind, name, why = first[0] if first else ("", "", " ".join(told.split()))
+    named = f"node {name!r} ({kind})" if name else f"a node {kind}" if kind else "the model"
+    raise RejectedError(
+        f"{named} doesn't take every number of tokens: {why}",
+        fix="export the model with a dynamic number of tokens; or name the dim of every input that "
+        "counts them: --shard INPUT:DIM",
+    )
 
 
 def skeleton(model: Any) -> Any:

@@ -50,17 +50,19 @@ def follow(node: Any, tokens: Tokens) -> bool:
         if (tokens.counts[node.input[counted[0]]] == OTHER).any():
             raise tokens.refuse(node, "takes a shape that depends on the tokens in an unknown way")
         return False
-    if kind == "Range":
+    picks = kind in PICKS and counted[-1] < _data_inputs(node)
+    if kind == "Range" or (kind == "Slice" and not picks):
         raise tokens.refuse(
             node,
             "numbers the tokens, which every rank would do from 0",
             fix="make the positions an input of the model, cut like the tokens",
         )
-    if kind not in PICKS | ELEMENTWISE or any(tokens.place(name) for name in node.input if name):
+    computes = picks or kind in ELEMENTWISE
+    if not computes or any(tokens.place(name) for name in node.input if name):
         raise tokens.refuse(
             node, "uses the number of tokens as a value, and a rank would use that of its shard"
         )
-    found = _picked(node, tokens) if kind in PICKS else [_computed(node, tokens)]
+    found = _picked(node, tokens) if picks else [_computed(node, tokens)]
     for name, kinds in zip(node.output, found, strict=True):
         if kinds.any():
             tokens.counts[name] = kinds
@@ -74,9 +76,14 @@ def _kinds(name: str, tokens: Tokens) -> Any:
     return np.full(tokens.shape(name) or (), FIXED)
 
 
+def _data_inputs(node: Any) -> int:
+    """Count the inputs that a node picks from; those behind say what."""
+    return len(node.input) if operator(node) == "Concat" else 1
+
+
 def _picked(node: Any, tokens: Tokens) -> list[Any]:
     """Do to the kinds what the node does to the values."""
-    data = len(node.input) if operator(node) == "Concat" else 1
+    data = _data_inputs(node)
     given = {name: _kinds(name, tokens) for name in node.input[:data]}
     for name in filter(None, node.input[data:]):
         given[name] = tokens.constant(name)

@@ -15,6 +15,7 @@ LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
 RANK_COUNT = "nb_rank"  # what the parser honours
 MISSPELLED = ("nbRanks", "nb_ranks", "num_ranks")  # what it ignores without a word
+STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators
 ATTENTION = ("Attention", "TRT_Attention")
 
 
@@ -113,7 +114,7 @@ def reads(node: Any) -> list[str]:
 
 def operator(node: Any) -> str:
     """Name a node's operator: plain for one of ONNX itself, else with its domain before it."""
-    if node.domain in ("", "ai.onnx"):
+    if node.domain in STANDARD:
         return str(node.op_type)
     return f"{node.domain}::{node.op_type}"
 

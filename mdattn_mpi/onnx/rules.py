@@ -102,6 +102,12 @@ def along_one(node: Any, tokens: Tokens) -> None:
     _refuse_along(node, tokens, [attribute_of(node, "axis", ALONG.get(operator(node), 0))])
 
 
+def tile(node: Any, tokens: Tokens) -> None:
+    """Some dims, as often as an input says."""
+    repeats = _constants(node, 1, tokens)
+    _refuse_along(node, tokens, [dim for dim, count in enumerate(repeats) if count != 1])
+
+
 def cumulative(node: Any, tokens: Tokens) -> None:
     """One dim, named by an input."""
     _refuse_along(node, tokens, _constants(node, 1, tokens))
@@ -253,7 +259,7 @@ def check_attention(node: Any, tokens: Tokens) -> None:
     for number, name in enumerate(node.input):
         if name and number > 2 and not _is_mask_of_whole_keys(name, number, places, tokens):
             told = EXTRA_INPUTS.get(number, "more inputs than are known")
-            raise tokens.refuse(node, f"has {told}", "use a model without, or -n 1")
+            raise tokens.refuse(node, f"has {told}", "use a model without one, or use -n 1")
     if len([name for name in node.output if name]) > 1:
         raise tokens.refuse(node, "gives more than its output", "use -n 1")
     if any(name in tokens.counts for name in node.input):
@@ -267,7 +273,9 @@ def check_attention(node: Any, tokens: Tokens) -> None:
                 node, f"takes {name!r}, {tokens.show(name)}, whose dim {place.dim} counts tokens"
             )
     if query is None:
-        raise tokens.refuse(node, f"takes queries {node.input[0]!r} that aren't cut, of cut keys")
+        raise tokens.refuse(
+            node, f"takes queries {node.input[0]!r} that no rank cuts, over keys that are cut"
+        )
     if (key and key.sequence) != (value and value.sequence):
         raise tokens.refuse(
             node,
@@ -302,5 +310,6 @@ RULES: dict[str, Callable[[Any, Tokens], None]] = {
     "Gather": gather,
     "RotaryEmbedding": rotary,
     "Slice": cut,
+    "Tile": tile,
     "Transpose": transpose,
 }

@@ -8,7 +8,15 @@ from typing import Any
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import Place, token_places
 from mdattn_mpi.onnx.check import check
-from mdattn_mpi.onnx.model import ATTENTION, all_nodes, graph_inputs, import_onnx, name_of, operator
+from mdattn_mpi.onnx.model import (
+    ATTENTION,
+    STANDARD,
+    all_nodes,
+    graph_inputs,
+    import_onnx,
+    name_of,
+    operator,
+)
 from mdattn_mpi.onnx.patterns import fuse_patterns
 from mdattn_mpi.onnx.sharding import Sharding, write_sharding
 from mdattn_mpi.onnx.site import Site, mask_of
@@ -68,13 +76,18 @@ def shard_model(
         if (place := tokens.place(value.name))
     }
     _free_token_dims(sharded, places)
-    axes = {name: place.dim for name, place in places.items()}
-    write_sharding(sharded, Sharding(strategy, ranks, axes))
+    sharding = Sharding(strategy, ranks, {name: place.dim for name, place in places.items()})
+    for value in graph_inputs(model):
+        if sharding.counts_keys(value.name):
+            raise RejectedError(
+                f"the input {value.name!r} would be taken for a number of keys", fix="rename it"
+            )
+    write_sharding(sharded, sharding)
     return sharded, done
 
 
 def _check_opset(model: Any) -> None:
-    opset = next((each.version for each in model.opset_import if each.domain == ""), 0)
+    opset = next((each.version for each in model.opset_import if each.domain in STANDARD), 0)
     if opset < OLDEST:
         raise RejectedError(
             f"the model uses opset {opset}; {OLDEST} is needed",

@@ -5,15 +5,14 @@ Found by shape inference with two different numbers of tokens: the dim that foll
 
 from __future__ import annotations
 
-import re
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from math import isqrt
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.axes import Place, skeleton
-from mdattn_mpi.onnx.model import constant_of, import_onnx, name_of
+from mdattn_mpi.onnx.axes import Place, infer_shapes, skeleton
+from mdattn_mpi.onnx.model import constant_of, name_of
 
 Shape = tuple[int, ...]
 Probe = tuple[int, int]  # two numbers of tokens
@@ -87,8 +86,8 @@ class Tokens:
 
     def may_stretch(self, tensor: str, dim: int) -> bool:
         """Whether a dim that counts 1 here is a symbol of the model, and may count more."""
-        shape = self._shapes[2].get(tensor, ())
-        return -len(shape) <= dim < len(shape) and shape[dim] != 1
+        shape = self._shapes[2].get(tensor)
+        return shape is None or (-len(shape) <= dim < len(shape) and shape[dim] != 1)
 
     def constant(self, tensor: str) -> Any:
         """Return the array of a constant; None for anything else."""
@@ -113,7 +112,7 @@ class Tokens:
         for sequence, probe in self._probes.items():
             if len(follow) == 1 and pair == probe:
                 return Place(sequence, dim)
-        told = f"{tensor!r} of shape {self.show(tensor)}: no single dim counts tokens"
+        told = f"{tensor!r}, {self.show(tensor)}, of which no single dim counts tokens"
         node = next((node for node in self.graph.node if tensor in node.output), None)
         raise self.refuse(node, f"makes {told}") if node else self.refuse(None, f"takes {told}")
 
@@ -173,7 +172,6 @@ def _infer(
     Other symbols count 1, as in an engine that is built of the model; or each one of `others`, and
     then a node that these don't fit is passed over.
     """
-    onnx = import_onnx()
     traced = skeleton(model)
     lengths: dict[str, int] = {}
     for value in traced.graph.input:
@@ -188,25 +186,11 @@ def _infer(
     for value in traced.graph.output:
         value.type.tensor_type.ClearField("shape")
     try:
-        return onnx.shape_inference.infer_shapes(
-            traced, strict_mode=not others, data_prop=True
-        ).graph
-    except Exception as error:
+        return infer_shapes(traced, strict_mode=not others)
+    except RejectedError:
         if others:
             return traced.graph
-        raise _baked(str(error)) from error
-
-
-def _baked(told: str) -> RejectedError:
-    """Name the node at which shape inference stopped, as it tells."""
-    found = re.search(r"\(op_type:(\w+), node name: (.*?)\): (?:\[\w+\] )?(.*)", told)
-    kind, name, why = found.groups() if found else ("", "", told.strip().replace("\n", " "))
-    named = f"node {name!r} ({kind})" if name else f"a node {kind}" if kind else "the model"
-    return RejectedError(
-        f"{named} doesn't take every number of tokens: {why}",
-        fix="export the model with a dynamic number of tokens; or name the dim of every input that "
-        "counts them: --shard INPUT:DIM",
-    )
+        raise
 
 
 def _values(graph: Any) -> Iterable[Any]:

@@ -17,8 +17,9 @@ import pytest
 from tests.support.tensorrt import library, needs_tensorrt
 
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
-helper, numpy_helper = onnx.helper, onnx.numpy_helper
-FLOAT, INT64, BOOL = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.BOOL
+from tests.support.onnx_graph import BOOL, FLOAT, INT64, branch, graph, node  # noqa: E402
+
+helper = onnx.helper
 STRATEGIES = ("ring", "allgather", "ulysses")
 TOKENS, OTHERS = 11, 7  # of the queries, and of the keys in cross attention
 HEADS, DIM = 12, 4
@@ -34,34 +35,11 @@ class Form(NamedTuple):
     tensorrt: bool = True  # whether its parser takes it
 
 
-def graph(
-    nodes: Sequence[Any],
-    inputs: dict[str, Any],
-    outputs: dict[str, list[Any]],
-    weights: dict[str, Any] | None = None,
-    opset: int = 23,
-) -> Any:
-    """Make a model; an input is its shape (float), or a shape and a type."""
-    typed = {
-        n: shape if isinstance(shape, tuple) else (shape, FLOAT) for n, shape in inputs.items()
-    }
-    values = [helper.make_tensor_value_info(n, kind, shape) for n, (shape, kind) in typed.items()]
-    results = [helper.make_tensor_value_info(n, FLOAT, s) for n, s in outputs.items()]
-    constants = [numpy_helper.from_array(np.asarray(w), n) for n, w in (weights or {}).items()]
-    made = helper.make_graph(list(nodes), "g", values, results, constants)
-    return helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-
-
 RANDOM = np.random.default_rng(7)
 
 
 def normal(*shape: int) -> Any:
     return (1.5 * RANDOM.standard_normal(shape)).astype(np.float32)
-
-
-def node(kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Any:
-    name = attributes.pop("name", outputs[0])
-    return helper.make_node(kind, list(inputs), list(outputs), name=name, **attributes)
 
 
 def plain(
@@ -224,19 +202,15 @@ def reshaped() -> Form:
 def branches() -> Form:
     """An If whose branches treat every token alike."""
 
-    def branch(kind: str, factor: str) -> Any:
-        return helper.make_graph(
-            [node("Mul", ["x", factor], [kind])],
-            kind,
-            [],
-            [helper.make_tensor_value_info(kind, FLOAT, [1, HEADS, "S", DIM])],
-        )
+    shape = [1, HEADS, "S", DIM]
+
+    def times(factor: str, output: str) -> Any:
+        return branch([node("Mul", ["x", factor], [output])], output, shape)
 
     nodes = [
-        node("If", "c", "y", then_branch=branch("double", "two"), else_branch=branch("half", "w")),
+        node("If", "c", "y", then_branch=times("two", "double"), else_branch=times("w", "half")),
         node("Attention", "yyy", "o"),
     ]
-    shape = [1, HEADS, "S", DIM]
     weights = {"two": np.float32(2), "w": np.float32(0.5)}
     whole = graph(nodes, {"x": shape, "c": ([], BOOL)}, {"o": shape}, weights)
     inputs = {"x": normal(1, HEADS, TOKENS, DIM), "c": np.array(True)}
@@ -347,3 +321,19 @@ def test_what_tensorrt_makes_of_a_form(form: str, strategy: str, tmp_path: Path)
     comparison = compared(made, strategy, 2, tmp_path)
     if comparison:
         comparison.check(made.keys, comparison.execute_network(library(), tmp_path))
+
+
+def test_a_forgotten_exchange_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison can fail: so it does when ranks exchange nothing, and over even attention."""
+    from tests.support import sharded_model
+
+    form = plain()
+    comparison = compared(form, "allgather", 2, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(sharded_model, "exchange", lambda ranks, x, kind: np.concatenate([x, x]))
+        with pytest.raises(AssertionError, match="o: "):
+            comparison.check()
+    even = {name: array * (name == "v") for name, array in form.inputs.items()}
+    even["v"] = np.ones_like(even["v"])
+    with pytest.raises(AssertionError, match="alone"):
+        sharded_model.Comparison(form.model, even, "allgather", 2).check()
