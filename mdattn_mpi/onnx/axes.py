@@ -47,7 +47,7 @@ def token_places(
         A name that is no input, a dim that it hasn't, or nothing to tell tokens by.
 
     """
-    labels = {value.name: _labels(value) for value in graph_inputs(model)}
+    labels = {value.name: labels_of(value) for value in graph_inputs(model)}
     if named:
         found = _named(labels, named)
         arriving = _sequences(labels, _token_dims(model, labels, attentions))
@@ -66,7 +66,7 @@ def token_places(
     }
 
 
-def _labels(value: Any) -> list[str | int]:
+def labels_of(value: Any) -> list[str | int]:
     """Return the dims of an input: symbols (one of its own where there is none), or lengths."""
     return [
         dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_dim{number}"
@@ -105,7 +105,13 @@ def _found(
     if found and all(sum(label in found for label in dims) < 2 for dims in by_length.values()):
         return by_length, found
     if found := _sequences(by_dim, _token_dims(model, by_dim, attentions)):
-        return by_dim, found
+        fixed = {  # dims of one length count the same tokens
+            by_dim[name][dim]: f"{length}_tokens"
+            for name, dims in labels.items()
+            for dim, length in enumerate(dims)
+            if isinstance(length, int)
+        }
+        return by_dim, {symbol: fixed.get(symbol, name) for symbol, name in found.items()}
     lengths = [[f"{d}_tokens" for d in dims] for dims in _token_dims(model, labels, attentions)]
     if found := _sequences(by_length, lengths):
         return by_length, found
@@ -137,7 +143,7 @@ def _token_dims(
     for value in traced.graph.output:
         value.type.tensor_type.ClearField("shape")
     graph = infer_shapes(traced)
-    shapes = {value.name: _labels(value) for value in (*graph.value_info, *graph.input)}
+    shapes = {value.name: labels_of(value) for value in (*graph.value_info, *graph.input)}
     found = [[shapes.get(tensor, []) for tensor in node.input[:3]] for node in attentions]
     return [[dims[-2] if len(dims) > 2 else None for dims in three] for three in found]
 

@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.onnx.axes import infer_shapes, labels_of, skeleton
 from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of, operator, reads
+
+SCALES = ("Mul", "Div", "Cast")
+MASKS = ("Add", "Where")
 
 
 @dataclass
@@ -39,6 +43,7 @@ def fuse_patterns(model: Any) -> list[str]:
     for softmax in [node for node in model.graph.node if operator(node) == "Softmax"]:
         pattern = _match(model, readers, softmax)
         if pattern:
+            _check_dims(readers, pattern)
             _replace(model, pattern)
             done.append(
                 f"{name_of(pattern.softmax)}: attention in {len(pattern.between) + 3} nodes, "
@@ -53,6 +58,26 @@ class _Readers:
     def __init__(self, model: Any) -> None:
         self._nodes = list(model.graph.node)
         self._outputs = {value.name for value in model.graph.output}
+        self._weights = {tensor.name for tensor in model.graph.initializer}
+        graph = infer_shapes(skeleton(model))
+        self._shapes = {value.name: labels_of(value) for value in (*graph.input, *graph.value_info)}
+
+    def product_of_tensors(self, node: Any) -> bool:
+        """Whether a node multiplies two tensors, neither of which is a weight."""
+        return (
+            node is not None
+            and operator(node) == "MatMul"
+            and not any(self.is_weight(name) for name in node.input)
+        )
+
+    def is_weight(self, tensor: str) -> bool:
+        """Whether a tensor is a constant of the model."""
+        maker = self.maker(tensor)
+        return tensor in self._weights or (maker is not None and operator(maker) == "Constant")
+
+    def dims(self, tensor: str) -> int | None:
+        """Count the dims of a tensor; None where that isn't known."""
+        return len(self._shapes[tensor]) if tensor in self._shapes else None
 
     def maker(self, tensor: str) -> Any:
         return next((node for node in self._nodes if tensor in node.output), None)
@@ -68,8 +93,8 @@ def _match(model: Any, readers: _Readers, softmax: Any) -> Pattern | None:
     between: list[Any] = []
     scale = 1.0
     node = readers.maker(softmax.input[0])
-    while node is not None and operator(node) in ("Mul", "Div", "Cast", "Add"):
-        if operator(node) == "Add":
+    while node is not None and operator(node) in (*SCALES, *MASKS):
+        if operator(node) in MASKS:
             if any(_leads_to_product(readers, name) for name in node.input):
                 raise RejectedError(
                     f"{name_of(node)} adds a mask to the scores of an attention: it can't be "
@@ -84,7 +109,7 @@ def _match(model: Any, readers: _Readers, softmax: Any) -> Pattern | None:
             scale *= factor if operator(node) == "Mul" else 1 / factor
         between.append(node)
         node = readers.maker(_data_input(model, node))
-    if node is None or operator(node) != "MatMul":
+    if not readers.product_of_tensors(node):
         return None
     first, weights = node, softmax.output[0]
     after = readers.only_reader(weights)
@@ -102,9 +127,9 @@ def _match(model: Any, readers: _Readers, softmax: Any) -> Pattern | None:
 
 def _leads_to_product(readers: _Readers, tensor: str) -> bool:
     node = readers.maker(tensor)
-    while node is not None and operator(node) in ("Add", "Mul", "Div", "Cast"):
+    while node is not None and operator(node) in SCALES:
         node = readers.maker(node.input[0])
-    return node is not None and operator(node) == "MatMul"
+    return readers.product_of_tensors(node)
 
 
 def _data_input(model: Any, node: Any) -> str:
@@ -123,6 +148,16 @@ def _scalar(model: Any, node: Any) -> float | None:
     return float(np.asarray(value).astype(np.float64).reshape(()))
 
 
+def _check_dims(readers: _Readers, pattern: Pattern) -> None:
+    """Make sure that heads have a dim of their own, and that the keys are last."""
+    dims = readers.dims(pattern.first.input[0])
+    if dims not in (None, 4) or attribute_of(pattern.softmax, "axis", -1) not in (-1, 3):
+        raise RejectedError(
+            f"{name_of(pattern.softmax)} isn't over the keys in the last of four dims",
+            fix="export the model with heads as a dim of their own: [B, N, S, H]",
+        )
+
+
 def _replace(model: Any, pattern: Pattern) -> None:
     """Write the attention; the keys, which come transposed, are turned back."""
     onnx = import_onnx()
@@ -130,11 +165,6 @@ def _replace(model: Any, pattern: Pattern) -> None:
     query, transposed = pattern.first.input
     name = pattern.softmax.name or pattern.softmax.output[0]
     key, value = f"{name}_key", pattern.second.input[1]
-    if attribute_of(pattern.softmax, "axis", -1) not in (-1, 3):
-        raise RejectedError(
-            f"{name_of(pattern.softmax)} isn't over the keys in the last of four dims",
-            fix="export the model with heads as a dim of their own: [B, N, S, H]",
-        )
     nodes = [make("Transpose", [transposed], [key], name=key, perm=[0, 1, 3, 2])]
     if pattern.scale != 1.0:
         factor = onnx.numpy_helper.from_array(np.float32(pattern.scale), f"{name}_scale")

@@ -79,22 +79,28 @@ def _constants(node: Any, number: int, tokens: Tokens) -> tuple[int, ...]:
 
 
 def elementwise(node: Any, tokens: Tokens) -> None:
-    """Tensors are aligned at their last dims; shape inference has seen that they fit.
+    """Tensors are aligned at their last dims.
 
-    One that isn't cut must have no dim of tokens: a symbol that counts 1 could be one.
+    One that isn't cut must have no dim of tokens: neither a length, nor a symbol that counts 1.
     """
-    for output in node.output:
+    for output in filter(None, node.output):
         place = tokens.place(output)
         if place:
-            from_end = place.dim - len(_shape(output, tokens))
-            for name in filter(None, node.input):
-                if tokens.place(name) is None and tokens.may_stretch(name, from_end):
-                    dim = from_end + len(_shape(name, tokens))
-                    raise tokens.refuse(
-                        node,
-                        f"reads {name!r}, whose dim {dim} lies along the tokens and isn't cut",
-                        fix="name the dim of every input that counts tokens: --shard INPUT:DIM",
-                    )
+            _check_uncut(node, tokens, place.dim - len(_shape(output, tokens)))
+
+
+def _check_uncut(node: Any, tokens: Tokens, from_end: int) -> None:
+    for name in filter(None, node.input):
+        shape = _shape(name, tokens)
+        dim = from_end + len(shape)
+        if dim < 0 or tokens.place(name) is not None:
+            continue
+        if shape[dim] != 1 or tokens.may_stretch(name, from_end):
+            raise tokens.refuse(
+                node,
+                f"reads {name!r}, whose dim {dim} lies along the tokens and isn't cut",
+                fix="name the dim of every input that counts tokens: --shard INPUT:DIM",
+            )
 
 
 def along_one(node: Any, tokens: Tokens) -> None:
@@ -117,6 +123,7 @@ def along_last(node: Any, tokens: Tokens) -> None:
     """All dims from one on."""
     dims = len(_shape(node.input[0], tokens))
     _refuse_along(node, tokens, range(attribute_of(node, "axis", -1) % dims, dims))
+    elementwise(node, tokens)  # scale and bias are spread over the rest
 
 
 def reduction(node: Any, tokens: Tokens) -> None:
@@ -206,6 +213,8 @@ def regroup(node: Any, tokens: Tokens) -> None:
     if before is None or after is None:
         return  # told by `check`
     old, new = (_shape(name, tokens) for name in (node.input[0], node.output[0]))
+    if operator(node) == "Squeeze" and len(node.input) < 2:
+        raise tokens.refuse(node, "drops whatever dim is 1, as a shard's tokens may be")
     if prod(old[:before]) != prod(new[:after]):
         raise tokens.refuse(node, "mixes the tokens with another dim")
 
@@ -274,7 +283,9 @@ def check_attention(node: Any, tokens: Tokens) -> None:
             )
     if query is None:
         raise tokens.refuse(
-            node, f"takes queries {node.input[0]!r} that no rank cuts, over keys that are cut"
+            node,
+            f"takes queries {node.input[0]!r} that no rank cuts, over keys that are cut",
+            "name the dim that counts tokens for every input: --shard INPUT:DIM",
         )
     if (key and key.sequence) != (value and value.sequence):
         raise tokens.refuse(

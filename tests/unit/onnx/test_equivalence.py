@@ -337,3 +337,33 @@ def test_a_forgotten_exchange_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     even["v"] = np.ones_like(even["v"])
     with pytest.raises(AssertionError, match="alone"):
         sharded_model.Comparison(form.model, even, "allgather", 2).check()
+
+
+@pytest.mark.parametrize("mask", ["none", "upper_left", "lower_right"])
+@pytest.mark.parametrize("strategy", ["allgather", "ulysses"])
+@pytest.mark.parametrize(("tokens", "ranks"), [(2, 3), (3, 4), (5, 4), (1, 2)])
+def test_ranks_without_tokens(tokens: int, ranks: int, strategy: str, mask: str) -> None:
+    """What fills up their shards must not count either."""
+    from tests.support.sharded_model import Comparison
+
+    form = plain(kind="TRT_Attention", causal_kind=mask)
+    inputs = {name: array[:, :, :tokens] for name, array in form.inputs.items()}
+    Comparison(form.model, inputs, strategy, ranks).check(control=False)
+
+
+def test_a_softmax_over_weights_is_no_attention() -> None:
+    """A mixture by a learned projection: every token for itself."""
+    from tests.support.sharded_model import Comparison
+
+    width = HEADS * DIM
+    nodes = [
+        node("MatMul", ["x", "w"], ["scores"]),
+        node("Add", ["scores", "bias"], ["biased"]),
+        node("Softmax", ["biased"], ["shares"], axis=-1),
+        node("MatMul", ["shares", "experts"], ["y"]),
+        node("Attention", "yyy", "o", q_num_heads=HEADS, kv_num_heads=HEADS),
+    ]
+    weights = {"w": normal(width, 5), "bias": normal(5), "experts": normal(5, width)}
+    shape = [1, "S", width]
+    whole = graph(nodes, {"x": shape}, {"o": shape}, weights)
+    Comparison(whole, {"x": normal(1, TOKENS, width)}, "allgather", 3).check()

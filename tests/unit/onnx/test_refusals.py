@@ -374,6 +374,16 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "is shared already",
     ),
+    "a scale for each place": (
+        lambda: before(bad("RMSNormalization", "xp"), weights={"p": np.ones((96, WIDTH), "f4")}),
+        "whose dim 0 lies along the tokens and isn't cut",
+    ),
+    "whatever is 1": (
+        lambda: before(
+            bad("Squeeze", "x", "q"), node("Unsqueeze", "qz", "y"), weights={"z": integers(0)}
+        ),
+        "drops whatever dim is 1",
+    ),
     "learned positions of a fixed length": (
         lambda: before(
             bad("Add", "xp"), weights={"p": np.ones((1, 96, WIDTH), "f4")}, x=[1, 96, WIDTH]
@@ -479,3 +489,35 @@ def test_inputs_that_would_be_taken_for_numbers_of_keys() -> None:
     whole = before(bad("Add", ["x", "keys_gain"]), inputs={"keys_gain": [WIDTH]})
     with pytest.raises(RejectedError, match="'keys_gain' would be taken for a number"):
         shard_model(whole, "allgather", 2, {})
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [node("Add", "sm", "w", name="bad"), node("Add", "ms", "w", name="bad"),
+     node("Where", "csm", "w", name="bad")],
+    ids=["added", "added first", "chosen"],
+)  # fmt: skip
+def test_a_mask_in_single_steps(mask: Any) -> None:
+    nodes = [
+        node("Transpose", "k", "t", perm=[0, 1, 3, 2]),
+        node("MatMul", "qt", "s"),
+        mask,
+        node("Softmax", "w", "p", axis=-1),
+        node("MatMul", "pk", "o"),
+    ]
+    shape = [1, 4, "S", 8]
+    inputs = {"q": shape, "k": shape, "m": ["S", "S"], "c": (["S", "S"], BOOL)}
+    with pytest.raises(RejectedError, match=r"node 'bad' .* adds a mask"):
+        shard_model(graph(nodes, inputs, {"o": shape}), "allgather", 2, {})
+
+
+def test_single_steps_without_a_dim_of_heads() -> None:
+    nodes = [
+        node("Transpose", "k", "t", perm=[0, 2, 1]),
+        node("MatMul", "qt", "s"),
+        node("Softmax", "s", "p", axis=-1, name="bad"),
+        node("MatMul", "pk", "o"),
+    ]
+    shape = [4, "S", 8]
+    with pytest.raises(RejectedError, match=r"'bad' .* isn't over the keys in the last of four"):
+        shard_model(graph(nodes, {"q": shape, "k": shape}, {"o": shape}), "allgather", 2, {})
