@@ -20,7 +20,11 @@ Make an ONNX model that P ranks run together, each on its own tokens.
 Attention is found as the operators Attention (opset 23 and later) and TRT_Attention, and as
 MatMul-Softmax-MatMul. ring marks it for TensorRT's multi-device attention; allgather and ulysses
 put DistCollective nodes around it. Everything else must treat every token alike: a node that
-doesn't is refused by name.
+isn't known to is refused by name, in branches too.
+
+The attentions tell which dims of the inputs count tokens. Where they can't, name every one of them:
+
+  mdattn shard block.onnx -n 4 -s ulysses --shard hidden:1 --shard positions:1 -o sharded.onnx
 """
 
 
@@ -42,7 +46,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="INPUT:DIM",
-        help="the dim of an input that counts tokens (default: found by its symbol)",
+        help="the dim of an input that counts tokens (default: what the attentions tell)",
     )
     add("--json", action="store_true", help="print how it is sharded")
     return parser
