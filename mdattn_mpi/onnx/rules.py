@@ -86,11 +86,11 @@ def elementwise(node: Any, tokens: Tokens) -> None:
     for output in filter(None, node.output):
         place = tokens.place(output)
         if place:
-            _check_uncut(node, tokens, place.dim - len(_shape(output, tokens)))
+            _check_uncut(node, node.input, tokens, place.dim - len(_shape(output, tokens)))
 
 
-def _check_uncut(node: Any, tokens: Tokens, from_end: int) -> None:
-    for name in filter(None, node.input):
+def _check_uncut(node: Any, names: Iterable[str], tokens: Tokens, from_end: int) -> None:
+    for name in filter(None, names):
         shape = _shape(name, tokens)
         dim = from_end + len(shape)
         if dim < 0 or tokens.place(name) is not None:
@@ -156,7 +156,9 @@ def dropout(node: Any, tokens: Tokens) -> None:
 
 def quantization(node: Any, tokens: Tokens) -> None:
     """A fixed scale, or one for each place of a dim."""
-    if prod(_shape(node.input[1], tokens)) != 1:
+    if len(_shape(node.input[1], tokens)) > 1:
+        elementwise(node, tokens)  # blocks
+    elif prod(_shape(node.input[1], tokens)) != 1:
         _refuse_along(node, tokens, [attribute_of(node, "axis", 1)])
 
 
@@ -173,14 +175,11 @@ def product(node: Any, tokens: Tokens) -> None:
     for name, dim in zip(node.input[:2], contracted, strict=True):
         if _dim(name, tokens) == dim % len(_shape(name, tokens)):
             raise tokens.refuse(node, "sums over the tokens outside of an attention")
-    _check_stretch_of_product(node, tokens)
-
-
-def _check_stretch_of_product(node: Any, tokens: Tokens) -> None:
-    """The dims before the last two are aligned as in an elementwise operator."""
-    place, dims = tokens.place(node.output[0]), len(_shape(node.output[0], tokens))
-    if (place and place.dim < dims - 2) or (place and len(node.input) > 2):
-        elementwise(node, tokens)
+    place = tokens.place(node.output[0])
+    if place:
+        from_end = place.dim - len(_shape(node.output[0], tokens))
+        aligned = node.input if from_end < -2 else node.input[2:]  # batches; or what is added
+        _check_uncut(node, aligned, tokens, from_end)
 
 
 def einsum(node: Any, tokens: Tokens) -> None:

@@ -119,39 +119,32 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
     nodes: list[Any] = []
     done: list[str] = []
     numbers: dict[str, None] = {}
-    cut = [node for node in model.graph.node if _keys_are_cut(node, tokens)]
-    sequences = {tokens.place(node.input[1]) for node in cut}
-    several = len({place.sequence for place in sequences if place}) > 1
-    for node in model.graph.node:
-        if node in cut:
-            place = tokens.place(node.input[1])
-            suffix = f"_{place.sequence}" if several and place else ""
-            site = Site(node, tokens, ranks, suffix)
-            done.append(site.share(strategy))
-            nodes += [*site.before, node, *site.after]
-            model.graph.initializer.extend(site.constants)
-            numbers.update(dict.fromkeys(site.numbers))
-        else:
-            nodes.append(node)
-            if operator(node) in ATTENTION and tokens.place(node.input[0]):
-                done.append(_left_alone(node, tokens))
-    if not cut:
+    attentions = [node for node in model.graph.node if operator(node) in ATTENTION]
+    keys = {node.output[0]: tokens.place(node.input[1]) for node in attentions}
+    # dim 0 is the batch: each token has keys of its own
+    sequences = {output: place.sequence for output, place in keys.items() if place and place.dim}
+    if not sequences:
         raise RejectedError(
             "no attention of this model has keys that are cut into token shards",
             fix="name the inputs that are: --shard INPUT:DIM",
         )
+    several = len(set(sequences.values())) > 1
+    for node in model.graph.node:
+        sequence = sequences.get(node.output[0])
+        if sequence is None:
+            nodes.append(node)
+            if node.output[0] in keys and tokens.place(node.input[0]):
+                done.append(_left_alone(node, tokens))
+            continue
+        site = Site(node, tokens, ranks, f"_{sequence}" if several else "")
+        done.append(site.share(strategy))
+        nodes += [*site.before, node, *site.after]
+        model.graph.initializer.extend(site.constants)
+        numbers.update(dict.fromkeys(site.numbers))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
     _add_numbers(model, list(numbers))
     return done
-
-
-def _keys_are_cut(node: Any, tokens: Tokens) -> bool:
-    """Whether a node is an attention whose keys lie on several ranks."""
-    if operator(node) not in ATTENTION:
-        return False
-    place = tokens.place(node.input[1])
-    return place is not None and place.dim > 0  # dim 0 is the batch: each its own keys
 
 
 def _left_alone(node: Any, tokens: Tokens) -> str:

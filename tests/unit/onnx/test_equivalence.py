@@ -199,6 +199,29 @@ def reshaped() -> Form:
     return Form(whole, inputs, tensorrt=False)
 
 
+def linear() -> Form:
+    """Linear layers with a bias, as exporters write them for ``[S, width]``."""
+    width = HEADS * DIM
+    nodes = [
+        node("Gemm", ["x", "w", "bias"], "g", transB=1),
+        node("LayerNormalization", ["g", "gain", "bias"], "n"),
+        node("Unsqueeze", ["n", "zero"], "u"),
+        node("Attention", "uuu", "a", q_num_heads=HEADS, kv_num_heads=HEADS),
+        node("Squeeze", ["a", "zero"], "s"),
+        node("Einsum", ["s", "w"], "e", equation="sd,de->se"),
+        node("MatMul", ["e", "w"], "m"),
+        node("Add", ["m", "bias"], "o"),
+    ]
+    weights = {
+        "w": normal(width, width) / 9,
+        "bias": normal(width),
+        "gain": normal(width),
+        "zero": np.array([0]),
+    }
+    whole = graph(nodes, {"x": ["S", width]}, {"o": ["S", width]}, weights)
+    return Form(whole, {"x": normal(TOKENS, width)}, tensorrt=False)
+
+
 def branches() -> Form:
     """An If whose branches treat every token alike."""
 
@@ -268,6 +291,7 @@ FORMS: dict[str, Callable[[], Form]] = {
     "steps": steps,
     "steps, one kv head": lambda: steps(kv_heads=1),
     "shapes and rotation": reshaped,
+    "linear": linear,
     "branches": branches,
     "function": function,
 }
