@@ -216,7 +216,10 @@ class Comparison:
         return self.joined(ThreadRanks.run(self.ranks, one))
 
     def joined(self, parts: list[dict[str, Any]]) -> dict[str, Any]:
-        """Concatenate along the tokens."""
+        """Concatenate along the tokens; what has none must be the same on all ranks."""
+        for name in set(parts[0]) - set(self.axes):
+            for part in parts:
+                np.testing.assert_array_equal(part[name], parts[0][name], name)
         return {
             name: np.concatenate([part[name] for part in parts], self.axes[name])
             if name in self.axes
@@ -274,8 +277,8 @@ class Comparison:
             axis = self.axes.get(name)
             count = wanted.shape[axis] if axis is not None else 0
             ours = found[name] if axis is None else np.take(found[name], np.arange(count), axis)
-            error = np.abs(ours.astype(float) - wanted).max()
-            assert error < 1e-4 * max(1.0, np.abs(wanted).max()), f"{name}: {error}"
+            error = np.abs(ours.astype(float) - wanted).max(initial=0)
+            assert error < 1e-4 * max(1.0, np.abs(wanted).max(initial=0)), f"{name}: {error}"
             if control and name in self.shown:
                 wrong = np.abs(alone[name].astype(float) - wanted).max()
                 assert wrong > max(10 * error, 0.05), f"{name}: {wrong} alone, {error} shared"
