@@ -150,8 +150,8 @@ def spec_of(arguments: argparse.Namespace, library: Library, sm: SM) -> EngineSp
         No strategy can; or one engine isn't enough.
 
     """
-    from mdattn_mpi.trt.choice import choose
-    from mdattn_mpi.trt.spec import any_length, spec_for
+    from mdattn_mpi.trt.choice import choose, spec_for
+    from mdattn_mpi.trt.spec import any_length
 
     ranged = False
     if arguments.problem:

@@ -64,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
         "strategies",  # it times them
         "runner",
     },
-    "onnx": {"trt.spec"},
+    "onnx": set(),
 }
 
 # Outside packages that not every room may import: the rooms (or modules) that may.

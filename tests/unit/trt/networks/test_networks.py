@@ -56,8 +56,8 @@ def check(
     seed: int = 0,
 ) -> None:
     """Execute the network for `problem` (and `others`, by one profile); compare `problem`."""
+    from mdattn_mpi.trt.choice import spec_for
     from mdattn_mpi.trt.networks import define, network_of
-    from mdattn_mpi.trt.spec import spec_for
 
     found = library()
     (own,) = spec_for((problem,), strategy, ranks)
