@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.lockstep import together
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
@@ -49,13 +50,19 @@ class NcclComm:
     """
 
     def __init__(self, group: Group, *, blocking: bool = False) -> None:
-        self._nccl = nccl = _load()
-        unique = nccl.get_unique_id().as_bytes if group.rank == 0 else None
+        # What some ranks may fail at stands before what all must take part in, and apart from it.
+        self._nccl = nccl = together(group, "nccl4py", _load)
+        first = group.rank == 0
+        unique = together(group, "NCCL", lambda: nccl.get_unique_id().as_bytes if first else None)
         unique_id = nccl.UniqueId.from_bytes(group.bcast_bytes(unique))
         config = nccl.NCCLConfig(blocking=blocking)
-        self._comm = nccl.Communicator.init(group.size, group.rank, unique_id, config=config)
-        self._settle("init")
-        self.library = describe_library(nccl)
+
+        def init() -> str:
+            self._comm = nccl.Communicator.init(group.size, group.rank, unique_id, config=config)
+            self._settle("init")
+            return describe_library(nccl)
+
+        self.library = together(group, "NCCL init", init)
 
     @property
     def ptr(self) -> int:

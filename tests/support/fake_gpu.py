@@ -14,14 +14,16 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.devices.cuda.cudnn import PlanKey
+from mdattn_mpi.devices.cuda.interop import View
 from mdattn_mpi.devices.cuda.merge import MergeCall
-from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.errors import MdattnError, RejectedError
 
 DEADLINE = 30.0
 POISON = 0x7FC0
@@ -66,10 +68,8 @@ class Machine:
 class Event:
     """Done once its place in the stream has been reached."""
 
-    def __init__(self, machine: Machine, stream: int, number: int) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.stream = stream
-        self.number = number
         self.done = False
         self.time = 0.0
 
@@ -118,7 +118,6 @@ class FakeGpu:
         self.capacity = capacity
         self.opened: set[int] = set()
         self.pinned_now: dict[int, Any] = {}
-        self.recorded = 0
 
     def allocate(self, nbytes: int) -> int:
         if nbytes > self.capacity:
@@ -146,8 +145,7 @@ class FakeGpu:
         return Stream(self.machine)
 
     def record(self, stream: Stream, *, timed: bool = False) -> Event:
-        self.recorded += 1
-        event = Event(self.machine, stream.handle, self.recorded)
+        event = Event(self.machine)
 
         def reach() -> None:
             event.done, event.time = True, time.monotonic()
@@ -200,6 +198,12 @@ class FakeGpu:
 
     def merge(self, call: MergeCall, stream: Stream) -> None:
         stream.push(lambda: _merge(call))
+
+    def adopt(self, handle: int) -> Stream:
+        return self.machine.streams[handle]
+
+    def view(self, array: Any, stream: Stream | None) -> View:
+        return array.view(stream)
 
 
 class FakePlan(NamedTuple):
@@ -287,6 +291,7 @@ class FakeGroup:
     """What `lockstep.Group` is to a device."""
 
     def __init__(self, rank: int, size: int, shared: dict[Any, Any]) -> None:
+        self.board = SimpleNamespace(enter=lambda phase: None)
         self.rank = self.local_rank = rank
         self.size = self.local_size = size
         self.comm = FakeComm(rank, size, shared)
@@ -303,6 +308,15 @@ class FakeGroup:
                 self.comm._put((root, peer, "bcast"), data)
         found: bytes = self.comm._get((root, self.rank, "bcast"))
         return found
+
+    def agree(self, step: Any, *, error: MdattnError | None = None) -> None:
+        found = [MdattnError.from_json(each) for each in self._gather(error) if each]
+        if found:
+            raise found[0]
+
+    def _gather(self, error: MdattnError | None) -> list[bytes]:
+        texts = self.allgather(error.to_json().decode() if error else "")
+        return [text.encode() for text in texts]
 
     def allgather(self, own: Any) -> list[Any]:
         for peer in range(self.size):

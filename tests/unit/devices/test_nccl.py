@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,8 @@ import pytest
 
 from mdattn_mpi.devices import nccl
 from mdattn_mpi.devices.nccl import NcclComm, describe_library, nccl_paths
-from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
+from mdattn_mpi.lockstep import Step
 
 MAPS = """\
 7f00-7f01 r-xp 00000000 fd:00 1 /opt/a/nvidia/nccl/lib/libnccl.so.2
@@ -74,8 +76,17 @@ class Double:
 
 
 class Group(SimpleNamespace):
+    """One rank's view; `others` has the errors that another rank brings, by phase."""
+
+    board = SimpleNamespace(enter=lambda phase: None)
+    others: Mapping[str, MdattnError] = {}
+
     def bcast_bytes(self, data: bytes | None) -> bytes:
         return data or b"unique"
+
+    def agree(self, step: Step, *, error: MdattnError | None = None) -> None:
+        if found := error or self.others.get(step.phase):
+            raise found
 
 
 @pytest.fixture
@@ -101,6 +112,14 @@ def test_a_failure_aborts_and_says_what_nccl_says(double: Double) -> None:
     with pytest.raises(DeviceError, match=r"init: UnhandledCudaError; a broken cable.*NCCL_DEBUG"):
         NcclComm(Group(rank=0, size=2))  # type: ignore[arg-type]
     assert double.calls[-1] == ("abort",)
+
+
+@pytest.mark.parametrize("phase", ["nccl4py", "NCCL"])
+def test_nobody_waits_for_a_rank_that_failed_before(double: Double, phase: str) -> None:
+    failed = {phase: DeviceError("out of order", rank=2)}
+    with pytest.raises(DeviceError, match=r"rank 2.*out of order"):
+        NcclComm(Group(rank=1, size=3, others=failed))  # type: ignore[arg-type]
+    assert double.calls == []
 
 
 def test_no_wait_is_without_end(double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
