@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mdattn_mpi.devices import nccl
-from mdattn_mpi.devices.nccl import NcclComm, describe_library, nccl_paths
+from mdattn_mpi.devices.nccl import NcclComm, describe_library, loaded_nccl
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.lockstep import Step
 
@@ -129,17 +130,20 @@ def test_no_wait_is_without_end(double: Double, monkeypatch: pytest.MonkeyPatch)
     assert double.calls[-1] == ("abort",)
 
 
-def test_libraries_are_found_in_the_maps() -> None:
-    found = nccl_paths(MAPS.splitlines(keepends=True))
-    assert found == ["/opt/a/nvidia/nccl/lib/libnccl.so.2", "/usr/lib/libnccl.so.2.21.5"]
-    assert nccl_paths([]) == []
+def test_libraries_are_found_in_the_maps(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(MAPS)
+    found = ("/opt/a/nvidia/nccl/lib/libnccl.so.2", "/usr/lib/libnccl.so.2.21.5")
+    assert loaded_nccl(maps) == found
+    maps.write_text("")
+    assert loaded_nccl(maps) == ()
 
 
 def test_a_second_library_is_an_error_that_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl, "nccl_paths", lambda maps: ["/a/libnccl.so", "/b/libnccl.so"])
+    monkeypatch.setattr(nccl, "loaded_nccl", lambda: ("/a/libnccl.so", "/b/libnccl.so"))
     with pytest.raises(DeviceError, match=r"/a/libnccl\.so and /b/libnccl\.so"):
         describe_library(Double())
-    monkeypatch.setattr(nccl, "nccl_paths", lambda maps: ["/a/libnccl.so"])
+    monkeypatch.setattr(nccl, "loaded_nccl", lambda: ("/a/libnccl.so",))
     assert describe_library(Double()) == "2.28.9 (/a/libnccl.so)"
 
 
