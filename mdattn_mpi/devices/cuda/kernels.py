@@ -172,10 +172,11 @@ class Kernels:
         workspace = self._workspace(lane, plan.workspace)
         addresses = (q.address, k.address, v.address, output.address, lse.address)
         lane.enqueue(self._sdpa.run, plan, addresses, workspace.address)
+        end = lane.now
         for array in (q, k, v, workspace):
-            array.storage.read(lane.now)
+            array.storage.read(end)
         for array in (output, lse):
-            array.storage.wrote(lane.now)
+            array.storage.wrote(end)
 
     def _merge(self, partials: Partials, rows: Span, output: DeviceArray, lse: DeviceArray) -> None:
         """Merge all results of `rows` into `output` and `lse`, before less urgent calls end."""
@@ -208,10 +209,11 @@ class Kernels:
             ),
         )
         self._clock.merged(start, self._clock.time(lane))
+        end = lane.now
         for array in (output, lse):
-            array.storage.wrote(lane.now)
+            array.storage.wrote(end)
         for array in (*(a for call in calls for a in (call.output, call.lse)), *(running or ())):
-            array.storage.read(lane.now)
+            array.storage.read(end)
 
     def _fold(self, partials: Partials) -> None:
         """Merge all results so far into one in float32, to bound memory."""

@@ -76,8 +76,9 @@ class Queue:
         """
         for fence in fences:
             for queue, count in fence.items():
-                if not (queue is self or self.follows(queue, count) or queue.is_past(count)):
-                    self._wait_for(queue, queue._mark_of(count))
+                if queue is self or self._after.get(queue, 0) >= count or queue.is_past(count):
+                    continue
+                self._wait_for(queue, queue._mark_of(count))
 
     def follows(self, queue: Queue, count: int) -> bool:
         """Whether the stream comes after the first `count` of `queue` already."""

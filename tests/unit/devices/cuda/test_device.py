@@ -20,7 +20,8 @@ from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
 from mdattn_mpi.strategies import STRATEGIES
-from tests.support.fake_gpu import FakeGroup, FakeLibraries, Machine
+from tests.support.fake_gpu import FakeLibraries, Machine
+from tests.support.fake_group import FakeGroup
 from tests.support.group import take
 from tests.support.reference import TOLERANCE, attention, problems, random_inputs
 

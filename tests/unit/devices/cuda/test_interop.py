@@ -75,6 +75,7 @@ def attend(
     pattern: Callable[[Caller, int], None] = default_stream,
     hides: bool = False,
     stride: int = 1,
+    transfer: str = "copy",
 ) -> bool:
     """Call again and again on all ranks; tell whether all results are right."""
     machine = Machine(seed)
@@ -100,7 +101,7 @@ def attend(
         return found
 
     with known(callers):
-        results = in_group(ranks, act, machine=machine)
+        results = in_group(ranks, act, machine=machine, transfer=transfer)
     right = True
     for number, arrays in enumerate(inputs):
         out, lse = (np.concatenate([shard[number][i] for shard in results]) for i in (0, 1))
@@ -125,6 +126,12 @@ def test_a_caller_waits_for_nothing(
 def test_strided_arrays_are_copied_in_time(strategy: StrategyName) -> None:
     for seed in range(2):
         assert attend(strategy, 2, seed, stride=3)
+
+
+@pytest.mark.parametrize("strategy", NAMES)
+def test_a_caller_waits_for_nothing_where_nccl_carries(strategy: StrategyName) -> None:
+    for seed in range(2):
+        assert attend(strategy, 3, seed, pattern=a_side_stream, transfer="nccl")
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
