@@ -77,7 +77,7 @@ ONLY: dict[str, set[str]] = {
     "nccl": {"devices", "trt"},
     "cuda": {"devices", "trt"},
     "threadpoolctl": {"devices", "verifier"},
-    "torch": {"bench.attention_cpu", "bench.attention_cuda"},
+    "torch": {"bench.attention_cpu", "bench.attention_cuda", "devices.cuda.interop"},
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),
