@@ -24,7 +24,5 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
         const="lower_right",
         help="the last token sees all keys, the one before it one less, …",
     )
-    parser.add_argument(
-        "--scale", type=float, default=0.0, metavar="X", help="of the scores (default 1/√H)"
-    )
+    parser.add_argument("--scale", type=float, metavar="X", help="of the scores (default 1/√H)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
