@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -26,3 +27,18 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scale", type=float, metavar="X", help="of the scores (default 1/√H)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
+
+def add_ignore(add: Callable[..., object]) -> None:
+    """Declare --ignore, for every command that opens a dataset."""
+    add(
+        "--ignore",
+        action="extend",
+        type=_names,
+        metavar="NAME",
+        help="attribute or dataset of items that mdattn doesn't know and that doesn't matter",
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

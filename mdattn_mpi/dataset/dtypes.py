@@ -119,7 +119,7 @@ _CLASS_NAMES = {
 
 
 def round_once(numbers: Array, dtype: np.dtype[Any]) -> Array:
-    """Round floats of at most 64 bits to the nearest of `dtype`, ties to even; overflow is infinity.
+    """Round floats of up to 64 bits to the nearest of `dtype`, ties to even; too large is infinity.
 
     ml_dtypes goes from float64 to BF16 by way of float32 and rounds twice. On the way here float32
     is rounded to odd, which keeps what decides the second rounding.

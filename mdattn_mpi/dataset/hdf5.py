@@ -359,15 +359,18 @@ class Node:
         )
         return None if text is None else text.rstrip(b"\0").decode(errors="surrogateescape")
 
-    def attributes(self) -> dict[str, Value]:
-        """Read all attributes; those that are neither text nor one number are left out."""
-        values: dict[str, Value] = {}
+    def attribute_names(self) -> list[str]:
+        """List the names of all attributes."""
         with self.file.guard(self.path):
-            names = [
+            return [
                 os.fsdecode(h5py.h5a.open(self.id, index=i).get_name())
                 for i in range(min(h5py.h5a.get_num_attrs(self.id), self.file.size))
             ]
-        for name in names:
+
+    def attributes(self) -> dict[str, Value]:
+        """Read all attributes; those that are neither text nor one number are left out."""
+        values: dict[str, Value] = {}
+        for name in self.attribute_names():
             try:
                 value = self.attribute(name)
             except RejectedError:

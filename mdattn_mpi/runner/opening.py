@@ -33,7 +33,13 @@ def open_job(spec: JobSpec, world: World) -> Job:
     dataset = together(
         world,
         "dataset",
-        lambda: open_dataset(spec.data, select=spec.items, layout=spec.layout, allow=spec.allow),
+        lambda: open_dataset(
+            spec.data,
+            select=spec.items,
+            layout=spec.layout,
+            allow=spec.allow,
+            ignore=spec.ignore,
+        ),
         dataset_facts,
     )
     name = backend_name(spec.backend, world)

@@ -145,7 +145,7 @@ def test_soft_links_inside_the_file_are_fine(trap: Trap) -> None:
         del file["items/x/query"]
         file["items/x/again"] = h5py.SoftLink("../nothing/./query")
         file["items/x/query"] = h5py.SoftLink("value")
-    with open_dataset(trap.path, keep_faults=True) as dataset:
+    with open_dataset(trap.path, ignore=("again",), keep_faults=True) as dataset:
         assert "head dims disagree" in dataset.faults[0].what
 
 
