@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mdattn_mpi.dataset import Dataset, Item, Output
+    from mdattn_mpi.dataset.foreign.tensor import ForeignTensor
 
 DESCRIPTION = """\
 Say what a file holds. For a dataset: its items, how they are stored, what that costs, and which of
@@ -145,11 +146,11 @@ def _output_item(output: Output, item: Item, check: bool) -> dict[str, Any]:
 
 
 def _describe_foreign(arguments: argparse.Namespace) -> dict[str, Any]:
-    from mdattn_mpi.dataset.foreign import open_foreign
+    from mdattn_mpi.dataset.foreign.open import open_foreign
     from mdattn_mpi.dataset.layout import natural_order, shown
 
     with ExitStack() as stack:
-        tensors = open_foreign(arguments.path, stack, arguments.allow)
+        tensors = open_foreign(arguments.path, stack, arguments.allow).tensors
         return {
             "path": arguments.path,
             "format": "foreign",
@@ -158,11 +159,15 @@ def _describe_foreign(arguments: argparse.Namespace) -> dict[str, Any]:
                 {
                     "name": shown(name),
                     "shape": list(tensors[name].shape),
-                    "dtype": tensors[name].dtype.name,
+                    "dtype": _dtype_of(tensors[name]),
                 }
                 for name in sorted(tensors, key=natural_order)
             ],
         }
+
+
+def _dtype_of(tensor: ForeignTensor) -> str:
+    return f"unreadable: {tensor.fault.what}" if tensor.fault else tensor.dtype.name
 
 
 def _problem(item: Item) -> dict[str, Any]:

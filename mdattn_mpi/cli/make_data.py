@@ -133,8 +133,8 @@ def plan_items(arguments: argparse.Namespace) -> list[Item]:
             kv_heads=arguments.kv_heads,
             head_dim=arguments.head_dim,
             v_head_dim=arguments.v_head_dim or arguments.head_dim,
-            dtype=DTYPES[arguments.dtype],  # type: ignore[arg-type]
-            causal=arguments.causal,
+            dtype=DTYPES[arguments.dtype],
+            causal=arguments.causal or "none",
             scale=arguments.scale,
         )
         items.append(Item(f"item{index}", index, problem))

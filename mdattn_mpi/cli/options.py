@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+from mdattn_mpi.problem import DTypeName
+
+DTYPES: dict[str, DTypeName] = {"bf16": "bfloat16", "fp16": "float16"}
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +17,6 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
         "--causal",
         action="store_const",
         const="upper_left",
-        default="none",
         help="token i sees keys 0 … i",
     )
     masks.add_argument(

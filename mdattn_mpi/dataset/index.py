@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -276,11 +277,10 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
         stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
     if isinstance(stored, str):
         raise reject(
-            f"{tensor} holds {stored}; only BF16 and FP16 can be read",
-            "rewrite it with `mdattn convert`; uint16 takes the attribute dtype='bfloat16'",
+            f"{tensor} holds {stored}; only BF16 and FP16 can be read", _fix_of(stored, item.file)
         )
     if not stored.little_endian:
-        raise reject(f"{tensor} is big-endian", "rewrite it with `mdattn convert`")
+        raise reject(f"{tensor} is big-endian", f"rewrite it: {_convert(item.file)}")
     first, second, head_dim = storage.shape[-3:]
     tokens, heads = (first, second) if layout == "token_major" else (second, first)
     return TensorData(
@@ -293,6 +293,22 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
         node,
         crc32=crc32,
     )
+
+
+def _fix_of(stored: str, file: File) -> str:
+    """What makes numbers readable that aren't BF16 or FP16; see `stored_as` for the words."""
+    if stored.startswith("a 16-bit integer"):
+        return (
+            "if these are the bits of BF16, give it the attribute dtype='bfloat16', or rewrite "
+            f"it: {_convert(file)} --bits bf16"
+        )
+    if stored in ("a float of 4 bytes", "a float of 8 bytes"):
+        return f"round it: {_convert(file)} --dtype bf16 (or fp16)"
+    return "store BF16 or FP16"
+
+
+def _convert(file: File) -> str:
+    return f"mdattn convert {shlex.quote(file.path)} NEW.h5"
 
 
 def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:

@@ -76,7 +76,7 @@ ONLY: dict[str, set[str]] = {
     "nccl": {"devices", "trt"},
     "cuda": {"devices", "trt"},
     "threadpoolctl": {"devices", "verifier"},
-    "torch": {"bench.attention_cpu", "bench.attention_cuda"},
+    "torch": {"bench.attention_cpu", "bench.attention_cuda", "dataset.foreign.torch_file"},
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),

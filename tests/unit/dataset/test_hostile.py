@@ -21,7 +21,7 @@ import pytest
 
 from mdattn_mpi.dataset import open_dataset, open_output
 from mdattn_mpi.dataset.dtypes import bfloat16_type
-from mdattn_mpi.dataset.foreign import open_foreign
+from mdattn_mpi.dataset.foreign.open import open_foreign
 from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import Span
@@ -57,7 +57,7 @@ class Trap:
             open_dataset(self.path)
         assert caught.value.fix
         with ExitStack() as stack:
-            tensors = open_foreign(str(self.path), stack)
+            tensors = open_foreign(str(self.path), stack).tensors
             assert not any(
                 same_bits(tensor.fetch((slice(None),) * 3), self.secret)
                 for tensor in tensors.values()
