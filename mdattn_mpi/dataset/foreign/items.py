@@ -194,7 +194,7 @@ def _layout(tensors: Sequence[ForeignTensor], said: dict[str, Any], how: Reading
 
 
 def _short(problem: AttentionProblem) -> str:
-    return f"{problem.kv_tokens} tokens, {problem.kv_heads} heads"
+    return f"{problem.q_tokens} tokens, {problem.q_heads} heads"
 
 
 def _possible(
