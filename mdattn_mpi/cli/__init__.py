@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             command = import_module(f"mdattn_mpi.cli.{name}")
             command.add_parser(commands).set_defaults(main=command.main)
     arguments = _parse(parser, argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may be of bytes that are no text
+        sys.stdout.reconfigure(errors=sys.stderr.errors or "backslashreplace")
     command_main: Main = arguments.main
     try:
         code = command_main(arguments)

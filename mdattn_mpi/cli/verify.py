@@ -171,4 +171,4 @@ def _print_json(
         "exit_code": exit_code,
         "items": [finding.to_json() for finding in findings],
     }
-    print(json.dumps(facts, indent=1, ensure_ascii=False))
+    print(json.dumps(facts, indent=1))

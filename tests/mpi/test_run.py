@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -239,3 +241,50 @@ def test_ranks_that_the_launcher_left_alone(data: Path, tmp_path: Path) -> None:
     done = mpirun(2, ["-c", strip])
     refused(done, 2, "2 processes", "world of 1")
     assert not (tmp_path / "out.h5").exists()
+
+
+def test_a_folder_whose_name_is_no_text(data: Path, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    shutil.copy(data, folder / "d.h5")
+    out = folder / "out.h5"
+    lost = run(2, folder / "d.h5", "-o", out, "--chaos", "kill@enqueue:item3:1")
+    assert lost.returncode == 75, lost.stderr
+    note = (folder / "out.h5.run" / "death-note.txt").read_bytes()
+    assert b"caf\xe9/out.h5" in note
+    done = run(2, folder / "d.h5", "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["config"]["output"] == str(out)
+    assert json.loads((folder / "out.h5.run" / "summary.json").read_text())["exit_code"] == 0
+    assert main(["verify", str(out), "--data", str(folder / "d.h5")]) == 0
+    missing = run(2, folder / "none.h5", "-o", out)
+    refused(missing, 2, "none.h5", "No such file")
+
+
+def read_only(folder: Path, *arguments: str | Path) -> CompletedProcess[str]:
+    """Run one rank with `folder` on a file system where nothing can be written."""
+    mount = f'mount --bind "{folder}" "{folder}" && mount -o remount,ro,bind "{folder}"'
+    command = [sys.executable, "-m", "mdattn_mpi", "run", *map(str, arguments)]
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", *command],
+        capture_output=True, text=True, timeout=90, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
+    reason="nothing can be mounted here",
+)
+def test_a_read_only_file_system(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    assert run(1, data, "-o", out, "--items", "item0").returncode == 0
+    again = read_only(tmp_path, data, "-o", out, "--items", "item0")
+    assert again.returncode == 0, again.stderr
+    assert "nothing is left to do" in again.stderr
+    new = ("can't be made", "Read-only file system", "write to another filesystem")
+    refused(read_only(tmp_path, data, "-o", tmp_path / "new.h5"), 2, *new)
+    refused(read_only(tmp_path, data, "-o", out, "--overwrite"), 2, *new)
+    shutil.rmtree(tmp_path / "out.h5.run")
+    again = read_only(tmp_path, data, "-o", out, "--items", "item0")
+    assert again.returncode == 0, again.stderr
