@@ -90,6 +90,19 @@ def test_a_finished_job_does_nothing(data: Path, tmp_path: Path) -> None:
     )
 
 
+def test_the_plan_says_shapes_as_they_were_understood(tmp_path: Path) -> None:
+    options = "--items 1 --length 8 --q-heads 130 --kv-heads 130 --head-dim 4 --quiet"
+    assert main(["make-data", str(tmp_path / "d.h5"), *options.split()]) == 0
+    for layout, shape in (
+        ("token_major", "8 tokens, 130 heads of 4, bfloat16, token-major"),
+        ("head_major", "130 tokens, 8 heads of 4, bfloat16, head-major"),
+    ):
+        done = run(1, tmp_path / "d.h5", "-o", tmp_path / "o.h5", "--dry-run", "--layout", layout)
+        said = " ".join(done.stderr.split())
+        assert shape in said
+        assert ("has more heads than tokens" in said) == (layout == "token_major")
+
+
 def test_dry_run_leaves_no_trace(data: Path, tmp_path: Path) -> None:
     done = run(2, data, "-o", tmp_path / "out.h5", "--dry-run")
     assert done.returncode == 0
@@ -241,6 +254,23 @@ def test_ranks_that_the_launcher_left_alone(data: Path, tmp_path: Path) -> None:
     done = mpirun(2, ["-c", strip])
     refused(done, 2, "2 processes", "world of 1")
     assert not (tmp_path / "out.h5").exists()
+
+
+def test_what_the_format_does_not_know(data: Path, tmp_path: Path) -> None:
+    copy, out = tmp_path / "d.h5", tmp_path / "out.h5"
+    shutil.copy(data, copy)
+    with h5py.File(copy, "a") as file:
+        file["items/item2"].attrs["window"] = 64
+    refused(run(2, copy, "-o", out), 2, "item2", "attribute window", "--ignore window")
+    assert not out.exists()
+    done = run(2, copy, "-o", out, "--ignore", "window")
+    assert done.returncode == 0, done.stderr
+    assert main(["verify", str(out), "--data", str(copy)]) == 0  # the output remembers
+    with h5py.File(copy, "a") as file:
+        file["items/item2"].attrs["softcap"] = 64
+    assert main(["verify", str(out), "--data", str(copy)]) == 2
+    assert main(["verify", str(out), "--data", str(copy), "--ignore", "softcap"]) == 0
+    refused(run(2, copy, "-o", out, "--ignore", "window,softcap"), 2, "belongs to another job")
 
 
 def test_a_folder_whose_name_is_no_text(data: Path, tmp_path: Path) -> None:
