@@ -190,7 +190,7 @@ def rounded_blocks(
         if block.dtype != dtype and np.any(np.isinf(rounded) & np.isfinite(block)):
             raise RejectedError(
                 f"{tensor} holds {np.max(np.abs(block)):.6g}, too large for {dtype.name}",
-                fix="use --dtype bf16",
+                fix="use --dtype bf16" if dtype.name == "float16" else "scale the numbers down",
                 file=file,
                 item=source.item.name,
             )

@@ -73,8 +73,7 @@ def refuse_unknown(found: Iterable[tuple[str, str]], ignore: Collection[str], fi
     left = {name: what for name, what in found if name not in ignore}
     if left:
         raise RejectedError(
-            f"has {', '.join(left.values())}: not known to mdattn, so the result would be "
-            "computed without it",
+            f"has {', '.join(left.values())}: the result would be computed without that",
             fix=f"if that is right, say --ignore {','.join(map(shown, left))}; "
             "docs/file-format.md has what is known",
             file=file,

@@ -26,13 +26,15 @@ def read(file: File) -> ForeignFile:
         path, node, depth = pending.pop()
         if node.is_dataset:
             tensor = _hdf5_tensor(node)
-            if tensor is not None:
+            if tensor is None:
+                found.others[path] = None
+            else:
                 found.tensors[path] = tensor
         elif node.is_group and node.address not in seen and depth < MAX_LINK_DEPTH:
             seen.add(node.address)
             found.groups[path] = node
             names = node.names(MAX_NODES)
-            if len(names) + len(pending) + len(found.tensors) > MAX_NODES:
+            if len(names) + len(pending) + len(found.tensors) + len(found.others) > MAX_NODES:
                 raise file.reject(f"holds more than {MAX_NODES} objects", "split the file")
             for name in names:
                 place = f"{path}/{name}".lstrip("/")

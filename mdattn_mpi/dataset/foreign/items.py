@@ -11,7 +11,7 @@ import numpy as np
 from mdattn_mpi.dataset.dtypes import NUMPY
 from mdattn_mpi.dataset.foreign.names import Names, match_names
 from mdattn_mpi.dataset.foreign.packing import Packing, unpack
-from mdattn_mpi.dataset.foreign.said import said_of
+from mdattn_mpi.dataset.foreign.said import Surroundings
 from mdattn_mpi.dataset.foreign.tensor import BITS, ForeignFile, ForeignTensor
 from mdattn_mpi.dataset.layout import (
     LAYOUTS,
@@ -75,13 +75,14 @@ def find_sources(
         Names, shapes, dtypes or attributes that make no item, or could make two different ones.
 
     """
-    names = match_names(file.tensors, patterns, path)
+    names = match_names(file, patterns, path)
     matched = {name for found in names.values() for name in found}
+    surroundings = Surroundings(file, path, matched, how.ignore)
     sources: list[Source] = []
     for item, found in names.items():
         try:
-            said = said_of(file, found, matched, how.ignore, path)
-            sources += _sources(item, [file.tensors[name] for name in found], said, how)
+            parts = [file.tensors[name] for name in found]
+            sources += _sources(item, parts, surroundings.options(found), how)
         except RejectedError as error:
             error.item, error.file = error.item or shown(item), error.file or path
             raise
@@ -187,7 +188,7 @@ def _layout(tensors: Sequence[ForeignTensor], said: dict[str, Any], how: Reading
     meanings = {name: found for name, found in possible.items() if found is not None}
     stacked = "; --qkv names a tensor that stacks all three" if 3 in tensors[0].shape[:-1] else ""
     raise _reject(
-        f"shapes are {_shapes(tensors)}: {' or '.join(map(str, meanings.values()))}?",
+        f"is it {', or '.join(map(str, meanings.values()))}? (shapes {_shapes(tensors)})",
         " or ".join(f"say --layout {name} for {_short(p)}" for name, p in meanings.items())
         + stacked,
     )

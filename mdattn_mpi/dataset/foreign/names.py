@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
-from mdattn_mpi.dataset.foreign.tensor import ForeignTensor
+from mdattn_mpi.dataset.foreign.tensor import ForeignFile
 from mdattn_mpi.dataset.layout import natural_order, shown
 from mdattn_mpi.errors import RejectedError
 
@@ -24,9 +23,7 @@ USUAL: list[Names] = [
 LISTED = 8  # tensors that a refusal names
 
 
-def match_names(
-    tensors: Mapping[str, ForeignTensor], given: Names | None, file: str
-) -> dict[str, Names]:
+def match_names(file: ForeignFile, given: Names | None, path: str) -> dict[str, Names]:
     """Give every item the names of its tensors; `given` are patterns, or None for the usual ones.
 
     Raises
@@ -35,7 +32,8 @@ def match_names(
         Nothing matches, an item lacks a tensor, or two would have the same name.
 
     """
-    stem = re.sub(r"[^\w.-]", "_", Path(file).stem) or "item"
+    tensors = file.tensors
+    stem = re.sub(r"[^\w.-]", "_", Path(path).stem) or "item"
     for patterns in USUAL if given is None else [tuple(name.lstrip("/") for name in given)]:
         found: dict[str, Names] = {}
         for name in sorted(tensors, key=natural_order):
@@ -47,7 +45,7 @@ def match_names(
                 raise RejectedError(
                     f"{shown(found[item][0])} and {shown(name)} would both be item {shown(item)}",
                     fix="use patterns with fewer stars, and convert in several steps",
-                    file=file,
+                    file=path,
                 )
             found[item] = tuple(_fill(pattern, pieces) for pattern in patterns)
         missing = [name for names in found.values() for name in names if name not in tensors]
@@ -55,22 +53,23 @@ def match_names(
             return found
         if given is not None and missing:
             raise RejectedError(
-                f"holds no tensor {shown(missing[0])!r}; it holds {_listed(tensors)}",
+                f"holds no tensor {shown(missing[0])!r}; it holds {_listed(file)}",
                 fix="correct the patterns, or the file",
-                file=file,
+                file=path,
             )
     raise RejectedError(
-        f"no tensor matches; it holds {_listed(tensors)}",
+        f"no tensor matches; it holds {_listed(file)}",
         fix="name them with --query, --key and --value; with --qkv, or --query and --kv, where "
         "one tensor holds several",
-        file=file,
+        file=path,
     )
 
 
-def _listed(tensors: Mapping[str, ForeignTensor]) -> str:
-    names = list(tensors)
-    listed = ", ".join(f"{shown(n)} {list(tensors[n].shape)}" for n in names[:LISTED])
-    return (listed or "no tensors of floats") + (" …" if len(names) > LISTED else "")
+def _listed(file: ForeignFile) -> str:
+    """The tensors with their shapes, and what can't be one."""
+    listed = [f"{shown(name)} {list(tensor.shape)}" for name, tensor in file.tensors.items()]
+    listed += [f"{shown(name)} (no array of floats)" for name in file.others]
+    return ", ".join(listed[:LISTED]) + " …" * (len(listed) > LISTED) or "nothing"
 
 
 def _pieces(name: str, pattern: str) -> list[str] | None:

@@ -26,6 +26,9 @@ from mdattn_mpi.dataset.layout import MAX_COMPRESSION, MAX_NODES, shown
 from mdattn_mpi.errors import RejectedError
 
 
+MAX_VALUE_BYTES = 1 << 16  # of a number or text, with its header
+
+
 class Header(NamedTuple):
     """What a .npy header claims."""
 
@@ -117,7 +120,8 @@ def _header(member: Any) -> Header:
 
 def _value(archive: zipfile.ZipFile, about: zipfile.ZipInfo, header: Header) -> Value | None:
     """One number or text; None of anything else."""
-    if header.shape or header.dtype.kind not in "biufSU" or header.size != about.file_size:
+    simple = not header.shape and header.dtype.kind in "biufSU" and header.size < MAX_VALUE_BYTES
+    if not simple or header.size != about.file_size:
         return None
     value: Any = _load(archive, about, header.dtype)[()].item()
     return value.decode(errors="replace") if isinstance(value, bytes) else value

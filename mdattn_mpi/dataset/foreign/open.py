@@ -61,8 +61,8 @@ def open_foreign(path: str, stack: ExitStack, allow: Sequence[str] = ()) -> Fore
         kinds.NPY: lambda: numpy_files.read_npy(path),
         kinds.NPZ: lambda: numpy_files.read_npz(path, stack),
         kinds.SAFETENSORS: lambda: safetensors_file.read(path),
-        kinds.TORCH: lambda: torch_file.read(path),
-        kinds.TORCH_OR_PICKLE: lambda: torch_file.read(path),
+        kinds.TORCH: lambda: torch_file.read(path, mapped=True),
+        kinds.TORCH_OR_PICKLE: lambda: torch_file.read(path, mapped=False),
         kinds.HDF5: lambda: hdf5_file.read(stack.enter_context(File(path, allow))),
     }
     try:

@@ -6,6 +6,7 @@ it knows tensors and plain containers and refuses everything else.
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 from typing import Any
 
@@ -19,8 +20,10 @@ SAFE = (2, 6)  # before, weights_only could be made to run code: CVE-2025-32434
 _SAVE = "save its tensors as .safetensors where PyTorch is, or install PyTorch 2.6 or later here"
 
 
-def read(path: str) -> ForeignFile:
+def read(path: str, *, mapped: bool) -> ForeignFile:
     """List tensors by the keys that lead to them, joined with dots: ``layers.0.q``.
+
+    Files since PyTorch 1.6 can be mapped rather than read into memory.
 
     Raises
     ------
@@ -43,9 +46,10 @@ def read(path: str) -> ForeignFile:
             file=path,
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        reason = f"it asks for {wanted[1]}" if wanted else type(error).__name__
         raise RejectedError(
             f"isn't a .pt file of tensors alone: PyTorch refuses it ({reason})",
             fix="if you trust it, load it in PyTorch and save a dict of tensors",
