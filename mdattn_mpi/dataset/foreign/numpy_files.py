@@ -25,7 +25,6 @@ from mdattn_mpi.dataset.hdf5 import Value
 from mdattn_mpi.dataset.layout import MAX_COMPRESSION, MAX_NODES, shown
 from mdattn_mpi.errors import RejectedError
 
-
 MAX_VALUE_BYTES = 1 << 16  # of a number or text, with its header
 
 
