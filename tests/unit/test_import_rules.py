@@ -77,7 +77,12 @@ ONLY: dict[str, set[str]] = {
     "nccl": {"devices", "trt"},
     "cuda": {"devices", "trt"},
     "threadpoolctl": {"devices", "verifier"},
-    "torch": {"bench.attention_cpu", "bench.attention_cuda", "devices.cuda.interop"},
+    "torch": {
+        "bench.attention_cpu",
+        "bench.attention_cuda",
+        "dataset.foreign.torch_file",
+        "devices.cuda.interop",
+    },
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),
