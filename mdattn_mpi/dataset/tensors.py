@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from math import prod
 from types import TracebackType
 from typing import Any
@@ -25,7 +24,7 @@ from numpy.typing import NDArray
 
 from mdattn_mpi.dataset.dtypes import NUMPY, hdf5_type, stored_as
 from mdattn_mpi.dataset.hdf5 import File, Node, Value
-from mdattn_mpi.dataset.index import patterns_of
+from mdattn_mpi.dataset.index import chosen_names, patterns_of
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
@@ -105,12 +104,9 @@ class TensorFile:
             group = self._file.root.child(ITEMS)
             if group is None or not group.is_group:
                 raise self._file.reject(f"has no group /{ITEMS}", "see docs/onnx.md")
-            patterns = patterns_of(select)
-            names = sorted(group.names(MAX_ITEMS), key=natural_order)
-            chosen = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
-            if not chosen:
-                raise self._file.reject(f"no item matches {select!r}", "see `mdattn inspect`")
-            self.items = tuple(_item(group, name, axes) for name in chosen)
+            chosen = chosen_names(set(group.names(MAX_ITEMS)), patterns_of(select), path)
+            names = sorted(chosen, key=natural_order)
+            self.items = tuple(_item(group, name, axes) for name in names)
         except BaseException:
             self._file.close()
             raise

@@ -243,7 +243,7 @@ class Call:
             session.under_way.append(self)
             try:
                 device = self._device = self._open.enter_context(session.device(plan.backend))
-                q, k, v = (_adopt(device, array) for array in self._shards[:3])
+                q, k, v = map(device.adopt, self._shards[:3])
                 # Where nothing else is under way it hides its gathering behind itself.
                 early = {"head_start": device.head_start(plan.problem)}
                 options = early if plan.strategy == "allgather" else {}
@@ -354,7 +354,7 @@ def _plan_for(request: _Request, device: Any) -> Plan:
         v_head_dim=shards.v.shape[2],
         dtype=shards.dtype,
         causal=options.causal,
-        scale=options.scale or 0.0,
+        scale=options.scale,  # type: ignore[arg-type]
     )
     owners = Partition(
         query=owners_of("query", query, options.order), kv=owners_of("kv", kv, options.order)
@@ -372,13 +372,3 @@ def _plan_for(request: _Request, device: Any) -> Plan:
 def _kind(shards: Shards) -> str:
     """What calls of one `Attention` have in common, such as ``bfloat16 (4, 2, 8), … on cpu``."""
     return f"{shards.dtype} {', '.join(map(str, shards.shapes))} on {shards.backend}"
-
-
-def _adopt(device: Any, array: Any) -> Any:
-    adopted = device.adopt(array)
-    if not getattr(adopted, "is_contiguous", True):
-        raise RejectedError(
-            f"an array of shape {tuple(array.shape)} on the GPU isn't contiguous",
-            fix="copy it into one that is; only that can be sent",
-        )
-    return adopted

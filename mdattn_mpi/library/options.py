@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.library.spans import Order, check_order
-from mdattn_mpi.problem import STRATEGY_NAMES, Causal, StrategyName
+from mdattn_mpi.problem import STRATEGY_NAMES, Causal, StrategyName, scale_of
 
 
 class Options(NamedTuple):
@@ -33,7 +33,8 @@ class Options(NamedTuple):
             raise RejectedError(
                 f"strategy is {self.strategy!r}", fix=f"use auto, {', '.join(STRATEGY_NAMES)}"
             )
-        return self._replace(scale=_checked_scale(self.scale), return_lse=bool(self.return_lse))
+        scale = None if self.scale is None else scale_of(self.scale)
+        return self._replace(scale=scale, return_lse=bool(self.return_lse))
 
 
 def _check_causal(causal: object) -> None:
@@ -46,17 +47,3 @@ def _check_causal(causal: object) -> None:
         if causal:
             fix += " (query i sees keys 0 to i), or lower_right, where both ends meet"
     raise RejectedError(f"causal is {causal!r}", fix=fix)
-
-
-def _checked_scale(scale: Any) -> float | None:
-    if scale is None:
-        return None
-    try:
-        number = 0.0 if isinstance(scale, bool | str | bytes) else float(scale)
-    except (TypeError, ValueError):
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise RejectedError(
-            f"scale is {scale!r}", fix="use a positive finite scale, or None for 1/√H"
-        )
-    return number

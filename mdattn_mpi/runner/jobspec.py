@@ -38,6 +38,7 @@ class JobSpec:
     overwrite: bool = False
     allow_change: bool = False
     allow: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     threads: int = 0
     deadline: float = 0.0
     max_time: float = 0.0
@@ -77,6 +78,7 @@ class JobSpec:
             "items": self.items,
             "lse": str(self.lse).lower(),
             "layout": self.layout,
+            "ignore": ",".join(sorted(set(self.ignore))),
             "group_size": self.group_size,
         }
 
@@ -123,8 +125,9 @@ def load_job_file(path: str) -> dict[str, Any]:
     for name in ("data", "output"):
         if name in table:
             table[name] = str(folder / table[name])
-    if "allow" in table:
-        table["allow"] = tuple(table["allow"])
+    for name in ("allow", "ignore"):
+        if name in table:
+            table[name] = tuple(table[name])
     return table
 
 
@@ -153,5 +156,5 @@ _TOML_NAMES: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number of seconds",
-    tuple: "a list of folders",
+    tuple: "a list of strings",
 }

@@ -12,7 +12,7 @@ FORMAT = "%(asctime)s %(levelname)-7s %(message)s"
 def open_log(folder: Path, rank: int) -> Path:
     """Send what the package logs to this rank's file; returns its path."""
     path = folder / f"rank-{rank:04}.log"
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter(FORMAT))
     for old in LOGGER.handlers[:]:
         LOGGER.removeHandler(old)

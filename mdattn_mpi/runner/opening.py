@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import textwrap
 from collections import Counter
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.backends import Backend, backend_name, open_backend
-from mdattn_mpi.dataset import Dataset, Item, create_output, open_dataset, open_output
+from mdattn_mpi.dataset import Dataset, Item, Output, create_output, open_dataset, open_output
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, together
@@ -34,7 +35,13 @@ def open_job(spec: JobSpec, world: World) -> Job:
     dataset = together(
         world,
         "dataset",
-        lambda: open_dataset(spec.data, select=spec.items, layout=spec.layout, allow=spec.allow),
+        lambda: open_dataset(
+            spec.data,
+            select=spec.items,
+            layout=spec.layout,
+            allow=spec.allow,
+            ignore=spec.ignore,
+        ),
         dataset_facts,
     )
     name = backend_name(spec.backend, world)
@@ -91,7 +98,8 @@ def _plan(backend: Backend, spec: JobSpec, item: Item) -> Plan:
 
 def describe_plans(job: Job) -> str:
     """What will be computed how, and why so: one entry a kind of item."""
-    counts = Counter(job.plans.values())
+    shapes = {item.name: job.dataset.describe(item) for item in job.dataset.items}
+    counts = Counter((plan, shapes[name]) for name, plan in job.plans.items())
     about = ", ".join(f"{name} {value}" for name, value in job.backend.describe().items())
     entries = [
         ("", f"{len(job.plans)} items of {job.spec.data} on {job.world.size} ranks"),
@@ -99,9 +107,9 @@ def describe_plans(job: Job) -> str:
     ]
     if job.schedule.signature != "all":
         entries += [("groups:", reason) for reason in job.schedule.reasons]
-    for plan, count in counts.most_common(KINDS):
+    for (plan, shape), count in counts.most_common(KINDS):
         why = plan.reasons if job.spec.dry_run else plan.reasons[:1]
-        entries.append((f"{count} ×", f"{plan.problem}; {'; '.join(why)}"))
+        entries.append((f"{count} ×", f"{shape}; {'; '.join(why)}"))
     entries += [("warning", warning) for warning in job.dataset.warnings]
     if len(counts) > KINDS:
         entries.append(("", f"and {len(counts) - KINDS} more kinds of item"))
@@ -117,14 +125,21 @@ def describe_plans(job: Job) -> str:
     )
 
 
-def open_files(job: Job) -> None:
-    """Collective. Make the output or open it again; find out what is still to be done."""
+def open_files(job: Job) -> bool:
+    """Collective. Make the output or open it again; find out what is still to be done.
+
+    False for an output that is finished and lies where nothing can be written: there is nothing to
+    do, and no place to say so but the terminal.
+    """
     spec, world, items = job.spec, job.world, job.dataset.items
     together(world, "output", lambda: _prepare_output(job) if world.rank == 0 else None)
-    job.output = together(world, "open output", lambda: open_output(spec.output, writable=True))
-    state = job.output.ledger.state
-    left = [number for number, item in enumerate(items) if state(item) != "done"]
+    job.output = together(world, "open output", lambda: _open_for(spec, items))
+    left = _left(job.output, items)
     job.todo = [items[number] for number in left]
+    if not left and _read_only(spec, world):
+        say(world, f"mdattn: all {len(items)} items are done already; nothing is left to do")
+        return False
+    together(world, "logs", lambda: run_folder(spec).mkdir(exist_ok=True))
     job.schedule = job.schedule.only(left)
     world.board.attach(
         run_folder(spec), world.rank, world.size, job.backend.describe().get("device", "")
@@ -137,6 +152,27 @@ def open_files(job: Job) -> None:
     world.board.progress(done, len(items))
     if done:
         say(world, f"mdattn: resuming: {done} of {len(items)} items are done already")
+    return True
+
+
+def _left(output: Output, items: Sequence[Item]) -> list[int]:
+    """The positions of the items that aren't done."""
+    return [n for n, item in enumerate(items) if output.ledger.state(item) != "done"]
+
+
+def _open_for(spec: JobSpec, items: Sequence[Item]) -> Output:
+    """Open the output, for writing if anything is left to do."""
+    output = open_output(spec.output)
+    if not _left(output, items):
+        return output
+    output.close()
+    return open_output(spec.output, writable=True)
+
+
+def _read_only(spec: JobSpec, world: World) -> bool:
+    """Collective. Whether rank 0 can't write beside the output."""
+    writable = os.access(Path(spec.output).resolve().parent, os.W_OK)
+    return world.bcast_bytes(b"%d" % writable if world.rank == 0 else None) == b"0"
 
 
 def _prepare_output(job: Job) -> None:
@@ -165,4 +201,3 @@ def _prepare_output(job: Job) -> None:
             },
             overwrite=spec.overwrite,
         )
-    run_folder(spec).mkdir(exist_ok=True)

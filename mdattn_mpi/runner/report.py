@@ -109,6 +109,6 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     """Replace ``summary.json`` in the run folder; never leaves half a file."""
     path = folder / "summary.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
     temporary.replace(path)
     return path

@@ -16,12 +16,12 @@ from mdattn_mpi.lockstep import Group
 from mdattn_mpi.partition import equal_partition
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 from mdattn_mpi.trt.build import Made, make_attention
-from mdattn_mpi.trt.choice import choose
+from mdattn_mpi.trt.choice import choose, spec_for
 from mdattn_mpi.trt.engine import Engine
 from mdattn_mpi.trt.engine_room import EngineRoom, open_room
 from mdattn_mpi.trt.gpu import Buffer, HostArray
 from mdattn_mpi.trt.networks import network_of
-from mdattn_mpi.trt.spec import EngineSpec, Shapes, spec_for
+from mdattn_mpi.trt.spec import EngineSpec, Shapes
 from mdattn_mpi.trt.store import Cache
 
 

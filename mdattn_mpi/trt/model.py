@@ -11,16 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from mdattn_mpi.errors import DeviceError, RejectedError
-from mdattn_mpi.onnx.shard import CAUSAL_KEYS, KEYS
-from mdattn_mpi.partition import equal_shards
+from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
+from mdattn_mpi.partition import equal_shards, shard_length
 from mdattn_mpi.problem import DTypeName, Span
 from mdattn_mpi.trt.engine import Engine
 from mdattn_mpi.trt.engine_room import EngineRoom
 from mdattn_mpi.trt.gpu import Buffer, HostArray
-from mdattn_mpi.trt.spec import shard_length
 from mdattn_mpi.trt.store import Manifest
-
-NUMBERS = (KEYS, CAUSAL_KEYS)
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,9 @@ class Model:
         self._room = room
         self._engine: Engine = room.load(made)
         names = self._engine.inputs
-        self._numbers = tuple(name for name in names if name in NUMBERS)
-        self.inputs = self._tensors(name for name in names if name not in NUMBERS)
+        counts = {name: self.manifest.sharding.counts_keys(name) for name in names}
+        self._numbers = {name: kind for name, kind in counts.items() if kind}
+        self.inputs = self._tensors(name for name in names if name not in self._numbers)
         self.outputs = self._tensors(self._engine.outputs)
 
     def _tensors(self, names: Any) -> tuple[Tensor, ...]:
@@ -162,7 +160,7 @@ class Model:
 
     def _bind_numbers(self, tokens: int, length: int) -> dict[str, npt.NDArray[np.int64]]:
         values = {KEYS: tokens, CAUSAL_KEYS: (self._room.group.rank + 1) * length}
-        numbers = {name: np.array([values[name]], np.int64) for name in self._numbers}
+        numbers = {name: np.array([values[kind]], np.int64) for name, kind in self._numbers.items()}
         for name, number in numbers.items():
             self._engine.set_host_input(name, number)
         return numbers

@@ -24,8 +24,8 @@ BIND = ("hidden=items/*/hidden:0", "output=items/*/out")
 
 def prepare(world: World, folder: Path, strategy: Any) -> Any:
     """Write data, engine and manifest on rank 0; return the model."""
-    from mdattn_mpi.onnx.model import read_sharding
     from mdattn_mpi.onnx.shard import shard_model
+    from mdattn_mpi.onnx.sharding import read_sharding
     from mdattn_mpi.trt.store import describe_model, write_engine
     from tests.support.onnx_block import HEAD_DIM, HEADS, make_block
 

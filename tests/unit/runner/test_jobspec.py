@@ -41,6 +41,14 @@ def test_the_command_line_goes_before_the_job_file(tmp_path: Path) -> None:
     assert (spec.strategy, spec.output, spec.lse) == ("ulysses", "other.h5", True)
 
 
+def test_what_is_ignored(tmp_path: Path) -> None:
+    path = job_file(tmp_path, 'data = "a.h5"\noutput = "o.h5"\nignore = ["sinks", "window"]\n')
+    assert parsed("--job", path).ignore == ("sinks", "window")
+    spec = parsed("--job", path, "--ignore", "window,sinks", "--ignore", "window")
+    assert spec.result_options() == parsed("--job", path).result_options()
+    assert spec.result_options() != parsed("a.h5", "-o", "o.h5").result_options()
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [
@@ -50,8 +58,9 @@ def test_the_command_line_goes_before_the_job_file(tmp_path: Path) -> None:
         ("lse = 1", "true or false"),
         ("data = 3", "a string"),
         ("threads = 1.5", "whole number"),
-        ('allow = "/"', "list of folders"),
-        ("allow = [1]", "list of folders"),
+        ('allow = "/"', "list of strings"),
+        ("allow = [1]", "list of strings"),
+        ('ignore = "window"', "list of strings"),
         ("x = " + "[" * 5000 + "]" * 5000, "TOML"),
         ("#" * (MAX_JOB_FILE + 1), "bytes"),
     ],
