@@ -187,13 +187,6 @@ def circles(imports: list[Import]) -> set[frozenset[str]]:
     }
 
 
-# Circles that are still there. One that isn't listed fails, and so does one that is gone.
-CIRCLES = {
-    frozenset({"trt.spec", "trt.networks", "trt.networks.draft"}),
-    frozenset({"bench.attention", "bench.attention_cpu"}),
-}
-
-
 def test_no_modules_import_each_other() -> None:
     """Lazy imports and those for type checkers count: who reads one module must read the other."""
     imports = [
@@ -201,7 +194,7 @@ def test_no_modules_import_each_other() -> None:
         for file in FILES
         for found in imports_of(name_of(file), file.read_text(), for_types=True)
     ]
-    assert circles(imports) == CIRCLES
+    assert circles(imports) == set()
 
 
 @pytest.mark.parametrize(
