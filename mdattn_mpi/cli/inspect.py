@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mdattn_mpi.dataset import Dataset, Item, Output
+    from mdattn_mpi.dataset import AnyItem, Dataset, Item, Output
 
 DESCRIPTION = """\
 Say what a file holds. For a dataset: its items, how they are stored, what that costs, and which of
@@ -130,17 +130,13 @@ def _describe_output(arguments: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def _output_item(output: Output, item: Item, check: bool) -> dict[str, Any]:
+def _output_item(output: Output, item: AnyItem, check: bool) -> dict[str, Any]:
     entry = output.ledger.entry(item)
     facts = {"name": item.name, **_problem(item), "state": entry.state}
     if entry.state == "done":
         facts |= {"strategy": entry.strategy, "ranks": entry.ranks}
         if check:
-            facts["damaged"] = [
-                f"the shard of rank {rank}"
-                for rank, (spans, crc32) in enumerate(zip(entry.shards, entry.crc32s, strict=True))
-                if output.checksum(item, spans) != crc32
-            ]
+            facts["damaged"] = [f"the shard of rank {rank}" for rank in output.damaged(item)]
     return facts | ({"reason": entry.reason} if entry.reason else {})
 
 
@@ -165,7 +161,7 @@ def _describe_foreign(arguments: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def _problem(item: Item) -> dict[str, Any]:
+def _problem(item: AnyItem) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(item.problem)
@@ -242,10 +238,15 @@ def _dataset_row(item: Mapping[str, Any]) -> dict[str, str]:
 
 def _output_row(item: Mapping[str, Any]) -> dict[str, str]:
     return {
-        **_problem_row(item, item["dtype"]),
+        **(_model_row(item) if "outputs" in item else _problem_row(item, item["dtype"])),
         "state": item["state"],
         "by": f"{item['strategy']}, {item['ranks']} ranks" if "ranks" in item else "",
     }
+
+
+def _model_row(item: Mapping[str, Any]) -> dict[str, str]:
+    tensors = (f"{each['name']} {each['dtype']} {list(each['shape'])}" for each in item["outputs"])
+    return {"item": item["name"], "tokens": str(item["tokens"]), "tensors": ", ".join(tensors)}
 
 
 def _problem_row(item: Mapping[str, Any], dtype: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -19,7 +19,7 @@ from mdattn_mpi.dataset.layout import (
     MAX_ITEMS,
     TENSORS,
     VERSION,
-    Item,
+    AnyItem,
     Layout,
     Tensor,
     batch_item_name,
@@ -29,6 +29,8 @@ from mdattn_mpi.dataset.layout import (
 )
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
+
+T = TypeVar("T", bound=AnyItem)
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def patterns_of(select: str) -> list[str]:
     return patterns
 
 
-def select_items(items: Sequence[Item], patterns: Sequence[str], file: str) -> list[Item]:
+def select_items(items: Sequence[T], patterns: Sequence[str], file: str) -> list[T]:
     """Choose the items whose names match.
 
     Raises

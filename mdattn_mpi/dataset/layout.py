@@ -36,7 +36,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.problem import AttentionProblem, ModelProblem
 
 Layout = Literal["token_major", "head_major"]
 Tensor = Literal["query", "key", "value"]
@@ -74,6 +74,18 @@ class Item:
     name: str
     index: int
     problem: AttentionProblem
+
+
+@dataclass(frozen=True)
+class ModelItem:
+    """The same for a model's engine."""
+
+    name: str
+    index: int
+    problem: ModelProblem
+
+
+AnyItem = Item | ModelItem
 
 
 def item_name_fault(name: str) -> str:

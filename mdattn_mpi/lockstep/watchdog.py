@@ -50,7 +50,7 @@ T = TypeVar("T")
 
 # Phases in which a rank may be waiting for another one without having said so.
 _SHARED_PHASES = frozenset(
-    {"start", "begin", "enqueue", "collect", "agree", "deal", "groups", "end"}
+    {"start", "begin", "enqueue", "collect", "agree", "take", "groups", "end"}
 )
 
 

@@ -20,11 +20,7 @@ MAX_JOB_FILE = 1 << 20
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One batch job: ``mdattn run``'s arguments, under the same names as in a job file.
-
-    Options that change the bytes of an output are in `result_options`; a job can only be resumed
-    with the same ones.
-    """
+    """One batch job: ``mdattn run``'s arguments, under the same names as in a job file."""
 
     data: str
     output: str
@@ -68,16 +64,6 @@ class JobSpec:
             raise RejectedError(
                 "the output is the dataset itself", file=self.output, fix="name another output file"
             )
-
-    def result_options(self) -> dict[str, str]:
-        """What decides the bytes of the output, by name; the number of ranks is the world's."""
-        return {
-            "strategy": self.strategy,
-            "items": self.items,
-            "lse": str(self.lse).lower(),
-            "layout": self.layout,
-            "group_size": self.group_size,
-        }
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {

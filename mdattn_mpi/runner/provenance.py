@@ -6,17 +6,17 @@ import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
 
-from mdattn_mpi.backends import Backend
+from mdattn_mpi.backends import Executor
 
 PACKAGES = ("mdattn_mpi", "numpy", "h5py", "mpi4py", "ml_dtypes")
 
 
-def provenance(backend: Backend) -> dict[str, str]:
+def provenance(executor: Executor) -> dict[str, str]:
     """Versions, device and command; never the environment."""
     return {
         "command": " ".join(sys.argv),
-        "backend": backend.name,
-        "device": ", ".join(f"{name} {value}" for name, value in backend.describe().items()),
+        "backend": executor.name,
+        "device": ", ".join(f"{name} {value}" for name, value in executor.describe().items()),
         "versions": ", ".join(
             [f"python {platform.python_version()}"]
             + [f"{package} {_version(package)}" for package in PACKAGES]

@@ -27,16 +27,16 @@ PHASES = {
 }
 
 
-def rank_times(phases: Mapping[str, float], backend: Mapping[str, float]) -> dict[str, float]:
+def rank_times(phases: Mapping[str, float], timings: Mapping[str, float]) -> dict[str, float]:
     """Fold one rank's clocks into the six lines of the table, in seconds."""
     enqueue = phases.get("begin", 0.0) + phases.get("enqueue", 0.0)
-    inside = sum(backend.get(name, 0.0) for name in ("exchange", "merge"))
+    inside = sum(timings.get(name, 0.0) for name in ("exchange", "merge"))
     return {
         "read": phases.get("read", 0.0),
         "wait": phases.get("agree", 0.0),
-        "exchange": backend.get("exchange", 0.0),
-        "compute": backend.get("compute", max(0.0, enqueue - inside)),
-        "merge": backend.get("merge", 0.0),
+        "exchange": timings.get("exchange", 0.0),
+        "compute": timings.get("compute", max(0.0, enqueue - inside)),
+        "merge": timings.get("merge", 0.0),
         "write": phases.get("write", 0.0),
     }
 
@@ -70,17 +70,17 @@ def summarize(
     return {
         "exit_code": code,
         "config": asdict(job.spec),
-        **provenance(job.backend),
+        **provenance(job.executor),
         "launcher": str(launcher()),
         "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": job.seconds,
         "items": {
-            "all": len(job.dataset.items),
-            "done_before": len(job.dataset.items) - len(job.todo),
+            "all": len(job.items),
+            "done_before": len(job.items) - len(job.todo),
             "done_now": len(finished),
             "failed": list(failed),
         },
-        "tokens_per_second": sum(item.problem.q_tokens for item in finished) / elapsed,
+        "tokens_per_second": sum(item.problem.tokens for item in finished) / elapsed,
         "flops_per_second": sum(item.problem.flops for item in finished) / elapsed,
         "groups": list(job.schedule.reasons),
         "strategies": sorted({plan.strategy for plan in job.plans.values()}),

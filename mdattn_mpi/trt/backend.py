@@ -182,19 +182,19 @@ class TensorRTBackend:
         """An array for `begin`, with undefined contents."""
         return np.empty(shape, dtype)
 
-    def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Running:
+    def begin(self, plan: Plan, *shards: HostArray) -> Running:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
         group, gpu = self._group, self._gpu
         loaded = next(each for each in self._loaded if each.digest == plan.engine_digest)
         shapes = network_of(plan.strategy).shapes(plan.problem, group.size, group.rank)
         buffers = {}
         rows = {"query": shapes.q, "key": shapes.kv, "value": shapes.kv}
-        for (name, count), host in zip(rows.items(), (q, k, v), strict=True):
+        for (name, count), host in zip(rows.items(), shards, strict=True):
             buffers[name] = gpu.buffer(count * _row_size(host))
             gpu.upload(host, buffers[name])
         buffers["output"] = gpu.buffer(buffers["query"].size)
         keys = np.array([shapes.keys], np.int64)
-        return Running(plan, loaded, shapes, len(q), buffers, keys, q.dtype)
+        return Running(plan, loaded, shapes, len(shards[0]), buffers, keys, shards[0].dtype)
 
     def enqueue(self, running: Running) -> None:
         """Collective. Bind the buffers and enqueue."""

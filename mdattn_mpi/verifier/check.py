@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mdattn_mpi.dataset import Dataset, Entry, Item, Output, open_dataset
+from mdattn_mpi.dataset import Dataset, Entry, Item, ModelItem, Output, open_dataset
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.problem import Span
 from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_rows, judge
@@ -104,6 +104,12 @@ def open_input(output: Output, path: str, *, allow: Sequence[str], other: bool) 
         It can't be opened, or it is another one; with `other` its content may differ.
 
     """
+    if any(isinstance(item, ModelItem) for item in output.items):
+        raise RejectedError(
+            "holds what a model gave; only attention can be verified",
+            fix="look for damage with `mdattn inspect --check`",
+            file=output.path,
+        )
     dataset = open_dataset(
         path,
         select=str(output.attributes.get("items", "*")),
@@ -132,7 +138,8 @@ def pair(output: Output, dataset: Dataset, patterns: str) -> list[tuple[Item, It
 
     """
     wanted = [pattern.strip() for pattern in patterns.split(",")]
-    chosen = [i for i in output.items if any(fnmatchcase(i.name, pattern) for pattern in wanted)]
+    items = [item for item in output.items if isinstance(item, Item)]
+    chosen = [i for i in items if any(fnmatchcase(i.name, pattern) for pattern in wanted)]
     if not chosen:
         raise RejectedError(
             f"no item matches {patterns!r}", fix="see `mdattn inspect`", file=output.path
@@ -173,16 +180,12 @@ def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Ch
     source = Source(
         item.problem,
         lambda tensor, spans: dataset.read(given, tensor, spans),  # type: ignore[arg-type]
-        lambda result, spans: output.read(item, result, spans),  # type: ignore[arg-type]
+        lambda result, spans: output.read(item, result, spans),
         output.lse,
     )
     backend = choice.backend or str(output.attributes.get("backend", ""))
     try:
-        bad = tuple(
-            rank
-            for rank, (spans, crc32) in enumerate(zip(entry.shards, entry.crc32s, strict=True))
-            if output.checksum(item, spans) != crc32
-        )
+        bad = output.damaged(item)
         found = judge(source, _rows(item, entry, choice), rounding_of(backend))
     except (ItemError, OutputError) as error:
         return Finding(item, entry, fault=str(error))

@@ -57,6 +57,11 @@ def random_results(output: Output, name: str) -> tuple[Any, Any]:
     return out, draw.integers(0, 1 << 32, shape[:2], np.uint32).view(np.float32)
 
 
+def results(out: Any, sums: Any, lse: bool = True) -> dict[str, Any]:
+    """What a rank gives to `Output.write`."""
+    return {"output": out, "lse": sums} if lse else {"output": out}
+
+
 @settings(max_examples=25, deadline=None)
 @given(ranks=st.integers(1, 50), strategy=st.sampled_from(["ring", "ulysses"]), lse=st.booleans())
 def test_shards_make_the_whole(
@@ -73,7 +78,7 @@ def test_shards_make_the_whole(
             crc32s = []
             for spans in shards:
                 part, part_sums = take(out, spans), take(sums, spans)
-                crc32s.append(output.write(item, spans, part, part_sums if lse else None))
+                crc32s.append(output.write(item, spans, results(part, part_sums, lse)))
                 wanted = zlib.crc32(part.tobytes() + (part_sums.tobytes() if lse else b""))
                 assert crc32s[-1] == wanted == output.checksum(item, spans)
             output.sync()
@@ -108,7 +113,7 @@ def test_large_shards_and_several_writers(tmp_path: Path) -> None:
 
     def rank(spans: Any) -> int:
         with open_output(path, writable=True) as own:
-            return own.write(own.item("a"), spans, take(out, spans), take(sums, spans))
+            return own.write(own.item("a"), spans, results(take(out, spans), take(sums, spans)))
 
     with ThreadPoolExecutor(4) as ranks:
         crc32s = list(ranks.map(rank, shards))
@@ -123,7 +128,7 @@ def test_strided_results_are_written_in_order(data: Path) -> None:
         item = output.item("a")
         out, sums = random_results(output, "a")
         swapped = np.ascontiguousarray(out.swapaxes(0, 1)).swapaxes(0, 1)
-        output.write(item, [Span(0, 37)], swapped, sums)
+        output.write(item, [Span(0, 37)], results(swapped, sums))
         assert same_bits(output.read(item, "output"), out)
 
 
@@ -133,7 +138,6 @@ def test_wrong_arrays_are_noticed(data: Path) -> None:
         out, sums = random_results(output, "a")
         spans = [Span(0, 37)]
         for bad_out, bad_sums in (
-            (out, None),
             (out[:-1], sums),
             (out.view(np.uint16), sums),
             (out[:, :, :-1], sums),
@@ -141,9 +145,13 @@ def test_wrong_arrays_are_noticed(data: Path) -> None:
             (out, sums.view(np.int32)),
         ):
             with pytest.raises(ValueError, match=r"lse|want"):
-                output.write(item, spans, bad_out, bad_sums)
+                output.write(item, spans, {"output": bad_out, "lse": bad_sums})
+        with pytest.raises(ValueError, match=r"want \['output', 'lse'\], got \['output'\]"):
+            output.write(item, spans, {"output": out})
+        with pytest.raises(ValueError, match=r"got .*'other'"):
+            output.write(item, spans, {**results(out, sums), "other": sums})
         with pytest.raises(ValueError, match="not within"):
-            output.write(item, [Span(1, 38)], out, sums)
+            output.write(item, [Span(1, 38)], results(out, sums))
         assert not output.read(item, "output").view(np.uint16).any()
 
 
@@ -171,7 +179,7 @@ def test_a_disk_that_fails(data: Path, monkeypatch: pytest.MonkeyPatch, call: st
             lambda: output.ledger.fail(item, "no"),
         ]
         if call == "pwrite":
-            attempts.append(lambda: output.write(item, [Span(0, 37)], out, sums))
+            attempts.append(lambda: output.write(item, [Span(0, 37)], results(out, sums)))
         else:
             attempts.append(output.sync)
         for attempt in attempts:
@@ -190,9 +198,8 @@ class TestResume:
 
     def check(self, data: Path, ranks: int = 3, allow: bool = False, **options: str) -> None:
         with open_dataset(data) as dataset, open_output(data.with_name("out.h5")) as output:
-            output.check_resume(
-                dataset, {**self.options, **options}, ranks=ranks, allow_change=allow
-            )
+            given = {**dataset.identity, **self.options, **options, "ranks": ranks}
+            output.check_resume(dataset.items, given, allow_change=allow)
 
     def test_the_same(self, data: Path) -> None:
         made(data, **self.options)
@@ -233,7 +240,7 @@ class TestResume:
     def test_other_items(self, data: Path) -> None:
         made(data, **self.options)
         write_dataset(data, {"a": random_tensors()})
-        with pytest.raises(RejectedError, match="its items, or their shapes"):
+        with pytest.raises(RejectedError, match="its items, or what is to be computed"):
             self.check(data, allow=True)
 
 

@@ -1,0 +1,114 @@
+"""This rank's groups: one for each round of the schedule, with its executor and its plans."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mdattn_mpi.backends import Executor
+from mdattn_mpi.dataset import AnyItem
+from mdattn_mpi.devices.presence import gpu_memory
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.lockstep import Board, Group, World, together
+from mdattn_mpi.lockstep.counter import SharedCounter
+from mdattn_mpi.problem import AnyPlan, digest_of
+from mdattn_mpi.runner.dealing import Schedule
+
+NO_ITEM = -1
+USABLE = 0.8  # of a GPU's memory; of the host's, half: the files' pages want some too
+
+
+@dataclass
+class JobGroup:
+    """The ranks that do one round's items together with this rank."""
+
+    round: int
+    group: Group
+    executor: Executor
+    complete: bool  # the world's last ranks may be too few; they sit the round out
+    name: int  # by which the board tells groups apart
+    plans: dict[str, AnyPlan] = field(default_factory=dict)
+
+    def join(self, board: Board) -> None:
+        """Say that this rank works in this group now; all its ranks count from the same number."""
+        board.join(self.name, counted=(self.round + 1) << 32)
+
+    def take(
+        self, schedule: Schedule, counter: SharedCounter | None, enter: Callable[[], None]
+    ) -> Iterator[int]:
+        """Collective in the group. Take items of this round until there are none.
+
+        `enter` is called before each wait.
+        """
+        if counter is None:
+            yield from schedule.phases[self.round].items
+            return
+        items = schedule.items(self.round, counter.take)
+        while True:
+            enter()
+            mine = next(items, NO_ITEM) if self.group.rank == 0 else NO_ITEM
+            item = int(self.group.bcast_bytes(str(mine).encode()))
+            if item == NO_ITEM:
+                return
+            yield item
+
+    def plan(self, items: Sequence[AnyItem], choose: Callable[[Any], AnyPlan], file: str) -> None:
+        """Collective in the group. Choose a plan for each problem that `items` pose.
+
+        Raises
+        ------
+        RejectedError
+            One of them can't be done; says which item of `file`.
+
+        """
+
+        def plan() -> dict[str, AnyPlan]:
+            chosen: dict[Any, AnyPlan] = {}
+            for item in items:
+                if item.problem not in chosen:
+                    try:
+                        chosen[item.problem] = choose(item.problem)
+                    except RejectedError as error:
+                        error.item, error.file = item.name, file
+                        raise
+            return {item.name: chosen[item.problem] for item in items}
+
+        self.plans = together(
+            self.group,
+            "plan",
+            plan,
+            lambda plans: {"plans": digest_of({n: p.digest for n, p in plans.items()})},
+        )
+
+
+def open_groups(
+    world: World, schedule: Schedule, open_one: Callable[[Group], Executor]
+) -> list[JobGroup]:
+    """Collective. Make the groups of all rounds and open their executors."""
+    groups = []
+    for number, phase in enumerate(schedule.phases):
+        place = schedule.place(world.rank)
+        index = place // phase.size
+        alone = phase.size == world.size and schedule.order == tuple(range(world.size))
+        group = world if alone else world.split(index, place)
+        complete = schedule.group(phase.size, world.rank) is not None
+        name = number << 20 | index
+        groups.append(JobGroup(number, group, open_one(group), complete, name))
+    return groups
+
+
+def memory_of_a_rank(backend: str, world: World) -> int:
+    """Bytes that an item's shards may take on this rank."""
+    if backend != "cpu":
+        return int(gpu_memory() * USABLE)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // (2 * world.local_size)
+
+
+def smallest(world: World, number: int) -> int:
+    """Collective. The smallest `number` of all ranks, everywhere."""
+    gathered = world.gather_bytes(str(number).encode())
+    least = min(map(int, gathered)) if gathered is not None else 0
+    return int(world.bcast_bytes(str(least).encode() if world.rank == 0 else None))
