@@ -104,10 +104,6 @@ def _work(arguments: argparse.Namespace) -> int:
     if "chaos" in arguments:
         arm(arguments.chaos, board())
     world = start()
-    if "bind" in arguments:
-        from mdattn_mpi.runner.model_job import run_model_job
-
-        return run_model_job(spec_of(arguments), tuple(arguments.bind), world)
     from mdattn_mpi.runner.main import run_job
 
     return run_job(lambda: spec_of(arguments), world)
@@ -125,10 +121,11 @@ def spec_of(arguments: argparse.Namespace) -> Any:
     from mdattn_mpi.errors import RejectedError
     from mdattn_mpi.runner.jobspec import JobSpec, load_job_file
 
-    others = ("main", "job", "bind")
-    given = {name: value for name, value in vars(arguments).items() if name not in others}
-    if "allow" in given:
-        given["allow"] = tuple(given["allow"])
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name not in ("main", "job")
+    }
     fields = {**(load_job_file(arguments.job) if "job" in arguments else {}), **given}
     for name, shown in (("data", "DATA.h5"), ("output", "-o OUT.h5")):
         if name not in fields:

@@ -11,12 +11,12 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import numpy_dtype, stored_as
+from mdattn_mpi.dataset.dtypes import numpy_dtype
 from mdattn_mpi.dataset.hdf5 import File, Node, Value
 from mdattn_mpi.dataset.index import check_format
 from mdattn_mpi.dataset.layout import (
@@ -34,6 +34,7 @@ from mdattn_mpi.dataset.layout import (
 )
 from mdattn_mpi.dataset.ledger import Ledger
 from mdattn_mpi.dataset.positioned import Region, read_exactly, write_exactly
+from mdattn_mpi.dataset.tensors import find_region
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, ModelProblem, Span, TensorSpec
 
@@ -394,7 +395,7 @@ def _item(group: Node, name: str) -> tuple[AnyItem, dict[str, Region]]:
         make = _attention_problem
         item = Item(name, index, _from_json(node, "problem", make))
         outputs = item.problem.outputs(lse=node.child("lse") is not None)
-    return item, {tensor.name: _region_of(node, tensor) for tensor in outputs}
+    return item, {tensor.name: find_region(node, tensor, _ANEW) for tensor in outputs}
 
 
 def _from_json(node: Node, attribute: str, make: Callable[[Any], P]) -> P:
@@ -433,39 +434,16 @@ def _ledger_regions(book: Node, items: int) -> dict[str, Region]:
     shape = crc32.storage().shape if crc32 is not None and crc32.is_dataset else ()
     width = shape[1] if len(shape) == 2 else 0
     return {
-        "state": _region(book, "state", (items,), np.dtype("<u1")),
-        "crc32": _region(book, "crc32", (items, width), np.dtype("<u4")),
-        "spans": _region(book, "spans", (items, width, RANK_SPANS, 2), np.dtype("<u8")),
-        "ranks": _region(book, "ranks", (items,), np.dtype("<u4")),
-        "strategy": _region(book, "strategy", (items,), np.dtype("<u1")),
-        "reason": _region(book, "reason", (items,), np.dtype(f"S{REASON_BYTES}")),
-    }
-
-
-def _region_of(item: Node, tensor: TensorSpec) -> Region:
-    region = _region(item, tensor.name, tensor.shape, numpy_dtype(tensor.dtype).newbyteorder("<"))
-    return replace(region, token_dim=tensor.token_dim)
-
-
-def _region(parent: Node, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Region:
-    """Find a contiguous dataset of just this shape and dtype, inside this file."""
-    reject = parent.file.reject
-    node = parent.child(name)
-    if node is None or not node.is_dataset or node.file is not parent.file:
-        raise reject(f"{parent.path} has no dataset {name!r}", _ANEW)
-    storage = node.storage()
-    with node.file.guard(node.path):
-        stored = node.id.get_type()
-        found = stored_as(stored)
-        name_of = found if isinstance(found, str) else found.dtype
-        same = name_of == dtype.name or (isinstance(found, str) and stored.dtype == dtype)
-    if storage.offset is None or storage.shape != shape or not same:
-        raise reject(
-            f"{node.path} is {name_of} {list(storage.shape)}, {storage}; "
-            f"want {dtype.name} {list(shape)}, contiguous",
-            _ANEW,
+        name: find_region(book, TensorSpec(name, shape, dtype, None), _ANEW)
+        for name, shape, dtype in (
+            ("state", (items,), "uint8"),
+            ("crc32", (items, width), "uint32"),
+            ("spans", (items, width, RANK_SPANS, 2), "uint64"),
+            ("ranks", (items,), "uint32"),
+            ("strategy", (items,), "uint8"),
+            ("reason", (items,), f"S{REASON_BYTES}"),
         )
-    return Region(storage.offset, shape, dtype)
+    }
 
 
 def _check_apart(root: Node, regions: Sequence[Region]) -> None:

@@ -39,6 +39,7 @@ class JobSpec:
     group_size: str = "all"
     transfer: Literal["auto", "copy", "nccl"] = "auto"
     engine: str = ""
+    bind: tuple[str, ...] = ()
     chaos: str = ""
     dry_run: bool = False
     json: bool = False
@@ -59,6 +60,10 @@ class JobSpec:
         if self.group_size not in ("all", "auto") and not self.group_size.isdecimal():
             raise RejectedError(
                 f"group_size is {self.group_size!r}", fix="use all, auto or a number of ranks"
+            )
+        if self.bind and not self.engine:
+            raise RejectedError(
+                "--bind without --engine", fix="name the model's engine: --engine FILE"
             )
         if Path(self.data).resolve() == Path(self.output).resolve():
             raise RejectedError(
@@ -108,9 +113,7 @@ def load_job_file(path: str) -> dict[str, Any]:
     for name in ("data", "output"):
         if name in table:
             table[name] = str(folder / table[name])
-    if "allow" in table:
-        table["allow"] = tuple(table["allow"])
-    return table
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
 
 
 def _check(table: Mapping[str, Any], path: str) -> None:
@@ -138,5 +141,5 @@ _TOML_NAMES: dict[type, str] = {
     bool: "true or false",
     int: "a whole number",
     float: "a number of seconds",
-    tuple: "a list of folders",
+    tuple: "a list of strings",
 }

@@ -20,7 +20,12 @@ KINDS = 6  # kinds of item that are described one by one
 
 def open_job(spec: JobSpec, world: World) -> Job:
     """Collective. Open inputs and executors; plan every item, or refuse before any work."""
-    job = open_attention(spec, world)
+    if spec.bind:
+        from mdattn_mpi.runner.model import open_model
+
+        job = open_model(spec, world)
+    else:
+        job = open_attention(spec, world)
     world.board.identify(device=job.executor.describe().get("device", ""))
     return job
 

@@ -95,7 +95,7 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
     lines = [time_table(summary["ranks"])] if items["done_now"] else []
     lines.append(
         f"mdattn: {done} of {items['all']} items done, {items['done_now']} of them now, in "
-        f"{duration(summary['seconds']['items'])}; {summary['flops_per_second'] / 1e9:.1f} GFLOP/s"
+        f"{duration(summary['seconds']['items'])}; {_rate(summary)}"
     )
     if items["failed"]:
         lines.append("mdattn: failed: " + ", ".join(each["item"] for each in items["failed"]))
@@ -103,6 +103,13 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
         lines.append("mdattn: stopped as asked; run the same command again to resume")
     lines.append(f"mdattn: summary in {path}")
     return "\n".join(lines)
+
+
+def _rate(summary: Mapping[str, Any]) -> str:
+    """How fast it was: in operations, where they are known."""
+    if summary["flops_per_second"]:
+        return f"{summary['flops_per_second'] / 1e9:.1f} GFLOP/s"
+    return f"{summary['tokens_per_second']:.1f} tokens/s"
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:

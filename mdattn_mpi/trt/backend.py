@@ -15,12 +15,12 @@ from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.lockstep import Group
 from mdattn_mpi.partition import equal_partition
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
-from mdattn_mpi.trt.build import Made, make_attention
+from mdattn_mpi.trt.build import BuiltEngine, make_attention
 from mdattn_mpi.trt.choice import choose
 from mdattn_mpi.trt.engine import Engine
-from mdattn_mpi.trt.engine_room import EngineRoom, open_room
 from mdattn_mpi.trt.gpu import Buffer, HostArray
 from mdattn_mpi.trt.networks import network_of
+from mdattn_mpi.trt.runtime import EngineDownload, EngineExecutor, Runtime, open_runtime
 from mdattn_mpi.trt.spec import EngineSpec, Shapes, spec_for
 from mdattn_mpi.trt.store import Cache
 
@@ -48,44 +48,24 @@ class Running:
     marks: tuple[Any, Any] | None = None
 
 
-@dataclass(frozen=True)
-class TensorRTDownload:
-    """An output shard on its way to the host."""
-
-    output: HostArray
-    arrived: Any
-    finished: Callable[[], None]
-
-    def wait(self) -> tuple[HostArray, HostArray]:
-        """Return the output ``[Sq, Nq, H]``, and NaN for the LSE. Any thread may call."""
-        self.arrived.sync()
-        self.finished()
-        return self.output, np.full(self.output.shape[:2], np.nan, np.float32)
-
-
-class TensorRTBackend:
+class TensorRTBackend(EngineExecutor):
     """Multi-device engines of one group, one rank a GPU.
 
     Parameters
     ----------
-    room
+    runtime
         Where engines are loaded.
     cache
         Where built engines are kept; None for nowhere.
 
     """
 
-    name = "tensorrt"
-
-    def __init__(self, room: EngineRoom, cache: Cache | None) -> None:
-        self._room = room
-        self._group = room.group
-        self._library = room.library
-        self._gpu = room.gpu
+    def __init__(self, runtime: Runtime, cache: Cache | None) -> None:
+        super().__init__(runtime)
+        self._library = runtime.library
         self._cache = cache
         self._loaded: list[Loaded] = []
         self._named = False
-        self._timings = {"compute": 0.0, "exchange": 0.0, "merge": 0.0}
 
     def take_engine(self, path: Path) -> None:
         """Collective. Run the attention engine in `path`, and no other.
@@ -93,10 +73,10 @@ class TensorRTBackend:
         Raises
         ------
         RejectedError, DeviceError
-            It isn't one of plain attention; see `EngineRoom.share_file`.
+            It isn't one of plain attention; see `Runtime.share_file`.
 
         """
-        made = self._room.share_file(path)
+        made = self._runtime.share_file(path)
         if not made.manifest.spec:
             raise RejectedError(
                 "this engine was built from a model, not for plain attention",
@@ -124,7 +104,7 @@ class TensorRTBackend:
         for name, group in chosen.items():
             for spec in spec_for(group, name, self._group.size):
                 if not self._named and self._find(spec) is None:
-                    self._load(self._room.share("build engine", self._builder(spec)))
+                    self._load(self._runtime.share("build engine", self._builder(spec)))
 
     def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
         """Collective. Choose strategy and engine; build one where `prepare` made none.
@@ -171,16 +151,12 @@ class TensorRTBackend:
     def _find(self, spec: EngineSpec) -> Loaded | None:
         return next((loaded for loaded in self._loaded if loaded.spec.includes(spec)), None)
 
-    def _builder(self, spec: EngineSpec) -> Callable[[], Made]:
+    def _builder(self, spec: EngineSpec) -> Callable[[], BuiltEngine]:
         return lambda: make_attention(self._library, spec, self._gpu.sm, self._cache)
 
-    def _load(self, made: Made) -> None:
-        engine = self._room.load(made)
+    def _load(self, made: BuiltEngine) -> None:
+        engine = self._runtime.load(made)
         self._loaded.append(Loaded(made.manifest.attention(), made.manifest.sha256, engine))
-
-    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
-        """An array for `begin`, with undefined contents."""
-        return np.empty(shape, dtype)
 
     def begin(self, plan: Plan, *shards: HostArray) -> Running:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
@@ -208,42 +184,23 @@ class TensorRTBackend:
         if spec.takes_keys:
             engine.set_host_input("keys", running.keys)
         engine.set_output("output", running.buffers["output"].address)
-        self._gpu.uploads_before_compute()
-        before = self._gpu.mark()
-        engine.enqueue(self._gpu.stream)
-        running.marks = (before, self._gpu.mark())
+        running.marks = self._enqueue(engine)
 
-    def collect(self, running: Running) -> TensorRTDownload:
-        """Start bringing the output of an enqueued item to the host."""
+    def collect(self, running: Running) -> EngineDownload:
+        """Start bringing the output ``[Sq, Nq, H]`` to the host; its LSE is NaN."""
         spec, buffers, marks = running.loaded.spec, running.buffers, running.marks
         assert marks is not None
         shape = (running.rows, spec.q_heads, spec.head_dim)
         output, arrived = self._gpu.download(buffers["output"], shape, running.dtype, marks[1])
-
-        def finished() -> None:
-            self._timings["compute"] += self._gpu.seconds(*marks)
-            for buffer in buffers.values():
-                self._gpu.give_back(buffer)
-
-        return TensorRTDownload(output, arrived, finished)
+        lse = np.full(shape[:2], np.nan, np.float32)
+        return EngineDownload(
+            (output, lse), (arrived,), lambda: self._finished(buffers.values(), marks)
+        )
 
     def describe(self) -> Mapping[str, str]:
         """The GPU, the library, the engines."""
         engines = ", ".join(loaded.digest[:12] for loaded in self._loaded)
-        return {**self._room.describe(), "engines": engines}
-
-    def timings(self) -> Mapping[str, float]:
-        """Seconds of the engines; what they spend on exchange is part of ``compute``."""
-        return dict(self._timings)
-
-    def close(self) -> None:
-        """Collective. Release everything, in order."""
-        self._loaded.clear()
-        self._room.close()
-
-    def abort(self) -> None:
-        """Let go without waiting for any other rank."""
-        self._room.abort()
+        return {**self._runtime.describe(), "engines": engines}
 
 
 def _row_size(host: HostArray) -> int:
@@ -267,7 +224,7 @@ def open_tensorrt(group: Group, *, engine: str = "") -> TensorRTBackend:
         TensorRT, CUDA or NCCL is missing on some rank; or the engine file is refused.
 
     """
-    backend = TensorRTBackend(open_room(group), Cache.default())
+    backend = TensorRTBackend(open_runtime(group), Cache.default())
     if engine:
         backend.take_engine(Path(engine))
     return backend

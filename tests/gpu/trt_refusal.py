@@ -18,8 +18,8 @@ from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import build_attention
 from mdattn_mpi.trt.engine import CAPSULE, Engine, communicator_capsule
-from mdattn_mpi.trt.engine_room import open_room
 from mdattn_mpi.trt.library import find_library, loaded_nccl, show_sm, visible_sm
+from mdattn_mpi.trt.runtime import open_runtime
 from mdattn_mpi.trt.spec import spec_for
 
 PROBLEM = AttentionProblem(4096, 4096, 8, 2, 128, 128, "bfloat16", "upper_left")
@@ -37,7 +37,7 @@ def main() -> int:
     sm = visible_sm()
     assert sm is not None, "there is no GPU here"
     say(f"{library}; SM {show_sm(sm)}; can run {library.capabilities(sm).strategies()}")
-    room = open_room(world)
+    room = open_runtime(world)
     backend = TensorRTBackend(room, cache=None)
     say(f"GPU and communicator are open: {room.describe()}")
     say(f"NCCL: {loaded_nccl()}")
