@@ -12,9 +12,9 @@ from mdattn_mpi.errors import ItemError, MdattnError
 from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit
 from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.runner.clock import PhaseClock
+from mdattn_mpi.runner.folder import LOGGER
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.job import WIDTH, Job, add_seconds, say
-from mdattn_mpi.runner.log import LOGGER
 from mdattn_mpi.runner.loop import Files, Loop
 from mdattn_mpi.runner.progress import Progress
 from mdattn_mpi.runner.work import Enqueued, Read, Task, Written

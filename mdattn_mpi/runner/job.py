@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from mdattn_mpi.backends import Executor
 from mdattn_mpi.dataset import AnyItem, Output
@@ -48,11 +47,6 @@ class Job:
     def plans(self) -> dict[str, AnyPlan]:
         """Of all items that this rank's groups may do; on rank 0, of all items."""
         return {name: plan for group in self.groups for name, plan in group.plans.items()}
-
-
-def run_folder(spec: JobSpec) -> Path:
-    """Logs, summary and death note live beside the output."""
-    return Path(f"{spec.output}.run")
 
 
 def add_seconds(sums: dict[str, float], more: Mapping[str, float]) -> None:

@@ -10,11 +10,17 @@ from time import perf_counter
 from mdattn_mpi.lockstep import World, board, together
 from mdattn_mpi.lockstep.process import Process
 from mdattn_mpi.runner.batch import run_items
-from mdattn_mpi.runner.folder import watched_folder
-from mdattn_mpi.runner.job import Job, add_seconds, run_folder, say
+from mdattn_mpi.runner.folder import (
+    closing_words,
+    rank_times,
+    run_folder,
+    summarize,
+    watched_folder,
+    write_summary,
+)
+from mdattn_mpi.runner.job import Job, add_seconds, say
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.opening import describe_plans, open_files, open_job
-from mdattn_mpi.runner.report import closing_words, rank_times, summarize, write_summary
 
 
 def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:

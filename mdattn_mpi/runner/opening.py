@@ -10,10 +10,9 @@ from pathlib import Path
 from mdattn_mpi.dataset import create_output, open_output
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
-from mdattn_mpi.runner.job import WIDTH, Job, run_folder, say
+from mdattn_mpi.runner.folder import LOGGER, open_log, provenance, run_folder
+from mdattn_mpi.runner.job import WIDTH, Job, say
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.log import LOGGER, open_log
-from mdattn_mpi.runner.provenance import provenance
 
 KINDS = 6  # kinds of item that are described one by one
 

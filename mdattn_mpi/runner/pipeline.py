@@ -53,7 +53,7 @@ class ReadAhead(Generic[T, R]):
             self.seconds += perf_counter() - start
 
     def close(self) -> None:
-        """Forget what was read ahead."""
+        """Drop what was read ahead."""
         self._thread.shutdown(wait=False, cancel_futures=True)
 
 
@@ -62,7 +62,7 @@ class WriteBehind(Generic[T, W, R]):
     """Run `write` on finished work, at most `lag` pieces behind the caller.
 
     What it returns comes back from `oldest`, in the order of `put`, beside the task that it was put
-    for; the work itself is let go as soon as it is written.
+    for; nothing keeps the work itself once it is written.
     """
 
     write: Callable[[W], R]

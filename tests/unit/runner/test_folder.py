@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mdattn_mpi.runner.folder import PHASES, rank_times, time_table, write_summary
 from mdattn_mpi.runner.progress import duration
-from mdattn_mpi.runner.report import PHASES, rank_times, time_table, write_summary
 
 
 @pytest.mark.parametrize(
