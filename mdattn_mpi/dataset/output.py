@@ -6,37 +6,24 @@ Opening it asks HDF5 for the offsets; from then on the file is bytes at known pl
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import numpy_dtype
-from mdattn_mpi.dataset.hdf5 import File, Node, Value
+from mdattn_mpi.dataset.contents import Contents, contents_of
+from mdattn_mpi.dataset.hdf5 import File, Value
 from mdattn_mpi.dataset.index import check_format
 from mdattn_mpi.dataset.layout import (
-    ITEMS,
-    LEDGER,
-    MAX_ITEMS,
     OUTPUT_FORMAT,
-    RANK_SPANS,
-    REASON_BYTES,
     AnyItem,
-    Item,
-    ModelItem,
-    item_name_fault,
-    shown,
 )
-from mdattn_mpi.dataset.ledger import Ledger
 from mdattn_mpi.dataset.positioned import Region, read_exactly, write_exactly
-from mdattn_mpi.dataset.tensors import find_region
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
-from mdattn_mpi.problem import AttentionProblem, ModelProblem, Span, TensorSpec
+from mdattn_mpi.problem import Span
 
 P = TypeVar("P")
 
@@ -66,7 +53,7 @@ class Output:
 
     """
 
-    def __init__(self, path: str, fd: int, attributes: Mapping[str, Value], contents: _Contents):
+    def __init__(self, path: str, fd: int, attributes: Mapping[str, Value], contents: Contents):
         self.path = path
         self.attributes = dict(attributes)
         self.items = contents.items
@@ -314,7 +301,7 @@ def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
         attributes = root.attributes()
         fd = _reopen(file, writable)
         try:
-            return Output(file.path, fd, attributes, _contents(root, fd))
+            return Output(file.path, fd, attributes, contents_of(root, fd))
         except BaseException:
             os.close(fd)
             raise
@@ -323,14 +310,6 @@ def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
 def _brief(value: Value | None) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:20]}…"
-
-
-@dataclass(frozen=True)
-class _Contents:
-    items: tuple[AnyItem, ...]
-    regions: list[dict[str, Region]]
-    ledger: Ledger
-    lse: bool
 
 
 def _reopen(file: File, writable: bool) -> int:
@@ -345,111 +324,3 @@ def _reopen(file: File, writable: bool) -> int:
         os.close(fd)
         raise file.reject("was replaced while it was opened", "run the same command again")
     return fd
-
-
-def _contents(root: Node, fd: int) -> _Contents:
-    reject = root.file.reject
-    group, book = root.child(ITEMS), root.child(LEDGER)
-    if group is None or book is None:
-        raise reject(f"has no group /{ITEMS} or no group /{LEDGER}", _ANEW)
-    found = [_item(group, name) for name in group.names(MAX_ITEMS)]
-    found.sort(key=lambda pair: pair[0].index)
-    items = tuple(item for item, _ in found)
-    regions = [results for _, results in found]
-    if [item.index for item in items] != list(range(len(items))):
-        raise reject("its items aren't numbered 0, 1, 2, …", _ANEW)
-    lse = {
-        "lse" in found for item, found in zip(items, regions, strict=True) if isinstance(item, Item)
-    }
-    if len(lse) > 1:
-        raise reject("some of its items have an lse and some don't", _ANEW)
-    ledger_regions = _ledger_regions(book, len(items))
-    _check_apart(
-        root, [*ledger_regions.values(), *(r for found in regions for r in found.values())]
-    )
-    ledger = Ledger(
-        path=root.file.path,
-        fd=fd,
-        items=items,
-        width=ledger_regions["crc32"].shape[1],
-        offsets={name: region.offset for name, region in ledger_regions.items()},
-    )
-    return _Contents(items, regions, ledger, lse == {True})
-
-
-def _item(group: Node, name: str) -> tuple[AnyItem, dict[str, Region]]:
-    """Read what was to be computed of one item, and compare its datasets with that."""
-    reject = group.file.reject
-    fault = item_name_fault(name)
-    node = group.child(name) if not fault else None
-    if node is None:
-        raise reject(f"item {shown(name)!r}: its name {fault or 'leads nowhere'}", _ANEW)
-    index = node.attribute("index")
-    if not isinstance(index, int):
-        raise reject(f"item {name!r}: index is {index!r}", _ANEW)
-    item: AnyItem
-    if node.attribute("tensors") is not None:
-        item = ModelItem(name, index, _from_json(node, "tensors", _model_problem))
-        outputs = item.problem.outputs
-    else:
-        make = _attention_problem
-        item = Item(name, index, _from_json(node, "problem", make))
-        outputs = item.problem.outputs(lse=node.child("lse") is not None)
-    return item, {tensor.name: find_region(node, tensor, _ANEW) for tensor in outputs}
-
-
-def _from_json(node: Node, attribute: str, make: Callable[[Any], P]) -> P:
-    text = node.attribute(attribute)
-    try:
-        return make(json.loads(str(text)))
-    except (RejectedError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise node.file.reject(
-            f"{node.path}: its {attribute} is {shown(str(text))} ({error})", _ANEW
-        ) from None
-
-
-def _attention_problem(fields: Any) -> AttentionProblem:
-    return AttentionProblem(**fields)
-
-
-def _model_problem(fields: Any) -> ModelProblem:
-    """Make what `writer.tensors_json` wrote; refuse shapes that no model gives."""
-    outputs = []
-    for name, each in fields["outputs"].items():
-        tensor = TensorSpec(name, tuple(each["shape"]), each["dtype"], each["token_dim"])
-        numpy_dtype(tensor.dtype)
-        at = tensor.token_dim
-        if not all(isinstance(dim, int) and dim > 0 for dim in tensor.shape):
-            raise ValueError(f"shape of {shown(name)!r}")
-        if at is not None and (
-            tensor.shape[at] != fields["tokens"] or any(dim != 1 for dim in tensor.shape[:at])
-        ):
-            raise ValueError(f"token_dim of {shown(name)!r}")
-        outputs.append(tensor)
-    return ModelProblem(fields["tokens"], tuple(outputs))
-
-
-def _ledger_regions(book: Node, items: int) -> dict[str, Region]:
-    crc32 = book.child("crc32")
-    shape = crc32.storage().shape if crc32 is not None and crc32.is_dataset else ()
-    width = shape[1] if len(shape) == 2 else 0
-    return {
-        name: find_region(book, TensorSpec(name, shape, dtype, None), _ANEW)
-        for name, shape, dtype in (
-            ("state", (items,), "uint8"),
-            ("crc32", (items, width), "uint32"),
-            ("spans", (items, width, RANK_SPANS, 2), "uint64"),
-            ("ranks", (items,), "uint32"),
-            ("strategy", (items,), "uint8"),
-            ("reason", (items,), f"S{REASON_BYTES}"),
-        )
-    }
-
-
-def _check_apart(root: Node, regions: Sequence[Region]) -> None:
-    """No two datasets share bytes: writing one would change the other."""
-    end = 0
-    for region in sorted(regions, key=lambda region: region.offset):
-        if region.offset < end:
-            raise root.file.reject("two of its datasets overlap", _ANEW)
-        end = region.stop

@@ -91,6 +91,7 @@ class TensorFile:
                     error.item = name
                     raise
                 self._regions[name] = found
+            self._file.release()
         except BaseException:
             self._file.close()
             raise

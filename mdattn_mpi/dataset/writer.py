@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from math import prod
 from typing import Any
 
 import h5py
 import numpy as np
 
+from mdattn_mpi.dataset.contents import describe
 from mdattn_mpi.dataset.dtypes import NUMPY, hdf5_type, numpy_dtype
 from mdattn_mpi.dataset.hdf5 import Value
 from mdattn_mpi.dataset.layout import (
@@ -73,7 +72,7 @@ def create_output(
         group = add_group(file, ITEMS)
         for index, item in enumerate(items):
             folder = add_group(group, item.name)
-            put_attributes(folder.id, {"index": index, **_problem(item)})
+            put_attributes(folder.id, {"index": index, **describe(item)})
             for tensor in outputs_of(item, lse):
                 allocate(folder, tensor.name, tensor.shape, _stored(tensor))
         _create_ledger(add_group(file, LEDGER), len(items), max(ranks, MIN_LEDGER_WIDTH))
@@ -88,17 +87,6 @@ def output_bytes(item: AnyItem, lse: bool) -> int:
     """Bytes of one item's results."""
     tensors = outputs_of(item, lse)
     return sum(prod(each.shape) * numpy_dtype(each.dtype).itemsize for each in tensors)
-
-
-def _problem(item: AnyItem) -> dict[str, Value]:
-    """What is to be computed, as an attribute of the item."""
-    if isinstance(item, Item):
-        return {"problem": json.dumps(asdict(item.problem))}
-    outputs = {
-        each.name: {"shape": each.shape, "dtype": each.dtype, "token_dim": each.token_dim}
-        for each in item.problem.outputs
-    }
-    return {"tensors": json.dumps({"tokens": item.problem.tokens, "outputs": outputs})}
 
 
 def _stored(tensor: TensorSpec) -> Any:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mdattn_mpi.errors import RejectedError
 
@@ -45,13 +45,10 @@ class JobSpec:
     json: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            choices = _CHOICES.get(field.name)
-            if choices and value not in choices:
-                raise RejectedError(
-                    f"{field.name} is {value!r}", fix=f"use one of {', '.join(choices)}"
-                )
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
+                raise RejectedError(f"{name} is {value!r}", fix=f"use one of {', '.join(choices)}")
         for name in ("threads", "deadline", "max_time"):
             if getattr(self, name) < 0:
                 raise RejectedError(
@@ -69,15 +66,6 @@ class JobSpec:
             raise RejectedError(
                 "the output is the dataset itself", file=self.output, fix="name another output file"
             )
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "backend": ("auto", "cpu", "cuda", "tensorrt"),
-    "strategy": ("auto", "ring", "allgather", "ulysses"),
-    "layout": ("auto", "token_major", "head_major"),
-    "nonfinite": ("refuse", "pass"),
-    "transfer": ("auto", "copy", "nccl"),
-}
 
 
 def load_job_file(path: str) -> dict[str, Any]:

@@ -94,9 +94,7 @@ class Written:
 
 
 class Data(Protocol):
-    """An open file of inputs; `read` may be called from several threads."""
-
-    path: str
+    """An open file of inputs: a `Dataset`, or a `TensorFile`."""
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -109,14 +107,7 @@ class Data(Protocol):
         ...
 
     def read(self, item: Any, tensor: Any, spans: Sequence[Span], *, out: HostArray) -> HostArray:
-        """Read the tokens of `spans` into `out`, one span after the other.
-
-        Raises
-        ------
-        ItemError
-            The file can't be read there.
-
-        """
+        """Read the tokens of `spans` into `out`; any thread may call. Raises `ItemError`."""
         ...
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.lockstep import Group
@@ -18,10 +16,17 @@ from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 from mdattn_mpi.trt.build import BuiltEngine, make_attention
 from mdattn_mpi.trt.choice import choose
 from mdattn_mpi.trt.engine import Engine
-from mdattn_mpi.trt.gpu import Buffer, HostArray
+from mdattn_mpi.trt.gpu import HostArray
 from mdattn_mpi.trt.networks import network_of
-from mdattn_mpi.trt.runtime import EngineDownload, EngineExecutor, Runtime, open_runtime
-from mdattn_mpi.trt.spec import EngineSpec, Shapes, spec_for
+from mdattn_mpi.trt.runtime import (
+    EngineDownload,
+    EngineExecutor,
+    Result,
+    Running,
+    Runtime,
+    open_runtime,
+)
+from mdattn_mpi.trt.spec import EngineSpec, spec_for
 from mdattn_mpi.trt.store import Cache
 
 
@@ -32,20 +37,6 @@ class Loaded:
     spec: EngineSpec
     digest: str
     engine: Engine
-
-
-@dataclass
-class Running:
-    """An item between `begin` and `collect`."""
-
-    plan: Plan
-    loaded: Loaded
-    shapes: Shapes
-    rows: int
-    buffers: dict[str, Buffer]
-    keys: npt.NDArray[np.int64]
-    dtype: np.dtype[Any]
-    marks: tuple[Any, Any] | None = None
 
 
 class TensorRTBackend(EngineExecutor):
@@ -160,52 +151,29 @@ class TensorRTBackend(EngineExecutor):
 
     def begin(self, plan: Plan, *shards: HostArray) -> Running:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
-        group, gpu = self._group, self._gpu
+        group = self._group
         loaded = next(each for each in self._loaded if each.digest == plan.engine_digest)
         shapes = network_of(plan.strategy).shapes(plan.problem, group.size, group.rank)
-        buffers = {}
-        rows = {"query": shapes.q, "key": shapes.kv, "value": shapes.kv}
-        for (name, count), host in zip(rows.items(), shards, strict=True):
-            buffers[name] = gpu.buffer(count * _row_size(host))
-            gpu.upload(host, buffers[name])
-        buffers["output"] = gpu.buffer(buffers["query"].size)
-        keys = np.array([shapes.keys], np.int64)
-        return Running(plan, loaded, shapes, len(shards[0]), buffers, keys, shards[0].dtype)
-
-    def enqueue(self, running: Running) -> None:
-        """Collective. Bind the buffers and enqueue."""
-        engine, spec, shapes = running.loaded.engine, running.loaded.spec, running.shapes
-        for name, rows, heads in (
-            ("query", shapes.q, spec.q_heads),
-            ("key", shapes.kv, spec.kv_heads),
-            ("value", shapes.kv, spec.kv_heads),
-        ):
-            engine.set_input(name, running.buffers[name].address, (rows, heads, spec.head_dim))
-        if spec.takes_keys:
-            engine.set_host_input("keys", running.keys)
-        engine.set_output("output", running.buffers["output"].address)
-        running.marks = self._enqueue(engine)
+        spec, query = loaded.spec, shards[0]
+        inputs = {
+            "query": (shapes.q, spec.q_heads, spec.head_dim),
+            "key": (shapes.kv, spec.kv_heads, spec.head_dim),
+            "value": (shapes.kv, spec.kv_heads, spec.head_dim),
+        }
+        output = Result("output", inputs["query"], query.shape, query.dtype)
+        keys = {"keys": shapes.keys} if spec.takes_keys else {}
+        return self._begin(loaded.engine, inputs, shards, keys, (output,))
 
     def collect(self, running: Running) -> EngineDownload:
         """Start bringing the output ``[Sq, Nq, H]`` to the host; its LSE is NaN."""
-        spec, buffers, marks = running.loaded.spec, running.buffers, running.marks
-        assert marks is not None
-        shape = (running.rows, spec.q_heads, spec.head_dim)
-        output, arrived = self._gpu.download(buffers["output"], shape, running.dtype, marks[1])
-        lse = np.full(shape[:2], np.nan, np.float32)
-        return EngineDownload(
-            (output, lse), (arrived,), lambda: self._finished(buffers.values(), marks)
-        )
+        download = super().collect(running)
+        (output,) = download.arrays
+        return replace(download, arrays=(output, np.full(output.shape[:2], np.nan, np.float32)))
 
     def describe(self) -> Mapping[str, str]:
         """The GPU, the library, the engines."""
         engines = ", ".join(loaded.digest[:12] for loaded in self._loaded)
         return {**self._runtime.describe(), "engines": engines}
-
-
-def _row_size(host: HostArray) -> int:
-    """Bytes of one token."""
-    return int(host.shape[1] * host.shape[2] * host.itemsize)
 
 
 def open_tensorrt(group: Group, *, engine: str = "") -> TensorRTBackend:

@@ -3,33 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
-from typing import Any, cast
-
-import numpy as np
-import numpy.typing as npt
+from typing import cast
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.onnx.shard import CAUSAL_KEYS, KEYS
 from mdattn_mpi.partition import equal_shards
-from mdattn_mpi.problem import ModelPlan, ModelProblem, Span, StrategyName, TensorSpec
-from mdattn_mpi.trt.gpu import Buffer, HostArray
-from mdattn_mpi.trt.runtime import EngineDownload, EngineExecutor, Runtime
+from mdattn_mpi.problem import ModelPlan, ModelProblem, StrategyName, TensorSpec
+from mdattn_mpi.trt.gpu import HostArray
+from mdattn_mpi.trt.runtime import EngineExecutor, Result, Running, Runtime
 from mdattn_mpi.trt.spec import shard_length
 
 NUMBERS = (KEYS, CAUSAL_KEYS)  # inputs that aren't bound: how many keys count
-
-
-@dataclass
-class Running:
-    """An item between `begin` and `collect`."""
-
-    plan: ModelPlan
-    buffers: dict[str, Buffer]  # of inputs, and from `enqueue` on of outputs
-    numbers: dict[str, npt.NDArray[np.int64]]  # the engine reads them until it is done
-    marks: tuple[Any, Any] | None = None
 
 
 class Model(EngineExecutor):
@@ -113,62 +98,32 @@ class Model(EngineExecutor):
 
     def begin(self, plan: ModelPlan, *shards: HostArray) -> Running:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
-        length = shard_length(plan.problem.tokens, plan.ranks)
-        buffers = {}
-        for tensor, shard in zip(self.inputs, shards, strict=True):
-            buffers[tensor.name] = self._buffer(tensor, length, shard.dtype)
-            self._gpu.upload(shard, buffers[tensor.name])
-        values = {KEYS: plan.problem.tokens, CAUSAL_KEYS: (self._group.rank + 1) * length}
-        numbers = {name: np.array([values[name]], np.int64) for name in self._numbers}
-        return Running(plan, buffers, numbers)
-
-    def _buffer(self, tensor: TensorSpec, length: int, dtype: np.dtype[Any]) -> Buffer:
-        return self._gpu.buffer(prod(tensor.with_tokens(length)) * dtype.itemsize)
-
-    def enqueue(self, running: Running) -> None:
-        """Collective. Bind the buffers and enqueue."""
-        engine, buffers = self._engine, running.buffers
-        length = shard_length(running.plan.problem.tokens, running.plan.ranks)
-        for tensor in self.inputs:
-            address = buffers[tensor.name].address
-            engine.set_input(tensor.name, address, tensor.with_tokens(length))
-        for name, number in running.numbers.items():
-            engine.set_host_input(name, number)
-        for tensor in self.outputs:
-            shape = engine.output_shape(tensor.name)
-            if shape != tensor.with_tokens(length):
-                raise DeviceError(
-                    f"{tensor.name!r} comes as {list(shape)}, for {length} tokens a rank",
-                    fix="the number of tokens must go through the model unchanged",
-                )
-            buffers[tensor.name] = self._buffer(tensor, length, engine.dtype(tensor.name))
-            engine.set_output(tensor.name, buffers[tensor.name].address)
-        running.marks = self._enqueue(engine)
-
-    def collect(self, running: Running) -> EngineDownload:
-        """Start bringing the rank's own tokens of every output to the host."""
-        marks = running.marks
-        assert marks is not None
-        own = len(self.shards(running.plan)[self._group.rank])
-        arrived = [
-            self._gpu.download(
-                running.buffers[tensor.name],
+        tokens, rank = plan.problem.tokens, self._group.rank
+        length = shard_length(tokens, plan.ranks)
+        own = len(equal_shards(tokens, plan.ranks)[rank])
+        inputs = {tensor.name: tensor.with_tokens(length) for tensor in self.inputs}
+        values = {KEYS: tokens, CAUSAL_KEYS: (rank + 1) * length}
+        numbers = {name: values[name] for name in self._numbers}
+        results = tuple(
+            Result(
+                tensor.name,
+                tensor.with_tokens(length),
                 tensor.with_tokens(own),
                 self._engine.dtype(tensor.name),
-                marks[1],
             )
             for tensor in self.outputs
-        ]
-        return EngineDownload(
-            tuple(array for array, _ in arrived),
-            tuple(event for _, event in arrived),
-            lambda: self._finished(running.buffers.values(), marks),
         )
+        return self._begin(self._engine, inputs, shards, numbers, results)
 
-    @staticmethod
-    def shards(plan: ModelPlan) -> tuple[Span, ...]:
-        """Tell which tokens each rank brings and gets."""
-        return equal_shards(plan.problem.tokens, plan.ranks)
+    def _check(self, running: Running) -> None:
+        """Make sure that as many tokens come out as went in."""
+        for result in running.results:
+            shape = self._engine.output_shape(result.name)
+            if shape != result.shape:
+                raise DeviceError(
+                    f"{result.name!r} comes as {list(shape)}, not as {list(result.shape)}",
+                    fix="the number of tokens must go through the model unchanged",
+                )
 
     def describe(self) -> Mapping[str, str]:
         """The GPU, the library, the engine."""

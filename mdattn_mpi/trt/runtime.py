@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import Group, together
@@ -163,8 +165,29 @@ class EngineDownload:
         return self.arrays
 
 
+class Result(NamedTuple):
+    """An output of an engine: its shape there, and that of the rank's own rows, the first."""
+
+    name: str
+    shape: tuple[int, ...]
+    own: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass
+class Running:
+    """An item between `begin` and `collect`."""
+
+    engine: Engine
+    shapes: Mapping[str, tuple[int, ...]]  # of the inputs, as the engine takes them
+    numbers: dict[str, npt.NDArray[np.int64]]  # inputs on the host, read until the engine is done
+    results: tuple[Result, ...]
+    buffers: dict[str, Buffer]  # of inputs and results
+    marks: tuple[Any, Any] | None = None
+
+
 class EngineExecutor:
-    """What executors of attention and of models have in common: the ranks' `Runtime` and clocks."""
+    """What executors of attention and of models have in common: an engine's way with an item."""
 
     name = "tensorrt"
 
@@ -178,18 +201,58 @@ class EngineExecutor:
         """An array for `begin`, with undefined contents."""
         return np.empty(shape, dtype)
 
-    def _enqueue(self, engine: Engine) -> tuple[Any, Any]:
-        """Collective. Run an engine whose tensors are bound; return marks before and after it."""
+    def _begin(
+        self,
+        engine: Engine,
+        shapes: Mapping[str, tuple[int, ...]],
+        shards: Sequence[HostArray],
+        numbers: Mapping[str, int],
+        results: tuple[Result, ...],
+    ) -> Running:
+        """Start the upload of the rank's shards, filled up to the shapes that the engine takes."""
+        buffers = {}
+        for (name, shape), shard in zip(shapes.items(), shards, strict=True):
+            buffers[name] = self._gpu.buffer(prod(shape) * shard.itemsize)
+            self._gpu.upload(shard, buffers[name])
+        for result in results:
+            buffers[result.name] = self._gpu.buffer(prod(result.shape) * result.dtype.itemsize)
+        held = {name: np.array([number], np.int64) for name, number in numbers.items()}
+        return Running(engine, shapes, held, results, buffers)
+
+    def enqueue(self, running: Running) -> None:
+        """Collective. Bind the buffers and enqueue."""
+        engine, buffers = running.engine, running.buffers
+        for name, shape in running.shapes.items():
+            engine.set_input(name, buffers[name].address, shape)
+        for name, number in running.numbers.items():
+            engine.set_host_input(name, number)
+        self._check(running)
+        for result in running.results:
+            engine.set_output(result.name, buffers[result.name].address)
         self._gpu.uploads_before_compute()
         before = self._gpu.mark()
         engine.enqueue(self._gpu.stream)
-        return before, self._gpu.mark()
+        running.marks = (before, self._gpu.mark())
 
-    def _finished(self, buffers: Iterable[Buffer], marks: tuple[Any, Any]) -> None:
-        """Count the time of an item that has arrived, and take its memory back."""
-        self._timings["compute"] += self._gpu.seconds(*marks)
-        for buffer in buffers:
-            self._gpu.give_back(buffer)
+    def _check(self, running: Running) -> None:
+        """Look at what comes out, now that the inputs are bound."""
+
+    def collect(self, running: Running) -> EngineDownload:
+        """Start bringing the rank's own rows of every result to the host."""
+        buffers, marks = running.buffers, running.marks
+        assert marks is not None
+        arrived = [
+            self._gpu.download(buffers[result.name], result.own, result.dtype, marks[1])
+            for result in running.results
+        ]
+
+        def finished() -> None:
+            self._timings["compute"] += self._gpu.seconds(*marks)
+            for buffer in buffers.values():
+                self._gpu.give_back(buffer)
+
+        arrays, events = zip(*arrived, strict=True)
+        return EngineDownload(arrays, events, finished)
 
     def timings(self) -> Mapping[str, float]:
         """Seconds of the engines; what they spend on exchange is part of ``compute``."""

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdattn_mpi.dataset import Output, create_output, open_dataset, open_output
+from mdattn_mpi.dataset import ModelItem, Output, create_output, open_dataset, open_output
 from mdattn_mpi.errors import MdattnError, OutputError, RejectedError
 from mdattn_mpi.partition import partition
-from mdattn_mpi.problem import Span
+from mdattn_mpi.problem import ModelProblem, Span, TensorSpec
 from tests.support.dataset_files import random_tensors, same_bits, write_dataset
 from tests.support.group import take
 
@@ -189,6 +189,102 @@ def test_a_disk_that_fails(data: Path, monkeypatch: pytest.MonkeyPatch, call: st
             assert caught.value.fix
         monkeypatch.undo()
         assert output.ledger.state(item) == "todo"
+
+
+OUTPUTS = (
+    TensorSpec("states", (1, 21, 3), "bfloat16", 1),
+    TensorSpec("embedding", (3, 2), "float32", None),
+    TensorSpec("ids", (21,), "int64"),
+)
+
+
+class TestModel:
+    """Outputs of a model's engine: any dtype, and tensors that only the first rank writes."""
+
+    shards = ((Span(0, 8),), (Span(8, 16),), (Span(16, 21),))
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        items = [ModelItem(name, n, ModelProblem(21, OUTPUTS)) for n, name in enumerate("ab")]
+        create_output(tmp_path / "out.h5", items, ranks=3)
+        return tmp_path / "out.h5"
+
+    def fill(self, path: Path) -> dict[str, Any]:
+        """Write and commit item b as three ranks; what was written."""
+        draw = np.random.default_rng()
+        whole = {
+            "states": draw.standard_normal((1, 21, 3)).astype(ml_dtypes.bfloat16),
+            "embedding": draw.standard_normal((3, 2)).astype(np.float32),
+            "ids": draw.integers(-(1 << 60), 1 << 60, 21),
+        }
+        with open_output(path, writable=True) as output:
+            item, crc32s = output.item("b"), []
+            for rank, (span,) in enumerate(self.shards):
+                part = {"states": whole["states"][:, span.slice], "ids": whole["ids"][span.slice]}
+                if rank == 0:
+                    part["embedding"] = whole["embedding"]
+                crc32s.append(output.write(item, (span,), part))
+            output.sync()
+            output.ledger.commit(item, crc32s, "allgather", self.shards)
+        return whole
+
+    def test_shards_make_the_whole(self, path: Path) -> None:
+        whole = self.fill(path)
+        with open_output(path) as output:
+            assert [item.problem for item in output.items] == [ModelProblem(21, OUTPUTS)] * 2
+            assert [entry.state for entry in output.ledger.entries()] == ["todo", "done"]
+            item = output.item("b")
+            for name, array in whole.items():
+                assert same_bits(output.read(item, name), array)
+            some = output.read(item, "states", [Span(20, 21), Span(3, 5)])
+            assert same_bits(some, whole["states"][:, [20, 3, 4]])
+            assert output.damaged(item) == ()
+            assert not output.lse
+        with h5py.File(path) as file:
+            assert np.array_equal(file["items/b/ids"][:], whole["ids"])
+            assert np.array_equal(file["items/b/embedding"][:], whole["embedding"])
+
+    @pytest.mark.parametrize(
+        ("tensor", "at", "rank"), [("states", 20, 2), ("ids", 9, 1), ("embedding", 0, 0)]
+    )
+    def test_a_changed_byte_is_found_in_its_rank(
+        self, path: Path, tensor: str, at: int, rank: int
+    ) -> None:
+        self.fill(path)
+        with open_output(path, writable=True) as output:
+            item = output.item("b")
+            ((offset, _), *_) = output.region(item, tensor).runs([Span(at, at + 1)])
+            byte = os.pread(output._fd, 1, offset)
+            os.pwrite(output._fd, bytes([byte[0] ^ 1]), offset)
+            assert output.damaged(item) == (rank,)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{",
+            "[]",
+            '{"tokens": 21}',
+            '{"tokens": 21, "outputs": {"ids": {"shape": [21], "dtype": "int64"}}}',
+            '{"tokens": 21, "outputs": {"ids": {"shape": [20], "dtype": "i8", "token_dim": 0}}}',
+            '{"tokens": 21, "outputs": {"x": {"shape": [2, 21], "dtype": "i8", "token_dim": 1}}}',
+            '{"tokens": 21, "outputs": {"x": {"shape": [-1], "dtype": "i8", "token_dim": null}}}',
+            '{"tokens": 21, "outputs": {"x": {"shape": [21], "dtype": "no", "token_dim": 0}}}',
+            '{"tokens": 21, "outputs": {"ids": {"shape": [21], "dtype": "<i8", "token_dim": 7}}}',
+            '{"tokens": "n", "outputs": {}}',
+        ],
+    )
+    def test_descriptions_that_make_no_sense(self, path: Path, text: str) -> None:
+        with h5py.File(path, "a") as file:
+            file["items/a"].attrs["tensors"] = text
+        with pytest.raises(RejectedError, match="its tensors is"):
+            open_output(path)
+
+    def test_another_dtype_than_described(self, path: Path) -> None:
+        with h5py.File(path, "a") as file:
+            del file["items/a/ids"]
+            file["items/a/ids"] = np.zeros(21, ">i8")
+        with pytest.raises(RejectedError, match=r"want int64 \[21\], contiguous"):
+            open_output(path)
 
 
 class TestResume:
