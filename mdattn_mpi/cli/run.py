@@ -1,4 +1,4 @@
-"""``mdattn run``: attention over every item of a dataset, by all ranks together."""
+"""``mdattn run``: attention, or a model's engine, over every item, by all ranks together."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Compute exact attention over every item of a dataset, by all ranks together.
   mpirun -n 4 mdattn run data.h5 -o out.h5
 
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
-output. The same command again does only what isn't done. Beside the output, OUT.h5.run/ gets one
+output. With --engine and --bind it is a model's engine that they run. The same command again does only what isn't done. Beside the output, OUT.h5.run/ gets one
 log a rank, summary.json, and a death note if a rank is lost.
 """
 
