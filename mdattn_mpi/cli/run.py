@@ -11,8 +11,9 @@ Compute exact attention over every item of a dataset, by all ranks together.
   mpirun -n 4 mdattn run data.h5 -o out.h5
 
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
-output. With --engine and --bind it is a model's engine that they run. The same command again does only what isn't done. Beside the output, OUT.h5.run/ gets one
-log a rank, summary.json, and a death note if a rank is lost.
+output. With --engine and --bind it is a model's engine that they run. The same command again does
+only what isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, and a death
+note if a rank is lost.
 """
 
 EPILOG = """\

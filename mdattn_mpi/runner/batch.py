@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Sequence
 from time import perf_counter
 
@@ -14,7 +13,7 @@ from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.runner.clock import PhaseClock
 from mdattn_mpi.runner.folder import LOGGER
 from mdattn_mpi.runner.groups import JobGroup
-from mdattn_mpi.runner.job import WIDTH, Job, add_seconds, say
+from mdattn_mpi.runner.job import Job, add_seconds, say
 from mdattn_mpi.runner.loop import Files, Loop
 from mdattn_mpi.runner.progress import Progress
 from mdattn_mpi.runner.work import Enqueued, Read, Task, Written
@@ -71,12 +70,7 @@ class Batch:
         self.output = job.output
         self.deadlines = Deadlines(fixed=spec.deadline)
         self.limit = TimeLimit(spec.max_time)
-        say(
-            world,
-            textwrap.fill(
-                f"mdattn: deadlines: {self.deadlines}", WIDTH, subsequent_indent=" " * 12
-            ),
-        )
+        say(world, f"mdattn: deadlines: {self.deadlines}")
         self.progress = Progress(
             len(job.items),
             len(job.items) - len(job.todo),

@@ -14,9 +14,8 @@ from mdattn_mpi.problem import AnyPlan
 from mdattn_mpi.runner.dealing import Schedule
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.progress import wrapped
 from mdattn_mpi.runner.work import Data, Kind
-
-WIDTH = 80  # columns of a narrow terminal
 
 
 @dataclass
@@ -56,6 +55,6 @@ def add_seconds(sums: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 def say(world: World, text: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0, wrapped for a narrow terminal."""
     if world.rank == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(wrapped(text), file=sys.stderr, flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from mdattn_mpi.dataset import create_output, open_output
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
 from mdattn_mpi.runner.folder import LOGGER, open_log, provenance, run_folder
-from mdattn_mpi.runner.job import WIDTH, Job, say
+from mdattn_mpi.runner.job import Job, say
 from mdattn_mpi.runner.jobspec import JobSpec
 
 KINDS = 6  # kinds of item that are described one by one
@@ -33,28 +32,19 @@ def describe_plans(job: Job) -> str:
     """What will be computed how, and why so: one entry a kind of item."""
     counts = Counter(job.plans.values())
     about = ", ".join(f"{name} {value}" for name, value in job.executor.describe().items())
-    entries = [
-        ("", f"{len(job.plans)} items of {job.spec.data} on {job.world.size} ranks"),
-        ("backend", f"{job.executor.name}: {about}"),
+    lines = [
+        f"{len(job.plans)} items of {job.spec.data} on {job.world.size} ranks",
+        f"backend {job.executor.name}: {about}",
     ]
     if job.schedule.signature != "all":
-        entries += [("groups:", reason) for reason in job.schedule.reasons]
+        lines += [f"groups: {reason}" for reason in job.schedule.reasons]
     for plan, count in counts.most_common(KINDS):
         why = plan.reasons if job.spec.dry_run else plan.reasons[:1]
-        entries.append((f"{count} ×", f"{plan.problem}; {'; '.join(why)}"))
-    entries += [("warning", warning) for warning in job.dataset.warnings]
+        lines.append(f"{count} × {plan.problem}; {'; '.join(why)}")
+    lines += [f"warning {warning}" for warning in job.dataset.warnings]
     if len(counts) > KINDS:
-        entries.append(("", f"and {len(counts) - KINDS} more kinds of item"))
-    return "\n".join(
-        textwrap.fill(
-            text,
-            WIDTH,
-            initial_indent=f"mdattn: {name} " if name else "mdattn: ",
-            subsequent_indent=" " * 12,
-            break_long_words=False,
-        )
-        for name, text in entries
-    )
+        lines.append(f"and {len(counts) - KINDS} more kinds of item")
+    return "\n".join(f"mdattn: {line}" for line in lines)
 
 
 def open_files(job: Job) -> None:

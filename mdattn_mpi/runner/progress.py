@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections import deque
 from time import monotonic
 from typing import TextIO
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from mdattn_mpi.problem import AnyProblem
 
+WIDTH, INDENT = 80, " " * 12
 LOG_SECONDS = 30.0
 RATE_ITEMS = 50
 
@@ -61,7 +63,7 @@ class Progress:
     def say(self, message: str) -> None:
         """Print a line without tearing the bar."""
         if self._lines or not self._bar.disable:
-            tqdm.write(message, file=self._stream)
+            tqdm.write(wrapped(message), file=self._stream)
 
     @property
     def eta(self) -> float | None:
@@ -89,6 +91,16 @@ class Progress:
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._bar.close()
+
+
+def wrapped(text: str) -> str:
+    """`text` for a narrow terminal: no line is longer than `WIDTH` columns, unless a word is."""
+    return "\n".join(
+        textwrap.fill(
+            line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
+        )
+        for line in text.splitlines()
+    )
 
 
 def duration(seconds: float) -> str:
