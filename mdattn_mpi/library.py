@@ -100,7 +100,8 @@ def attention(
         ``[Sq, Nq, Hv]`` for this rank's query tokens, in the dtype of `q`; 0 where no key is seen.
         A NumPy array, or one on the GPU that offers DLPack.
     lse
-        ``[Sq, Nq]`` float32, only with `return_lse`; −∞ where no key is seen.
+        ``[Sq, Nq]`` float32, only with `return_lse`; −∞ where no key is seen, and infinite where
+        float32 doesn't hold it.
 
     Raises
     ------

@@ -26,6 +26,9 @@ from mdattn_mpi.errors import RejectedError
 Causal = Literal["none", "upper_left", "lower_right"]
 DTypeName = Literal["bfloat16", "float16"]
 StrategyName = Literal["ring", "allgather", "ulysses"]
+STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
+
+DTYPES: dict[str, DTypeName] = {"bf16": "bfloat16", "fp16": "float16"}  # by what users type
 
 MAX_HEAD_DIM = 256
 

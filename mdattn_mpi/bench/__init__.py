@@ -1,1 +1,1 @@
-"""Benchmarks: one module each, with `add_parser` and `main`; `mdattn bench` registers them."""
+"""Benchmarks: a module with `add_options` and `main` is one; `mdattn bench` finds it."""

@@ -1,4 +1,12 @@
-"""``mdattn bench agree``: what lockstep costs: an agreement, and a whole watched step."""
+"""What an agreement costs over a barrier, and lockstep over a bare step.
+
+Time an agreement against a plain MPI barrier, and steps of about a millisecond with lockstep (three
+phases noted, one agreement) against the same steps with a barrier. Short bursts, alternating;
+medians of the slowest rank. The watchdog's share of a core comes on top: bursts this short mostly
+miss it, so its processor time is read from the kernel.
+
+  mpirun -n 2 mdattn bench agree
+"""
 
 from __future__ import annotations
 
@@ -10,70 +18,49 @@ from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from mdattn_mpi.bench.measure import alternate, on_all_ranks, report, versions
+from mdattn_mpi.bench.options import add_rounds
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World
-
-DESCRIPTION = """\
-Time an agreement against a plain MPI barrier, and steps of about a millisecond with lockstep (three
-phases told, one agreement) against the same steps with a barrier. Short bursts, alternating;
-medians of the slowest rank. The watchdog's share of a core comes on top: bursts this short mostly
-miss it, so its processor time is read from the kernel.
-
-  mpirun -n 2 mdattn bench agree
-"""
 
 CALLS = 50  # a burst is shorter than a slice of the scheduler's time
 STEPS = 4
 PHASES = ("agree", "begin", "enqueue")  # of the batch loop, where no file is waited for
 
 
-def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
-    """Declare the arguments."""
-    parser: argparse.ArgumentParser = benchmarks.add_parser(
-        "agree",
-        help="what an agreement costs over a barrier, and lockstep over a bare step",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--bursts", type=int, default=400, help="of each kind (default 400)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how many bursts of each kind."""
+    add_rounds(parser, 400)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure under the watchdog."""
-    from mdattn_mpi.lockstep import watch
-
-    return watch(lambda: _measure(arguments))
+    """Measure on all ranks."""
+    return on_all_ranks(lambda world: _measure(world, arguments))
 
 
-def _measure(arguments: argparse.Namespace) -> int:
-    from mdattn_mpi.bench.measure import report, surroundings
-    from mdattn_mpi.lockstep import start
-
-    with start() as world:
-        calls = _calls(world, arguments.bursts)
-        steps, watchdog = _steps(world, arguments.bursts)
-        lockstep = steps["watched_step"] / steps["bare_step"] - 1
-        facts = {
-            "ranks": world.size,
-            **{f"{name}_us": round(1e6 * seconds, 3) for name, seconds in calls.items()},
-            "agree_over_barrier_us": round(1e6 * (calls["agree"] - calls["barrier"]), 3),
-            **{f"{name}_ms": round(1e3 * seconds, 4) for name, seconds in steps.items()},
-            "lockstep_share": round(lockstep, 5),
-            "watchdog_share": round(watchdog, 5),
-            "all_share": round(lockstep + watchdog, 5),
-            **surroundings("mpi4py"),
-        }
-        report(facts, world, as_json=arguments.json)
-    return 0
+def _measure(world: World, arguments: argparse.Namespace) -> None:
+    calls = _calls(world, arguments.rounds)
+    steps, watchdog = _steps(world, arguments.rounds)
+    lockstep = steps["watched_step"] / steps["bare_step"] - 1
+    figures = {
+        "ranks": world.size,
+        **{f"{name}_us": round(1e6 * seconds, 3) for name, seconds in calls.items()},
+        "agree_over_barrier_us": round(1e6 * (calls["agree"] - calls["barrier"]), 3),
+        **{f"{name}_ms": round(1e3 * seconds, 4) for name, seconds in steps.items()},
+        "lockstep_share": round(lockstep, 5),
+        "watchdog_share": round(watchdog, 5),
+        "all_share": round(lockstep + watchdog, 5),
+    }
+    if world.rank == 0:
+        rows = [(name, str(value)) for name, value in figures.items()]
+        report(figures, rows, versions("mpi4py"), as_json=arguments.json)
 
 
-def _calls(world: World, bursts: int) -> dict[str, float]:
+def _calls(world: World, rounds: int) -> dict[str, float]:
     """Seconds of one call of each kind."""
-    from mdattn_mpi.bench.measure import alternate
     from mdattn_mpi.lockstep import Step
 
     def barrier() -> None:
@@ -89,12 +76,12 @@ def _calls(world: World, bursts: int) -> dict[str, float]:
             world.board.enter("enqueue", "item-17", 600.0)
 
     kinds = {"barrier": barrier, "agree": agree, "enter": enter}
-    return {name: took / CALLS for name, took in alternate(world, kinds, bursts).items()}
+    took = alternate(kinds, rounds, before=world.control.Barrier, world=world)
+    return {name: seconds / CALLS for name, seconds in took.items()}
 
 
-def _steps(world: World, bursts: int) -> tuple[dict[str, float], float]:
+def _steps(world: World, rounds: int) -> tuple[dict[str, float], float]:
     """Seconds of one step, without and with lockstep; the watchdog's share of a core."""
-    from mdattn_mpi.bench.measure import alternate
     from mdattn_mpi.lockstep import Deadlines, Step
     from mdattn_mpi.runner.clock import PhaseClock
     from mdattn_mpi.runner.loop import MEANWHILE
@@ -120,7 +107,7 @@ def _steps(world: World, bursts: int) -> tuple[dict[str, float], float]:
     with _run_folder(world):
         kinds = {"bare_step": bare_step, "watched_step": watched_step}
         began, before = perf_counter(), _processor_seconds(world.board.watchdog_pid)
-        took = alternate(world, kinds, bursts)
+        took = alternate(kinds, rounds, before=world.control.Barrier, world=world)
         used = _processor_seconds(world.board.watchdog_pid) - before
         share = used / (perf_counter() - began)
         return {name: seconds / STEPS for name, seconds in took.items()}, share

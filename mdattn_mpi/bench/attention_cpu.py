@@ -4,44 +4,139 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import geometric_mean
 from typing import Any
 
-from mdattn_mpi.bench.attention import Arena, Contest
+from mdattn_mpi.bench.measure import alternate, report
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, Span
 
 PAUSE = 0.01  # seconds between runs: PyTorch's threads spin for a while after they are done
 
 
-def arena(threads: int) -> Arena:
-    """Open both engines with the same number of threads."""
+@dataclass(frozen=True)
+class Result:
+    """Medians in seconds; `ratio` is PyTorch's over ours.
+
+    ``numpy_exp`` is of our engine with NumPy's exp, whatever is installed.
+    """
+
+    problem: AttentionProblem
+    ours: float
+    theirs: float
+    numpy_exp: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster ours is."""
+        return self.theirs / self.ours
+
+    @property
+    def exp_gain(self) -> float:
+        """How many times faster the exp that is used makes it than NumPy's."""
+        return self.numpy_exp / self.ours
+
+    def __str__(self) -> str:
+        gflops = self.problem.flops / 1e9
+        return (
+            f"{self.problem}: ours {self.ours * 1e3:.1f} ms ({gflops / self.ours:.0f} GFLOP/s), "
+            f"PyTorch {self.theirs * 1e3:.1f} ms ({gflops / self.theirs:.0f}), "
+            f"ratio {self.ratio:.2f}; exp gains {self.exp_gain:.2f}"
+        )
+
+
+def main(problems: Sequence[AttentionProblem], rounds: int, *, as_json: bool) -> None:
+    """Measure every problem with as many threads as there are cores."""
+    torch = _torch()
+    from mdattn_mpi.devices.cpu.exponential import numpy_exp
+    from mdattn_mpi.devices.cpu.host import HostDevice, libraries, processor
+
+    threads = len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    devices = HostDevice(0, 1, threads), HostDevice(0, 1, threads, numpy_exp())
+    results = []
+    for problem in problems:
+        kinds = sides(*devices, torch, problem)
+        took = alternate(kinds, rounds, before=partial(time.sleep, PAUSE))
+        results.append(Result(problem, **took))
+        if not as_json:
+            print(results[-1], flush=True)
+    causal = causal_cost(results)
+    mean = geometric_mean(result.ratio for result in results)
+    exp_gain = geometric_mean(result.exp_gain for result in results)
+    figures = {
+        "results": [
+            {
+                **asdict(r.problem),
+                "ours": r.ours,
+                "theirs": r.theirs,
+                "ratio": r.ratio,
+                "exp_gain": r.exp_gain,
+            }
+            for r in results
+        ],
+        "geometric_mean": mean,
+        "exp_gain": exp_gain,
+        "causal_cost": causal,
+    }
+    rows = [
+        ("geometric mean of the ratios", f"{mean:.3f}"),
+        ("the same of our time with NumPy's exp over ours", f"{exp_gain:.3f}"),
+        *((f"our causal time / full, {where}", f"{cost:.2f}") for where, cost in causal.items()),
+    ]
+    facts = {
+        "processor": processor(),
+        "threads": str(threads),
+        **libraries(),
+        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+        "rounds": str(rounds),
+    }
+    report(figures, rows, facts, as_json=as_json)
+
+
+def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
         raise RejectedError(
             f"PyTorch can't be imported ({error})", fix="pip install 'mdattn_mpi[bench]'"
         ) from None
-    from mdattn_mpi.devices.cpu.host import HostDevice, libraries, processor
+    return torch
 
-    threads = threads or len(os.sched_getaffinity(0))
-    torch.set_num_threads(threads)
-    device = HostDevice(0, 1, threads)
-    facts = {
-        "processor": processor(),
-        "threads": str(threads),
-        **libraries(),
-        "torch": f"{torch.__version__}, {torch.backends.cpu.get_cpu_capability()}",
+
+def causal_cost(results: Sequence[Result]) -> dict[str, float]:
+    """Our time with a causal mask as a share of that without, for everything that has both."""
+    full = {_but_mask(r.problem): r.ours for r in results if r.problem.causal == "none"}
+    return {
+        where: r.ours / full[where]
+        for r in results
+        if r.problem.causal != "none" and (where := _but_mask(r.problem)) in full
     }
-    return Arena(lambda problem: _contest(device, torch, problem), facts)
 
 
-def _contest(device: Any, torch: Any, problem: AttentionProblem) -> Contest:
-    import ml_dtypes
+def _but_mask(problem: AttentionProblem) -> str:
+    return f"S={problem.q_tokens} H={problem.head_dim} {problem.dtype}"
+
+
+def sides(
+    ours: Any, with_numpy_exp: Any, torch: Any, problem: AttentionProblem
+) -> dict[str, Callable[[], Any]]:
+    """Functions that compute the same attention of the same random inputs, on devices and PyTorch.
+
+    Raises
+    ------
+    DeviceError
+        Their results differ.
+
+    """
     import numpy as np
 
+    from mdattn_mpi.dataset import NUMPY
+
     dtype = getattr(torch, problem.dtype)
-    host = np.dtype(ml_dtypes.bfloat16 if problem.dtype == "bfloat16" else np.float16)
     shapes = (
         (problem.q_heads, problem.q_tokens, problem.head_dim),
         (problem.kv_heads, problem.kv_tokens, problem.head_dim),
@@ -50,11 +145,11 @@ def _contest(device: Any, torch: Any, problem: AttentionProblem) -> Contest:
     # Each side gets the order that it is made for: [1, N, S, H] there, [S, N, H] here.
     tensors = [torch.randn(1, *shape).to(dtype) for shape in shapes]
     q, k, v = (
-        tensor[0].transpose(0, 1).contiguous().view(torch.int16).numpy().view(host)
+        tensor[0].transpose(0, 1).contiguous().view(torch.int16).numpy().view(NUMPY[problem.dtype])
         for tensor in tensors
     )
 
-    def ours() -> Any:
+    def attend(device: Any) -> Any:
         accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
         device.attend(accumulator, Span(0, len(q)), k, v, problem.causal != "none")
         return device.finish(accumulator)[0]
@@ -68,18 +163,12 @@ def _contest(device: Any, torch: Any, problem: AttentionProblem) -> Contest:
         )
 
     difference = np.abs(
-        ours().astype(np.float32) - theirs()[0].transpose(0, 1).to(torch.float32).numpy()
+        attend(ours).astype(np.float32) - theirs()[0].transpose(0, 1).to(torch.float32).numpy()
     ).max()
     if not difference < 0.05:  # both round to 16 bits; random values of order 1
         raise DeviceError(f"ours and PyTorch's differ by {difference} for {problem}")
-    return Contest(_timed(ours), _timed(theirs))
-
-
-def _timed(run: Callable[[], Any]) -> Callable[[], float]:
-    def seconds() -> float:
-        time.sleep(PAUSE)
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
-
-    return seconds
+    return {
+        "ours": partial(attend, ours),
+        "theirs": theirs,
+        "numpy_exp": partial(attend, with_numpy_exp),
+    }

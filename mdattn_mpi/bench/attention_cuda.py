@@ -22,8 +22,9 @@ from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.bench.measure import surroundings, table
+from mdattn_mpi.bench.measure import report, table, versions
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.estimate import estimate
 from mdattn_mpi.partition import partition, partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
 
@@ -58,7 +59,7 @@ class Side:
         return median(self.times) if self.times else float("nan")
 
 
-def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse.Namespace) -> int:
+def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse.Namespace) -> None:
     """Collective. Measure every problem; rank 0 prints."""
     from mdattn_mpi.devices.cuda.open import open_cuda
 
@@ -72,16 +73,13 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
             results.append({**asdict(problem), "sides": sides})
             if not arguments.json:
                 print(_lines(problem, sides, world.size), flush=True)
-    facts = {**device.describe(), **surroundings("torch"), "rounds": str(arguments.rounds)}
+    facts = {**device.describe(), **versions("torch"), "rounds": str(arguments.rounds)}
     if rivals:
         rivals.close()
     device.close()
     if world.rank == 0:
-        if arguments.json:
-            print(json.dumps({"ranks": world.size, "results": results, "facts": facts}, indent=1))
-        else:
-            print("\n".join(f"{name}: {value}" for name, value in facts.items()))
-    return 0
+        figures = {"ranks": world.size, "results": results}
+        report(figures, (), facts, as_json=arguments.json)
 
 
 def measure(
@@ -98,6 +96,7 @@ def measure(
     sides = list(our_sides(world, device, problem, inputs))
     if rivals is not None:
         sides += rivals.sides(problem, inputs)
+    expected = estimate(problem, world.size, "ring", device.costs(), batch=False).seconds
     for turn in range(rounds * len(sides)):
         lap, place = divmod(turn, len(sides))
         side = sides[(lap + place) % len(sides)]
@@ -105,7 +104,7 @@ def measure(
         world.barrier()
         pause()
         world.barrier()
-        calls = max(2, min(40, int(SECONDS / _guess(problem, world.size))))
+        calls = max(2, min(40, int(SECONDS / expected)))
         side.times += side.run(calls)
     own = {side.name: {"ms": side.milliseconds, "error": side.error} for side in sides}
     gathered = world.gather_bytes(json.dumps(own).encode())
@@ -354,11 +353,6 @@ class Rivals:
                 yield shards
 
 
-def _guess(problem: AttentionProblem, ranks: int) -> float:
-    """Seconds of one call, roughly."""
-    return problem.flops / ranks / 5e14 + 5e-5
-
-
 def _lines(problem: AttentionProblem, sides: dict[str, dict[str, Any]], ranks: int) -> str:
     """A table of one problem: milliseconds, share of ideal, against PyTorch's best, error."""
     one = sides[ONE]
@@ -376,4 +370,4 @@ def _lines(problem: AttentionProblem, sides: dict[str, dict[str, Any]], ranks: i
                 f"{found['error'] / one['error']:.3f}",
             )
         )
-    return f"{problem}\n{table(rows)}\n"
+    return "\n".join([str(problem), *table(rows), ""])

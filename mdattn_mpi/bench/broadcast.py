@@ -1,15 +1,5 @@
-"""``mdattn bench broadcast``: how an engine of a GiB reaches all ranks, against MPI's own Bcast."""
+"""How fast an engine reaches all ranks.
 
-from __future__ import annotations
-
-import argparse
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from mdattn_mpi.lockstep import World
-
-DESCRIPTION = """\
 Give random bytes of rank 0 to all ranks: by the call that shares engines, which makes the memory
 that it receives into, and by MPI's Bcast, once into memory that is new as well and once into memory
 that was written before. Alternating; medians of the slowest rank.
@@ -17,45 +7,44 @@ that was written before. Alternating; medians of the slowest rank.
   mpirun -n 4 mdattn bench broadcast --mib 1024
 """
 
+from __future__ import annotations
 
-def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
-    """Declare the arguments."""
-    parser: argparse.ArgumentParser = benchmarks.add_parser(
-        "broadcast",
-        help="how fast an engine reaches all ranks",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+import argparse
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.bench.measure import alternate, on_all_ranks, report, versions
+from mdattn_mpi.bench.options import add_rounds
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep import World
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare size and rounds."""
     parser.add_argument("--mib", type=int, default=1024, metavar="N", help="default: 1024")
-    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="default: 5")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
+    add_rounds(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure under the watchdog."""
-    from mdattn_mpi.lockstep import watch
-
-    return watch(lambda: _measure(arguments))
+    """Measure on all ranks."""
+    return on_all_ranks(lambda world: _measure(world, arguments))
 
 
-def _measure(arguments: argparse.Namespace) -> int:
-    from mdattn_mpi.bench.measure import alternate, report, surroundings
-    from mdattn_mpi.lockstep import start
-
-    with start() as world:
-        seconds = alternate(world, _kinds(world, arguments.mib << 20), arguments.rounds)
-        rates = {name: arguments.mib / 1024 / took for name, took in seconds.items()}
-        facts = {
-            "ranks": world.size,
-            "mib": arguments.mib,
-            **{f"{name}_gib_per_s": round(rate, 3) for name, rate in rates.items()},
-            "ours_over_mpi_new_memory": round(rates["ours"] / rates["mpi_new_memory"], 3),
-            "ours_over_mpi_used_memory": round(rates["ours"] / rates["mpi_used_memory"], 3),
-            **surroundings("mpi4py"),
-        }
-        report(facts, world, as_json=arguments.json)
-    return 0
+def _measure(world: World, arguments: argparse.Namespace) -> None:
+    kinds = _kinds(world, arguments.mib << 20)
+    seconds = alternate(kinds, arguments.rounds, before=world.control.Barrier, world=world)
+    rates = {name: arguments.mib / 1024 / took for name, took in seconds.items()}
+    figures = {
+        "ranks": world.size,
+        "mib": arguments.mib,
+        **{f"{name}_gib_per_s": round(rate, 3) for name, rate in rates.items()},
+        "ours_over_mpi_new_memory": round(rates["ours"] / rates["mpi_new_memory"], 3),
+        "ours_over_mpi_used_memory": round(rates["ours"] / rates["mpi_used_memory"], 3),
+    }
+    if world.rank == 0:
+        rows = [(name, str(value)) for name, value in figures.items()]
+        report(figures, rows, versions("mpi4py"), as_json=arguments.json)
 
 
 def _kinds(world: World, size: int) -> dict[str, Callable[[], Any]]:

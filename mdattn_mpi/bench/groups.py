@@ -1,4 +1,19 @@
-"""``mdattn bench groups``: items dealt to groups, on paper and for real."""
+"""How evenly items are scheduled on groups, and what groups gain.
+
+On paper: 1,000 items of long-tailed lengths on 1 … 64 ranks, scheduled by the code that does it in
+a job, played with the cost model and every item up to a tenth quicker or slower than it says. For
+each spread of lengths (the logarithm's standard deviation): when the last rank ends against the
+mean of all, and the whole against work that could be divided without loss. And what scheduling
+costs.
+
+For real, with --run: the items a second of N groups of one rank against one rank alone, whole jobs
+in turn, by mpirun; and of N jobs of one rank that share nothing but the machine, which says what
+the machine has to give. A rank has one thread, or one GPU.
+
+  mdattn bench groups
+  mdattn bench groups --run 2
+  mdattn bench groups --run 2 -b cuda --length 65536
+"""
 
 from __future__ import annotations
 
@@ -14,25 +29,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
-from mdattn_mpi.bench.measure import surroundings, table
+from mdattn_mpi.bench.measure import report, versions
+from mdattn_mpi.bench.options import add_backend, add_folder, add_rounds
 from mdattn_mpi.errors import RejectedError
-
-DESCRIPTION = """\
-On paper: 1,000 items of long-tailed lengths dealt to 1 … 64 ranks by the code that deals them in a
-job, played with the cost model and every item up to a tenth quicker or slower than it says. For
-each spread of lengths (the logarithm's standard deviation): when the last rank ends against the
-mean of all, and the whole against work that could be divided without loss. And what dealing costs.
-
-For real, with --run: the items a second of N groups of one rank against one rank alone, whole jobs
-in turn, by mpirun; and of N jobs of one rank that share nothing but the machine, which says what
-the machine has to give. A rank has one thread, or one GPU.
-
-  mdattn bench groups
-  mdattn bench groups --run 2
-  mdattn bench groups --run 2 -b cuda --length 65536
-"""
+from mdattn_mpi.problem import AttentionProblem
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SPREADS = (0.5, 1.0, 1.3)
@@ -42,34 +43,22 @@ NOISE = 0.1
 RANKS_PER_NODE = 8
 
 
-def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
-    """Declare the arguments."""
-    parser: argparse.ArgumentParser = benchmarks.add_parser(
-        "groups",
-        help="how evenly items are dealt to groups, and what groups gain",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare the jobs that run."""
     add = parser.add_argument
     add("--run", type=int, default=0, metavar="N", help="run jobs of N groups of one rank")
-    add("-b", "--backend", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    add("--rounds", type=int, default=5, metavar="R", help="runs of each side (default: 5)")
     add("--items", type=int, default=16, metavar="N", help="of the jobs that run (default: 16)")
     add("--length", type=int, default=4096, metavar="S", help="their tokens (default: 4096)")
-    add("--folder", metavar="DIR", help="where the files go (default: a temporary folder)")
-    add("--json", action="store_true", help="print JSON")
-    return parser
+    add_backend(parser)
+    add_rounds(parser)
+    add_folder(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Deal, or run; print what came of it."""
-    found = _run(arguments) if arguments.run else list(_deal())
-    about = surroundings("numpy", "mpi4py")
-    if arguments.json:
-        print(json.dumps({"figures": found, **about}))
-        return 0
-    print(table([list(found[0]), *([_shown(value) for value in row.values()] for row in found)]))
-    print(*(f"{key}: {value}" for key, value in about.items()), sep="\n")
+    """Schedule, or run; print what came of it."""
+    found = _run(arguments) if arguments.run else list(_on_paper())
+    rows = [list(found[0]), *([_shown(value) for value in row.values()] for row in found)]
+    report({"figures": found}, rows, versions("numpy", "mpi4py"), as_json=arguments.json)
     return 0
 
 
@@ -77,47 +66,39 @@ def _shown(value: float) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _deal() -> Iterator[dict[str, float]]:
+def _on_paper() -> Iterator[dict[str, float]]:
     """One row for each spread and number of ranks: the worst of the seeds."""
-    from mdattn_mpi.problem import AttentionProblem
-    from mdattn_mpi.runner.dealing import RATES, deal, simulate
-
-    rates = RATES["cuda"]
     for spread in SPREADS:
         for ranks in RANKS:
-            late, whole, seconds = [], [], []
-            for seed in range(SEEDS):
-                draw = random.Random(seed)
-                lengths = [
-                    min(1 << 20, max(1024, int(draw.lognormvariate(9.7, spread))))
-                    for _ in range(ITEMS)
-                ]
-                problems = [AttentionProblem(s, s, 8, 8, 128, 128) for s in lengths]
-                luck = [draw.uniform(1 - NOISE, 1 + NOISE) for _ in problems]
-                nodes = [f"n{rank // RANKS_PER_NODE}" for rank in range(ranks)]
-                began = perf_counter()
-                schedule = deal(problems, nodes, "auto", rates=rates)
-                seconds.append(perf_counter() - began)
-
-                def time(
-                    item: int,
-                    size: int,
-                    luck: list[float] = luck,
-                    problems: list[AttentionProblem] = problems,
-                ) -> float:
-                    return luck[item] * rates.seconds(problems[item], size)
-
-                ends = simulate(schedule, time)
-                alone = sum(time(item, 1) for item in range(ITEMS)) / ranks
-                late.append(max(ends) * ranks / sum(ends))
-                whole.append(max(ends) / alone)
+            late, whole, took = zip(
+                *(_play(spread, ranks, seed) for seed in range(SEEDS)), strict=True
+            )
             yield {
                 "spread": spread,
                 "ranks": ranks,
                 "last / mean": max(late),
                 "whole / ideal": max(whole),
-                "ms an item": 1000 * median(seconds) / ITEMS,
+                "ms an item": 1000 * median(took) / ITEMS,
             }
+
+
+def _play(spread: float, ranks: int, seed: int) -> tuple[float, float, float]:
+    """Last rank over the mean, whole over ideal, and the seconds of scheduling."""
+    from mdattn_mpi.estimate import typical_costs
+    from mdattn_mpi.runner.schedule import expected_seconds, finish_times, make_schedule
+
+    draw, costs = random.Random(seed), typical_costs("cuda")
+    lengths = [min(1 << 20, max(1024, int(draw.lognormvariate(9.7, spread)))) for _ in range(ITEMS)]
+    problems = [AttentionProblem(s, s, 8, 8, 128, 128) for s in lengths]
+    luck = [draw.uniform(1 - NOISE, 1 + NOISE) for _ in problems]
+    nodes = [f"n{rank // RANKS_PER_NODE}" for rank in range(ranks)]
+    began = perf_counter()
+    schedule = make_schedule(problems, nodes, "auto", costs)
+    took = perf_counter() - began
+    expected = expected_seconds(problems, ranks, costs)
+    ends = finish_times(schedule, lambda item, size: luck[item] * expected(item, size))
+    alone = sum(luck[item] * expected(item, 1) for item in range(ITEMS)) / ranks
+    return max(ends) * ranks / sum(ends), max(ends) / alone, took
 
 
 def _run(arguments: argparse.Namespace) -> list[dict[str, float]]:

@@ -1,18 +1,27 @@
-"""``mdattn bench job``: the whole job against the slowest of its parts alone."""
+"""The whole job against the slowest of its parts.
+
+Time a whole batch job, and the same job with all but one of its parts left out: reading every shard
+from page cache, computing from memory, writing every shard and syncing it. A job can't be faster
+than the slowest of them; wall / slowest says how much is lost.
+
+  mpirun -n 2 mdattn bench job -b cuda --folder /local/scratch
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mdattn_mpi.bench.measure import surroundings
+from mdattn_mpi.bench.measure import on_all_ranks, report
+from mdattn_mpi.bench.options import add_folder, add_shapes, one_problem
+from mdattn_mpi.problem import AttentionProblem
 
 if TYPE_CHECKING:
     from mdattn_mpi.backends import HostArray
@@ -23,99 +32,78 @@ if TYPE_CHECKING:
     from mdattn_mpi.runner.loop import Files
     from mdattn_mpi.runner.work import Enqueued, Task, Written
 
-DESCRIPTION = """\
-Time a whole batch job, and the same job with all but one of its parts left out: reading every shard
-from page cache, computing from memory, writing every shard and syncing it. A job can't be faster
-than the slowest of them; wall / slowest says how much is lost.
-
-  mpirun -n 2 mdattn bench job -b cuda --folder /local/scratch
-"""
+PARTS = ("reading", "computing", "writing")
 
 
-def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
-    """Declare the arguments."""
-    parser: argparse.ArgumentParser = benchmarks.add_parser(
-        "job",
-        help="the whole job against the slowest of its parts",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare how the job computes, and what."""
     add = parser.add_argument
     add("-b", "--backend", default="auto", metavar="NAME", help="default: auto")
     add("-s", "--strategy", default="auto", metavar="NAME", help="default: auto")
     add("--items", type=int, default=16, metavar="N", help="how many (default: 16)")
-    add("--length", type=int, default=65536, metavar="S", help="tokens (default: 65536)")
-    add("--q-heads", type=int, default=32, metavar="N", help="default: 32")
-    add("--kv-heads", type=int, default=8, metavar="N", help="default: 8")
-    add("--head-dim", type=int, default=128, metavar="H", help="default: 128")
-    add("--causal", action="store_true", help="token i sees keys 0 … i")
-    add("--folder", metavar="DIR", help="where the files go (default: a temporary folder)")
-    add("--json", action="store_true", help="print JSON")
-    return parser
+    add_shapes(parser, lengths=(65536,), q_heads=32)
+    add_folder(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure under a watchdog, as a job runs."""
-    from mdattn_mpi.lockstep import watch
-
-    return watch(lambda: _main(arguments))
+    """Measure on all ranks."""
+    return on_all_ranks(lambda world: _run(world, arguments))
 
 
-def _main(arguments: argparse.Namespace) -> int:
-    from mdattn_mpi.lockstep import start, together
+def _run(world: World, arguments: argparse.Namespace) -> None:
+    from mdattn_mpi.lockstep import together
     from mdattn_mpi.runner.jobspec import JobSpec
 
-    with start() as world:
-        base = arguments.folder or tempfile.gettempdir()
-        folder = Path(base) / f"mdattn-bench-{world.job:016x}"
-        try:
-            if world.rank == 0:
-                folder.mkdir(parents=True)
-            together(
-                world,
-                "dataset",
-                lambda: _make_dataset(folder, arguments) if world.rank == 0 else None,
-            )
-            spec = JobSpec(
-                str(folder / "data.h5"),
-                str(folder / "out.h5"),
-                backend=arguments.backend,
-                strategy=arguments.strategy,
-                nonfinite="pass",
-            )
-            seconds = _measure(world, spec)
-        finally:
-            if world.rank == 0:
-                shutil.rmtree(folder, ignore_errors=True)
+    problem = one_problem(arguments)
+    base = arguments.folder or tempfile.gettempdir()
+    folder = Path(base) / f"mdattn-bench-{world.job:016x}"
+    data, out = folder / "data.h5", folder / "out.h5"
+
+    def prepare() -> None:
         if world.rank == 0:
-            print(_report(seconds, arguments))
-    return 0
+            folder.mkdir(parents=True)
+            _make_dataset(data, problem, arguments.items)
+
+    try:
+        together(world, "dataset", prepare)
+        spec = JobSpec(
+            str(data),
+            str(out),
+            backend=arguments.backend,
+            strategy=arguments.strategy,
+            nonfinite="pass",
+        )
+        seconds = _measure(world, spec)
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+    if world.rank == 0:
+        slowest = max(PARTS, key=seconds.__getitem__)
+        ratio = seconds["whole job"] / seconds[slowest]
+        rows = [(name, f"{time:.3f} s") for name, time in seconds.items()]
+        rows.append((f"whole job / {slowest}", f"{ratio:.3f}"))
+        facts = {"job": f"{arguments.items} items of {problem} on {world.size} ranks"}
+        figures = {"seconds": seconds, "slowest": slowest, "ratio": ratio}
+        report(figures, rows, facts, as_json=arguments.json)
 
 
-def _make_dataset(folder: Path, arguments: argparse.Namespace) -> None:
-    """Write items of random numbers; one block of them again and again, or it would take longer
-    than the benchmark.
+def _make_dataset(path: Path, problem: AttentionProblem, count: int) -> None:
+    """Write random items, the same block of numbers again and again.
+
+    Drawing them all, as `mdattn make-data` does, would take longer than measuring.
     """
     import numpy as np
 
     from mdattn_mpi.dataset import NUMPY, TENSORS, Item, create_dataset
     from mdattn_mpi.dataset.making import shapes
-    from mdattn_mpi.problem import AttentionProblem
 
-    dims = (arguments.head_dim, arguments.head_dim)
-    problem = AttentionProblem(
-        *(arguments.length,) * 2,
-        arguments.q_heads,
-        arguments.kv_heads,
-        *dims,
-        causal="upper_left" if arguments.causal else "none",
-    )
-    items = [Item(f"item{number}", number, problem) for number in range(arguments.items)]
-    block = np.random.default_rng().standard_normal(1 << 24, np.float32).astype(NUMPY["bfloat16"])
-    with create_dataset(folder / "data.h5", items) as dataset:
+    items = [Item(f"item{number}", number, problem) for number in range(count)]
+    block = np.random.default_rng().standard_normal(1 << 24, np.float32)
+    block = block.astype(NUMPY[problem.dtype])
+    with create_dataset(path, items) as dataset:
         for item in items:
             for tensor in TENSORS:
-                left = int(np.prod(shapes(problem)[tensor]))
+                left = prod(shapes(problem)[tensor])
                 while left:
                     dataset.append(item, tensor, block[: min(left, block.size)])
                     left -= min(left, block.size)
@@ -171,7 +159,7 @@ def _write(job: Job, files: Files) -> None:
 
     from mdattn_mpi.runner.work import Enqueued
 
-    class Made:
+    class Downloaded:
         """A download that is there."""
 
         def __init__(self, arrays: Sequence[HostArray]) -> None:
@@ -185,7 +173,7 @@ def _write(job: Job, files: Files) -> None:
         arrays = [np.empty(shard.shape, shard.dtype) for shard in task.writes]
         for array in arrays:
             array.view(np.uint16)[...] = 0x3F80
-        files.write(Enqueued(task, Made(arrays)))
+        files.write(Enqueued(task, Downloaded(arrays)))
 
 
 def _in_memory(job: Job, files: Files) -> Files:
@@ -224,21 +212,3 @@ def _compute(job: Job, files: Files, items: Sequence[AnyItem]) -> None:
         failed=lambda item, error: None,
     )
     loop.run(_tasks(job, items))
-
-
-def _report(seconds: dict[str, float], arguments: argparse.Namespace) -> str:
-    parts = {name: seconds[name] for name in ("reading", "computing", "writing")}
-    slowest = max(parts, key=parts.__getitem__)
-    ratio = seconds["whole job"] / parts[slowest]
-    if arguments.json:
-        found = {"seconds": seconds, "slowest": slowest, "ratio": ratio, **surroundings()}
-        return json.dumps(found)
-    mask = ", causal" if arguments.causal else ""
-    lines = [
-        f"{arguments.items} items of {arguments.length} tokens, {arguments.q_heads}/"
-        f"{arguments.kv_heads} heads of {arguments.head_dim}, BF16{mask}",
-        *(f"{name + ' alone':<18}{time:9.3f} s" for name, time in parts.items()),
-        f"{'whole job':<18}{seconds['whole job']:9.3f} s",
-        f"whole job / {slowest} alone: {ratio:.3f}",
-    ]
-    return "\n".join([*lines, *(f"{key}: {value}" for key, value in surroundings().items())])

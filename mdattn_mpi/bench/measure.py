@@ -1,4 +1,4 @@
-"""What benchmarks share: alternating turns, medians, tables, and where figures come from."""
+"""What benchmarks share: turns, medians, a common form of report, and where figures come from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.errors import RejectedError
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World
@@ -19,55 +20,95 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 
 
-def surroundings(*packages: str) -> dict[str, str]:
-    """Where figures come from: cores, system, commit, and the versions of `packages`."""
-    return {
-        "cores": str(len(os.sched_getaffinity(0))),
-        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
-        "commit": _commit(),
-        **{package: _version(package) for package in packages},
-    }
+def on_all_ranks(measure: Callable[[World], None]) -> int:
+    """Collective. Measure under the watchdog, as a job runs; return the exit code."""
+    from mdattn_mpi.lockstep import watch
 
+    def run() -> int:
+        from mdattn_mpi.lockstep import start
 
-def report(facts: Mapping[str, Any], world: World, *, as_json: bool) -> None:
-    """Print what was measured, once: a line a fact, or all as JSON."""
-    if world.rank:
-        return
-    width = max(map(len, facts))
-    lines = [f"{name:{width}}  {value}" for name, value in facts.items()]
-    print(json.dumps(facts) if as_json else "\n".join(lines))
+        with start() as world:
+            measure(world)
+        return 0
 
-
-def numbers(text: str) -> tuple[int, ...]:
-    """Parse ``2048,8192``; an argparse type."""
-    return tuple(int(part) for part in text.split(","))
+    return watch(run)
 
 
 def alternate(
-    world: World, kinds: Mapping[str, Callable[[], Any]], rounds: int
+    kinds: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    before: Callable[[], Any] = lambda: None,
+    world: World | None = None,
 ) -> dict[str, float]:
-    """Collective. Median seconds of each of `kinds`, on the slowest rank each time."""
+    """Collective, where there is a world. Median seconds of `kinds`, another one first each time.
+
+    The first round doesn't count, `before` is called before every run and isn't timed, and of
+    several ranks the slowest counts each time.
+
+    Raises
+    ------
+    RejectedError
+        Less than one round.
+
+    """
+    if rounds < 1:
+        raise RejectedError(f"{rounds} rounds", fix="use at least one")
     took: dict[str, list[float]] = {name: [] for name in kinds}
-    for number in range(rounds):
-        for name in sorted(kinds, reverse=number % 2 > 0):  # another one first each time
-            world.control.Barrier()
+    for number in range(rounds + 1):
+        for name in sorted(kinds, reverse=number % 2 > 0):
+            before()
             began = perf_counter()
             kinds[name]()
             took[name].append(perf_counter() - began)
-    ranks = world.allgather(took)
+    ranks = world.allgather(took) if world else [took]
     return {
-        name: median(max(times) for times in zip(*(rank[name] for rank in ranks), strict=True))
+        name: median(
+            [max(times) for times in zip(*(rank[name] for rank in ranks), strict=True)][1:]
+        )
         for name in took
     }
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they must be, numbers to the right."""
+def report(
+    figures: Mapping[str, Any],
+    rows: Sequence[Sequence[str]],
+    facts: Mapping[str, Any],
+    *,
+    as_json: bool,
+) -> None:
+    """Print `figures` as JSON, or `rows` as a table; either way with the facts and surroundings."""
+    facts = {**facts, **surroundings()}
+    if as_json:
+        print(json.dumps({**figures, "facts": facts}))
+    else:
+        print(*table(rows), *(f"{name}: {value}" for name, value in facts.items()), sep="\n")
+
+
+def surroundings() -> dict[str, str]:
+    """Where figures come from: cores, system, commit."""
+    return {
+        "cores": str(len(os.sched_getaffinity(0))),
+        "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
+        "commit": _commit(),
+    }
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of installed packages."""
+    from mdattn_mpi.runner.folder import package_version
+
+    return {package: package_version(package) for package in packages}
+
+
+def table(rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines with columns as wide as they must be, numbers to the right."""
+    rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
+    return [
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
-    )
+    ]
 
 
 def _commit() -> str:
@@ -81,12 +122,5 @@ def _commit() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return f"mdattn_mpi {_version('mdattn_mpi')}"
+        return "mdattn_mpi " + versions("mdattn_mpi")["mdattn_mpi"]
     return found.stdout.strip()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -1,18 +1,5 @@
-"""``mdattn bench memory``: what K and V take on a rank, by strategy and number of ranks."""
+"""What K and V take on a rank.
 
-from __future__ import annotations
-
-import argparse
-import json
-from typing import TYPE_CHECKING, Any
-
-from mdattn_mpi.bench.measure import surroundings, table
-
-if TYPE_CHECKING:
-    from mdattn_mpi.lockstep import World
-    from mdattn_mpi.problem import StrategyName
-
-DESCRIPTION = """\
 Measure the most memory that the arrays of a rank take at any time while it attends on the CPU,
 above what the program itself takes: all of them, and the part that doesn't depend on the query,
 K and V, their buffers and their float32 panels, by attending with one query token a rank.
@@ -20,77 +7,70 @@ K and V, their buffers and their float32 panels, by attending with one query tok
   mpirun -n 4 --oversubscribe mdattn bench memory -s ring
 """
 
+from __future__ import annotations
 
-def add_parser(benchmarks: Any) -> argparse.ArgumentParser:
-    """Declare the arguments."""
-    parser: argparse.ArgumentParser = benchmarks.add_parser(
-        "memory",
-        help="what K and V take on a rank",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("-s", "--strategy", choices=("ring", "allgather", "ulysses"), default="ring")
-    add("--length", type=int, default=131072, metavar="S", help="keys (default: 131072)")
-    add("--kv-heads", type=int, default=1, metavar="N", help="default: 1")
-    add("--head-dim", type=int, default=128, metavar="H", help="default: 128")
-    add("--json", action="store_true", help="print JSON")
-    return parser
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.bench.measure import on_all_ranks, report
+from mdattn_mpi.bench.options import add_shapes, one_problem
+from mdattn_mpi.problem import STRATEGY_NAMES
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep import World
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Declare strategy and shape."""
+    parser.add_argument("-s", "--strategy", choices=STRATEGY_NAMES, default="ring")
+    add_shapes(parser, lengths=(131072,), q_heads=1, kv_heads=1)
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Measure under a watchdog, as a job runs."""
-    from mdattn_mpi.lockstep import watch
-
-    return watch(lambda: _main(arguments))
+    """Measure on all ranks."""
+    return on_all_ranks(lambda world: _measure(world, arguments))
 
 
-def _main(arguments: argparse.Namespace) -> int:
-    from mdattn_mpi.lockstep import start
-
-    with start() as world:
-        own = _peak(world, arguments.strategy, arguments)
-        every = world.gather_bytes(json.dumps(own).encode())
-        if world.rank == 0:
-            rows = [json.loads(each) for each in every or ()]
-            facts = {"ranks": str(world.size), "strategy": arguments.strategy, **surroundings()}
-            print(json.dumps({"bytes": rows, **facts}) if arguments.json else _table(rows, facts))
-    return 0
+def _measure(world: World, arguments: argparse.Namespace) -> None:
+    every = world.allgather(_peak(world, arguments))
+    if world.rank == 0:
+        rows = [("rank", "own K and V", "peak")] + [
+            (str(rank), f"{row['shards'] / 2**20:.1f} MiB", f"{row['peak'] / 2**20:.1f} MiB")
+            for rank, row in enumerate(every)
+        ]
+        facts = {"ranks": str(world.size), "strategy": arguments.strategy}
+        report({"bytes": every}, rows, facts, as_json=arguments.json)
 
 
-def _peak(world: World, strategy: StrategyName, arguments: argparse.Namespace) -> dict[str, int]:
+def _peak(world: World, arguments: argparse.Namespace) -> dict[str, int]:
     """Collective. Bytes of the rank's shards, and the peak of everything while it attends."""
     import tracemalloc
 
-    import ml_dtypes
     import numpy as np
 
     from mdattn_mpi.backends import open_backend
+    from mdattn_mpi.dataset import NUMPY
     from mdattn_mpi.partition import partition_of, token_count
-    from mdattn_mpi.problem import AttentionProblem
 
-    heads, dim = arguments.kv_heads, arguments.head_dim
-    problem = AttentionProblem(world.size, arguments.length, heads, heads, dim, dim)
+    problem = replace(one_problem(arguments), q_tokens=world.size)
     backend = open_backend("cpu", world, threads=1)
-    plan = backend.plan(problem, strategy, lse=False)
+    plan = backend.plan(problem, arguments.strategy, lse=False)
     owners = partition_of(plan)
 
     def attend() -> int:
         """Attend to random shards; return their bytes."""
         random = np.random.default_rng(world.rank)
 
-        def shard(spans: Any) -> Any:
-            shape = (token_count(spans), heads, dim)
-            array = np.empty(shape, ml_dtypes.bfloat16)
-            for token in range(
-                0, len(array), 1024
-            ):  # so that making it takes no memory to speak of
-                array[token : token + 1024] = random.standard_normal(
-                    array[token : token + 1024].shape, np.float32
-                )
+        def shard(spans: Any, heads: int) -> Any:
+            array = np.empty((token_count(spans), heads, problem.head_dim), NUMPY[problem.dtype])
+            for token in range(0, len(array), 1024):  # so that it takes no memory to speak of
+                some = array[token : token + 1024]
+                some[...] = random.standard_normal(some.shape, np.float32)
             return array
 
-        q, k, v = (shard(spans[world.rank]) for spans in (owners.query, owners.kv, owners.kv))
+        q = shard(owners.query[world.rank], problem.q_heads)
+        k, v = (shard(owners.kv[world.rank], problem.kv_heads) for _ in range(2))
         running = backend.begin(plan, q, k, v)
         backend.enqueue(running)
         backend.collect(running).wait()
@@ -104,11 +84,3 @@ def _peak(world: World, strategy: StrategyName, arguments: argparse.Namespace) -
     world.barrier()
     backend.close()
     return {"shards": shards, "peak": peak}
-
-
-def _table(rows: list[dict[str, int]], facts: dict[str, str]) -> str:
-    cells = [("rank", "own K and V", "peak")] + [
-        (str(rank), f"{row['shards'] / 2**20:.1f} MiB", f"{row['peak'] / 2**20:.1f} MiB")
-        for rank, row in enumerate(rows)
-    ]
-    return "\n".join([table(cells), *(f"{name}: {value}" for name, value in facts.items())])

@@ -36,8 +36,8 @@ class Call(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What a device does how fast.
+class Timings:
+    """What was measured of a device; 0 stands for what wasn't.
 
     Parameters
     ----------
@@ -63,9 +63,9 @@ class Rates:
     """
 
     attend: Mapping[Call, float]
-    bandwidth: float
-    latency: float
-    memory: float
+    bandwidth: float = 0.0
+    latency: float = 0.0
+    memory: float = 0.0
     merge: float = float("inf")
     launch: float = 0.0
     host: Mapping[str, float] = field(default_factory=dict)
@@ -241,10 +241,10 @@ def calls(traces: Sequence[Sequence[Verb]]) -> set[Call]:
     }
 
 
-def host_seconds(traces: Sequence[Sequence[Verb]], rates: Rates) -> float:
+def host_seconds(traces: Sequence[Sequence[Verb]], timings: Timings) -> float:
     """Add up what the slowest host needs to ask for everything; GPUs can't be faster for long."""
     return max(
-        sum(_asking(verb, number, rates.host) for verb in verbs)
+        sum(_asking(verb, number, timings.host) for verb in verbs)
         for number, verbs in enumerate(traces)
     )
 
@@ -285,7 +285,7 @@ class _Posted(NamedTuple):
 _Post = dict[tuple[int, int], tuple[deque[_Posted], deque[_Posted]]]  # by sender and receiver
 
 
-def simulate(traces: Sequence[Sequence[Verb]], rates: Rates) -> float:
+def simulate(traces: Sequence[Sequence[Verb]], timings: Timings) -> float:
     """Play the notes of all ranks; return the seconds until the last rank has done its last verb.
 
     Raises
@@ -306,7 +306,7 @@ def simulate(traces: Sequence[Sequence[Verb]], rates: Rates) -> float:
             moved = True
             verb = rank.verbs.popleft()
             if isinstance(verb, Compute):
-                _compute(rank, verb, rates)
+                _compute(rank, verb, timings)
             elif isinstance(verb, Wait):
                 there = max((rank.ready[array] for array in verb.arrays), default=0.0)
                 rank.ready.update(dict.fromkeys(verb.arrays, there))
@@ -315,7 +315,7 @@ def simulate(traces: Sequence[Sequence[Verb]], rates: Rates) -> float:
         for (source, target), (sends, receives) in posted.items():
             while sends and receives:
                 ends = ranks[source], ranks[target]
-                _deliver(*ends, sends.popleft(), receives.popleft(), rates)
+                _deliver(*ends, sends.popleft(), receives.popleft(), timings)
     if any(rank.verbs for rank in ranks):
         raise ValueError("ranks wait for messages that nobody sends")
     return max(max(rank.clock, rank.out, rank.into) for rank in ranks)
@@ -340,16 +340,16 @@ def _post(number: int, rank: _Rank, exchange: Exchange, posted: _Post) -> None:
         posted[parcel.peer, number][1].append(_Posted(parcel, rank.free[parcel.storage]))
 
 
-def _compute(rank: _Rank, verb: Compute, rates: Rates) -> None:
+def _compute(rank: _Rank, verb: Compute, timings: Timings) -> None:
     start = max([rank.clock, *(rank.ready[storage] for storage in verb.reads)])
     if verb.call:
         busy = rank.attends and start == rank.clock
-        alone = rates.attend[verb.call]
-        seconds = rates.after.get(verb.call, alone) if busy else alone
+        alone = timings.attend[verb.call]
+        seconds = timings.after.get(verb.call, alone) if busy else alone
     elif verb.kind == "copy":
-        seconds = verb.nbytes / rates.memory
+        seconds = verb.nbytes / timings.memory
     else:
-        seconds = rates.launch + verb.nbytes / rates.merge if verb.nbytes else 0.0
+        seconds = timings.launch + verb.nbytes / timings.merge if verb.nbytes else 0.0
     rank.attends = verb.call is not None
     rank.clock = start + seconds
     for storage in verb.reads:
@@ -358,7 +358,7 @@ def _compute(rank: _Rank, verb: Compute, rates: Rates) -> None:
         rank.ready[storage] = rank.clock
 
 
-def _deliver(source: _Rank, target: _Rank, sent: _Posted, place: _Posted, rates: Rates) -> None:
+def _deliver(source: _Rank, target: _Rank, sent: _Posted, place: _Posted, timings: Timings) -> None:
     """Move a message once it is there and its place is free.
 
     It passes both ports, each of which takes what comes in turn; one doesn't hold up the other.
@@ -366,11 +366,11 @@ def _deliver(source: _Rank, target: _Rank, sent: _Posted, place: _Posted, rates:
     start = max(sent.time, place.time)
     nbytes, gone, got = sent.parcel.nbytes, sent.parcel.storage, place.parcel.storage
     if source is target:
-        end = start + nbytes / (rates.memory / 2)
+        end = start + nbytes / (timings.memory / 2)
     else:
-        source.out = max(source.out, start) + nbytes / rates.bandwidth
-        target.into = max(target.into, start) + nbytes / rates.bandwidth
-        end = max(source.out, target.into) + rates.latency
+        source.out = max(source.out, start) + nbytes / timings.bandwidth
+        target.into = max(target.into, start) + nbytes / timings.bandwidth
+        end = max(source.out, target.into) + timings.latency
     source.free[gone] = max(source.free[gone], end)
     target.ready[got] = max(target.ready[got], end)
     source.going[gone] -= 1

@@ -1,4 +1,7 @@
-"""The command line: one module a command, each with `add_parser` and `main`."""
+"""The command line: one module a command, each with `add_parser` and `main`.
+
+Only the module of the command that is named is imported.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +9,26 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
-from importlib.util import find_spec
 
 from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.lockstep import launcher
 
-COMMANDS = (
-    "run",
-    "verify",
-    "make_data",
-    "convert",
-    "inspect",
-    "status",
-    "bench",
-    "build",
-    "shard",
-    "submit",
-    "doctor",
-)
+COMMANDS = {  # and what `mdattn --help` says of them
+    "run": "compute attention over every item of a dataset",
+    "verify": "compare an output with float64 attention",
+    "make-data": "write a synthetic dataset",
+    "convert": "make a dataset of .npz, .safetensors or HDF5",
+    "inspect": "say what a file holds, and what is finished",
+    "status": "say how a job is doing, from another shell",
+    "bench": "measure speed, memory, and what each guarantee costs",
+    "build": "build a TensorRT engine ahead of a job",
+    "shard": "share an ONNX model by tokens",
+    "submit": "submit a job to Slurm",
+    "doctor": "check this machine, or all nodes of a job",
+}
 
 PATIENCE = 1.0  # seconds in which rank 0 has said what is wrong
 
@@ -35,17 +37,8 @@ Main = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names; return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog="mdattn",
-        description="Exact attention over very long sequences on many ranks, in batch, under MPI.",
-        epilog="Exit codes: 0 done, 1 some items failed, 2 rejected, 3 ranks disagreed, "
-        "4 device or engine error, 75 interrupted: run the same command again to resume.",
-    )
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for name in COMMANDS:
-        if find_spec(f"mdattn_mpi.cli.{name}"):
-            command = import_module(f"mdattn_mpi.cli.{name}")
-            command.add_parser(commands).set_defaults(main=command.main)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = make_parser(argv[:1])
     arguments = _parse(parser, argv)
     command_main: Main = arguments.main
     try:
@@ -60,7 +53,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:
+    """Declare all commands, and the arguments of those that are `wanted`.
+
+    Of the others nothing is imported.
+    """
+    parser = argparse.ArgumentParser(
+        prog="mdattn",
+        description="Exact attention over very long sequences on many ranks, in batch, under MPI.",
+        epilog="Exit codes: 0 done, 1 some items failed, 2 rejected, 3 ranks disagreed, "
+        "4 device or engine error, 75 interrupted: run the same command again to resume.",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, about in COMMANDS.items():
+        if name in wanted:
+            command = import_module(f"mdattn_mpi.cli.{name.replace('-', '_')}")
+            command.add_parser(commands).set_defaults(main=command.main)
+        else:
+            commands.add_parser(name, help=about)
+    return parser
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse on every rank; let rank 0 alone complain, and before a launcher kills it."""
     if launcher().rank <= 0:
         return parser.parse_args(argv)

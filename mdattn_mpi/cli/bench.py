@@ -1,6 +1,7 @@
 """``mdattn bench``: figures, side by side with somebody else's, and how they came about.
 
-Each module of `mdattn_mpi.bench` that has an `add_parser` is one benchmark.
+Each module of `mdattn_mpi.bench` that has a `main` is one benchmark. Its docstring is its help; its
+`add_options` declares what else it takes besides ``--json``.
 """
 
 from __future__ import annotations
@@ -22,16 +23,29 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the benchmarks."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "bench",
-        help="measure speed, memory, and what each guarantee costs",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     benchmarks = parser.add_subparsers(title="benchmarks", metavar="WHAT", required=True)
     for module in iter_modules(bench.__path__, "mdattn_mpi.bench."):
         benchmark = import_module(module.name)
-        if hasattr(benchmark, "add_parser"):
-            benchmark.add_parser(benchmarks).set_defaults(measure=benchmark.main)
+        if hasattr(benchmark, "add_options"):
+            _add_benchmark(benchmarks, module.name.rpartition(".")[2], benchmark)
     return parser
+
+
+def _add_benchmark(benchmarks: Any, name: str, benchmark: Any) -> None:
+    about = benchmark.__doc__ or ""
+    first = about.partition("\n")[0].rstrip(".")
+    parser = benchmarks.add_parser(
+        name,
+        help=first[:1].lower() + first[1:],
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    benchmark.add_options(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(measure=benchmark.main)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -40,14 +40,11 @@ lower_right); scale.
 only for one whose origin you trust.
 """
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
-
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "build",
-        help="build a TensorRT engine ahead of a job",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -194,7 +191,7 @@ def parse_problem(text: str) -> tuple[list[AttentionProblem], bool]:
         An unknown name, a missing one, or a value that is none.
 
     """
-    from mdattn_mpi.problem import AttentionProblem
+    from mdattn_mpi.problem import DTYPES, AttentionProblem
 
     given: dict[str, str] = {}
     for pair in text.split(","):

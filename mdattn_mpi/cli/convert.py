@@ -44,7 +44,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "convert",
-        help="make a dataset of .npz, .safetensors or HDF5",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -32,7 +32,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "doctor",
-        help="check this machine, or all nodes of a job",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

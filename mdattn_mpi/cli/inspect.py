@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from mdattn_mpi.cli.options import printable
+
 if TYPE_CHECKING:
     from mdattn_mpi.dataset import AnyItem, Dataset, Item, Output
 
@@ -27,7 +29,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "inspect",
-        help="say what a file holds, and what is finished",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -288,8 +289,3 @@ def _wrap(text: str, columns: int, indent: str = "  ") -> list[str]:
     import textwrap
 
     return textwrap.wrap(text, columns, initial_indent=indent, subsequent_indent=indent + "  ")
-
-
-def printable(value: object) -> str:
-    """`value` as text without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() else " " for c in str(value))

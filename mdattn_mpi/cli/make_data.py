@@ -29,7 +29,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "make-data",
-        help="write a synthetic dataset",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -133,7 +132,7 @@ def plan_items(arguments: argparse.Namespace) -> list[Item]:
             kv_heads=arguments.kv_heads,
             head_dim=arguments.head_dim,
             v_head_dim=arguments.v_head_dim or arguments.head_dim,
-            dtype=DTYPES[arguments.dtype],  # type: ignore[arg-type]
+            dtype=DTYPES[arguments.dtype],
             causal=arguments.causal,
             scale=arguments.scale,
         )

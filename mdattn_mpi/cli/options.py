@@ -1,10 +1,10 @@
-"""Options that several commands share."""
+"""What several commands share: options, and text that is safe for a terminal."""
 
 from __future__ import annotations
 
 import argparse
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+from mdattn_mpi.problem import DTYPES as DTYPES
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
@@ -28,3 +28,8 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
         "--scale", type=float, default=0.0, metavar="X", help="of the scores (default 1/√H)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
+
+def printable(value: object) -> str:
+    """`value` as text without control characters, which could drive the terminal."""
+    return "".join(c if c.isprintable() else " " for c in str(value))

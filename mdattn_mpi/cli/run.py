@@ -29,7 +29,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments; those left out come from the job file, then from `JobSpec`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "run",
-        help="compute attention over every item of a dataset",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

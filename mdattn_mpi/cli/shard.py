@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import STRATEGY_NAMES
 
 DESCRIPTION = """\
 Make an ONNX model that P ranks run together, each on its own tokens.
@@ -28,7 +29,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "shard",
-        help="share an ONNX model by tokens",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("model", metavar="MODEL.onnx")
     add("-o", "--output", metavar="OUT.onnx", required=True, help="the sharded model")
     add("-n", "--ranks", type=int, metavar="P", required=True, help="ranks that run it together")
-    add("-s", "--strategy", required=True, choices=["ring", "allgather", "ulysses"])
+    add("-s", "--strategy", required=True, choices=STRATEGY_NAMES)
     add(
         "--shard",
         action="append",

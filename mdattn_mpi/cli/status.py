@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.cli.inspect import printable
+from mdattn_mpi.cli.options import printable
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.board import Record
@@ -28,7 +28,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "status",
-        help="say how a job is doing, from another shell",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

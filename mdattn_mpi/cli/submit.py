@@ -40,7 +40,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "submit",
-        help="submit a job to Slurm",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,15 +17,21 @@ with the checksum that its rank wrote down.
 
   mdattn verify out.h5 --data data.h5
 
-Looked at are, of every item, its first and last row, both sides of every border between shards, and
-some rows at random. How much error is allowed follows from how an engine has to round; "used" says
-how much of that an item takes up at its worst row and head. One process does it, without MPI, on a
-file that may still be written by others.
+Of every item, every number is looked at: it must be finite, and lie between the smallest and the
+largest value that its row sees, as any weighted mean does; rows that see no key must be 0. Compared
+with float64 are the first and the last row, both sides of every border between shards, and some
+rows at random. A number elsewhere that is wrong but could be a mean of its row's values, and whose
+checksum fits, is seen by --all only.
+
+How much error is allowed follows from how an engine has to round; "used" says how much of that an
+item takes up at its worst row and head. Rows that see an input which isn't finite can't be judged;
+an item of which none can is "not judged". One process does it, without MPI, on a file that may
+still be written by others.
 """
 
 EPILOG = """\
-Exit codes: 0 everything is right; 1 something is wrong, or isn't finished (--partial lets that
-pass); 2 the files can't be used.
+Exit codes: 0 everything is right; 1 something is wrong, couldn't be judged, or isn't finished
+(--partial lets that pass); 2 the files can't be used.
 """
 
 
@@ -32,7 +39,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     """Declare the arguments."""
     parser: argparse.ArgumentParser = commands.add_parser(
         "verify",
-        help="compare an output with float64 attention",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -116,11 +122,14 @@ class _Table:
             used = max(found.used, found.lse_used or 0.0)
             share = f"{used:.0%}" if used < 9.995 else "> 9×"
             good = ranks - len(finding.bad_shards)
-            line += f"{found.rows:>7}{found.error:>10.1e}{found.tolerance:>10.1e}{share:>6}"
+            line += f"{found.rows:>7}"
+            measures = f"{found.error:>10.1e}{found.tolerance:>10.1e}{share:>6}"
+            line += measures if found.judged else " " * len(measures)
             line += f"  {good}/{ranks}"
         print(f"{line:<70} {finding.verdict}", flush=True)
         for complaint in finding.complaints():
-            print(f"  {complaint}", flush=True)
+            lines = textwrap.wrap(complaint, 78, initial_indent="  ", subsequent_indent="    ")
+            print(*lines, sep="\n", flush=True)
 
 
 def _conclude(arguments: argparse.Namespace, findings: list[Finding]) -> None:
@@ -128,9 +137,9 @@ def _conclude(arguments: argparse.Namespace, findings: list[Finding]) -> None:
 
     count = {
         verdict: sum(finding.verdict == verdict for finding in findings)
-        for verdict in ("right", "wrong", "unfinished")
+        for verdict in ("right", "wrong", "not judged", "unfinished")
     }
-    bad = count["wrong"] or (count["unfinished"] and not arguments.partial)
+    bad = count["wrong"] or count["not judged"] or (count["unfinished"] and not arguments.partial)
     if arguments.json:
         _print_json(arguments, findings, count, exit_code=1 if bad else 0)
     else:
@@ -141,6 +150,13 @@ def _conclude(arguments: argparse.Namespace, findings: list[Finding]) -> None:
             f"{count['wrong']} of {len(findings)} items are wrong",
             fix="look for a failing disk or device (`mdattn doctor`), then run it again "
             "with --overwrite",
+            file=arguments.output,
+        )
+    if count["not judged"]:
+        raise VerificationError(
+            f"{count['not judged']} of {len(findings)} items could not be judged: no row that was "
+            "looked at has a finite input",
+            fix="mend the dataset, and run without --nonfinite pass",
             file=arguments.output,
         )
     if bad:
@@ -160,7 +176,7 @@ def _print_json(
         "output": arguments.output,
         "data": arguments.data,
         "seed": arguments.seed,
-        **count,
+        **{verdict.replace(" ", "_"): number for verdict, number in count.items()},
         "exit_code": exit_code,
         "items": [finding.to_json() for finding in findings],
     }

@@ -11,7 +11,6 @@ it. `exchange` is the one exception: it returns at once, and what it receives ma
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from mdattn_mpi.problem import Span
@@ -46,38 +45,6 @@ class Transfer(Protocol):
 
 class Accumulator(Protocol):
     """The partial results of one query shard; see `Device.attend`."""
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What choosing a strategy needs to know of a device; `Device.costs` gives them.
-
-    The same on all ranks of a group, and the same again when a job is resumed, or ranks would
-    choose differently: constants and sizes of the hardware, nothing that was measured just now.
-
-    Parameters
-    ----------
-    flops
-        Attention of one rank, FLOP/s.
-    bandwidth
-        Bytes/s that one rank sends while it receives as much.
-    latency
-        Seconds before the first byte of an `exchange` arrives.
-    merge
-        Bytes/s of partial results that `finish` reads.
-    call
-        Seconds that one `attend` takes however small it is.
-    memory
-        Bytes that one rank may use for arrays, the smallest over the group; 0 where unknown.
-
-    """
-
-    flops: float
-    bandwidth: float
-    latency: float
-    merge: float
-    call: float
-    memory: int = 0
 
 
 class Device(Protocol[A]):

@@ -7,14 +7,15 @@ from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
 from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset
+from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
-from mdattn_mpi.runner.dealing import RATES, deal
-from mdattn_mpi.runner.finite import check_finite
+from mdattn_mpi.runner.finite import check_finite, check_output, is_finite
 from mdattn_mpi.runner.groups import JobGroup, memory_of_a_rank, open_groups, smallest
 from mdattn_mpi.runner.job import Job
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.schedule import make_schedule
 from mdattn_mpi.runner.work import Shard, Task
 
 
@@ -49,6 +50,22 @@ class Attention:
             spans = [shard.spans for shard in task.reads]
             check_finite(shards, spans, self.dataset.path, task.item.name)
 
+    def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:
+        """Refuse an output that isn't finite, unless its input wasn't either and may pass."""
+        assert isinstance(task.item, Item)
+        assert isinstance(task.plan, Plan)
+        item, lse = task.item, arrays[1] if len(arrays) > 1 else None
+        check_output(
+            item,
+            task.writes[0].spans,
+            arrays[0],
+            lse,
+            backend=task.plan.backend,
+            may_be_nonfinite=lambda: (
+                self.spec.nonfinite == "pass" and not is_finite(self.dataset, item)
+            ),
+        )
+
     def options(self) -> dict[str, str]:
         """Strategy, items, LSE and layout."""
         spec = self.spec
@@ -73,12 +90,12 @@ def open_attention(spec: JobSpec, world: World) -> Job:
         dataset_facts,
     )
     name = backend_name(spec.backend, world)
-    memory = smallest(world, memory_of_a_rank(name, world)) or None
+    costs = typical_costs(name, smallest(world, memory_of_a_rank(name, world)))
     problems = [item.problem for item in dataset.items]
     schedule = together(
         world,
         "schedule",
-        lambda: deal(problems, world.nodes, spec.group_size, rates=RATES[name], rank_bytes=memory),
+        lambda: make_schedule(problems, world.nodes, spec.group_size, costs),
         lambda schedule: {"group sizes": schedule.signature},
     )
 
@@ -90,7 +107,7 @@ def open_attention(spec: JobSpec, world: World) -> Job:
     groups = together(world, "backend", lambda: open_groups(world, schedule, open_one))
     for group in groups:
         if group.complete:
-            items = [dataset.items[item] for item in schedule.phases[group.round].items]
+            items = [dataset.items[item] for item in schedule.queues[group.queue].items]
             plan_attention(spec, group, items)
     return Job(spec, world, Attention(spec, dataset), dataset, dataset.items, schedule, groups)
 

@@ -1,4 +1,4 @@
-"""A rank's way through a job: its groups' items round by round, what is shown, what is written."""
+"""A rank's way through a job: its groups' items queue by queue, what is shown, what is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LOOK = 1.0  # seconds between two looks at what other groups have done
 
 
 def run_items(job: Job) -> None:
-    """Collective. Compute what is to be done, round by round of the schedule.
+    """Collective. Compute what is to be done, queue by queue of the schedule.
 
     Groups don't wait for each other before the last item is done. What goes wrong in one of them
     lets the others finish what they have in hand, and is then raised on all ranks.
@@ -39,9 +39,9 @@ def run_items(job: Job) -> None:
 
 def run_groups(job: Job, batch: Batch) -> None:
     """Collective. Do the items in groups; see `run_items`."""
-    world, rounds = job.world, len(job.groups)
+    world, queues = job.world, len(job.groups)
     error: MdattnError | None = None
-    with SharedCounter(world.comm, rounds, meanwhile=batch.look_around) as counter:
+    with SharedCounter(world.comm, queues, meanwhile=batch.look_around) as counter:
         for group in job.groups:
             if job.stopped or error:
                 break
@@ -55,7 +55,7 @@ def run_groups(job: Job, batch: Batch) -> None:
                 error = failure
         if job.stopped or error:
             counter.close()
-        world.board.join(0, counted=(rounds + 1) << 32)
+        world.board.join(0, counted=(queues + 1) << 32)
         world.board.enter("groups", deadline=batch.deadlines.of("groups"))
     world.agree(Step(-1, "groups", 0), error=error)
 
@@ -82,7 +82,7 @@ class Batch:
         self.last = self.looked = perf_counter()
 
     def work(self, group: JobGroup, counter: SharedCounter | None) -> None:
-        """Collective in the group. Do items of the group's round until none is left."""
+        """Collective in the group. Do items of the group's queue until none is left."""
         job, board = self.job, self.job.world.board
         loop = Loop(
             group.group,
@@ -148,9 +148,14 @@ def files_of(job: Job, output: Output) -> Files:
     def write(enqueued: Enqueued) -> Written:
         task = enqueued.task
         # An executor may give more than the job writes, such as an LSE that wasn't asked for.
-        found = zip(task.writes, enqueued.download.wait(), strict=False)
-        arrays = {shard.tensor.name: array for shard, array in found if shard.here}
-        checksum = output.write(task.item, task.writes[0].spans, arrays)
+        arrays = enqueued.download.wait()[: len(task.writes)]
+        job.kind.check_outputs(task, arrays)
+        named = {
+            shard.tensor.name: array
+            for shard, array in zip(task.writes, arrays, strict=True)
+            if shard.here
+        }
+        checksum = output.write(task.item, task.writes[0].spans, named)
         output.sync()
         return Written(task, checksum)
 

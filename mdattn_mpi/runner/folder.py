@@ -151,12 +151,13 @@ def provenance(executor: Executor) -> dict[str, str]:
         "device": ", ".join(f"{name} {value}" for name, value in executor.describe().items()),
         "versions": ", ".join(
             [f"python {platform.python_version()}"]
-            + [f"{package} {_version(package)}" for package in PACKAGES]
+            + [f"{package} {package_version(package)}" for package in PACKAGES]
         ),
     }
 
 
-def _version(package: str) -> str:
+def package_version(package: str) -> str:
+    """Version of an installed package, or that it isn't."""
     try:
         return version(package)
     except PackageNotFoundError:

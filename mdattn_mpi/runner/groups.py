@@ -1,4 +1,4 @@
-"""This rank's groups: one for each round of the schedule, with its executor and its plans."""
+"""This rank's groups: one for each queue of the schedule, with its executor and its plans."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Board, Group, World, together
 from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.problem import AnyPlan, digest_of
-from mdattn_mpi.runner.dealing import Schedule
+from mdattn_mpi.runner.schedule import Schedule
 
 NO_ITEM = -1
 USABLE = 0.8  # of a GPU's memory; of the host's, half: the files' pages want some too
@@ -22,30 +22,30 @@ USABLE = 0.8  # of a GPU's memory; of the host's, half: the files' pages want so
 
 @dataclass
 class JobGroup:
-    """The ranks that do one round's items together with this rank."""
+    """The ranks that do one queue's items together with this rank."""
 
-    round: int
+    queue: int
     group: Group
     executor: Executor
-    complete: bool  # the world's last ranks may be too few; they sit the round out
+    complete: bool  # the world's last ranks may be too few; they leave the queue out
     name: int  # by which the board tells groups apart
     plans: dict[str, AnyPlan] = field(default_factory=dict)
 
     def join(self, board: Board) -> None:
         """Say that this rank works in this group now; all its ranks count from the same number."""
-        board.join(self.name, counted=(self.round + 1) << 32)
+        board.join(self.name, counted=(self.queue + 1) << 32)
 
     def take(
         self, schedule: Schedule, counter: SharedCounter | None, enter: Callable[[], None]
     ) -> Iterator[int]:
-        """Collective in the group. Take items of this round until there are none.
+        """Collective in the group. Take items of this queue until there are none.
 
         `enter` is called before each wait.
         """
         if counter is None:
-            yield from schedule.phases[self.round].items
+            yield from schedule.queues[self.queue].items
             return
-        items = schedule.items(self.round, counter.take)
+        items = schedule.items(self.queue, counter.take)
         while True:
             enter()
             mine = next(items, NO_ITEM) if self.group.rank == 0 else NO_ITEM
@@ -86,14 +86,14 @@ class JobGroup:
 def open_groups(
     world: World, schedule: Schedule, open_one: Callable[[Group], Executor]
 ) -> list[JobGroup]:
-    """Collective. Make the groups of all rounds and open their executors."""
+    """Collective. Make the groups of all queues and open their executors."""
     groups = []
-    for number, phase in enumerate(schedule.phases):
+    for number, queue in enumerate(schedule.queues):
         place = schedule.place(world.rank)
-        index = place // phase.size
-        alone = phase.size == world.size and schedule.order == tuple(range(world.size))
+        index = place // queue.size
+        alone = queue.size == world.size and schedule.order == tuple(range(world.size))
         group = world if alone else world.split(index, place)
-        complete = schedule.group(phase.size, world.rank) is not None
+        complete = schedule.group(queue.size, world.rank) is not None
         name = number << 20 | index
         groups.append(JobGroup(number, group, open_one(group), complete, name))
     return groups

@@ -11,10 +11,10 @@ from mdattn_mpi.dataset import AnyItem, Output
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.lockstep import World
 from mdattn_mpi.problem import AnyPlan
-from mdattn_mpi.runner.dealing import Schedule
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.progress import wrapped
+from mdattn_mpi.runner.schedule import Schedule
 from mdattn_mpi.runner.work import Data, Kind
 
 
@@ -28,7 +28,7 @@ class Job:
     dataset: Data
     items: Sequence[AnyItem]
     schedule: Schedule
-    groups: list[JobGroup]  # one a round of the schedule
+    groups: list[JobGroup]  # one a queue of the schedule
     output: Output | None = None
     todo: list[AnyItem] = field(default_factory=list)
     failed: list[ItemError] = field(default_factory=list)

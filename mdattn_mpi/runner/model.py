@@ -8,20 +8,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import numpy as np
-
 from mdattn_mpi.backends import HostArray
-from mdattn_mpi.dataset import NUMPY, AnyItem, ModelItem
+from mdattn_mpi.dataset import AnyItem, ModelItem
 from mdattn_mpi.dataset.tensors import TensorFile, tensor_names
 from mdattn_mpi.errors import ItemError, RejectedError
+from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.partition import equal_shards
 from mdattn_mpi.problem import AnyPlan, ModelPlan, ModelProblem, TensorSpec
-from mdattn_mpi.runner.dealing import Phase, Schedule, deal
 from mdattn_mpi.runner.finite import first_nonfinite
 from mdattn_mpi.runner.groups import JobGroup, open_groups
 from mdattn_mpi.runner.job import Job
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.schedule import Queue, Schedule, make_schedule
 from mdattn_mpi.runner.work import Shard, Task
 from mdattn_mpi.trt.bindings import Binding, check_bindings, parse_bindings
 from mdattn_mpi.trt.model import Model
@@ -76,17 +75,28 @@ class ModelWork:
 
     def check(self, task: Task, shards: Sequence[HostArray]) -> None:
         """Refuse NaN and infinity, unless they were asked for."""
+        self._check(task.item, task.reads, shards, "mend the input")
+
+    def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:
+        """Do the same with what came out."""
+        self._check(task.item, task.writes, arrays, "export the model in a wider dtype")
+
+    def _check(
+        self, item: AnyItem, shards: Sequence[Shard], arrays: Sequence[HostArray], fix: str
+    ) -> None:
         if self.spec.nonfinite == "pass":
             return
-        for shard, array in zip(task.reads, shards, strict=True):
-            if _is_finite(array):
-                continue
-            raise ItemError(
-                f"{shard.tensor.name} holds NaN or infinity within {_spans(shard)}",
-                fix="mend the input, or take it as it is with --nonfinite pass",
-                file=self.spec.data,
-                item=task.item.name,
-            )
+        for shard, array in zip(shards, arrays, strict=True):
+            at = first_nonfinite(array)
+            if at is not None:
+                (span,) = shard.spans
+                raise ItemError(
+                    f"{shard.tensor.name} holds {array.reshape(-1)[at]} within tokens "
+                    f"{span.start} to {span.stop}",
+                    fix=f"{fix}, or take it as it is with --nonfinite pass",
+                    file=self.spec.data,
+                    item=item.name,
+                )
 
     def options(self) -> dict[str, str]:
         """Items, engine, and what is bound to what."""
@@ -100,17 +110,6 @@ class ModelWork:
 
 def _sized(tensor: TensorSpec, tokens: int) -> TensorSpec:
     return replace(tensor, shape=tensor.with_tokens(tokens))
-
-
-def _is_finite(array: HostArray) -> bool:
-    if array.dtype in NUMPY.values():
-        return array.size == 0 or first_nonfinite(array) is None
-    return array.dtype.kind != "f" or bool(np.isfinite(array).all())
-
-
-def _spans(shard: Shard) -> str:
-    (span,) = shard.spans
-    return f"tokens {span.start} to {span.stop}"
 
 
 def open_model(spec: JobSpec, world: World) -> Job:
@@ -152,9 +151,9 @@ def _check_options(spec: JobSpec) -> None:
 
 def _one_size(spec: JobSpec, world: World) -> Schedule:
     """Cut the world into groups of the size that was asked for; which items, is said later."""
-    schedule = deal((), world.nodes, spec.group_size)
+    schedule = make_schedule((), world.nodes, spec.group_size, typical_costs(Model.name))
     size = world.size if spec.group_size == "all" else int(spec.group_size)
-    return replace(schedule, phases=(Phase(size, ()),))
+    return replace(schedule, queues=(Queue(size, ()),))
 
 
 def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) -> Job:
@@ -174,9 +173,9 @@ def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) ->
         ModelItem(name, index, work.problem(tokens))
         for index, (name, tokens) in enumerate(dataset.tokens.items())
     )
-    size = cut.phases[0].size
+    size = cut.queues[0].size
     longest_first = sorted(range(len(items)), key=lambda number: -items[number].problem.tokens)
-    schedule = replace(cut, phases=(Phase(size, tuple(longest_first)),), sizes=(size,) * len(items))
+    schedule = replace(cut, queues=(Queue(size, tuple(longest_first)),), sizes=(size,) * len(items))
     group.plan(items, model.plan, spec.data)
     return Job(spec, world, work, dataset, items, schedule, groups)
 

@@ -129,6 +129,17 @@ class Kind(Protocol):
         """
         ...
 
+    def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:
+        """Look at what was computed, before it is written.
+
+        Raises
+        ------
+        ItemError
+            It may not be written; the other items can.
+
+        """
+        ...
+
     def options(self) -> Mapping[str, str]:
         """What decides the bytes of the output, by name: a job is resumed with the same."""
         ...

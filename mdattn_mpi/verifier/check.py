@@ -1,4 +1,4 @@
-"""One output against its dataset: every item that is done, row by row and shard by shard."""
+"""One output against its dataset: every item that is done, number by number, and row by row."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from mdattn_mpi.dataset import Dataset, Entry, Item, ModelItem, Output, open_dat
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.problem import Span
 from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_rows, judge
+from mdattn_mpi.verifier.survey import Survey, survey
 from mdattn_mpi.verifier.tolerance import rounding_of
 
-Verdict = Literal["right", "wrong", "unfinished"]
+Verdict = Literal["right", "wrong", "not judged", "unfinished"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Finding:
     item: Item
     entry: Entry
     judgement: Judgement | None = None  # None when it isn't done
-    bad_shards: tuple[int, ...] = ()  # ranks whose bytes don't match the ledger's checksum
+    survey: Survey | None = None  # likewise
     fault: str = ""  # why it can't be read
 
     @property
@@ -35,9 +36,17 @@ class Finding:
         """What it comes to."""
         if self.fault:
             return "wrong"
-        if self.judgement is None:
+        if self.judgement is None or self.survey is None:
             return "unfinished"
-        return "right" if self.judgement.right and not self.bad_shards else "wrong"
+        if self.bad_shards or self.survey.impossible or not self.judgement.right:
+            return "wrong"
+        return "right" if self.judgement.judged else "not judged"
+
+    @property
+    def bad_shards(self) -> tuple[int, ...]:
+        """Ranks whose bytes don't match the ledger's checksum."""
+        found = self.survey.crc32s if self.survey else ()
+        return tuple(rank for rank, crc32 in enumerate(found) if crc32 != self.entry.crc32s[rank])
 
     def owner(self, row: int) -> int:
         """The rank that wrote a query row."""
@@ -46,13 +55,22 @@ class Finding:
 
     def complaints(self) -> Iterator[str]:
         """Say what is wrong, one sentence each."""
-        found = self.judgement
-        if found is None:
+        found, survey = self.judgement, self.survey
+        if found is None or survey is None:
             failed = f"failed: {self.entry.reason}" if self.entry.reason else ""
             yield self.fault or failed or "has not been computed"
             return
         for rank in self.bad_shards:
             yield f"the shard of rank {rank} has other bytes than that rank wrote"
+        for impossible, what in (
+            (survey.outputs, "beyond the values that it sees"),
+            (survey.lses, "no log-sum-exp of what it sees"),
+        ):
+            if impossible.first:
+                yield (
+                    f"{self._place(impossible.first)}: not finite, or {what}; rows × heads "
+                    f"of this kind: {impossible.count}"
+                )
         if found.used > 1 and found.worst:
             yield (
                 f"{self._place(found.worst)}: error {found.error:.2g}, {found.used:.3g} times "
@@ -64,7 +82,10 @@ class Finding:
                 f"{found.lse_used:.3g} times what is allowed"
             )
         if found.not_judged:
-            yield f"{found.not_judged} rows × heads not judged: their input is not finite"
+            yield (
+                f"{found.not_judged} of {found.compared} rows × heads not judged: their input is "
+                "not finite"
+            )
 
     def _place(self, place: Place) -> str:
         return f"row {place.row} of head {place.head} (rank {self.owner(place.row)})"
@@ -79,7 +100,7 @@ class Finding:
             "verdict": self.verdict,
             "complaints": list(self.complaints()),
         }
-        if found is not None:
+        if found is not None and self.survey is not None:
             facts |= {
                 "strategy": self.entry.strategy,
                 "ranks": self.entry.ranks,
@@ -90,6 +111,7 @@ class Finding:
                 "lse_used": _plain(found.lse_used),
                 "wrong": found.wrong,
                 "not_judged": found.not_judged,
+                "impossible": self.survey.impossible,
                 "bad_shards": list(self.bad_shards),
             }
         return facts
@@ -185,11 +207,11 @@ def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Ch
     )
     backend = choice.backend or str(output.attributes.get("backend", ""))
     try:
-        bad = output.damaged(item)
+        seen = survey(source, entry.shards)
         found = judge(source, _rows(item, entry, choice), rounding_of(backend))
     except (ItemError, OutputError) as error:
         return Finding(item, entry, fault=str(error))
-    return Finding(item, entry, found, bad)
+    return Finding(item, entry, found, seen)
 
 
 def _rows(item: Item, entry: Entry, choice: Choice) -> Array:

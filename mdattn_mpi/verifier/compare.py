@@ -49,6 +49,7 @@ class Judgement:
     """
 
     rows: int = 0
+    compared: int = 0  # rows × heads
     used: float = 0.0
     error: float = 0.0
     tolerance: float = 0.0
@@ -59,8 +60,13 @@ class Judgement:
     wrong: int = 0  # rows × heads out of tolerance
 
     @property
+    def judged(self) -> bool:
+        """Whether anything could be judged."""
+        return self.not_judged < self.compared
+
+    @property
     def right(self) -> bool:
-        """Whether everything is within its tolerance."""
+        """Whether everything that could be judged is within its tolerance."""
         return not self.wrong
 
 
@@ -79,7 +85,7 @@ def judge(source: Source, rows: Array, rounding: Rounding) -> Judgement:
     problem = source.problem
     row_bytes = 8 * problem.q_heads * max(problem.head_dim, problem.v_head_dim)
     step = max(1, PASS_BYTES // row_bytes)
-    found = Judgement(rows=len(rows), lse_used=0.0 if source.lse else None)
+    found = Judgement(len(rows), len(rows) * problem.q_heads, lse_used=0.0 if source.lse else None)
     for start in range(0, len(rows), step):
         some = rows[start : start + step]
         spans = tuple(runs(some))
@@ -114,7 +120,7 @@ def _add(
         found.worst = Place(int(rows[place[0]]), int(place[1]))
         found.error, found.tolerance = (float(array[place]) for array in stricter)
     if lse is not None:
-        lse_used = np.where(truth.finite, lse_excess(problem, truth, lse), 0.0)
+        lse_used = np.where(truth.finite, lse_excess(problem, truth, lse, rounding), 0.0)
         wrong |= lse_used > 1
         place = np.unravel_index(lse_used.argmax(), lse_used.shape)
         if found.lse_worst is None or lse_used[place] > (found.lse_used or 0.0):
@@ -150,12 +156,14 @@ def excess(measures: Sequence[Measure]) -> Doubles:
     return used
 
 
-def lse_excess(problem: AttentionProblem, truth: Reference, lse: Array) -> Doubles:
+def lse_excess(
+    problem: AttentionProblem, truth: Reference, lse: Array, rounding: Rounding
+) -> Doubles:
     """Return error / tolerance of every log-sum-exp, ``[R, Nq]``; −∞ must be met exactly."""
     with np.errstate(invalid="ignore"):
         error = np.abs(lse.astype(np.float64) - truth.lse)
     error[np.isneginf(lse) & np.isneginf(truth.lse)] = 0
-    return _ratio(error, lse_tolerance(problem, truth))
+    return _ratio(error, lse_tolerance(problem, truth, rounding))
 
 
 def _ratio(error: Doubles, allowed: Doubles) -> Doubles:

@@ -11,7 +11,8 @@ evenly spread, so its variance is at most u²/3 of the square. Independent error
 3. cuDNN gives 16-bit partial results, which ring and allgather merge; a
    partial result is a difference of two partial sums.                     u²/3 · peak²
 4. A score is a float32 sum of H products; no partial sum of these is
-   above ‖q‖·‖k‖·scale. Its error, √H·e times that, is a relative one of p.   H·e²·bound² · spread²
+   above ‖q‖·‖k‖·scale. Its error, √H·e times that, is a relative one of p;
+   one above 1 has no meaning. A CPU goes over to float64 beyond 2¹⁰.         H·e²·bound² · spread²
 5. Σ p and Σ p v are float32 sums of S terms.                              S·e² · (peak² + spread²)
 6. float16 is subnormal below 2⁻¹⁴.                                        2⁻⁵⁰/3
 
@@ -44,6 +45,7 @@ LSE: Final = 8.0
 UNIT: Final = {"bfloat16": 2.0**-8, "float16": 2.0**-11}
 SUBNORMAL: Final = {"bfloat16": 2.0**-134, "float16": 2.0**-25}
 UNIT_32: Final = 2.0**-24
+UNIT_64: Final = 2.0**-53
 
 
 @dataclass(frozen=True)
@@ -52,9 +54,10 @@ class Rounding:
 
     weights: bool
     partials: bool
+    score_bound: float = np.inf  # above it, scores are computed in float64
 
 
-HOST = Rounding(weights=False, partials=False)
+HOST = Rounding(weights=False, partials=False, score_bound=2.0**10)
 TENSOR_CORES = Rounding(weights=True, partials=True)
 
 
@@ -72,11 +75,20 @@ def deviation(problem: AttentionProblem, found: Reference, rounding: Rounding) -
         variance += once * spread
     if rounding.partials:
         variance += once * peak
-    variance += problem.head_dim * (UNIT_32 * found.score_bound[..., None]) ** 2 * spread
+    error = score_error(problem, found, rounding)[..., None]
+    variance += np.minimum(error, 1) ** 2 * spread
     variance += problem.kv_tokens * UNIT_32**2 * (peak + spread)
     variance[np.isneginf(found.lse)] = 0  # a row that sees no key is exactly 0
     sigma: Doubles = np.sqrt(variance)
     return sigma
+
+
+def score_error(problem: AttentionProblem, found: Reference, rounding: Rounding) -> Doubles:
+    """Return the error that a row's scores may have: ``[R, Nq]``."""
+    bound = found.score_bound
+    unit = np.where(bound > rounding.score_bound, UNIT_64, UNIT_32)
+    error: Doubles = np.sqrt(problem.head_dim) * unit * bound
+    return error
 
 
 def rms_limit(v_head_dim: int) -> float:
@@ -84,9 +96,9 @@ def rms_limit(v_head_dim: int) -> float:
     return 1.6 * (1 + 2 / float(np.sqrt(v_head_dim)))
 
 
-def lse_tolerance(problem: AttentionProblem, found: Reference) -> Doubles:
+def lse_tolerance(problem: AttentionProblem, found: Reference, rounding: Rounding) -> Doubles:
     """Return the largest allowed error of every log-sum-exp: ``[R, Nq]``."""
     size = np.where(np.isfinite(found.lse), np.abs(found.lse), 0.0)
-    sums = np.sqrt(problem.head_dim) * found.score_bound + np.sqrt(problem.kv_tokens)
-    allowed: Doubles = LSE * UNIT_32 * (sums + size)
+    sums = UNIT_32 * (np.sqrt(problem.kv_tokens) + size)
+    allowed: Doubles = LSE * (score_error(problem, found, rounding) + sums)
     return allowed

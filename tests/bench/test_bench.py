@@ -2,56 +2,74 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
 import sys
-from argparse import Namespace
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from mdattn_mpi.bench.attention import Contest, Result, causal_cost, measure, problems
+from mdattn_mpi.bench.attention_cpu import Result, causal_cost
+from mdattn_mpi.bench.measure import alternate
+from mdattn_mpi.bench.options import add_shapes, one_problem, problems
 from mdattn_mpi.cli import main
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
 from tests.support.mpirun import mpirun
 
-PROBLEM = AttentionProblem(64, 64, 1, 1, 8, 8)
 
-
-def test_sides_alternate_the_first_round_does_not_count_and_medians_do() -> None:
+def test_sides_alternate_the_first_round_does_not_count_and_medians_do(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     calls: list[str] = []
+    now = 0.0
+    monkeypatch.setattr("mdattn_mpi.bench.measure.perf_counter", lambda: now)
 
-    def side(name: str, seconds: list[float]) -> Any:
-        def run() -> float:
+    def side(name: str, seconds: list[float]) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
             calls.append(name)
-            return seconds[calls.count(name) - 1]
+            now += seconds[calls.count(name) - 1]
 
         return run
 
-    contest = Contest(side("ours", [9, 1, 2, 30]), side("theirs", [9, 5, 7, 6]))
-    result = measure(contest, PROBLEM, 3)
-    assert calls == ["ours", "theirs"] * 4
-    assert (result.ours, result.theirs, result.ratio) == (2, 6, 3)
+    def before() -> None:
+        nonlocal now
+        now += 100.0
+
+    kinds = {"ours": side("ours", [9, 1, 2, 30]), "theirs": side("theirs", [9, 5, 7, 6])}
+    assert alternate(kinds, 3, before=before) == {"ours": 2, "theirs": 6}
+    assert calls == ["ours", "theirs", "theirs", "ours"] * 2
     with pytest.raises(RejectedError, match="0 rounds"):
-        measure(contest, PROBLEM, 0)
+        alternate(kinds, 0)
+
+
+def parse(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_shapes(parser, lengths=(64, 32), q_heads=4, kv_heads=2, head_dims=(8,), causal="both")
+    return parser.parse_args(argv)
 
 
 def test_all_combinations_and_what_causal_costs() -> None:
-    arguments = Namespace(
-        lengths=(64, 32), head_dim=(8,), dtype="both", causal="both", q_heads=4, kv_heads=2
-    )
-    found = list(problems(arguments))
+    found = list(problems(parse("--dtype", "both")))
     assert len(set(found)) == 8
     assert {problem.causal for problem in found} == {"none", "upper_left"}
     results = [
-        Result(problem, problem.q_tokens * (1 if problem.causal == "none" else 0.5), 1.0)
+        Result(problem, problem.q_tokens * (1 if problem.causal == "none" else 0.5), 1.0, 1.0)
         for problem in found
     ]
     assert list(causal_cost(results).values()) == [0.5] * 4
+
+
+def test_a_benchmark_of_one_shape_takes_one() -> None:
+    only = one_problem(parse("--length", "48", "--head-dim", "16", "--causal", "--dtype", "fp16"))
+    assert only == AttentionProblem(48, 48, 4, 2, 16, 16, "float16", "upper_left")
+    with pytest.raises(RejectedError, match="4 shapes"):
+        one_problem(parse())
 
 
 def test_without_pytorch_the_message_says_how_to_get_it() -> None:
@@ -74,7 +92,7 @@ def test_attention_against_pytorch(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "attention", "--lengths", "96", "--rounds", "1", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["results"]) == 8
-    assert all(result["ratio"] > 0 for result in report["results"])
+    assert all(result["ratio"] > 0 < result["exp_gain"] for result in report["results"])
     assert report["facts"]["threads"]
 
 

@@ -15,7 +15,9 @@ import pytest
 from mdattn_mpi.cli import main
 from mdattn_mpi.dataset import open_output
 from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.verifier.value_range import ValueRange
 from tests.support.finished import finished
+from tests.support.group import take
 
 PROBLEMS = {
     "plain": AttentionProblem(300, 300, 4, 2, 32, 32),
@@ -106,6 +108,95 @@ def test_what_is_not_finite_is_wrong(files, capsys, value):
     assert items["plain"]["verdict"] == "wrong"
     assert items["plain"]["used"] is None
     assert items["causal"]["verdict"] == "right"
+
+
+def seen_by(files, capsys, *options):
+    """The verdict on `causal`."""
+    verify(files, "--items", "causal", "--json", *options)
+    return json.loads(capsys.readouterr().out)["items"][0]["verdict"]
+
+
+def change(files, change):
+    """Let `change` have the output of `causal`, and write it back with checksums that fit."""
+    with open_output(files.output, writable=True) as output:
+        item = output.item("causal")
+        entry, array, lse = (
+            output.ledger.entry(item),
+            output.read(item, "output"),
+            output.read(item, "lse"),
+        )
+        change(array)
+        crc32s = [
+            output.write(item, spans, {"output": take(array, spans), "lse": take(lse, spans)})
+            for spans in entry.shards
+        ]
+        output.ledger.commit(item, crc32s, entry.strategy, entry.shards)
+
+
+def beyond_its_values(array):
+    array[101, 2, 5] = 20
+
+
+def nan(array):
+    array[101, 2, 5] = np.nan
+
+
+def another_heads(array):
+    array[20, 2] = array[20, 3]
+
+
+ELSEWHERE = ("--rows", "0")  # neither row 20 nor row 101 is at a border
+
+
+@pytest.mark.parametrize("corruption", [beyond_its_values, nan, another_heads])
+def test_what_no_row_can_hold_is_seen_without_comparing_it(files, capsys, monkeypatch, corruption):
+    change(files, corruption)
+    assert seen_by(files, capsys, *ELSEWHERE) == "wrong"
+    assert verify(files, *ELSEWHERE) == 1
+    shown = capsys.readouterr().out
+    assert "not finite, or beyond the values that it sees" in shown
+    assert max(map(len, shown.splitlines()[:-1])) <= 80
+    # Nothing else sees it there.
+    monkeypatch.setattr(ValueRange, "outside", lambda self, rows, output: np.zeros((1, 1), bool))
+    assert seen_by(files, capsys, *ELSEWHERE) == "right"
+
+
+def test_what_a_row_could_hold_is_seen_by_all_only(files, capsys):
+    def its_mean_with_the_row_before(array):
+        array[101] = array[100:102].astype(float).mean(axis=0)
+
+    change(files, its_mean_with_the_row_before)
+    assert seen_by(files, capsys, *ELSEWHERE) == "right"
+    assert seen_by(files, capsys, "--all") == "wrong"
+
+
+def poison(files, name, tensor, index):
+    """Put a NaN into the dataset, and where it leads to into the output."""
+    with h5py.File(files.data, "r+") as file:
+        data = file[f"items/{name}/{tensor}"]
+        data[index] = 0x7FC0 if data.dtype == np.uint16 else np.nan
+
+
+@pytest.mark.parametrize("output", ["nan", "as if it were not there"])
+def test_an_item_that_cannot_be_judged_is_not_right(files, capsys, output):
+    for head in range(2):
+        poison(files, "plain", "key", (0, head, 3))
+    if output == "nan":
+        overwrite(files, "plain", [Span(0, 300)], np.nan, committed=True)
+    assert verify(files, "--other-data") == 1
+    shown = capsys.readouterr()
+    assert " not judged\n" in shown.out
+    assert "3 items, 2 right, 1 not judged" in shown.out
+    assert "nan" not in shown.out
+    assert "1 of 3 items could not be judged" in shown.err
+    assert verify(files, "--other-data", "--json") == 1
+    assert json.loads(capsys.readouterr().out)["not_judged"] == 1
+
+
+def test_rows_that_cannot_be_judged_are_counted(files, capsys):
+    poison(files, "causal", "query", (256, 1, 3))
+    assert verify(files, "--other-data", "--rows", "0") == 0
+    assert "1 of 48 rows × heads not judged" in capsys.readouterr().out
 
 
 def test_unfinished_items_are_named_and_may_be_let_pass(files, capsys):

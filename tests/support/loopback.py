@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from mdattn_mpi.devices.cpu.blocked_attention import Partial
 from mdattn_mpi.devices.cpu.host import Array, HostDevice
+from mdattn_mpi.devices.cpu.partial import Partial
 from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.problem import Span
 

@@ -22,10 +22,11 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "problem": set(),
     "partition": set(),
+    "estimate": {"partition"},
     "lockstep": set(),
     "dataset": set(),
-    "devices": {"lockstep", "partition"},
-    "strategies": {"devices.protocol", "partition"},
+    "devices": {"estimate", "lockstep", "partition"},
+    "strategies": {"devices.protocol", "estimate", "partition"},
     "trt": {
         "onnx",
         "partition",
@@ -38,7 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
-    "runner": {"partition", "devices", "dataset", "lockstep", "backends", "trt"},
+    "runner": {"estimate", "partition", "devices", "dataset", "lockstep", "backends", "trt"},
     "doctor": {"devices", "lockstep"},
     "cli": {
         "doctor",
@@ -54,8 +55,8 @@ ROOMS: dict[str, set[str]] = {
         "bench",
     },
     "bench": {
-        "cli",
         "partition",
+        "estimate",
         "devices",
         "dataset",
         "lockstep",
@@ -160,7 +161,7 @@ def test_the_rules_hold() -> None:
     assert violations(all_imports()) == []
 
 
-@pytest.mark.parametrize("room", ["errors", "problem", "partition", "strategies"])
+@pytest.mark.parametrize("room", ["errors", "problem", "partition", "estimate", "strategies"])
 def test_what_is_arithmetic_needs_the_standard_library_alone(room: str) -> None:
     for found in all_imports():
         if within(found.module, {room}):

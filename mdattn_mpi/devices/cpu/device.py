@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdattn_mpi.devices.cpu.host import Array, HostDevice, libraries, processor
-from mdattn_mpi.devices.protocol import Costs, Message
+from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.estimate import Costs, cpu_costs
 from mdattn_mpi.lockstep import board
 
 if TYPE_CHECKING:
@@ -17,13 +18,6 @@ if TYPE_CHECKING:
 
 PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
 TAG = 7
-
-# Rough figures of one server core and of shared memory; only their ratios choose a strategy.
-FLOPS_PER_THREAD = 6e10
-BANDWIDTH = 4e9
-LATENCY = 20e-6
-MERGE = 4e9
-CALL = 50e-6
 
 
 @dataclass(eq=False)
@@ -88,8 +82,8 @@ class CpuDevice(HostDevice):
             transfer.poll()
 
     def costs(self) -> Costs:
-        """Rough figures; see the constants of this module."""
-        return Costs(FLOPS_PER_THREAD, BANDWIDTH, LATENCY, MERGE, CALL)
+        """Rough figures of a core, however many the rank has: alike on all ranks."""
+        return cpu_costs()
 
     def describe(self) -> Mapping[str, str]:
         """The processor, the threads of a rank, and what multiplies matrices."""

@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention, Partial
-from mdattn_mpi.devices.cpu.exponential import fastest_exp
+from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention
+from mdattn_mpi.devices.cpu.exponential import Exponential, fastest_exp
+from mdattn_mpi.devices.cpu.partial import Partial
 from mdattn_mpi.problem import AttentionProblem, Span
 
 Array = NDArray[Any]
@@ -39,6 +40,8 @@ class HostDevice:
         This rank's number in the group, and the group's size.
     threads
         Threads that compute, the caller's own among them.
+    exp
+        What computes exp; None means the fastest that is installed.
 
     Attributes
     ----------
@@ -48,10 +51,12 @@ class HostDevice:
 
     """
 
-    def __init__(self, rank: int, ranks: int, threads: int = 1) -> None:
+    def __init__(
+        self, rank: int, ranks: int, threads: int = 1, exp: Exponential | None = None
+    ) -> None:
         self._rank = rank
         self._ranks = ranks
-        self._attention = BlockedAttention(threads, self.poll)
+        self._attention = BlockedAttention(threads, self.poll, exp)
         self.seconds = {"compute": 0.0, "exchange": 0.0, "merge": 0.0}
         _BlasLimit.acquire()
         self._open = True

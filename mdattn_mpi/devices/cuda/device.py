@@ -32,7 +32,8 @@ from mdattn_mpi.devices.cuda.memory import (
     pending,
 )
 from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
-from mdattn_mpi.devices.protocol import Costs, Message
+from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.estimate import Costs, gpu_costs, head_start
 from mdattn_mpi.problem import AttentionProblem, Span
 
 LANES = 4
@@ -541,36 +542,14 @@ class CudaDevice:
         self._sdpa.plan(sample_key(problem, q_tokens, max(q_tokens, kv_tokens)))
 
     def costs(self) -> Costs:
-        """Rough figures of this GPU, for choosing a strategy."""
-        flops = FLOPS_PER_MULTIPROCESSOR.get(self._gpu.sm[0], 2e12) * self._gpu.multiprocessors
-        everyone_near = len(self._near) == self._ranks - 1
-        return Costs(
-            flops=flops,
-            bandwidth=3.5e11 if everyone_near else 4e10,
-            latency=1.2e-5 if everyone_near else 3e-5,
-            merge=2e12,
-            call=1e-5,
-            memory=int(0.92 * self._limit),
-        )
+        """Rough figures of this GPU and its links."""
+        near = len(self._near) == self._ranks - 1
+        memory = int(0.92 * self._limit)
+        return gpu_costs(self._gpu.sm[0], self._gpu.multiprocessors, near=near, memory=memory)
 
     def head_start(self, problem: AttentionProblem) -> int:
-        """Query rows whose attention to the rank's own keys takes as long as gathering the others.
-
-        For an item that nothing else hides the transfer of; see `strategies.allgather`. None if it
-        is so short that the host would be late with the two calls more.
-        """
-        costs, ranks = self.costs(), self._ranks
-        if ranks == 1 or problem.flops / ranks / costs.flops < HEAD_START:
-            return 0
-        rows, keys = problem.q_tokens // ranks, problem.kv_tokens // ranks
-        gather = 2 * costs.latency + (ranks - 1) / ranks * problem.kv_bytes / costs.bandwidth
-        # cuDNN's kernel gives every multiprocessor a tile of rows of one head at a time. As many
-        # tiles as there are multiprocessors take as long as one: whole waves, or time is lost.
-        processors = int(self._gpu.multiprocessors)
-        a_tile = 2 * TILE * keys * (problem.head_dim + problem.v_head_dim)
-        wave = processors * a_tile / costs.flops
-        waves = max(1, round(gather / wave))
-        return min(waves * processors // problem.q_heads * TILE, rows)
+        """Query rows that may attend to the rank's own keys while the others are gathered."""
+        return head_start(problem, self._ranks, self.costs(), self._gpu.multiprocessors)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -601,13 +580,6 @@ class CudaDevice:
         self._open = False
         if self._nccl is not None:
             self._nccl.abort()
-
-
-# Attention as cuDNN does it, per multiprocessor: H200 measured, the others scaled from data sheets.
-FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
-TILE = 128  # query rows of one block of cuDNN's kernel
-# Seconds of attention a rank that make a head start worth it: 8k lost 0.1 ms by one, 16k won 0.06.
-HEAD_START = 5e-4
 
 
 class _Clock:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mdattn_mpi.bench.timeline import (
     Compute,
     Exchange,
-    Rates,
+    Timings,
     calls,
     host_seconds,
     simulate,
@@ -39,11 +39,11 @@ class PerPair(defaultdict):  # type: ignore[type-arg]
         return pairs * call.q_heads * 1e-10
 
 
-IDEAL = Rates(PerPair(), bandwidth=1e30, latency=0.0, memory=1e30)
+IDEAL = Timings(PerPair(), bandwidth=1e30, latency=0.0, memory=1e30)
 
 
-def seconds(plan: Plan, rates: Rates = IDEAL, items: int = 1) -> float:
-    return simulate(trace(plan, STRATEGIES[plan.strategy], items), rates)
+def seconds(plan: Plan, timings: Timings = IDEAL, items: int = 1) -> float:
+    return simulate(trace(plan, STRATEGIES[plan.strategy], items), timings)
 
 
 @pytest.mark.parametrize("strategy", NAMES)
@@ -62,10 +62,10 @@ def test_zigzag_divides_causal_work_too(strategy: StrategyName, ranks: int) -> N
 
 def test_a_slow_link_holds_the_ring_up_at_every_step() -> None:
     shard = 240 * 4 * (64 + 64) * 2
-    rates = Rates(PerPair(), bandwidth=shard / 1.0, latency=0.5, memory=1e30)
+    timings = Timings(PerPair(), bandwidth=shard / 1.0, latency=0.5, memory=1e30)
     step = 240 * 240 * 8 * 1e-10
     # K and V are two messages through one port; the last shard is computed after it has come.
-    assert seconds(plan_of("ring", 4), rates) == pytest.approx(3 * 1.5 + step, rel=1e-6)
+    assert seconds(plan_of("ring", 4), timings) == pytest.approx(3 * 1.5 + step, rel=1e-6)
 
 
 def test_a_batch_hides_gathering_behind_the_item_before() -> None:
@@ -73,16 +73,18 @@ def test_a_batch_hides_gathering_behind_the_item_before() -> None:
     compute = seconds(plan)
     shard = 240 * 4 * (64 + 64) * 2
     # Gathering takes 0.9 of the computing: only that of the first item is seen.
-    rates = Rates(PerPair(), bandwidth=3 * shard / (0.9 * compute), latency=0.0, memory=1e30)
-    assert seconds(plan, rates, 10) == pytest.approx(0.9 * compute + 10 * compute, rel=1e-6)
+    timings = Timings(PerPair(), bandwidth=3 * shard / (0.9 * compute), latency=0.0, memory=1e30)
+    assert seconds(plan, timings, 10) == pytest.approx(0.9 * compute + 10 * compute, rel=1e-6)
 
 
 def test_merging_is_paid_for_where_there_is_something_to_merge() -> None:
-    rates = replace(IDEAL, merge=1e6, launch=0.5)
+    timings = replace(IDEAL, merge=1e6, launch=0.5)
     row = 8 * 64 * 2 + 8 * 4
     merged = 0.5 + (480 * 2 + 480) * row / 1e6
-    assert seconds(plan_of("ring", 2), rates) - seconds(plan_of("ring", 2)) == pytest.approx(merged)
-    assert seconds(plan_of("ring", 1), rates) == pytest.approx(seconds(plan_of("ring", 1)))
+    assert seconds(plan_of("ring", 2), timings) - seconds(plan_of("ring", 2)) == pytest.approx(
+        merged
+    )
+    assert seconds(plan_of("ring", 1), timings) == pytest.approx(seconds(plan_of("ring", 1)))
 
 
 def test_a_call_begins_in_what_the_end_of_another_leaves_idle() -> None:
@@ -112,10 +114,10 @@ def test_the_host_asks_for_every_verb(
 ) -> None:
     # A ring passes on three times, to one neighbour and from the other; gathering goes to three
     # ranks and comes from them, and a rank keeps its own K and V.
-    rates = replace(IDEAL, host={"message": 2.0, "copy": 0.5, "attend": 30.0, "finish": 500.0})
+    timings = replace(IDEAL, host={"message": 2.0, "copy": 0.5, "attend": 30.0, "finish": 500.0})
     traces = trace(plan_of(strategy, 4), STRATEGIES[strategy])
     wanted = 2.0 * messages + 0.5 * kept + 30.0 * attends + 500.0
-    assert host_seconds(traces, rates) == wanted
+    assert host_seconds(traces, timings) == wanted
 
 
 @given(
@@ -130,12 +132,12 @@ def test_every_message_finds_its_place(
 ) -> None:
     plan = plan_of(strategy, ranks, causal, tokens)
     traces = trace(plan, STRATEGIES[strategy], items)
-    rates = Rates(PerPair(), bandwidth=1e9, latency=1e-6, memory=1e12)
+    timings = Timings(PerPair(), bandwidth=1e9, latency=1e-6, memory=1e12)
     busiest = max(
-        sum(rates.attend[verb.call] for verb in verbs if isinstance(verb, Compute) and verb.call)
+        sum(timings.attend[verb.call] for verb in verbs if isinstance(verb, Compute) and verb.call)
         for verbs in traces
     )
-    assert simulate(traces, rates) >= busiest
+    assert simulate(traces, timings) >= busiest
     assert all(call.q_rows <= tokens and call.kv_rows <= tokens for call in calls(traces))
 
 

@@ -213,6 +213,20 @@ def test_an_item_that_holds_nan_fails_alone(bad: int, case: Case, tmp_path: Path
     assert "--nonfinite pass" in str(case.told[0])
 
 
+def test_an_item_that_comes_out_as_nan_fails_alone(case: Case, tmp_path: Path) -> None:
+    def spoiled(problem: Any, *shards: Any) -> Arrays:
+        arrays = case.compute(problem, *shards)
+        if problem == case.items[1].problem:
+            arrays[0].reshape(-1)[3] = np.nan
+        return arrays
+
+    output = case.run(tmp_path, spoiled)
+    states = [output.ledger.state(item) for item in case.items]
+    assert states == ["failed" if n == 1 else "done" for n in range(len(LENGTHS))]
+    assert [error.item for error in case.told] == ["i1"]
+    assert "holds nan" in str(case.told[0])
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 9])
 def test_the_ranks_shards_of_a_model_make_the_whole(ranks: int, tmp_path: Path) -> None:
     """Also with fewer tokens than ranks; what has no token dim is the first rank's."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mdattn_mpi.bench import rates
-from mdattn_mpi.bench.rates import Stopwatch, attention, copying
+from mdattn_mpi.bench import stopwatch
+from mdattn_mpi.bench.stopwatch import Stopwatch, attention, copying
 from mdattn_mpi.bench.timeline import Call
 
 ASKING = 1e-4  # seconds of the host for a call of any kind
@@ -23,9 +23,9 @@ class Late:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.busy_until = self.worked = 0.0
-        monkeypatch.setattr(rates, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(rates, "pause", self.cool_down)
-        monkeypatch.setattr(rates, "_random", lambda device, shape: Array(shape))
+        monkeypatch.setattr(stopwatch, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(stopwatch, "pause", self.cool_down)
+        monkeypatch.setattr(stopwatch, "_random", lambda device, shape: Array(shape))
 
     def cool_down(self) -> None:
         self.now, self.worked = self.now + 0.2, 0.0
@@ -74,7 +74,7 @@ def call(tokens: int) -> Call:
 
 def test_a_short_call_is_timed_while_the_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Late(monkeypatch)
-    watch = Stopwatch(device, runs_ahead=True)
+    watch = Stopwatch(device)
     work = 8 * 1000**2 * PAIR  # 8 us: a twelfth of what asking takes
     assert watch.seconds(attention(device, call(1000))) == pytest.approx(SLOW * work, rel=1e-3)
     nbytes = 1 << 20
@@ -83,7 +83,7 @@ def test_a_short_call_is_timed_while_the_device_is_busy(monkeypatch: pytest.Monk
 
 def test_a_long_call_is_timed_when_the_clocks_have_fallen(monkeypatch: pytest.MonkeyPatch) -> None:
     device = Late(monkeypatch)
-    watch = Stopwatch(device, runs_ahead=True)
+    watch = Stopwatch(device)
     work = 8 * 40_000**2 * PAIR  # 13 ms
     found = watch.seconds(attention(device, call(40_000)))
     assert found == pytest.approx(SLOW * work, rel=0.02)
@@ -93,15 +93,8 @@ def test_what_the_host_takes_is_timed_where_the_device_has_nothing_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     device = Late(monkeypatch)
-    watch = Stopwatch(device, runs_ahead=True)
+    watch = Stopwatch(device)
     assert watch.asking_seconds(attention(device, call(8))) == pytest.approx(ASKING, rel=1e-3)
     assert watch.asking_seconds(attention(device, call(8), 2)) == pytest.approx(
         2 * ASKING, rel=0.01
     )
-
-
-def test_a_device_that_does_what_it_is_asked_needs_no_lead(monkeypatch: pytest.MonkeyPatch) -> None:
-    device = Late(monkeypatch)
-    watch = Stopwatch(device, runs_ahead=False)
-    monkeypatch.setattr(rates, "pause", lambda: pytest.fail("a processor needs no pause"))
-    assert watch.seconds(attention(device, call(40_000))) == pytest.approx(SLOW * 0.0128, rel=0.05)

@@ -1,18 +1,27 @@
-"""Dealing items to groups: complete, nested, balanced, and the same whoever is faster."""
+"""Scheduling items on groups: complete, nested, balanced, and the same whoever is faster."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.estimate import Costs, item_seconds, least_memory, typical_costs
 from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.runner.dealing import RATES, Rates, Schedule, deal, ladder, simulate
+from mdattn_mpi.runner import schedule as scheduling
+from mdattn_mpi.runner.schedule import (
+    Schedule,
+    expected_seconds,
+    finish_times,
+    ladder,
+    make_schedule,
+)
 
-GPU = RATES["cuda"]
+GPU = typical_costs("cuda")
 
 
 def problem(tokens: int, heads: int = 8) -> AttentionProblem:
@@ -36,7 +45,8 @@ def lateness(
     """End of the last rank against the mean over ranks."""
     draw = random.Random(seed)
     luck = [draw.uniform(1 - noise, 1 + noise) for _ in problems]
-    ends = simulate(schedule, lambda item, size: luck[item] * GPU.seconds(problems[item], size))
+    expected = expected_seconds(problems, len(schedule.order), GPU)
+    ends = finish_times(schedule, lambda item, size: luck[item] * expected(item, size))
     return max(ends) / (sum(ends) / len(ends))
 
 
@@ -45,9 +55,10 @@ def lateness(
 def test_groups_of_one_size_end_together(groups: int, size: int) -> None:
     for seed in range(3):
         problems = long_tailed(1000, 0.5, seed)
-        schedule = deal(problems, cluster(groups * size), size, rates=GPU)
-        longest = max(GPU.seconds(one, size) for one in problems)
-        fair = sum(GPU.seconds(one, size) for one in problems) / groups
+        schedule = make_schedule(problems, cluster(groups * size), size, GPU)
+        expected = expected_seconds(problems, groups * size, GPU)
+        longest = max(expected(item, size) for item in range(1000))
+        fair = sum(expected(item, size) for item in range(1000)) / groups
         assert longest < fair, "this draw could not be balanced by anybody"
         assert lateness(schedule, problems, 0.1, seed) <= 1.03
 
@@ -57,13 +68,13 @@ def test_groups_of_one_size_end_together(groups: int, size: int) -> None:
 def test_auto_ends_together_however_long_the_tail(ranks: int, sigma: float) -> None:
     for seed in range(3):
         problems = long_tailed(1000, sigma, seed)
-        schedule = deal(problems, cluster(ranks), "auto", rates=GPU)
+        schedule = make_schedule(problems, cluster(ranks), "auto", GPU)
         assert lateness(schedule, problems, 0.1, seed) <= 1.03
 
 
 def test_auto_gives_long_items_many_ranks_and_short_ones_few() -> None:
     problems = [problem(1 << 20), *(problem(4096) for _ in range(500))]
-    schedule = deal(problems, cluster(16), "auto", rates=GPU)
+    schedule = make_schedule(problems, cluster(16), "auto", GPU)
     assert schedule.sizes[0] == 16
     assert set(schedule.sizes[1:]) == {1}
     assert len(schedule.reasons) == 2
@@ -75,34 +86,61 @@ def test_auto_beats_every_fixed_size_on_mixed_lengths() -> None:
     problems = long_tailed(1000, 1.3, 7)
 
     def end(group_size: int | str) -> float:
-        schedule = deal(problems, cluster(32), group_size, rates=GPU)
-        return max(simulate(schedule, lambda item, size: GPU.seconds(problems[item], size)))
+        schedule = make_schedule(problems, cluster(32), group_size, GPU)
+        return max(finish_times(schedule, expected_seconds(problems, 32, GPU)))
 
     assert end("auto") <= 1.01 * min(end(size) for size in (1, 2, 4, 8, 16, 32))
 
 
 def test_one_item_takes_the_world() -> None:
-    assert deal([problem(1 << 20)], cluster(12, 4), "auto", rates=GPU).sizes == (12,)
+    assert make_schedule([problem(1 << 20)], cluster(12, 4), "auto", GPU).sizes == (12,)
 
 
 def test_memory_sets_the_smallest_group() -> None:
     problems = [problem(65536)] * 400
-    assert set(deal(problems, cluster(8), "auto", rates=GPU).sizes) == {1}
-    tight = deal(problems, cluster(8), "auto", rates=GPU, rank_bytes=1 << 29)
+    assert set(make_schedule(problems, cluster(8), "auto", GPU).sizes) == {1}
+    enough = least_memory(problems[0], 4, GPU)
+    tight = make_schedule(problems, cluster(8), "auto", replace(GPU, memory=enough))
     assert set(tight.sizes) == {4}
     assert "can't hold" in tight.reasons[0]
+    little = replace(GPU, memory=least_memory(problems[0], 48, GPU))
     with pytest.raises(RejectedError, match="start at least 48 ranks"):
-        deal(problems, cluster(8), "auto", rates=GPU, rank_bytes=1 << 25)
+        make_schedule(problems, cluster(8), "auto", little)
+    with pytest.raises(RejectedError, match="devices with more memory"):
+        make_schedule(problems, cluster(8), "auto", replace(GPU, memory=1000))
+
+
+def test_what_the_first_item_of_a_shape_takes_counts_once_a_group() -> None:
+    alike = [problem(131072)] * 8
+    unlike = [problem(131072 + 128 * item) for item in range(8)]
+
+    def sizes(plan: float) -> set[int]:
+        return set(make_schedule(unlike, cluster(16), "auto", replace(GPU, plan=plan)).sizes)
+
+    # More ranks divide everything but the plans, of which each rank makes its own.
+    assert sizes(0.0) == {16}
+    assert sizes(10.0) == {1}
+    planned = []
+    for problems in (alike, unlike):
+        with_plans, without = (
+            expected_seconds(problems, 16, replace(GPU, plan=plan)) for plan in (10.0, 0.0)
+        )
+        for size in (1, 16):
+            planned.append(
+                sum(with_plans(item, size) - without(item, size) for item in range(8)) / 10
+            )
+    # One group of all ranks plans one shape once; sixteen groups never more often than items.
+    assert planned == pytest.approx([8, 1, 8, 8])
 
 
 def test_sizes_do_not_follow_what_is_left() -> None:
     problems = long_tailed(200, 1.3, 3)
-    whole = deal(problems, cluster(16), "auto", rates=GPU)
+    whole = make_schedule(problems, cluster(16), "auto", GPU)
     rest = whole.only(range(50, 60))
     assert rest.sizes == whole.sizes
     assert rest.signature == whole.signature
-    assert len(rest.phases) == len(whole.phases)
-    assert sorted(item for phase in rest.phases for item in phase.items) == list(range(50, 60))
+    assert len(rest.queues) == len(whole.queues)
+    assert sorted(item for queue in rest.queues for item in queue.items) == list(range(50, 60))
 
 
 @given(
@@ -116,18 +154,18 @@ def test_every_item_is_done_once_by_ranks_that_nest(
     names = [f"n{node}" for node, ranks in enumerate(nodes) for _ in range(ranks)]
     random.Random(0).shuffle(names)
     problems = [problem(one, 1) for one in tokens]
-    schedule = deal(problems, names, "auto" if share else len(names), rates=GPU)
-    assert sorted(item for phase in schedule.phases for item in phase.items) == list(
+    schedule = make_schedule(problems, names, "auto" if share else len(names), GPU)
+    assert sorted(item for queue in schedule.queues for item in queue.items) == list(
         range(len(tokens))
     )
     assert sorted(schedule.order) == list(range(len(names)))
     above: set[tuple[int, ...]] = {schedule.order}
-    for phase in schedule.phases:
-        groups = {schedule.group(phase.size, rank) for rank in range(len(names))} - {None}
+    for queue in schedule.queues:
+        groups = {schedule.group(queue.size, rank) for rank in range(len(names))} - {None}
         assert groups
         for group in groups:
             assert group is not None
-            assert len(group) == phase.size
+            assert len(group) == queue.size
             assert any(not set(group) & set(wider) or set(group) <= set(wider) for wider in above)
         above = {group for group in groups if group}
     done: list[int] = []
@@ -137,13 +175,13 @@ def test_every_item_is_done_once_by_ranks_that_nest(
         assert size == schedule.sizes[item]
         return 1.0
 
-    simulate(schedule, seconds)
+    finish_times(schedule, seconds)
     assert sorted(done) == list(range(len(tokens)))
 
 
 def test_a_node_keeps_its_ranks_together() -> None:
     names = ["b", "a"] * 4  # dealt out cyclically by the launcher
-    schedule = deal([problem(8192)] * 9, names, 4)
+    schedule = make_schedule([problem(8192)] * 9, names, 4, GPU)
     assert schedule.group(4, 0) == (0, 2, 4, 6)
     assert schedule.group(4, 3) == (1, 3, 5, 7)
 
@@ -166,22 +204,25 @@ def test_ladder(nodes: list[int], sizes: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("size", [0, 3, 5, 9])
 def test_groups_that_do_not_divide_the_world_are_refused(size: int) -> None:
     with pytest.raises(RejectedError, match="1, 2, 4, 8 or auto"):
-        deal([problem(8192)], cluster(8), size)
+        make_schedule([problem(8192)], cluster(8), size, GPU)
 
 
-def test_the_work_of_dealing_an_item_does_not_grow_with_the_job() -> None:
+def test_the_work_of_scheduling_an_item_does_not_grow_with_the_job(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = 0
 
-    class Counting(Rates):
-        def seconds(self, problem: AttentionProblem, ranks: int) -> float:
-            nonlocal asked
-            asked += 1
-            return super().seconds(problem, ranks)
+    def counting(problem: AttentionProblem, ranks: int, costs: Costs) -> float:
+        nonlocal asked
+        asked += 1
+        return item_seconds(problem, ranks, costs)
+
+    monkeypatch.setattr(scheduling, "item_seconds", counting)
 
     def estimates(count: int) -> float:
         nonlocal asked
         asked = 0
-        deal(long_tailed(count, 1.3, 1), cluster(64), "auto", rates=Counting(5e14, 2e9, 2e-4, 5e-5))
+        make_schedule(long_tailed(count, 1.3, 1), cluster(64), "auto", GPU)
         return asked / count
 
-    assert estimates(1000) < 1.5 * estimates(100) < 150
+    assert estimates(1000) < 1.5 * estimates(100) < 15

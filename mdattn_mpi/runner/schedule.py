@@ -1,9 +1,9 @@
 """Which ranks work together on which item, and in which order items are taken.
 
-The world is cut into groups of neighbouring ranks, in phases: first the items that want the largest
-groups, then those that want smaller ones. A group that finds its phase empty falls into smaller
-groups and goes on with the next phase; nobody waits for the others. Inside a phase the dearest item
-goes first and whoever is free takes the next, so that the cheap ones at the end fill the gaps.
+Every item waits in the queue of its group size, the dearest first. The world is cut into groups of
+neighbouring ranks that serve one queue after the other, that of the largest groups first. A group
+that finds its queue empty falls into smaller groups, which go on with the next queue; nobody waits
+for the others. Who is free takes the next item, so that the cheap ones at the end fill the gaps.
 
 Who does an item depends on timing. What an item's output looks like doesn't: its group size
 follows from the job and its options alone.
@@ -15,66 +15,27 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from math import gcd
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.estimate import Costs, item_seconds, least_memory, least_ranks
 from mdattn_mpi.problem import AttentionProblem, digest_of
 
-Take = Callable[[int], int]  # a phase's number -> 0, 1, 2, … each once among all groups
+Take = Callable[[int], int]  # a queue's number -> 0, 1, 2, … each once among all groups
 Time = Callable[[int, int], float]  # an item's number and its ranks -> seconds
 
 # Items that the loop takes ahead: while one computes, one is begun and one is read.
 AHEAD = 2
 
-# `auto` lets no item last longer on its group than one of these shares of a rank's whole work.
-SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 0.0)
+# `auto` lets no item last longer on its group than one of these shares of a rank's whole work. A
+# group takes the next items before it has done one, so that two halves might come to the same.
+SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 0.0)
 
 
 @dataclass(frozen=True)
-class Rates:
-    """What one rank does in a second, roughly: only ratios between items matter.
-
-    Parameters
-    ----------
-    flops
-        Operations a second.
-    bytes
-        Bytes a second from and to the file.
-    start
-        Seconds that every item costs, however small.
-    hop
-        Seconds that every further rank of a group adds.
-
-    """
-
-    flops: float
-    bytes: float
-    start: float
-    hop: float
-
-    def seconds(self, problem: AttentionProblem, ranks: int) -> float:
-        """Estimate the time of `problem` on a group of `ranks`; files are read meanwhile."""
-        work = max(problem.flops / self.flops, file_bytes(problem) / self.bytes)
-        return self.start + work / ranks + self.hop * (ranks - 1)
-
-
-RATES = {
-    "cpu": Rates(flops=7e10, bytes=2e9, start=2e-3, hop=5e-4),
-    "cuda": Rates(flops=5e14, bytes=2e9, start=2e-4, hop=5e-5),
-    "tensorrt": Rates(flops=5e14, bytes=2e9, start=2e-4, hop=5e-5),
-}
-
-
-def file_bytes(problem: AttentionProblem) -> int:
-    """Bytes that an item moves from and to the files: Q, K, V and the output."""
-    q_dims = problem.head_dim + problem.v_head_dim
-    return problem.kv_bytes + 2 * problem.q_tokens * problem.q_heads * q_dims
-
-
-@dataclass(frozen=True)
-class Phase:
+class Queue:
     """Items for groups of ``size`` ranks, dearest first."""
 
     size: int
@@ -91,7 +52,7 @@ class Schedule:
     """
 
     order: tuple[int, ...]
-    phases: tuple[Phase, ...]
+    queues: tuple[Queue, ...]
     sizes: tuple[int, ...]
     reasons: tuple[str, ...]
 
@@ -119,34 +80,32 @@ class Schedule:
     def only(self, items: Collection[int]) -> Schedule:
         """Leave out all items but these; sizes stay, so that a resumed job gives the same bytes."""
         kept = set(items)
-        phases = tuple(
-            Phase(phase.size, tuple(item for item in phase.items if item in kept))
-            for phase in self.phases
+        queues = tuple(
+            Queue(queue.size, tuple(item for item in queue.items if item in kept))
+            for queue in self.queues
         )
-        return replace(self, phases=phases)
+        return replace(self, queues=queues)
 
     def group(self, size: int, rank: int) -> tuple[int, ...] | None:
         """World ranks of the group of `size` that `rank` is in; its first is the leader.
 
-        None where the world's last ranks are too few for such a group: they sit that phase out.
+        None where the world's last ranks are too few for such a group: they leave that queue out.
         """
         start = self.place(rank) // size * size
         return self.order[start : start + size] if start + size <= len(self.order) else None
 
-    def items(self, phase: int, take: Take) -> Iterator[int]:
-        """Take items of `phase` until none is left; for the group's leader."""
-        items = self.phases[phase].items
-        while (turn := take(phase)) < len(items):
+    def items(self, queue: int, take: Take) -> Iterator[int]:
+        """Take items of `queue` until none is left; for the group's leader."""
+        items = self.queues[queue].items
+        while (turn := take(queue)) < len(items):
             yield items[turn]
 
 
-def deal(
+def make_schedule(
     problems: Sequence[AttentionProblem],
     nodes: Sequence[str],
     group_size: str | int,
-    *,
-    rates: Rates = RATES["cpu"],
-    rank_bytes: int | None = None,
+    costs: Costs,
 ) -> Schedule:
     """Choose every item's group size and the order in which items are taken.
 
@@ -160,10 +119,8 @@ def deal(
         The node that each rank of the world runs on.
     group_size
         Ranks a group, ``all`` of them, or ``auto``: by length.
-    rates
-        What a rank does in a second.
-    rank_bytes
-        What the shards of an item may take on one rank; no limit if None.
+    costs
+        What a rank does how fast; `memory` is what the arrays of a group may take on it.
 
     Raises
     ------
@@ -172,16 +129,29 @@ def deal(
 
     """
     world = len(nodes)
-
-    def seconds(item: int, size: int) -> float:
-        return rates.seconds(problems[item], size)
-
+    seconds = expected_seconds(problems, world, costs)
     if group_size == "auto":
-        sizes, reasons = _auto(problems, nodes, seconds, rank_bytes)
+        sizes, reasons = _auto(problems, nodes, seconds, costs)
     else:
         size = world if group_size == "all" else int(group_size)
         sizes, reasons = (size,) * len(problems), (_fixed(size, world),)
-    return Schedule(_order(nodes), _phases(sizes, seconds), sizes, reasons)
+    return Schedule(_order(nodes), _queues(sizes, seconds), sizes, reasons)
+
+
+def expected_seconds(problems: Sequence[AttentionProblem], world: int, costs: Costs) -> Time:
+    """Estimate items by number and group size.
+
+    Each group plans a shape once: items that are alike share what that takes, the less the fewer
+    groups there are.
+    """
+    alike = Counter(problems)
+
+    @cache
+    def of_problem(problem: AttentionProblem, size: int) -> float:
+        planned = min(1.0, world // size / alike[problem])
+        return item_seconds(problem, size, costs) + planned * costs.plan
+
+    return lambda item, size: of_problem(problems[item], size)
 
 
 def _fixed(size: int, world: int) -> str:
@@ -201,12 +171,12 @@ def _order(nodes: Sequence[str]) -> tuple[int, ...]:
     return tuple(sorted(range(len(nodes)), key=lambda rank: (first[nodes[rank]], rank)))
 
 
-def _phases(sizes: Sequence[int], seconds: Time) -> tuple[Phase, ...]:
+def _queues(sizes: Sequence[int], seconds: Time) -> tuple[Queue, ...]:
     by_size: dict[int, list[int]] = {}
     for item, size in enumerate(sizes):
         by_size.setdefault(size, []).append(item)
     return tuple(
-        Phase(size, tuple(sorted(by_size[size], key=lambda item: (-seconds(item, size), item))))
+        Queue(size, tuple(sorted(by_size[size], key=lambda item: (-seconds(item, size), item))))
         for size in sorted(by_size, reverse=True)
     )
 
@@ -233,11 +203,11 @@ def _auto(
     problems: Sequence[AttentionProblem],
     nodes: Sequence[str],
     seconds: Time,
-    rank_bytes: int | None,
+    costs: Costs,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Try each of `SHARES` on paper; take the one that ends first, small groups when in doubt."""
     rungs, world = ladder(nodes), len(nodes)
-    floors = [_floor(problem, rungs, rank_bytes) for problem in problems]
+    floors = [_floor(problem, rungs, costs) for problem in problems]
     order = _order(nodes)
     whole = sum(seconds(item, floor) * floor for item, floor in enumerate(floors)) / world
     best: tuple[float, tuple[int, ...], float] | None = None
@@ -245,26 +215,26 @@ def _auto(
         sizes = tuple(
             _climb(item, floor, rungs, seconds, share * whole) for item, floor in enumerate(floors)
         )
-        schedule = Schedule(order, _phases(sizes, seconds), sizes, ())
-        end = max(simulate(schedule, seconds))
+        schedule = Schedule(order, _queues(sizes, seconds), sizes, ())
+        end = max(finish_times(schedule, seconds))
         if best is None or end < best[0] * 0.99:
             best = end, sizes, share
     assert best is not None
     return best[1], _reasons(problems, floors, best[1], best[2])
 
 
-def _floor(problem: AttentionProblem, rungs: Sequence[int], rank_bytes: int | None) -> int:
+def _floor(problem: AttentionProblem, rungs: Sequence[int], costs: Costs) -> int:
     """Find the smallest group whose ranks can hold the item."""
-    if rank_bytes is None:
-        return rungs[0]
-    needed = 3 * file_bytes(problem)  # this item, the next one, and the one being written
     for size in rungs:
-        if needed <= rank_bytes * size:
+        if not costs.memory or least_memory(problem, size, costs) <= costs.memory:
             return size
+    enough = least_ranks(problem, costs)
     raise RejectedError(
-        f"an item of {problem} needs {needed >> 20} MiB, {rungs[-1]} ranks hold "
-        f"{rank_bytes * rungs[-1] >> 20} MiB",
-        fix=f"start at least {-(-needed // rank_bytes)} ranks",
+        f"an item of {problem} needs {least_memory(problem, rungs[-1], costs) >> 20} MiB on each "
+        f"of {rungs[-1]} ranks, which hold {costs.memory >> 20} MiB",
+        fix=f"start at least {enough} ranks"
+        if enough
+        else "no number of ranks is enough: use devices with more memory",
     )
 
 
@@ -309,42 +279,40 @@ def _range(numbers: Sequence[int]) -> str:
     return str(low) if low == high else f"{low}…{high}"
 
 
-def simulate(schedule: Schedule, seconds: Time, *, ahead: int = AHEAD) -> list[float]:
+def finish_times(schedule: Schedule, seconds: Time) -> list[float]:
     """Play `schedule` on paper: when each rank (in `order`) has done its last item.
 
     Parameters
     ----------
     schedule
-        What `deal` returned.
+        What `make_schedule` returned.
     seconds
         How long an item takes on a group of so many ranks.
-    ahead
-        How many items a group has taken besides the one that it computes.
 
     """
-    turns = [0] * len(schedule.phases)
+    turns = [0] * len(schedule.queues)
 
-    def take(phase: int) -> int:
-        turns[phase] += 1
-        return turns[phase] - 1
+    def take(queue: int) -> int:
+        turns[queue] += 1
+        return turns[queue] - 1
 
     world = len(schedule.order)
     ends = [0.0] * world
-    # When it takes next, its run of ranks, its phase, and the ends of the last items it took.
+    # When it takes next, its run of ranks, its queue, and the ends of the last items it took.
     start_of_all: tuple[float, ...] = (0.0,)
     groups = [(0.0, 0, world, -1, start_of_all)]
     while groups:
-        _, start, stop, phase, taken = heapq.heappop(groups)
-        fits = phase >= 0 and stop - start == schedule.phases[phase].size
-        item = next(schedule.items(phase, take), None) if fits else None
+        _, start, stop, queue, taken = heapq.heappop(groups)
+        fits = queue >= 0 and stop - start == schedule.queues[queue].size
+        item = next(schedule.items(queue, take), None) if fits else None
         if item is not None:
-            taken = (*taken, taken[-1] + seconds(item, stop - start))[-ahead - 1 :]
-            heapq.heappush(groups, (taken[0], start, stop, phase, taken))
+            taken = (*taken, taken[-1] + seconds(item, stop - start))[-AHEAD - 1 :]
+            heapq.heappush(groups, (taken[0], start, stop, queue, taken))
             continue
         ends[start:stop] = [taken[-1]] * (stop - start)
-        phase += 1
-        if phase < len(schedule.phases):
-            size, free = schedule.phases[phase].size, taken[-1]
+        queue += 1
+        if queue < len(schedule.queues):
+            size, free = schedule.queues[queue].size, taken[-1]
             for low in range(start, stop, size):
-                heapq.heappush(groups, (free, low, min(low + size, stop), phase, (free,)))
+                heapq.heappush(groups, (free, low, min(low + size, stop), queue, (free,)))
     return ends

@@ -7,7 +7,6 @@ fast the host can ask for it: so it is asked for while the GPU is still busy wit
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.bench.attention_cuda import SECONDS, pause
 
 if TYPE_CHECKING:
-    from mdattn_mpi.bench.timeline import Call, Rates
+    from mdattn_mpi.bench.timeline import Call, Timings
     from mdattn_mpi.lockstep import World
 
 LINK_BYTES = 1 << 26
@@ -31,75 +30,65 @@ MERGED = (2048, 16384)  # rows of two merges, to tell launch and bytes apart
 HEADS, DIM = 8, 128
 
 
-def measure(
-    world: World, arguments: argparse.Namespace, known: Rates, missing: Sequence[Call]
-) -> Rates:
+def measure(world: World, known: Timings, missing: Sequence[Call]) -> Timings:
     """Collective. Time the calls that are missing, on all ranks at once; the slowest rank counts.
 
     The device itself is measured unless it is known, and so are its links where there are any.
     """
-    from mdattn_mpi.backends import open_backend
+    from mdattn_mpi.devices.cuda.open import open_cuda
 
-    backend = open_backend(arguments.backend, world, threads=arguments.threads)
-    watch = Stopwatch(backend.device, runs_ahead=arguments.backend == "cuda")  # type: ignore[attr-defined]
-    rates = known
-    if not rates.memory:
-        rates = _with_device(world, watch, rates)
-    if world.size > 1 and not rates.latency:
-        rates = _with_links(world, watch, rates)
-    alone, after = _attending(world, watch, missing, rates)
-    backend.close()
+    device = open_cuda(world)
+    watch = Stopwatch(device)
+    timings = known
+    if not timings.memory:
+        timings = _with_device(world, watch, timings)
+    if world.size > 1 and not timings.latency:
+        timings = _with_links(world, watch, timings)
+    alone, after = _attending(world, watch, missing, timings)
+    device.close()
     return replace(
-        rates,
-        bandwidth=rates.bandwidth or float("inf"),
-        attend={**rates.attend, **alone},
-        after={**rates.after, **after},
+        timings,
+        bandwidth=timings.bandwidth or float("inf"),
+        attend={**timings.attend, **alone},
+        after={**timings.after, **after},
     )
 
 
-def _with_device(world: World, watch: Stopwatch, rates: Rates) -> Rates:
+def _with_device(world: World, watch: Stopwatch, timings: Timings) -> Timings:
     """Collective. Measure copies and merges, and what the host needs to ask for everything."""
     world.barrier()
     memory = 2 * LINK_BYTES / watch.seconds_among(copying(watch.device))
-    if not watch.runs_ahead:
-        return replace(rates, memory=memory, merge=memory)
     merge, launch = _merging(watch)
     host = _slowest(world, _asking(watch))
-    return replace(rates, memory=memory, merge=merge, launch=launch, host=host)
+    return replace(timings, memory=memory, merge=merge, launch=launch, host=host)
 
 
-def _with_links(world: World, watch: Stopwatch, rates: Rates) -> Rates:
+def _with_links(world: World, watch: Stopwatch, timings: Timings) -> Timings:
     """Collective. Measure messages from rank to rank."""
     world.barrier()
     small = exchanging(watch.device, SMALL_BYTES)
     latency = watch.seconds_among(small)
     large = watch.seconds_among(exchanging(watch.device, LINK_BYTES))
     bandwidth = LINK_BYTES / max(large - latency, 1e-9)
-    host = dict(rates.host)
-    if watch.runs_ahead:
-        message = max(watch.asking_seconds(small) - host.get("copy", 0.0), 0.0)
-        host |= _slowest(world, {"message": message})
-    return replace(rates, bandwidth=bandwidth, latency=latency, host=host)
+    message = max(watch.asking_seconds(small) - timings.host.get("copy", 0.0), 0.0)
+    host = {**timings.host, **_slowest(world, {"message": message})}
+    return replace(timings, bandwidth=bandwidth, latency=latency, host=host)
 
 
 class Stopwatch:
-    """Times calls that end in an array; `runs_ahead` says that asking isn't doing."""
+    """Times calls that end in an array, on a GPU: asking for them isn't doing them."""
 
-    def __init__(self, device: Any, *, runs_ahead: bool) -> None:
+    def __init__(self, device: Any) -> None:
         self.device = device
-        self.runs_ahead = runs_ahead
-        if runs_ahead:
-            self._lead = attention(device, _call(LEAD, LEAD))
-            self._burst(self._lead, 1)
-            self._lead_seconds = self._burst(self._lead, 4) / 4
+        self._lead = attention(device, _call(LEAD, LEAD))
+        self._burst(self._lead, 1)
+        self._lead_seconds = self._burst(self._lead, 4) / 4
 
     def seconds(self, once: Callable[[], Any]) -> float:
         """How long a call takes, among as many as fill a turn."""
         self._burst(once, 1)
         guess = self._burst(once, 1)
-        if self.runs_ahead and guess < SHORT:
-            return self.seconds_among(once)
-        return self._turn(once, guess)
+        return self.seconds_among(once) if guess < SHORT else self._turn(once, guess)
 
     def seconds_among(self, once: Callable[[], Any]) -> float:
         """How long a short call takes; the same number of calls on every rank."""
@@ -129,15 +118,12 @@ class Stopwatch:
         """Time calls that come after half a turn of them."""
         calls, taken = ceil(SECONDS / 2 / guess), []
         for thirds in (1, 3):
-            if self.runs_ahead:
-                pause()
+            pause()
             taken.append(self._burst(once, thirds * calls))
         return (taken[1] - taken[0]) / (2 * calls)
 
     def _leads(self, once: Callable[[], Any]) -> int:
         """How many leads keep the GPU busy until the host has asked for everything."""
-        if not self.runs_ahead:
-            return 0
         start = perf_counter()
         for _ in range(2 * CALLS):
             last = once()
@@ -201,7 +187,7 @@ def exchanging(device: Any, nbytes: int) -> Callable[[], Any]:
 
 
 def _attending(
-    world: World, watch: Stopwatch, missing: Sequence[Call], rates: Rates
+    world: World, watch: Stopwatch, missing: Sequence[Call], timings: Timings
 ) -> tuple[dict[Call, float], dict[Call, float]]:
     """Collective. Seconds of every call alone, and after another one like it."""
     alone, after = [], []
@@ -209,8 +195,8 @@ def _attending(
         world.barrier()
         alone.append(watch.seconds(attention(watch.device, call)))
         after.append(alone[-1])
-        if watch.runs_ahead and alone[-1] < LONG:
-            merged = rates.launch + 3 * call.q_rows * _row(call) / rates.merge
+        if alone[-1] < LONG:
+            merged = timings.launch + 3 * call.q_rows * _row(call) / timings.merge
             pair = watch.seconds(attention(watch.device, call, 2)) - merged
             after[-1] = min(alone[-1], max(pair - alone[-1], 0.0))
     everyone = zip(*world.allgather([alone, after]), strict=True)

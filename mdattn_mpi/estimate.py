@@ -1,0 +1,275 @@
+"""How long will this take, and how much memory? The one cost model; everybody else asks it.
+
+It knows constants of the hardware and nothing that was measured just now, so that all ranks and a
+resumed job come to the same answer. With F, B, L, M, C the `flops`, `bandwidth`, `latency`, `merge`
+and `call` of `Costs`, for the busiest of P ranks::
+
+    compute     its query–key pairs (`ring`, `allgather`: its tokens; `ulysses`: its heads) / F
+    ring        (P−1) · max(compute/P + C, hop) + compute/P + C + merge
+                hop = L + K‖V shard / B;  merge = P partial results / M
+    allgather   max(compute + C, gather) in a batch, else their sum
+                gather = L + (P−1) · K‖V shard / B
+    ulysses     max(compute + C, gather) in a batch, else their sum, + merge + the way back
+                gather = L + Q, K, V of its heads from the others / B
+                way back = L + output and LSE to the others / B;  merge = packing both ways / M
+
+In a batch the transfers of an item run while the item before computes, and its files are read and
+written meanwhile.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+
+from mdattn_mpi.partition import head_shards, token_count
+from mdattn_mpi.problem import (
+    STRATEGY_NAMES,
+    AttentionProblem,
+    Partition,
+    StrategyName,
+    seen_pairs,
+)
+
+# Attention as cuDNN does it, per multiprocessor and by the major number of the SM architecture:
+# SM 9 measured on an H200, the others scaled from data sheets.
+FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
+FLOPS_PER_CORE = 6e10  # of a server's processor
+
+FILE_BANDWIDTH = 2e9  # bytes/s of one rank, from and to the files
+BATCH = 2  # items of a batch that a rank holds at a time: one computes, the next is on its way
+
+TILE = 128  # query rows of one block of cuDNN's kernel
+# Seconds of attention a rank that make a head start worth it: 8k lost 0.1 ms by one, 16k won 0.06.
+HEAD_START = 5e-4
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one rank's device does how fast; rough figures, of which mostly the ratios matter.
+
+    Parameters
+    ----------
+    flops
+        Attention, FLOP/s.
+    bandwidth
+        Bytes/s that a rank sends while it receives as much.
+    latency
+        Seconds before the first byte of an exchange arrives.
+    merge
+        Bytes/s of partial results that are merged, or of heads that are packed.
+    call
+        Seconds that one call of the kernel takes however small it is.
+    item
+        Seconds that an item of a batch takes besides: agreements, opening, closing.
+    plan
+        Seconds that the first item of a shape takes besides, on every rank that computes it.
+    memory
+        Bytes that a rank may use for arrays, the smallest over the group; 0 where unknown.
+
+    """
+
+    flops: float
+    bandwidth: float
+    latency: float
+    merge: float
+    call: float
+    item: float = 0.0
+    plan: float = 0.0
+    memory: int = 0
+
+
+def gpu_costs(sm_major: int, multiprocessors: int, *, near: bool = True, memory: int = 0) -> Costs:
+    """Costs of a GPU; `near` where all GPUs of its group reach each other by peer copies."""
+    return Costs(
+        flops=FLOPS_PER_MULTIPROCESSOR.get(sm_major, 2e12) * multiprocessors,
+        bandwidth=3.5e11 if near else 4e10,
+        latency=1.2e-5 if near else 3e-5,
+        merge=2e12,
+        call=1e-5,
+        item=2e-4,
+        plan=0.04,  # of cuDNN: 33 to 45 ms
+        memory=memory,
+    )
+
+
+def cpu_costs(memory: int = 0) -> Costs:
+    """Costs of a rank of one thread, whose messages go through shared memory."""
+    return Costs(
+        flops=FLOPS_PER_CORE,
+        bandwidth=4e9,
+        latency=20e-6,
+        merge=4e9,
+        call=50e-6,
+        item=2e-3,
+        memory=memory,
+    )
+
+
+def typical_costs(backend: str, memory: int = 0) -> Costs:
+    """Costs of a backend whose devices aren't open yet: an H100 or H200, or a core."""
+    return cpu_costs(memory) if backend == "cpu" else gpu_costs(9, 132, memory=memory)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a strategy is expected to take of the busiest rank.
+
+    `seconds` is for the item as a whole; `compute`, `exchange` and `merge` are its parts, hidden
+    or not. `memory` counts the bytes of all arrays.
+    """
+
+    seconds: float
+    compute: float
+    exchange: float
+    merge: float
+    memory: int
+
+    def __str__(self) -> str:
+        """For example ``1.2e-02 s (compute 1.1e-02, exchange 4e-03, merge 1e-03), 0.3 GiB``."""
+        return (
+            f"{self.seconds:.2g} s (compute {self.compute:.2g}, exchange {self.exchange:.2g}, "
+            f"merge {self.merge:.2g}), {self.memory / 2**30:.2g} GiB a rank"
+        )
+
+
+def estimate(
+    problem: AttentionProblem,
+    ranks: int,
+    strategy: StrategyName,
+    costs: Costs,
+    *,
+    batch: bool,
+    owners: Partition | None = None,
+) -> Estimate:
+    """Work out the formulas of this module for one strategy.
+
+    Parameters
+    ----------
+    batch
+        Whether other items follow, so that transfers can run ahead.
+    owners
+        Who owns which tokens; None stands for even shares.
+
+    """
+    q_tokens, kv_tokens = _longest_shards(problem, ranks, owners)
+    q_row = 2 * problem.q_heads * problem.head_dim
+    kv_row = 2 * problem.kv_heads * (problem.head_dim + problem.v_head_dim)
+    out_row = problem.q_heads * (2 * problem.v_head_dim + 4)
+    partial_row = problem.q_heads * (4 * problem.v_head_dim + 8)
+    shards = q_tokens * (q_row + out_row) + kv_tokens * kv_row
+    held = BATCH if batch else 1
+
+    if strategy == "ring":
+        compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
+        hop = costs.latency + kv_tokens * kv_row / costs.bandwidth
+        step = compute / ranks + costs.call
+        merge = ranks * q_tokens * partial_row / costs.merge
+        seconds = (ranks - 1) * max(step, hop) + step + merge
+        memory = held * (shards + min(2, ranks - 1) * kv_tokens * kv_row) + q_tokens * partial_row
+        return Estimate(seconds, compute, (ranks - 1) * hop, merge, memory)
+
+    if strategy == "allgather":
+        compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
+        gather = costs.latency + (ranks - 1) * kv_tokens * kv_row / costs.bandwidth
+        memory = held * (shards + problem.kv_bytes) + q_tokens * partial_row
+        seconds = _overlapped(compute + costs.call, gather, batch)
+        return Estimate(seconds, compute, gather, 0.0, memory)
+
+    q_share, kv_share = _largest_head_shares(problem.q_heads, problem.kv_heads, ranks)
+    compute = q_share * problem.flops / costs.flops
+    inwards = int(problem.q_tokens * q_row * q_share + problem.kv_tokens * kv_row * kv_share)
+    outwards = int(problem.q_tokens * out_row * q_share)
+    others = (ranks - 1) / ranks
+    gather = costs.latency + others * inwards / costs.bandwidth
+    back = costs.latency + others * outwards / costs.bandwidth
+    merge = (inwards + outwards) / costs.merge
+    seconds = _overlapped(compute + costs.call, gather, batch) + merge + back
+    partial = int(problem.q_tokens * partial_row * q_share)
+    memory = held * (shards + 2 * inwards) + 2 * outwards + partial
+    return Estimate(seconds, compute, gather + back, merge, memory)
+
+
+def item_seconds(problem: AttentionProblem, ranks: int, costs: Costs) -> float:
+    """Estimate an item of a batch by its fastest strategy that fits, its files included.
+
+    What the first item of a shape takes besides isn't in it: `Costs.plan`.
+    """
+    every = [estimate(problem, ranks, name, costs, batch=True) for name in STRATEGY_NAMES]
+    fitting = [each for each in every if not costs.memory or each.memory <= costs.memory]
+    attention = min(each.seconds for each in fitting or every)
+    return costs.item + max(attention, file_bytes(problem) / ranks / FILE_BANDWIDTH)
+
+
+def file_bytes(problem: AttentionProblem) -> int:
+    """Bytes that an item moves from and to the files: Q, K, V and the output."""
+    q_dims = problem.head_dim + problem.v_head_dim
+    return problem.kv_bytes + 2 * problem.q_tokens * problem.q_heads * q_dims
+
+
+def least_memory(problem: AttentionProblem, ranks: int, costs: Costs) -> int:
+    """Bytes a rank that the most frugal strategy takes, in a batch."""
+    return min(estimate(problem, ranks, name, costs, batch=True).memory for name in STRATEGY_NAMES)
+
+
+def least_ranks(problem: AttentionProblem, costs: Costs) -> int | None:
+    """Find the smallest group whose ranks can hold an item of a batch; None if there is none."""
+    if not costs.memory:
+        return 1
+    most = max(problem.q_tokens, problem.kv_tokens)
+    if least_memory(problem, most, costs) > costs.memory:
+        return None
+    at_least = ceil(least_memory(problem, 1, costs) / costs.memory)  # they divide it, at best
+    numbers = range(at_least, most + 1)
+    return next((n for n in numbers if least_memory(problem, n, costs) <= costs.memory), None)
+
+
+def head_start(problem: AttentionProblem, ranks: int, costs: Costs, multiprocessors: int) -> int:
+    """Query rows whose attention to a GPU's own keys takes as long as gathering the others.
+
+    For an item that nothing else hides the transfer of; see `strategies.allgather`. None if it
+    is so short that the host would be late with the two calls more.
+    """
+    if ranks == 1 or problem.flops / ranks / costs.flops < HEAD_START:
+        return 0
+    rows, keys = problem.q_tokens // ranks, problem.kv_tokens // ranks
+    gather = 2 * costs.latency + (ranks - 1) / ranks * problem.kv_bytes / costs.bandwidth
+    # cuDNN's kernel gives every multiprocessor a tile of rows of one head at a time. As many
+    # tiles as there are multiprocessors take as long as one: whole waves, or time is lost.
+    a_tile = 2 * TILE * keys * (problem.head_dim + problem.v_head_dim)
+    wave = multiprocessors * a_tile / costs.flops
+    waves = max(1, round(gather / wave))
+    return min(waves * multiprocessors // problem.q_heads * TILE, rows)
+
+
+def _longest_shards(
+    problem: AttentionProblem, ranks: int, owners: Partition | None
+) -> tuple[int, int]:
+    """Tokens of the longest shard of the query, and of K and V."""
+    if owners is None:
+        return -(-problem.q_tokens // ranks), -(-problem.kv_tokens // ranks)
+    return max(map(token_count, owners.query)), max(map(token_count, owners.kv))
+
+
+def _busiest_share(problem: AttentionProblem, ranks: int, owners: Partition | None) -> float:
+    """Return the share of all query–key pairs that the busiest rank computes for its tokens."""
+    diagonal = problem.diagonal
+    if owners is None or diagonal is None:
+        return _longest_shards(problem, ranks, owners)[0] / problem.q_tokens
+    pairs = (
+        sum(seen_pairs(len(span), problem.kv_tokens, span.start + diagonal) for span in spans)
+        for spans in owners.query
+    )
+    return max(pairs) / max(1, problem.pairs)
+
+
+@lru_cache
+def _largest_head_shares(q_heads: int, kv_heads: int, ranks: int) -> tuple[float, float]:
+    """Return the largest shares of the query heads, and of the kv heads, that a rank attends to."""
+    shards = head_shards(q_heads, kv_heads, min(ranks, q_heads))  # nobody gets less than a head
+    return max(len(s.q) for s in shards) / q_heads, max(len(s.kv) for s in shards) / kv_heads
+
+
+def _overlapped(compute: float, exchange: float, batch: bool) -> float:
+    return max(compute, exchange) if batch else compute + exchange

@@ -1,0 +1,90 @@
+"""Help: every command has some, and asking for it loads nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from mdattn_mpi.cli import COMMANDS, main, make_parser
+
+LOADED = """
+    import sys
+    from mdattn_mpi.cli import main
+    try:
+        main(sys.argv[1:])
+    except SystemExit:
+        print(*sys.modules, file=sys.stderr)
+"""
+HEAVY = {"numpy", "mpi4py", "h5py", "torch", "tensorrt", "tensorrt_rtx", "cuda", "onnx"}
+
+
+def loaded(*argv: str) -> set[str]:
+    """Modules that are there after asking for help."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LOADED), *argv],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "usage: mdattn" in done.stdout
+    return set(done.stderr.split())
+
+
+def commands_in(modules: set[str]) -> set[str]:
+    inside = "mdattn_mpi.cli."
+    return {name.removeprefix(inside) for name in modules if name.startswith(inside)} - {"options"}
+
+
+def test_the_list_of_commands_loads_none_of_them() -> None:
+    modules = loaded("--help")
+    assert not commands_in(modules)
+    assert not HEAVY & modules
+    assert not {name for name in modules if name.startswith("mdattn_mpi.bench")}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_loads_no_other(name: str) -> None:
+    modules = loaded(name, "--help")
+    assert commands_in(modules) == {name.replace("-", "_")}
+    assert not HEAVY & modules
+    benchmarks = {module for module in modules if module.startswith("mdattn_mpi.bench")}
+    assert bool(benchmarks) == (name == "bench")
+
+
+def test_the_list_says_what_each_command_is_for(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for name, about in COMMANDS.items():
+        assert name in text
+        assert about in text
+
+
+def test_an_unknown_command_is_told_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["walk"])
+    assert exit.value.code == 2
+    assert "make-data" in capsys.readouterr().err
+
+
+def test_completion_can_see_all_commands_at_once() -> None:
+    assert make_parser().parse_args(["make-data", "x.h5"]).path == "x.h5"
+    assert make_parser().parse_args(["inspect", "x.h5"]).main
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["agree", "attention", "broadcast", "groups", "job", "memory", "predict", "ranks"],
+)
+def test_every_benchmark_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["bench", name, "--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    assert f"mdattn bench {name}" in text
+    assert "--json" in text
