@@ -205,8 +205,23 @@ class Partition:
     kv: tuple[tuple[Span, ...], ...]
 
 
+class _Agreed:
+    """A plan, on which all ranks of a group must agree but for its reasons."""
+
+    @cached_property
+    def digest(self) -> int:
+        """63 bits that all ranks of the group must share."""
+        return digest_of(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must share, by name: said when ranks differ."""
+        facts = asdict(self)  # type: ignore[call-overload]
+        del facts["reasons"]
+        return {**facts.pop("problem"), **facts}
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(_Agreed):
     """How a group of ``ranks`` will compute ``problem``, and why so."""
 
     problem: AttentionProblem
@@ -217,17 +232,6 @@ class Plan:
     engine_digest: str = ""  # of a serialized engine; all ranks must hold the same one
     partition: Partition | None = None  # None means `partition.partition` of the strategy
     reasons: tuple[str, ...] = ()
-
-    @cached_property
-    def digest(self) -> int:
-        """63 bits that all ranks of the group must share; the reasons don't count."""
-        return digest_of(self.facts())
-
-    def facts(self) -> dict[str, Any]:
-        """What all ranks must share, by name: said when ranks differ."""
-        facts = asdict(self)
-        del facts["reasons"]
-        return {**facts.pop("problem"), **facts}
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ class ModelProblem:
 
 
 @dataclass(frozen=True)
-class ModelPlan:
+class ModelPlan(_Agreed):
     """How a group of ``ranks`` will run a model's engine on ``problem``."""
 
     problem: ModelProblem
@@ -262,17 +266,6 @@ class ModelPlan:
     ranks: int
     engine_digest: str
     reasons: tuple[str, ...] = ()
-
-    @cached_property
-    def digest(self) -> int:
-        """63 bits that all ranks of the group must share; the reasons don't count."""
-        return digest_of(self.facts())
-
-    def facts(self) -> dict[str, Any]:
-        """What all ranks must share, by name: said when ranks differ."""
-        facts = asdict(self)
-        del facts["reasons"]
-        return {**facts.pop("problem"), **facts}
 
 
 AnyProblem = AttentionProblem | ModelProblem
