@@ -21,6 +21,7 @@ from mdattn_mpi.problem import (
     Span,
     StrategyName,
     digest_of,
+    scale_of,
 )
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def attention(
         A rank has no memory for its buffers, for example. The same error on all ranks.
 
     """
-    options = _Options(causal, scale, strategy, order, return_lse)
+    options = _Options(causal, scale, strategy, order, bool(return_lse))
     session = _session_of(comm)
     shards = _agree_on_shards(session.world, (q, k, v), options)
     problem, owners = _whole(session.world, shards, options)
@@ -148,10 +149,9 @@ def _agree_on_shards(world: World, arrays: Sequence[Any], options: _Options) -> 
 
     error, shards, facts = None, None, dict[str, Any]()
     try:
-        _check_options(options)
         shards = _check_arrays(*arrays)
         facts = {
-            **options._asdict(),
+            **_check_options(options)._asdict(),
             "dtype": shards.dtype,
             "backend": shards.backend,
             "heads and head dims of q, k, v": [list(array.shape[1:]) for array in shards[:3]],
@@ -163,16 +163,15 @@ def _agree_on_shards(world: World, arrays: Sequence[Any], options: _Options) -> 
     return shards
 
 
-def _check_options(options: _Options) -> None:
+def _check_options(options: _Options) -> _Options:
+    """Check them; a scale of NumPy's becomes a plain number, which all ranks can compare."""
     _check_order(options.order)
     for name, choices in (("causal", Causal), ("strategy", StrategyName)):
         value, allowed = getattr(options, name), get_args(choices)
         if value not in allowed and (name, value) != ("strategy", "auto"):
             raise RejectedError(f"{name} is {value!r}", fix=f"use {', '.join(allowed)}")
-    if options.scale is not None and not 0 < options.scale < float("inf"):
-        raise RejectedError(
-            f"scale is {options.scale!r}", fix="use a positive finite scale, or None for 1/√H"
-        )
+    scale = None if options.scale is None else scale_of(options.scale)
+    return options._replace(scale=scale)
 
 
 def _check_order(order: str) -> None:
@@ -239,7 +238,7 @@ def _whole(world: World, shards: _Shards, options: _Options) -> tuple[AttentionP
         v_head_dim=shards.v.shape[2],
         dtype=shards.dtype,
         causal=options.causal,
-        scale=options.scale or 0.0,
+        scale=options.scale,  # type: ignore[arg-type]
     )
     return problem, Partition(
         query=_owners("query", query, options.order), kv=_owners("kv", kv, options.order)

@@ -18,12 +18,17 @@ def split(length: int, parts: int) -> tuple[Span, ...]:
     return tuple(Span(a, b) for a, b in pairwise(starts))
 
 
+def shard_length(tokens: int, ranks: int) -> int:
+    """``ceil(tokens / ranks)``: the rows of every rank's buffer, where shards must be equal."""
+    return -(-tokens // ranks)
+
+
 def equal_shards(tokens: int, ranks: int) -> tuple[Span, ...]:
-    """Give every rank ``ceil(tokens / ranks)`` tokens; those at the end get fewer, or none.
+    """Give every rank `shard_length` tokens; those at the end get fewer, or none.
 
     What collectives of equal shards take: filled up at the end, they gather the sequence in order.
     """
-    length = -(-tokens // ranks)
+    length = shard_length(tokens, ranks)
     starts = [min(rank * length, tokens) for rank in range(ranks + 1)]
     return tuple(Span(a, b) for a, b in pairwise(starts))
 

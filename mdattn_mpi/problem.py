@@ -31,6 +31,7 @@ STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
 DTYPES: dict[str, DTypeName] = {"bf16": "bfloat16", "fp16": "float16"}  # by what users type
 
 MAX_HEAD_DIM = 256
+MIN_SCALE, MAX_SCALE = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the positive numbers of float32
 
 
 @dataclass(frozen=True, order=True)
@@ -100,7 +101,7 @@ class AttentionProblem:
     v_head_dim: int
     dtype: DTypeName = "bfloat16"
     causal: Causal = "none"
-    scale: float = 0.0  # 0 means 1/√H
+    scale: float = None  # type: ignore[assignment]  # becomes 1/√H
 
     def __post_init__(self) -> None:
         for name in ("q_tokens", "kv_tokens", "q_heads", "kv_heads"):
@@ -125,10 +126,8 @@ class AttentionProblem:
             raise RejectedError(
                 f"causal is {self.causal!r}", fix="use none, upper_left or lower_right"
             )
-        if self.scale == 0.0:
-            object.__setattr__(self, "scale", 1.0 / sqrt(self.head_dim))
-        if not 0.0 < self.scale < float("inf"):
-            raise RejectedError(f"scale is {self.scale}", fix="use a positive finite scale")
+        scale = 1.0 / sqrt(self.head_dim) if self.scale is None else scale_of(self.scale)
+        object.__setattr__(self, "scale", scale)
 
     @property
     def tokens(self) -> int:
@@ -181,17 +180,39 @@ class AttentionProblem:
         return digest_of(asdict(self))
 
     def __str__(self) -> str:
-        """For example ``8192×8192 tokens, 8/2 heads of 128, bfloat16, upper_left``."""
-        dims = (
-            f"{self.head_dim}"
-            if self.head_dim == self.v_head_dim
-            else f"{self.head_dim} (value {self.v_head_dim})"
-        )
+        """For example ``8192 tokens, 8 query and 2 kv heads of 128, bfloat16, upper_left``."""
+        value = "" if self.head_dim == self.v_head_dim else f" (value {self.v_head_dim})"
         mask = "" if self.causal == "none" else f", {self.causal}"
         return (
-            f"{self.q_tokens}×{self.kv_tokens} tokens, {self.q_heads}/{self.kv_heads} heads "
-            f"of {dims}, {self.dtype}{mask}"
+            f"{_both(self.q_tokens, self.kv_tokens)} tokens, "
+            f"{_both(self.q_heads, self.kv_heads)} heads of {self.head_dim}{value}, "
+            f"{self.dtype}{mask}"
         )
+
+
+def _both(query: int, kv: int) -> str:
+    return f"{query}" if query == kv else f"{query} query and {kv} kv"
+
+
+def scale_of(given: object) -> float:
+    """Take any number, NumPy's too, as a scale: positive, and one that float32 holds.
+
+    Raises
+    ------
+    RejectedError
+        It isn't.
+
+    """
+    try:
+        scale = float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        scale = 0.0
+    if not MIN_SCALE <= scale <= MAX_SCALE:
+        raise RejectedError(
+            f"scale is {given!r}",
+            fix="use a positive number that float32 can hold, or leave it out for 1/√H",
+        )
+    return scale
 
 
 @dataclass(frozen=True)

@@ -195,8 +195,7 @@ def our_sides(
         plan = Plan(problem, strategy, world.size)
         own = partition_of(plan).query[world.rank]
         arrays = [
-            [device.adopt(array, ready=ahead) for array in shards]
-            for shards in inputs.shards(plan, world.rank)
+            [device.adopt(array) for array in shards] for shards in inputs.shards(plan, world.rank)
         ]
 
         def begin(call: int) -> Any:

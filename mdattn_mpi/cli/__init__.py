@@ -6,6 +6,7 @@ Only the module of the command that is named is imported.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import time
@@ -20,7 +21,7 @@ COMMANDS = {  # and what `mdattn --help` says of them
     "run": "compute attention over every item of a dataset",
     "verify": "compare an output with float64 attention",
     "make-data": "write a synthetic dataset",
-    "convert": "make a dataset of .npz, .safetensors or HDF5",
+    "convert": "make a dataset of .npz, .npy, .safetensors, .pt or HDF5",
     "inspect": "say what a file holds, and what is finished",
     "status": "say how a job is doing, from another shell",
     "bench": "measure speed, memory, and what each guarantee costs",
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(argv[:1])
     arguments = _parse(parser, argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may be of bytes that are no text
+        sys.stdout.reconfigure(errors=sys.stderr.errors or "backslashreplace")
     command_main: Main = arguments.main
     try:
         code = command_main(arguments)

@@ -150,8 +150,8 @@ def spec_of(arguments: argparse.Namespace, library: Library, sm: SM) -> EngineSp
         No strategy can; or one engine isn't enough.
 
     """
-    from mdattn_mpi.trt.choice import choose
-    from mdattn_mpi.trt.spec import any_length, spec_for
+    from mdattn_mpi.trt.choice import choose, spec_for
+    from mdattn_mpi.trt.spec import any_length
 
     ranged = False
     if arguments.problem:
@@ -212,7 +212,7 @@ def parse_problem(text: str) -> tuple[list[AttentionProblem], bool]:
             v_head_dim=int(given["head_dim"]),
             dtype=cast("DTypeName", DTYPES.get(given.get("dtype", "bf16"), given.get("dtype"))),
             causal=cast("Causal", given.get("causal", "none")),
-            scale=float(given.get("scale", 0)),
+            scale=given.get("scale"),  # type: ignore[arg-type]
         )
     except KeyError as error:
         raise RejectedError(f"--problem without {error}", fix=f"name {_NAMES}") from error

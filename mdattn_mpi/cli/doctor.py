@@ -96,7 +96,7 @@ def report(findings: list[Finding], facts: dict[str, Any], as_json: bool) -> Non
     """Print everything at once."""
     if as_json:
         listed = [finding.to_dict() for finding in findings]
-        json.dump({"findings": listed, **facts}, sys.stdout, indent=1, ensure_ascii=False)
+        json.dump({"findings": listed, **facts}, sys.stdout, indent=1)
         print()
     else:
         print(*findings, sep="\n", flush=True)

@@ -8,15 +8,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.cli.options import printable
+from mdattn_mpi.cli.options import add_ignore, printable
 
 if TYPE_CHECKING:
     from mdattn_mpi.dataset import AnyItem, Dataset, Item, Output
+    from mdattn_mpi.dataset.foreign.tensor import ForeignTensor
 
 DESCRIPTION = """\
 Say what a file holds. For a dataset: its items, how they are stored, what that costs, and which of
-them can't be done. For an output: the state of every item. For any other HDF5, .npz or .safetensors
-file: the tensors that `mdattn convert` could take.
+them can't be done. For an output: the state of every item. For any other HDF5, .npz, .npy,
+.safetensors or .pt file: the tensors that `mdattn convert` could take.
 
   mdattn inspect data.h5
   mdattn inspect out.h5 --check      read everything and compare it with the checksums
@@ -45,6 +46,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="read a dataset as if it said so",
     )
     add("--allow", action="append", default=[], metavar="DIR", help="folder that links may lead to")
+    add_ignore(add)
     return parser
 
 
@@ -58,7 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         import json
 
-        print(json.dumps(facts, indent=1, ensure_ascii=False))
+        print(json.dumps(facts, indent=1))
     else:
         print("\n".join(_lines(facts, _columns())))
     bad = facts.get("faults") or any(
@@ -75,6 +77,7 @@ def _describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
         select=arguments.items,
         layout=arguments.layout,
         allow=arguments.allow,
+        ignore=arguments.ignore or (),
         keep_faults=True,
     ) as dataset:
         return {
@@ -108,7 +111,14 @@ def _dataset_item(dataset: Dataset, item: Item, check: bool) -> dict[str, Any]:
             damaged.append(name)
     size = sum(dataset.tensor(item, name).nbytes for name in TENSORS)
     checked = {"damaged": damaged} if check else {}
-    return {"name": item.name, **_problem(item), "bytes": size, "tensors": tensors, **checked}
+    return {
+        "name": item.name,
+        **_problem(item),
+        "shape": dataset.describe(item),
+        "bytes": size,
+        "tensors": tensors,
+        **checked,
+    }
 
 
 def _describe_output(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -133,7 +143,8 @@ def _describe_output(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _output_item(output: Output, item: AnyItem, check: bool) -> dict[str, Any]:
     entry = output.ledger.entry(item)
-    facts = {"name": item.name, **_problem(item), "state": entry.state}
+    shape = str(item.problem)
+    facts = {"name": item.name, **_problem(item), "shape": shape, "state": entry.state}
     if entry.state == "done":
         facts |= {"strategy": entry.strategy, "ranks": entry.ranks}
         if check:
@@ -142,11 +153,11 @@ def _output_item(output: Output, item: AnyItem, check: bool) -> dict[str, Any]:
 
 
 def _describe_foreign(arguments: argparse.Namespace) -> dict[str, Any]:
-    from mdattn_mpi.dataset.foreign import open_foreign
+    from mdattn_mpi.dataset.foreign.open import open_foreign
     from mdattn_mpi.dataset.layout import natural_order, shown
 
     with ExitStack() as stack:
-        tensors = open_foreign(arguments.path, stack, arguments.allow)
+        tensors = open_foreign(arguments.path, stack, arguments.allow).tensors
         return {
             "path": arguments.path,
             "format": "foreign",
@@ -155,11 +166,15 @@ def _describe_foreign(arguments: argparse.Namespace) -> dict[str, Any]:
                 {
                     "name": shown(name),
                     "shape": list(tensors[name].shape),
-                    "dtype": tensors[name].dtype.name,
+                    "dtype": _dtype_of(tensors[name]),
                 }
                 for name in sorted(tensors, key=natural_order)
             ],
         }
+
+
+def _dtype_of(tensor: ForeignTensor) -> str:
+    return f"unreadable: {tensor.fault.what}" if tensor.fault else tensor.dtype.name
 
 
 def _problem(item: AnyItem) -> dict[str, Any]:
@@ -222,44 +237,22 @@ def _checked(items: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
 
 def _dataset_row(item: Mapping[str, Any]) -> dict[str, str]:
     tensors = item["tensors"].values()
-    stored = sorted(
-        {
-            ("head-major, " if tensor["layout"] == "head_major" else "") + tensor["storage"]
-            for tensor in tensors
-        }
-    )
     encodings = sorted({tensor["encoding"] for tensor in tensors})
-    dtype = item["dtype"] + (f" as {'/'.join(encodings)}" if encodings != ["float"] else "")
     return {
-        **_problem_row(item, dtype),
+        "item": item["name"],
+        "shape": item["shape"],
         "MB": f"{item['bytes'] / 1e6:.1f}",
-        "stored": "; ".join(stored),
+        "stored": "; ".join(sorted({tensor["storage"] for tensor in tensors}))
+        + (f", as {'/'.join(encodings)}" if encodings != ["float"] else ""),
     }
 
 
 def _output_row(item: Mapping[str, Any]) -> dict[str, str]:
     return {
-        **(_model_row(item) if "outputs" in item else _problem_row(item, item["dtype"])),
+        "item": item["name"],
+        "shape": item["shape"],
         "state": item["state"],
         "by": f"{item['strategy']}, {item['ranks']} ranks" if "ranks" in item else "",
-    }
-
-
-def _model_row(item: Mapping[str, Any]) -> dict[str, str]:
-    tensors = (f"{each['name']} {each['dtype']} {list(each['shape'])}" for each in item["outputs"])
-    return {"item": item["name"], "tokens": str(item["tokens"]), "tensors": ", ".join(tensors)}
-
-
-def _problem_row(item: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    q, kv = item["q_tokens"], item["kv_tokens"]
-    dim, v_dim = item["head_dim"], item["v_head_dim"]
-    return {
-        "item": item["name"],
-        "tokens": f"{q}" if q == kv else f"{q}×{kv}",
-        "heads": f"{item['q_heads']}/{item['kv_heads']}",
-        "dim": f"{dim}" if dim == v_dim else f"{dim}/{v_dim}",
-        "dtype": dtype,
-        "mask": item["causal"],
     }
 
 

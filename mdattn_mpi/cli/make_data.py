@@ -133,7 +133,7 @@ def plan_items(arguments: argparse.Namespace) -> list[Item]:
             head_dim=arguments.head_dim,
             v_head_dim=arguments.v_head_dim or arguments.head_dim,
             dtype=DTYPES[arguments.dtype],
-            causal=arguments.causal,
+            causal=arguments.causal or "none",
             scale=arguments.scale,
         )
         items.append(Item(f"item{index}", index, problem))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from mdattn_mpi.problem import DTYPES as DTYPES
 
@@ -14,7 +15,6 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
         "--causal",
         action="store_const",
         const="upper_left",
-        default="none",
         help="token i sees keys 0 … i",
     )
     masks.add_argument(
@@ -24,12 +24,25 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
         const="lower_right",
         help="the last token sees all keys, the one before it one less, …",
     )
-    parser.add_argument(
-        "--scale", type=float, default=0.0, metavar="X", help="of the scores (default 1/√H)"
-    )
+    parser.add_argument("--scale", type=float, metavar="X", help="of the scores (default 1/√H)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
 
 def printable(value: object) -> str:
     """`value` as text without control characters, which could drive the terminal."""
     return "".join(c if c.isprintable() else " " for c in str(value))
+
+
+def add_ignore(add: Callable[..., object]) -> None:
+    """Declare --ignore, for every command that opens a dataset."""
+    add(
+        "--ignore",
+        action="extend",
+        type=_names,
+        metavar="NAME",
+        help="attribute or dataset of items that mdattn doesn't know and that doesn't matter",
+    )
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]

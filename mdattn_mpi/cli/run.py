@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from mdattn_mpi.cli.options import add_ignore
+
 DESCRIPTION = """\
 Compute exact attention over every item of a dataset, by all ranks together.
 
@@ -59,6 +61,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--layout", metavar="L", help="of the dataset: auto (default), token_major, head_major")
     add("--nonfinite", metavar="P", help="NaN or infinity in an item: refuse (default) it, or pass")
     add("--allow", action="append", metavar="DIR", help="folder that HDF5 links may lead to")
+    add_ignore(add)
 
     again = parser.add_argument_group("again, and how long")
     add = again.add_argument

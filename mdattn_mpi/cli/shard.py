@@ -21,7 +21,11 @@ Make an ONNX model that P ranks run together, each on its own tokens.
 Attention is found as the operators Attention (opset 23 and later) and TRT_Attention, and as
 MatMul-Softmax-MatMul. ring marks it for TensorRT's multi-device attention; allgather and ulysses
 put DistCollective nodes around it. Everything else must treat every token alike: a node that
-doesn't is refused by name.
+isn't known to is refused by name, in branches too.
+
+The attentions tell which dims of the inputs count tokens. Where they can't, name every one of them:
+
+  mdattn shard block.onnx -n 4 -s ulysses --shard hidden:1 --shard positions:1 -o sharded.onnx
 """
 
 
@@ -42,7 +46,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="INPUT:DIM",
-        help="the dim of an input that counts tokens (default: found by its symbol)",
+        help="the dim of an input that counts tokens (default: what the attentions tell)",
     )
     add("--json", action="store_true", help="print how it is sharded")
     return parser
@@ -50,8 +54,9 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 
 def main(arguments: argparse.Namespace) -> int:
     """Shard; write; say what was done to which node."""
-    from mdattn_mpi.onnx.model import load_model, read_sharding, save_model
+    from mdattn_mpi.onnx.model import load_model, save_model
     from mdattn_mpi.onnx.shard import shard_model
+    from mdattn_mpi.onnx.sharding import read_sharding
 
     if arguments.ranks < 1:
         raise RejectedError(f"-n {arguments.ranks}", fix="use at least one rank")

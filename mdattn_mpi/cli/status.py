@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         import json
 
-        print(json.dumps(facts, indent=1, ensure_ascii=False))
+        print(json.dumps(facts, indent=1))
     else:
         print("\n".join(_lines(facts)))
     return 0

@@ -290,7 +290,14 @@ def write(arguments: argparse.Namespace, text: str) -> Path:
         raise RejectedError(
             "there is a script of somebody else's here", file=str(path), fix="move it away"
         )
-    path.write_text(text)
+    try:
+        path.write_text(text, "utf-8", "surrogateescape")  # paths as they are
+    except OSError as error:
+        raise RejectedError(
+            f"can't be written: {error.strerror}",
+            file=str(path),
+            fix="name an output in a folder that can be written",
+        ) from None
     return path
 
 

@@ -6,6 +6,8 @@ import argparse
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from mdattn_mpi.cli.options import add_ignore
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -57,6 +59,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--other-data", action="store_true", help="compare even if the dataset's digest differs")
     add("-b", "--backend", metavar="NAME", help="what computed it, if not what the output names")
     add("--allow", action="append", default=[], metavar="DIR", help="folder HDF5 links may lead to")
+    add_ignore(add)
     add("--json", action="store_true", help="print what was found as JSON")
     return parser
 
@@ -95,7 +98,11 @@ def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
     with (
         open_output(arguments.output) as output,
         open_input(
-            output, arguments.data, allow=arguments.allow, other=arguments.other_data
+            output,
+            arguments.data,
+            allow=arguments.allow,
+            ignore=arguments.ignore or (),
+            other=arguments.other_data,
         ) as dataset,
     ):
         for items in pair(output, dataset, arguments.items):
@@ -180,4 +187,4 @@ def _print_json(
         "exit_code": exit_code,
         "items": [finding.to_json() for finding in findings],
     }
-    print(json.dumps(facts, indent=1, ensure_ascii=False))
+    print(json.dumps(facts, indent=1))

@@ -21,6 +21,7 @@ import numpy as np
 
 from mdattn_mpi.dataset.chunks import DECODED_HERE, Filter, read_chunks
 from mdattn_mpi.dataset.heap import text_attribute
+from mdattn_mpi.dataset.kinds import kind_of
 from mdattn_mpi.dataset.layout import (
     MAX_ATTRIBUTE_BYTES,
     MAX_CHUNK_BYTES,
@@ -110,7 +111,8 @@ class File:
         except Exception as error:
             reason = str(error)
             if "signature" in reason:
-                what, fix = "is not an HDF5 file", "convert it with `mdattn convert`"
+                kind = kind_of(self.path)
+                what, fix = f"is not an HDF5 file: it is {kind.name}", kind.fix
             elif "truncated" in reason:
                 what, fix = "is truncated: it is shorter than its header says", "copy it again"
             elif isinstance(error, PermissionError):
@@ -324,6 +326,7 @@ class Node:
             kind = found.get_type().get_class()
             size = found.get_storage_size()
             known = kind in (h5py.h5t.STRING, h5py.h5t.INTEGER, h5py.h5t.FLOAT)
+            known = known or found.dtype == np.bool_  # which h5py makes an enum
             if single and known and size <= min(MAX_ATTRIBUTE_BYTES, self.file.size):
                 text = self._text(name, found)
                 if text is not None:
@@ -359,15 +362,18 @@ class Node:
         )
         return None if text is None else text.rstrip(b"\0").decode(errors="surrogateescape")
 
-    def attributes(self) -> dict[str, Value]:
-        """Read all attributes; those that are neither text nor one number are left out."""
-        values: dict[str, Value] = {}
+    def attribute_names(self) -> list[str]:
+        """List the names of all attributes."""
         with self.file.guard(self.path):
-            names = [
+            return [
                 os.fsdecode(h5py.h5a.open(self.id, index=i).get_name())
                 for i in range(min(h5py.h5a.get_num_attrs(self.id), self.file.size))
             ]
-        for name in names:
+
+    def attributes(self) -> dict[str, Value]:
+        """Read all attributes; those that are neither text nor one number are left out."""
+        values: dict[str, Value] = {}
+        for name in self.attribute_names():
             try:
                 value = self.attribute(name)
             except RejectedError:

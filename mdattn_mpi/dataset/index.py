@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -27,6 +28,7 @@ from mdattn_mpi.dataset.layout import (
     natural_order,
     shown,
 )
+from mdattn_mpi.dataset.unknown import misplaced_in, refuse_unknown, unknown_in
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
 
@@ -121,10 +123,28 @@ def select_items(items: Sequence[T], patterns: Sequence[str], file: str) -> list
         A pattern matches none.
 
     """
+    names = {item.name for item in items}
+    chosen = chosen_names(names, patterns, file)
+    return [item for item in items if item.name in chosen]
+
+
+def chosen_names(names: Collection[str], patterns: Sequence[str], file: str) -> set[str]:
+    """Choose by exact name; by glob where a pattern is nobody's name. ``*`` always means all.
+
+    Raises
+    ------
+    RejectedError
+        A pattern matches none.
+
+    """
+    chosen: set[str] = set()
     for pattern in patterns:
-        if not any(fnmatchcase(item.name, pattern) for item in items):
-            raise _no_match(pattern, [item.name for item in items], file)
-    return [item for item in items if any(fnmatchcase(item.name, p) for p in patterns)]
+        exact = pattern in names and pattern != "*"
+        matching = {pattern} if exact else {n for n in names if fnmatchcase(n, pattern)}
+        if not matching:
+            raise _no_match(pattern, sorted(names, key=natural_order), file)
+        chosen |= matching
+    return chosen
 
 
 def _no_match(pattern: str, names: Sequence[str], file: str) -> RejectedError:
@@ -134,7 +154,7 @@ def _no_match(pattern: str, names: Sequence[str], file: str) -> RejectedError:
 
 
 def find_entries(
-    file: File, patterns: Sequence[str], layout: str
+    file: File, patterns: Sequence[str], layout: str, ignore: Collection[str] = ()
 ) -> tuple[list[Entry], list[RejectedError]]:
     """Look at the items that `patterns` match; return the good ones and what is wrong with others.
 
@@ -149,25 +169,30 @@ def find_entries(
     group = root.child(ITEMS)
     if group is None or not group.is_group:
         raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
+    refuse_unknown((*misplaced_in(root), *misplaced_in(group)), ignore, file.path)
     default = layout if layout != "auto" else str(root.attribute("layout") or "token_major")
     names = sorted(group.names(MAX_ITEMS), key=natural_order)
-    found: list[Entry] = []
-    faults: list[RejectedError] = []
+    found: list[tuple[str, Entry]] = []
+    faults: dict[str, RejectedError] = {}
     for name in names:
         if not any(_may_match(name, pattern) for pattern in patterns):
             continue
         try:
-            entries = _entries(group, name, layout, default)
+            found += [(name, e) for e in _entries(group, name, layout, default, ignore)]
         except RejectedError as fault:
             fault.item = shown(name)
-            if any(fnmatchcase(n, p) for n in (name, f"{name}.0") for p in patterns):
-                faults.append(fault)
-            continue
-        found += [e for e in entries if any(fnmatchcase(e.name, p) for p in patterns)]
+            faults[name] = fault
         if len(found) > MAX_ITEMS:
             raise file.reject(f"has more than {MAX_ITEMS} items", "select some, or split the file")
-    _check_selection(file, patterns, names, found, faults)
-    return found, faults
+    if not names:
+        raise file.reject(f"/{ITEMS} is empty", "put at least one item into it")
+    entries = [entry for _, entry in found]
+    _check_unique(file, entries)
+    chosen = chosen_names({*names, *(entry.name for entry in entries)}, patterns, file.path)
+    return (
+        [entry for name, entry in found if name in chosen or entry.name in chosen],
+        [fault for name, fault in faults.items() if name in chosen],
+    )
 
 
 def _may_match(name: str, pattern: str) -> bool:
@@ -177,14 +202,7 @@ def _may_match(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or batch.startswith(literal) or literal.startswith(batch)
 
 
-def _check_selection(
-    file: File,
-    patterns: Sequence[str],
-    names: Sequence[str],
-    found: Sequence[Entry],
-    faults: Sequence[RejectedError],
-) -> None:
-    """Every pattern matches something, and every name is there once."""
+def _check_unique(file: File, found: Sequence[Entry]) -> None:
     taken: set[str] = set()
     for entry in found:
         if entry.name in taken:
@@ -193,12 +211,6 @@ def _check_selection(
                 "rename one of them",
             )
         taken.add(entry.name)
-    taken |= {fault.item for fault in faults}
-    if not names:
-        raise file.reject(f"/{ITEMS} is empty", "put at least one item into it")
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in taken):
-            raise _no_match(pattern, names, file.path)
 
 
 def first_of(faults: Sequence[RejectedError]) -> RejectedError:
@@ -213,7 +225,9 @@ def first_of(faults: Sequence[RejectedError]) -> RejectedError:
     )
 
 
-def _entries(group: Node, name: str, layout: str, default: str) -> list[Entry]:
+def _entries(
+    group: Node, name: str, layout: str, default: str, ignore: Collection[str]
+) -> list[Entry]:
     """Look at one item, or at all entries of its batch dim."""
     reject = group.file.reject
     fault = item_name_fault(name)
@@ -222,6 +236,7 @@ def _entries(group: Node, name: str, layout: str, default: str) -> list[Entry]:
     item = group.child(name)
     if item is None or not item.is_group:
         raise reject("is no group", f"store it as /{ITEMS}/{name}/query, key and value")
+    refuse_unknown(unknown_in(item, TENSORS), ignore, group.file.path)
     chosen = str(item.attribute("layout") or default) if layout == "auto" else layout
     if chosen not in LAYOUTS:
         raise reject(f"layout is {shown(chosen)!r}", f"use {' or '.join(LAYOUTS)}")
@@ -236,6 +251,9 @@ def _entries(group: Node, name: str, layout: str, default: str) -> list[Entry]:
         return [Entry(name, problem, tensors)]
     if query.storage.shape[0] > MAX_ITEMS:
         raise reject(f"its batch dim has more than {MAX_ITEMS} entries", "split the file")
+    fault = item_name_fault(batch_item_name(name, query.storage.shape[0] - 1))
+    if fault:
+        raise reject(f"the name of its last entry {fault}", "give the item a shorter name")
     return [
         Entry(
             batch_item_name(name, position),
@@ -261,11 +279,10 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
         stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
     if isinstance(stored, str):
         raise reject(
-            f"{tensor} holds {stored}; only BF16 and FP16 can be read",
-            "rewrite it with `mdattn convert`; uint16 takes the attribute dtype='bfloat16'",
+            f"{tensor} holds {stored}; only BF16 and FP16 can be read", _fix_of(stored, item.file)
         )
     if not stored.little_endian:
-        raise reject(f"{tensor} is big-endian", "rewrite it with `mdattn convert`")
+        raise reject(f"{tensor} is big-endian", f"rewrite it: {_convert(item.file)}")
     first, second, head_dim = storage.shape[-3:]
     tokens, heads = (first, second) if layout == "token_major" else (second, first)
     return TensorData(
@@ -278,6 +295,22 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
         node,
         crc32=crc32,
     )
+
+
+def _fix_of(stored: str, file: File) -> str:
+    """What makes numbers readable that aren't BF16 or FP16; see `stored_as` for the words."""
+    if stored.startswith("a 16-bit integer"):
+        return (
+            "if these are the bits of BF16, give it the attribute dtype='bfloat16', or rewrite "
+            f"it: {_convert(file)} --bits bf16"
+        )
+    if stored in ("a float of 4 bytes", "a float of 8 bytes"):
+        return f"round it: {_convert(file)} --dtype bf16 (or fp16)"
+    return "store BF16 or FP16"
+
+
+def _convert(file: File) -> str:
+    return f"mdattn convert {shlex.quote(file.path)} NEW.h5"
 
 
 def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
@@ -305,8 +338,6 @@ def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
             "give query and key the same head dim",
         )
     causal, scale = item.attribute("causal"), item.attribute("scale")
-    if isinstance(scale, str) or scale == 0:
-        raise reject(f"scale is {scale!r}", "use a positive number, or leave it out for 1/√H")
     try:
         return AttentionProblem(
             q_tokens=query.tokens,
@@ -317,7 +348,7 @@ def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
             v_head_dim=value.head_dim,
             dtype=query.stored.dtype,
             causal=str(causal) if causal is not None else "none",  # type: ignore[arg-type]
-            scale=float(scale) if scale is not None else 0.0,
+            scale=scale,  # type: ignore[arg-type]
         )
     except RejectedError as error:
         raise reject(f"{error.what} (shapes {_shapes(tensors)})", error.fix) from None

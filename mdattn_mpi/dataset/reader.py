@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property
@@ -32,6 +32,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SAMPLES = 4096  # blocks of the content that go into a digest, over all items
 SAMPLE_BYTES = 4096
 SCRATCH_BYTES = 1 << 20
+MANY_HEADS = 128  # more than that, and more than tokens, may be tokens
 
 
 class Dataset:
@@ -77,6 +78,11 @@ class Dataset:
     def tensor(self, item: Item, tensor: Tensor) -> TensorData:
         """Describe one tensor of an item."""
         return self._tensors[item.name][tensor]
+
+    def describe(self, item: Item) -> str:
+        """Say an item's shape as it was understood, in one sentence."""
+        layout = self._tensors[item.name]["key"].layout
+        return f"{item.problem}, {layout.replace('_', '-')}"
 
     def read(
         self,
@@ -184,7 +190,7 @@ class Dataset:
         tensors = self._all_tensors()
         swapped = sum(data.layout == "head_major" for data in tensors)
         indirect = [data for data in tensors if data.offset is None]
-        warnings = []
+        warnings = [*_crowded(self.items, self._tensors)]
         if swapped:
             warnings.append(
                 f"{swapped} of {len(tensors)} tensors are head-major: a shard is then one run a "
@@ -206,6 +212,7 @@ def open_dataset(
     select: str = "*",
     layout: str = "auto",
     allow: Sequence[str] = (),
+    ignore: Sequence[str] = (),
     keep_faults: bool = False,
 ) -> Dataset:
     """Open a dataset and look at every selected item.
@@ -215,11 +222,14 @@ def open_dataset(
     path
         The file.
     select
-        Names or globs, separated by commas. What no pattern matches isn't looked at.
+        Names or globs, separated by commas; the name of a batch means all its entries. What no
+        pattern matches isn't looked at.
     layout
         ``token_major`` or ``head_major`` overrules what the file says; ``auto`` doesn't.
     allow
         Folders that links in the file may lead to.
+    ignore
+        Names of attributes and datasets that the format doesn't know and that don't matter.
     keep_faults
         Put items that can't be done into `Dataset.faults` rather than raise the first.
 
@@ -233,13 +243,31 @@ def open_dataset(
         raise RejectedError(f"layout is {layout!r}", fix=f"use auto, {' or '.join(LAYOUTS)}")
     file = File(path, allow)
     try:
-        found, faults = find_entries(file, patterns_of(select), layout)
+        found, faults = find_entries(file, patterns_of(select), layout, ignore)
         if not keep_faults and faults:
             raise first_of(faults)
         return Dataset(file, found, faults)
     except BaseException:
         file.close()
         raise
+
+
+def _crowded(
+    items: Sequence[Item], tensors: Mapping[str, Mapping[Tensor, TensorData]]
+) -> list[str]:
+    """Warn of token-major items with so many heads that these may be the tokens."""
+    found = [
+        item
+        for item in items
+        for tensor in (tensors[item.name]["query"], tensors[item.name]["key"])
+        if tensor.layout == "token_major" and tensor.heads > max(MANY_HEADS, tensor.tokens)
+    ]
+    if not found:
+        return []
+    return [
+        f"item {found[0].name!r} has more heads than tokens: {found[0].problem}. If it is stored "
+        "by heads, add --layout head_major; `mdattn convert` with --layout settles it"
+    ]
 
 
 @contextmanager

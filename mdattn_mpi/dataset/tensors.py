@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +17,7 @@ import numpy as np
 
 from mdattn_mpi.dataset.dtypes import Stored, numpy_dtype, stored_as
 from mdattn_mpi.dataset.hdf5 import File, Node
-from mdattn_mpi.dataset.index import patterns_of
+from mdattn_mpi.dataset.index import chosen_names, patterns_of
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     MAX_ITEMS,
@@ -95,6 +94,10 @@ class TensorFile:
         except BaseException:
             self._file.close()
             raise
+
+    def describe(self, item: AnyItem) -> str:
+        """Say an item's shape as it was understood, in one sentence."""
+        return str(item.problem)
 
     def read(self, item: AnyItem, tensor: str, spans: Sequence[Span], *, out: Array) -> Array:
         """Read the tokens of `spans` into `out`, one span after the other; any thread may call.
@@ -188,19 +191,14 @@ def _items(file: File, select: str) -> Iterator[Node]:
     group = file.root.child(ITEMS)
     if group is None or not group.is_group:
         raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
-    names = sorted(group.names(MAX_ITEMS), key=natural_order)
-    patterns = patterns_of(select)
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise file.reject(f"no item matches {pattern!r}", "see `mdattn inspect`")
-    for name in names:
-        if any(fnmatchcase(name, pattern) for pattern in patterns):
-            fault = item_name_fault(name)
-            node = group.child(name) if not fault else None
-            if node is None:
-                words = f"item {shown(name)!r}: its name {fault or 'leads nowhere'}"
-                raise file.reject(words, "rename it")
-            yield node
+    chosen = chosen_names(set(group.names(MAX_ITEMS)), patterns_of(select), file.path)
+    for name in sorted(chosen, key=natural_order):
+        fault = item_name_fault(name)
+        node = group.child(name) if not fault else None
+        if node is None:
+            words = f"item {shown(name)!r}: its name {fault or 'leads nowhere'}"
+            raise file.reject(words, "rename it")
+        yield node
 
 
 def _input(item: Node, tensor: TensorSpec) -> Region:

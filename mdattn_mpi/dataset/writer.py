@@ -148,7 +148,7 @@ def new_file(
         number, words = _reason(error)
         raise RejectedError(f"can't be made: {words}", fix=_fix_of(number), file=shown) from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # it isn't there, or nothing can be written: that was said
             os.unlink(temporary)
 
 
@@ -204,7 +204,9 @@ def _reason(error: OSError | RuntimeError) -> tuple[int, str]:
 def _fix_of(number: int) -> str:
     if number in (errno.ENOSPC, errno.EDQUOT):
         return "free some space, or write to another filesystem"
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if number == errno.EROFS:
+        return "write to another filesystem, or mount this one for writing"
+    if number in (errno.EACCES, errno.EPERM):
         return "check who may write there"
     return "check the path and the filesystem"
 

@@ -7,8 +7,9 @@ know nothing of each other's kernels, and wait for each other.
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +50,21 @@ class NcclComm:
     """
 
     def __init__(self, group: Group, *, blocking: bool = False) -> None:
-        self._nccl = nccl = _load()
-        unique = nccl.get_unique_id().as_bytes if group.rank == 0 else None
+        from mdattn_mpi.lockstep import together
+
+        # What some ranks may fail at stands before what all must take part in, and apart from it.
+        self._nccl = nccl = together(group, "nccl4py", _load)
+        first = group.rank == 0
+        unique = together(group, "NCCL", lambda: nccl.get_unique_id().as_bytes if first else None)
         unique_id = nccl.UniqueId.from_bytes(group.bcast_bytes(unique))
         config = nccl.NCCLConfig(blocking=blocking)
-        self._comm = nccl.Communicator.init(group.size, group.rank, unique_id, config=config)
-        self._settle("init")
-        self.library = describe_library(nccl)
+
+        def init() -> str:
+            self._comm = nccl.Communicator.init(group.size, group.rank, unique_id, config=config)
+            self._settle("init")
+            return describe_library(nccl)
+
+        self.library = together(group, "NCCL init", init)
 
     @property
     def ptr(self) -> int:
@@ -144,8 +153,7 @@ def describe_library(nccl: Any) -> str:
         There are two.
 
     """
-    with open("/proc/self/maps") as maps:
-        paths = nccl_paths(maps)
+    paths = loaded_nccl()
     if len(paths) > 1:
         raise DeviceError(
             f"this process has loaded NCCL twice: {' and '.join(paths)}",
@@ -155,13 +163,27 @@ def describe_library(nccl: Any) -> str:
     return f"{version.version if version else 'unknown'} ({paths[0] if paths else 'not loaded'})"
 
 
-def nccl_paths(maps: Iterable[str]) -> list[str]:
-    """Find the files in ``/proc/self/maps`` that are a libnccl."""
+def loaded_nccl(maps: Path = Path("/proc/self/maps")) -> tuple[str, ...]:
+    """List the files of libnccl that this process has mapped; `maps` as Linux writes it."""
     found: dict[str, None] = {}
-    for line in maps:
+    for line in maps.read_text().splitlines():
         fields = line.split(maxsplit=5)
         if len(fields) == 6 and Path(fields[5].strip()).name.startswith("libnccl.so"):
             found[str(Path(fields[5].strip()).resolve())] = None
+    return tuple(found)
+
+
+def nccl_libraries(environment: Mapping[str, str]) -> list[str]:
+    """Every libnccl that the loader or Python could find here, first come first."""
+    folders = [Path(part) for part in environment.get("LD_LIBRARY_PATH", "").split(":") if part]
+    for root in sys.path:
+        folders += sorted(Path(root).glob("nvidia/nccl*/lib")) if root else []
+    folders += [Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"), Path("/usr/local/lib")]
+    found: dict[str, None] = {}
+    for folder in folders:
+        for name in ("libnccl.so.2", "libnccl.so"):
+            if (folder / name).exists():
+                found[str((folder / name).resolve())] = None
     return list(found)
 
 

@@ -18,11 +18,18 @@ def why_no_cuda() -> str:
     return f"not installed: {', '.join(missing)} ({EXTRA})" if missing else ""
 
 
-def gpu_count() -> int:
-    """Count the visible GPUs by the driver's own library; −1 without a driver."""
+def libcuda() -> ctypes.CDLL | None:
+    """Open the driver's own library; None without a driver."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        return ctypes.CDLL("libcuda.so.1")
     except OSError:
+        return None
+
+
+def gpu_count() -> int:
+    """Count the visible GPUs; −1 without a driver."""
+    driver = libcuda()
+    if driver is None:
         return -1
     count = ctypes.c_int(0)
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)):
@@ -32,9 +39,10 @@ def gpu_count() -> int:
 
 def gpu_memory() -> int:
     """Bytes of the smallest visible GPU; 0 without one."""
-    if gpu_count() < 1:
+    driver = libcuda()
+    if driver is None or gpu_count() < 1:
         return 0
-    driver, sizes = ctypes.CDLL("libcuda.so.1"), []
+    sizes = []
     for ordinal in range(gpu_count()):
         device, size = ctypes.c_int(0), ctypes.c_size_t(0)
         driver.cuDeviceGet(ctypes.byref(device), ordinal)

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from mdattn_mpi.devices.nccl import nccl_libraries
 from mdattn_mpi.doctor.gpus import gpu_facts
 from mdattn_mpi.doctor.storage import folder_facts
 
@@ -96,17 +97,3 @@ def stale_sessions(folder: str) -> list[str]:
 def settings(environment: Mapping[str, str]) -> dict[str, str]:
     """Variables that steer the libraries."""
     return {name: value for name, value in environment.items() if name.startswith(SETTINGS)}
-
-
-def nccl_libraries(environment: Mapping[str, str]) -> list[str]:
-    """Every libnccl that the loader or Python could find here, first come first."""
-    folders = [Path(part) for part in environment.get("LD_LIBRARY_PATH", "").split(":") if part]
-    for root in sys.path:
-        folders += sorted(Path(root).glob("nvidia/nccl*/lib")) if root else []
-    folders += [Path("/usr/lib/x86_64-linux-gnu"), Path("/usr/lib64"), Path("/usr/local/lib")]
-    found: dict[str, None] = {}
-    for folder in folders:
-        for name in ("libnccl.so.2", "libnccl.so"):
-            if (folder / name).exists():
-                found[str((folder / name).resolve())] = None
-    return list(found)

@@ -6,7 +6,7 @@ import ctypes
 import os
 from typing import Any
 
-from mdattn_mpi.devices.presence import gpu_count
+from mdattn_mpi.devices.presence import gpu_count, libcuda
 
 _MAJOR, _MINOR, _ECC = 75, 76, 32
 _ACCESS, _NATIVE_ATOMICS = 2, 3  # of peers; native atomics go over NVLink only
@@ -14,15 +14,14 @@ _ACCESS, _NATIVE_ATOMICS = 2, 3  # of peers; native atomics go over NVLink only
 
 def gpu_facts() -> dict[str, Any]:
     """Driver and GPUs. ``count`` is -1 without a driver, 0 when it shows none."""
-    count = gpu_count()
+    driver, count = libcuda(), gpu_count()
     facts: dict[str, Any] = {
         "count": count,
         "visible": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "nodes": len([name for name in os.listdir("/dev") if _is_gpu(name)]),
     }
-    if count < 1:
+    if driver is None or count < 1:
         return facts
-    driver = ctypes.CDLL("libcuda.so.1")
     version = ctypes.c_int(0)
     driver.cuDriverGetVersion(ctypes.byref(version))
     facts["driver"] = f"{version.value // 1000}.{version.value % 1000 // 10}"

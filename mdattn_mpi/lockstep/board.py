@@ -147,7 +147,7 @@ class Record:
             _text(phase), _text(item), done, total, first_done, first_wall / 1e9,
             state, bool(stop), exit_code,
             beats, heartbeat / 1e9, _text(process_state), fault_time / 1e9, late, _text(fault),
-            _text(folder),
+            os.fsdecode(folder.rstrip(b"\0")),
         )  # fmt: skip
 
 
@@ -243,7 +243,8 @@ class Board:
     def fail(self, what: str, *, late: bool = False) -> None:
         """Say that this rank alone has failed, and how; what is said first stays."""
         if not _FAULT.unpack_from(self.page, _AT_FAULT)[0]:
-            _FAULT.pack_into(self.page, _AT_FAULT, time.time_ns(), late, what.encode())
+            said = what.encode(errors="backslashreplace")
+            _FAULT.pack_into(self.page, _AT_FAULT, time.time_ns(), late, said)
 
     def suspect(self, what: str, code: int) -> None:
         """Say ahead what it was, and the exit code, if MPI ends this process while it starts."""

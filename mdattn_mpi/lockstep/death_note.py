@@ -142,7 +142,7 @@ def write(folder: str | Path, note: Note) -> bool:
     with os.fdopen(file, "w") as stream:
         json.dump(note, stream, indent=1)
         stream.write("\n")
-    (Path(folder) / TEXT).write_text(page(note))
+    (Path(folder) / TEXT).write_text(page(note), "utf-8", "surrogateescape")  # paths as they are
     return True
 
 
@@ -170,7 +170,7 @@ def put_aside(folder: str | Path, job: int) -> None:
     while any((Path(folder) / f"death-note.{number}.{kind}").exists() for kind in ("txt", "json")):
         number += 1
     for name, kind in ((TEXT, "txt"), (JSON, "json")):
-        if (Path(folder) / name).exists():
+        with suppress(OSError):  # it isn't there, or nothing can be written here
             os.replace(Path(folder) / name, Path(folder) / f"death-note.{number}.{kind}")
 
 

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.trt.spec import Sharding
 
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
 RANK_COUNT = "nb_rank"  # what the parser honours
 MISSPELLED = ("nbRanks", "nb_ranks", "num_ranks")  # what it ignores without a word
+STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators
 ATTENTION = ("Attention", "TRT_Attention")
-KEY = "mdattn"
 
 
 def import_onnx() -> Any:
@@ -62,14 +63,63 @@ def load_model(path: Path) -> Any:
             file=str(path),
             fix="name an ONNX model",
         )
-    for tensor in _tensors(model.graph, onnx):
+    if model.functions:
+        model = _inlined(model, path)
+    for tensor in _tensors(model.graph):
         _check_external(tensor, path, onnx)
     for line in mend(model):
         LOGGER.warning("%s: %s", path, line)
     return model
 
 
-def _tensors(graph: Any, onnx: Any) -> list[Any]:
+def _inlined(model: Any, path: Path) -> Any:
+    """Write the functions that a model defines where they are called."""
+    from onnx import inliner
+
+    try:
+        return inliner.inline_local_functions(model)
+    except Exception as error:
+        raise RejectedError(
+            f"the functions of the model can't be written out: {error}",
+            file=str(path),
+            fix="export it without functions of its own",
+        ) from error
+
+
+def subgraphs(node: Any) -> list[tuple[str, Any]]:
+    """List the graphs that a node holds, with the names of the attributes that hold them."""
+    parts = [(each.name, part) for each in node.attribute for part in (each.g, *each.graphs)]
+    return [(name, part) for name, part in parts if part.node or part.output]
+
+
+def all_nodes(graph: Any) -> Iterator[Any]:
+    """Yield the nodes of a graph and of its subgraphs."""
+    for node in graph.node:
+        yield node
+        for _, part in subgraphs(node):
+            yield from all_nodes(part)
+
+
+def reads(node: Any) -> list[str]:
+    """List the tensors that a node reads: its inputs, and what its subgraphs take from outside."""
+    found = [name for name in node.input if name]
+    for _, part in subgraphs(node):
+        own = {value.name for value in (*part.input, *part.initializer)}
+        for inner in part.node:
+            found += [name for name in reads(inner) if name not in own]
+            own.update(inner.output)
+        found += [value.name for value in part.output if value.name not in own]
+    return list(dict.fromkeys(found))
+
+
+def operator(node: Any) -> str:
+    """Name a node's operator: plain for one of ONNX itself, else with its domain before it."""
+    if node.domain in STANDARD:
+        return str(node.op_type)
+    return f"{node.domain}::{node.op_type}"
+
+
+def _tensors(graph: Any) -> list[Any]:
     """List all tensors that hold or name data, in subgraphs too."""
     found = list(graph.initializer)
     for sparse in graph.sparse_initializer:
@@ -77,9 +127,8 @@ def _tensors(graph: Any, onnx: Any) -> list[Any]:
     for node in graph.node:
         for attribute in node.attribute:
             found += [attribute.t, *attribute.tensors]
-            for part in (attribute.g, *attribute.graphs):
-                if part.node or part.initializer:
-                    found += _tensors(part, onnx)
+        for _, part in subgraphs(node):
+            found += _tensors(part)
     return found
 
 
@@ -99,7 +148,7 @@ def _check_external(tensor: Any, path: Path, onnx: Any) -> None:
 def has_external_data(model: Any) -> bool:
     """Whether part of the model lies in other files."""
     onnx = import_onnx()
-    tensors = _tensors(model.graph, onnx)
+    tensors = _tensors(model.graph)
     return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors)
 
 
@@ -110,8 +159,8 @@ def mend(model: Any) -> list[str]:
     an engine of one rank out of anything else.
     """
     done = []
-    for node in model.graph.node:
-        if node.op_type not in ATTENTION:
+    for node in all_nodes(model.graph):
+        if operator(node) not in ATTENTION:
             continue
         for attribute in node.attribute:
             if attribute.name in MISSPELLED:
@@ -134,7 +183,7 @@ def attribute_of(node: Any, name: str, default: Any = None) -> Any:
 
 def name_of(node: Any) -> str:
     """Name a node as a user finds it in a viewer."""
-    return f"node {node.name or node.output[0]!r} ({node.op_type})"
+    return f"node {node.name or node.output[0]!r} ({operator(node)})"
 
 
 def graph_inputs(model: Any) -> list[Any]:
@@ -143,48 +192,19 @@ def graph_inputs(model: Any) -> list[Any]:
     return [value for value in model.graph.input if value.name not in constants]
 
 
-def constant_of(model: Any, name: str) -> Any:
+def constant_of(graph: Any, name: str) -> Any:
     """Return the array of an initializer or Constant node; None for anything else."""
     onnx = import_onnx()
-    for tensor in model.graph.initializer:
+    for tensor in graph.initializer:
         if tensor.name == name and tensor.data_location != onnx.TensorProto.EXTERNAL:
             return onnx.numpy_helper.to_array(tensor)
-    for node in model.graph.node:
-        if node.op_type == "Constant" and name in node.output:
-            value = attribute_of(node, "value")
-            return None if value is None else onnx.numpy_helper.to_array(value)
+    for node in graph.node:
+        if operator(node) == "Constant" and name in node.output:
+            value = onnx.helper.get_attribute_value(node.attribute[0])
+            if isinstance(value, onnx.TensorProto):
+                return onnx.numpy_helper.to_array(value)
+            return np.asarray(value) if node.attribute[0].name.startswith("value_") else None
     return None
-
-
-def write_sharding(model: Any, sharding: Sharding) -> None:
-    """Note in the file how it is sharded."""
-    entry = model.metadata_props.add()
-    entry.key = KEY
-    entry.value = json.dumps(
-        {"strategy": sharding.strategy, "ranks": sharding.ranks, "axes": sharding.axes}
-    )
-
-
-def read_sharding(model: Any, path: Path) -> Sharding:
-    """Read what `write_sharding` noted.
-
-    Raises
-    ------
-    RejectedError
-        Nothing was noted, or something else.
-
-    """
-    notes = [entry.value for entry in model.metadata_props if entry.key == KEY]
-    try:
-        fields = json.loads(notes[-1])
-        axes = {str(name): int(axis) for name, axis in fields["axes"].items()}
-        return Sharding(str(fields["strategy"]), int(fields["ranks"]), axes)
-    except (IndexError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RejectedError(
-            "nothing in this model tells how it is sharded",
-            file=str(path),
-            fix="shard it first: mdattn shard MODEL.onnx -n P -s STRATEGY -o OUT.onnx",
-        ) from error
 
 
 def save_model(model: Any, source: Path, target: Path) -> None:

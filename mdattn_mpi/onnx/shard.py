@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import sqrt
 from typing import Any
 
-import numpy as np
-
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.onnx.axes import Place, token_places
+from mdattn_mpi.onnx.check import check
 from mdattn_mpi.onnx.model import (
     ATTENTION,
-    RANK_COUNT,
-    attribute_of,
+    STANDARD,
+    all_nodes,
     graph_inputs,
     import_onnx,
     name_of,
-    write_sharding,
+    operator,
 )
 from mdattn_mpi.onnx.patterns import fuse_patterns
-from mdattn_mpi.onnx.tokens import Shape, Tokens, token_axes
+from mdattn_mpi.onnx.sharding import Sharding, write_sharding
+from mdattn_mpi.onnx.site import Site, mask_of
+from mdattn_mpi.onnx.tokens import Tokens, trace_tokens
 from mdattn_mpi.problem import StrategyName
-from mdattn_mpi.trt.spec import Sharding
 
-# Inputs that tell how many of the collected keys count: all of the sequence's; or, where a mask is
-# aligned with the last row of a rank's buffer, those up to there.
-KEYS, CAUSAL_KEYS = "keys", "causal_keys"
-OLDEST = 13  # the opset since which Slice and Reshape are as they are used here
-EXTRA_INPUTS = {3: "a mask", 4: "past keys", 5: "past values"}
+OLDEST = 13  # the opset since which Softmax, Slice and Reshape are as they are used here
+
+Places = Mapping[str, Sequence[Place]]
 
 
 def shard_model(
@@ -56,25 +54,64 @@ def shard_model(
     """
     sharded = import_onnx().ModelProto()
     sharded.CopyFrom(model)
-    done = fuse_patterns(sharded)
-    sites = [node for node in sharded.graph.node if node.op_type in ATTENTION]
-    if not sites:
+    _check_opset(sharded)
+    done = fuse_patterns(sharded) if ranks > 1 else []
+    attentions = [node for node in sharded.graph.node if operator(node) in ATTENTION]
+    if not attentions and ranks > 1:
         raise RejectedError(
             "the model has no attention: no Attention or TRT_Attention node, and no "
             "MatMul–Softmax–MatMul",
             fix="export it with scaled dot-product attention (opset 23 has the operator)",
         )
-    axes = token_axes(sharded, [node.input[0] for node in sites], named_axes)
-    tokens = Tokens(sharded, axes)
-    tokens.check(ignore=ATTENTION)
-    for value in sharded.graph.output:
-        axis = tokens.axis(value.name)
-        if axis is not None:
-            axes[value.name] = axis
-    done += _share(sharded, tokens, strategy, ranks)
-    _free_token_dims(sharded, axes)
-    write_sharding(sharded, Sharding(strategy, ranks, axes))
+    _name_apart(sharded, attentions)
+    tokens = _trace(sharded, token_places(sharded, attentions, named_axes))
+    if ranks > 1:
+        check(tokens)
+        done += _share(sharded, tokens, strategy, ranks)
+    else:
+        done.append("one rank has all tokens; the model is left as it is")
+    places = {
+        value.name: place
+        for value in (*graph_inputs(model), *sharded.graph.output)
+        if (place := tokens.place(value.name))
+    }
+    _free_token_dims(sharded, places)
+    sharding = Sharding(strategy, ranks, {name: place.dim for name, place in places.items()})
+    for value in graph_inputs(model):
+        if sharding.counts_keys(value.name):
+            raise RejectedError(
+                f"the input {value.name!r} would be taken for a number of keys", fix="rename it"
+            )
+    write_sharding(sharded, sharding)
     return sharded, done
+
+
+def _check_opset(model: Any) -> None:
+    opset = next((each.version for each in model.opset_import if each.domain in STANDARD), 0)
+    if opset < OLDEST:
+        raise RejectedError(
+            f"the model uses opset {opset}; {OLDEST} is needed",
+            fix="convert it with onnx.version_converter",
+        )
+
+
+def _name_apart(model: Any, attentions: Sequence[Any]) -> None:
+    """Give attentions that share a name, or have none, that of their output."""
+    names = [node.name for node in all_nodes(model.graph)]
+    for node in attentions:
+        if not node.name or names.count(node.name) > 1:
+            node.name = node.output[0]
+
+
+def _trace(model: Any, places: Places) -> Tokens:
+    """Find the tokens; where sequences can only be of one length, they are one."""
+    try:
+        return trace_tokens(model, places)
+    except RejectedError:
+        if len({place.sequence for each in places.values() for place in each}) == 1:
+            raise
+        one = {name: [Place("tokens", p.dim) for p in each] for name, each in places.items()}
+        return trace_tokens(model, one)
 
 
 def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> list[str]:
@@ -82,36 +119,70 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
     nodes: list[Any] = []
     done: list[str] = []
     numbers: dict[str, None] = {}
-    for node in model.graph.node:
-        if node.op_type in ATTENTION and tokens.axis(node.input[1]) is not None:
-            site = Site(node, tokens, ranks)
-            done.append(site.share(strategy))
-            nodes += [*site.before, node, *site.after]
-            model.graph.initializer.extend(site.constants)
-            numbers.update(dict.fromkeys(site.numbers))
-        else:
-            nodes.append(node)
-    if not done:
+    attentions = [node for node in model.graph.node if operator(node) in ATTENTION]
+    keys = {node.output[0]: tokens.place(node.input[1]) for node in attentions}
+    # dim 0 is the batch: each token has keys of its own
+    sequences = {output: place.sequence for output, place in keys.items() if place and place.dim}
+    if not sequences:
         raise RejectedError(
             "no attention of this model has keys that are cut into token shards",
             fix="name the inputs that are: --shard INPUT:DIM",
         )
+    several = len(set(sequences.values())) > 1
+    for node in model.graph.node:
+        sequence = sequences.get(node.output[0])
+        if sequence is None:
+            nodes.append(node)
+            if node.output[0] in keys and tokens.place(node.input[0]):
+                done.append(_left_alone(node, tokens))
+            continue
+        site = Site(node, tokens, ranks, f"_{sequence}" if several else "")
+        done.append(site.share(strategy))
+        nodes += [*site.before, node, *site.after]
+        model.graph.initializer.extend(site.constants)
+        numbers.update(dict.fromkeys(site.numbers))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    if numbers:
-        _add_numbers(model, list(numbers))
+    _add_numbers(model, list(numbers))
     return done
+
+
+def _left_alone(node: Any, tokens: Tokens) -> str:
+    """Say why an attention is left as it is: each rank has all keys of its queries.
+
+    Raises
+    ------
+    RejectedError
+        It counts its queries from the first of the sequence.
+
+    """
+    if tokens.place(node.input[1]):
+        return f"{name_of(node)}: the tokens are its batch; left as it is"
+    mask = mask_of(node)
+    if mask != "none":
+        raise tokens.refuse(
+            node,
+            f"is causal ({mask}) over keys that no rank cuts, and every rank would count its "
+            "queries from 0",
+            fix=_cut_keys_too(node, tokens) if mask == "upper_left" else "use -n 1",
+        )
+    return f"{name_of(node)}: every rank has all of its keys; left as it is"
+
+
+def _cut_keys_too(node: Any, tokens: Tokens) -> str:
+    """Say how to cut the keys and values of an attention that are inputs of the model."""
+    inputs = [value.name for value in tokens.graph.input]
+    if not set(node.input[1:3]) <= set(inputs):
+        return "use -n 1"
+    places = {name: place.dim for name in inputs if (place := tokens.place(name))}
+    places |= {name: len(tokens.shape(name) or ()) - 2 for name in node.input[1:3]}
+    named = " ".join(f"--shard {name}:{dim}" for name, dim in places.items())
+    return f"cut the keys too: -s ulysses {named}; or use -n 1"
 
 
 def _add_numbers(model: Any, names: Sequence[str]) -> None:
     """Add inputs of one number each."""
     onnx = import_onnx()
-    opset = next((each.version for each in model.opset_import if each.domain == ""), 0)
-    if opset < OLDEST:
-        raise RejectedError(
-            f"the model uses opset {opset}; {OLDEST} is needed",
-            fix="convert it with onnx.version_converter",
-        )
     for name in names:
         if name in [value.name for value in model.graph.input]:
             raise RejectedError(f"the model has an input {name!r} already", fix="rename it")
@@ -119,244 +190,12 @@ def _add_numbers(model: Any, names: Sequence[str]) -> None:
         model.graph.input.append(value)
 
 
-def _free_token_dims(model: Any, axes: Mapping[str, int]) -> None:
+def _free_token_dims(model: Any, places: Mapping[str, Place]) -> None:
     """Let the token dims of inputs and outputs be any; shapes in between are TensorRT's job."""
     del model.graph.value_info[:]
+    several = len({place.sequence for place in places.values()}) > 1
     for value in (*graph_inputs(model), *model.graph.output):
         dims = value.type.tensor_type.shape.dim
-        if value.name in axes and axes[value.name] < len(dims):
-            dims[axes[value.name]].dim_param = "tokens"
-
-
-class Site:
-    """One attention node, about to be shared.
-
-    Parameters
-    ----------
-    node
-        ``Attention`` or ``TRT_Attention``; it is changed.
-    tokens
-        Where the tokens are in the model.
-    ranks
-        How many share it.
-
-    """
-
-    def __init__(self, node: Any, tokens: Tokens, ranks: int) -> None:
-        self.node = node
-        self.ranks = ranks
-        self.before: list[Any] = []
-        self.after: list[Any] = []
-        self.constants: list[Any] = []
-        self.numbers: list[str] = []  # the inputs of one number that its nodes read
-        self._shown = name_of(node)
-        self._prefix = f"{node.name or node.output[0]}_mdattn"
-        self._output = node.output[0]
-        self._onnx = import_onnx()
-        self._check_inputs()
-        self._shapes = tuple(self._shape(tokens, name) for name in node.input[:3])
-        self._dtype = tokens.dtype(node.input[0])
-        self._heads = tuple(self._count_heads(number) for number in range(3))
-
-    def _check_inputs(self) -> None:
-        extra = [number for number, name in enumerate(self.node.input) if name and number > 2]
-        if extra:
-            told = EXTRA_INPUTS.get(extra[0], "more inputs than three")
-            raise self._refuse(f"has {told}", "use a model without, or one rank")
-        if len([name for name in self.node.output if name]) > 1:
-            raise self._refuse("gives more than its output", "use one rank")
-
-    def _shape(self, tokens: Tokens, name: str) -> Shape:
-        shape, axis = tokens.shape(name), tokens.axis(name)
-        if shape is None or len(shape) not in (3, 4) or axis != len(shape) - 2:
-            raise self._refuse(f"takes {name!r}, in which dim {axis} of {shape} counts tokens")
-        return shape
-
-    def _count_heads(self, number: int) -> int:
-        if len(self._shapes[number]) == 4:
-            return self._shapes[number][1]
-        heads = int(attribute_of(self.node, "kv_num_heads" if number else "q_num_heads", 0))
-        if heads < 1:
-            raise self._refuse("doesn't tell its number of heads", "export it with *_num_heads")
-        return heads
-
-    def _refuse(self, why: str, fix: str = "") -> RejectedError:
-        return RejectedError(
-            f"{self._shown} {why}", fix=fix or "shard the attention block alone, or use one rank"
-        )
-
-    @property
-    def _causal(self) -> bool:
-        """Whether a query sees no key behind its own position."""
-        kind = attribute_of(self.node, "causal_kind", b"none")
-        return bool(attribute_of(self.node, "is_causal", 0)) or kind != b"none"
-
-    @property
-    def _head_dim(self) -> int:
-        last = self._shapes[0][-1]
-        return last if len(self._shapes[0]) == 4 else last // self._heads[0]
-
-    def share(self, strategy: StrategyName) -> str:
-        """Rewrite the node; return what was done.
-
-        Raises
-        ------
-        RejectedError
-            The strategy can't; naming the node and one that can.
-
-        """
-        if strategy == "ring":
-            self._ring()
-            return f"{self._shown}: {RANK_COUNT} = {self.ranks}"
-        joined = len(self._shapes[0]) == 3
-        if joined:
-            self._split_heads()
-        if strategy == "allgather":
-            self._allgather()
-            done = f"keys and values gathered from {self.ranks} ranks"
-        else:
-            self._ulysses()
-            done = f"heads traded for tokens among {self.ranks} ranks"
-        if joined:
-            self._join_heads()
-        if self.after:  # the rest of the model reads what comes last
-            self.node.output[0] = f"{self._prefix}_inner"
-            self.after[-1].output[0] = self._output
-        return f"{self._shown}: {done}"
-
-    def _ring(self) -> None:
-        if self._causal and self.ranks > 1:
-            raise self._refuse(
-                "is causal: TensorRT's multi-device attention has no mask",
-                "use -s allgather or -s ulysses",
-            )
-        self._set(RANK_COUNT, self.ranks)
-
-    def _split_heads(self) -> None:
-        """``[B, S, N·H]`` to ``[B, N, S, H]``."""
-        for number, name in enumerate(self.node.input[:3]):
-            split = self._reshape(name, (0, 0, self._heads[number], -1))
-            self.node.input[number] = self._transpose(split, (0, 2, 1, 3))
-        self._unset("q_num_heads", "kv_num_heads")
-
-    def _join_heads(self) -> None:
-        """``[B, N, S, H]`` to ``[B, S, N·H]``, behind the node."""
-        turned = self._transpose(self._result, (0, 2, 1, 3), self.after)
-        self._reshape(turned, (0, 0, -1), self.after)
-
-    def _allgather(self) -> None:
-        """Collect keys and values; under a mask a rank's keys end with its own last token."""
-        keys = CAUSAL_KEYS if self._causal else KEYS
-        for number in (1, 2):
-            tokens_first = self._transpose(self.node.input[number], (2, 0, 1, 3))
-            gathered = self._collective(tokens_first, "all_gather")
-            seen = self._first(keys, gathered, 0)
-            self.node.input[number] = self._transpose(seen, (1, 2, 0, 3))
-        if self._causal:
-            self._make_trt_attention()
-            self._set("causal_kind", "lower_right")
-
-    def _make_trt_attention(self) -> None:
-        """Take the operator that alone has ``lower_right``, and that has no scale."""
-        if self.node.op_type == "TRT_Attention":
-            return
-        if attribute_of(self.node, "softcap", 0.0):
-            raise self._refuse("has a softcap, which TensorRT's attention hasn't")
-        scale = float(attribute_of(self.node, "scale", 1 / sqrt(self._head_dim)))
-        self.node.input[0] = self._times(self.node.input[0], scale)
-        self.node.op_type = "TRT_Attention"
-        self._unset("is_causal", "scale", "softcap", "qk_matmul_output_mode", "softmax_precision")
-
-    def _ulysses(self) -> None:
-        """Trade tokens for heads, and back behind the node."""
-        if self._heads[0] % self.ranks:
-            raise self._refuse(
-                f"has {self._heads[0]} query heads, which don't divide among {self.ranks} ranks",
-                "use -s allgather",
-            )
-        for number in range(3):
-            name, heads = self.node.input[number], self._heads[number]
-            if heads % self.ranks:
-                name, heads = self._repeat_heads(name, heads), self.ranks
-            traded = self._heads_to_ranks(name, heads // self.ranks)
-            self.node.input[number] = self._first(KEYS, traded, 2) if number else traded
-        self._tokens_to_ranks()
-
-    def _repeat_heads(self, name: str, heads: int) -> str:
-        if self.ranks % heads:
-            raise self._refuse(
-                f"has {heads} kv heads, which can't be dealt evenly to {self.ranks} ranks",
-                "use -s allgather",
-            )
-        wanted = [rank * heads // self.ranks for rank in range(self.ranks)]
-        indices = self._constant(np.array(wanted, np.int64))
-        return self._op("Gather", [name, indices], axis=1)
-
-    def _heads_to_ranks(self, name: str, part: int) -> str:
-        """``[B, N, L, H]`` to ``[B, N/P, P·L, H]``."""
-        by_rank = self._reshape(name, (0, self.ranks, part, -1, self._head_dim))
-        traded = self._collective(self._transpose(by_rank, (1, 0, 2, 3, 4)), "all_to_all")
-        heads_first = self._transpose(traded, (1, 2, 0, 3, 4))
-        return self._reshape(heads_first, (0, 0, -1, self._head_dim))
-
-    def _tokens_to_ranks(self) -> None:
-        """``[B, N/P, P·L, H]`` to ``[B, N, L, H]``, behind the node."""
-        to = self.after
-        by_rank = self._reshape(self._result, (0, 0, self.ranks, -1, self._head_dim), to)
-        traded = self._collective(self._transpose(by_rank, (2, 0, 1, 3, 4), to), "all_to_all", to)
-        heads_first = self._transpose(traded, (1, 0, 2, 3, 4), to)
-        self._reshape(heads_first, (0, self._heads[0], -1, self._head_dim), to)
-
-    @property
-    def _result(self) -> str:
-        """Name what the nodes behind have made so far."""
-        return str(self.after[-1].output[0]) if self.after else f"{self._prefix}_inner"
-
-    def _reshape(self, name: str, shape: Sequence[int], where: list[Any] | None = None) -> str:
-        """Reshape; 0 keeps a dim, -1 is what is left."""
-        return self._op("Reshape", [name, self._constant(np.array(shape, np.int64))], where)
-
-    def _transpose(self, name: str, order: Sequence[int], where: list[Any] | None = None) -> str:
-        return self._op("Transpose", [name], where, perm=list(order))
-
-    def _collective(self, name: str, operation: str, where: list[Any] | None = None) -> str:
-        """Let the ranks exchange along dim 0."""
-        if self.ranks == 1:
-            return name
-        rest = {"reduce_op": "none", "root": -1, RANK_COUNT: self.ranks}
-        return self._op("DistCollective", [name], where, collective_operation=operation, **rest)
-
-    def _first(self, keys: str, name: str, axis: int) -> str:
-        """Keep as many keys as the input `keys` says."""
-        self.numbers.append(keys)
-        start, along = (self._constant(np.array([number], np.int64)) for number in (0, axis))
-        return self._op("Slice", [name, start, keys, along])
-
-    def _times(self, name: str, factor: float) -> str:
-        """Scale in float32, so that the factor isn't rounded."""
-        wide = self._op("Cast", [name], to=self._onnx.TensorProto.FLOAT)
-        product = self._op("Mul", [wide, self._constant(np.array(factor, np.float32))])
-        return self._op("Cast", [product], to=self._dtype)
-
-    def _constant(self, values: Any) -> str:
-        name = f"{self._prefix}_constant_{len(self.constants)}"
-        self.constants.append(self._onnx.numpy_helper.from_array(values, name))
-        return name
-
-    def _op(
-        self, kind: str, inputs: Sequence[str], where: list[Any] | None = None, **attributes: Any
-    ) -> str:
-        """Add a node before the attention, or to the list `where`; return its output."""
-        name = f"{self._prefix}_{kind}_{len(self.before) + len(self.after)}"
-        node = self._onnx.helper.make_node(kind, inputs, [name], name=name, **attributes)
-        (self.before if where is None else where).append(node)
-        return name
-
-    def _set(self, name: str, value: Any) -> None:
-        self._unset(name)
-        self.node.attribute.append(self._onnx.helper.make_attribute(name, value))
-
-    def _unset(self, *names: str) -> None:
-        kept = [attribute for attribute in self.node.attribute if attribute.name not in names]
-        del self.node.attribute[:]
-        self.node.attribute.extend(kept)
+        place = places.get(value.name)
+        if place and place.dim < len(dims):
+            dims[place.dim].dim_param = place.sequence if several else "tokens"

@@ -67,13 +67,14 @@ class Attention:
         )
 
     def options(self) -> dict[str, str]:
-        """Strategy, items, LSE and layout."""
+        """Strategy, items, LSE, layout, and what is ignored."""
         spec = self.spec
         return {
             "strategy": spec.strategy,
             "items": spec.items,
             "lse": str(spec.lse).lower(),
             "layout": spec.layout,
+            "ignore": ",".join(sorted(set(spec.ignore))),
         }
 
 
@@ -86,7 +87,13 @@ def open_attention(spec: JobSpec, world: World) -> Job:
     dataset = together(
         world,
         "dataset",
-        lambda: open_dataset(spec.data, select=spec.items, layout=spec.layout, allow=spec.allow),
+        lambda: open_dataset(
+            spec.data,
+            select=spec.items,
+            layout=spec.layout,
+            allow=spec.allow,
+            ignore=spec.ignore,
+        ),
         dataset_facts,
     )
     name = backend_name(spec.backend, world)

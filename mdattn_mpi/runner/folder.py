@@ -132,7 +132,7 @@ def _leave_no_trace(spec: JobSpec, world: World, made: bool) -> None:
 def open_log(folder: Path, rank: int) -> Path:
     """Send what the package logs to this rank's file; returns its path."""
     path = folder / f"rank-{rank:04}.log"
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter(LOG_LINE))
     for old in LOGGER.handlers[:]:
         LOGGER.removeHandler(old)
@@ -253,6 +253,6 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
     """Replace ``summary.json`` in the run folder; never leaves half a file."""
     path = folder / "summary.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
     temporary.replace(path)
     return path

@@ -33,6 +33,7 @@ class JobSpec:
     overwrite: bool = False
     allow_change: bool = False
     allow: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     threads: int = 0
     deadline: float = 0.0
     max_time: float = 0.0

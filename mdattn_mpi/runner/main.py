@@ -43,8 +43,8 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
     job = open_job(spec, world)
     try:
         say(world, describe_plans(job))
-        if not spec.dry_run:
-            open_files(job)
+        working = not spec.dry_run and open_files(job)
+        if working:
             opened = perf_counter()
             run_items(job)
             job.seconds = {
@@ -54,7 +54,7 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
             }
         for group in job.groups:
             group.executor.close()
-        return 0 if spec.dry_run else close_job(job)
+        return close_job(job) if working else 0
     except BaseException:
         for group in job.groups:
             group.executor.abort()
@@ -94,5 +94,5 @@ def close_job(job: Job) -> int:
         path = write_summary(run_folder(job.spec), summary)
         say(world, closing_words(summary, path))
         if job.spec.json:
-            print(json.dumps(summary, ensure_ascii=False))
+            print(json.dumps(summary))
     return int(world.bcast_bytes(str(code).encode() if world.rank == 0 else None))

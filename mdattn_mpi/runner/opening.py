@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
-from mdattn_mpi.dataset import create_output, open_output
+from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
 from mdattn_mpi.runner.folder import LOGGER, open_log, provenance, run_folder
@@ -30,7 +32,8 @@ def open_job(spec: JobSpec, world: World) -> Job:
 
 def describe_plans(job: Job) -> str:
     """What will be computed how, and why so: one entry a kind of item."""
-    counts = Counter(job.plans.values())
+    shapes = {item.name: job.dataset.describe(item) for item in job.items}
+    counts = Counter((plan, shapes[name]) for name, plan in job.plans.items())
     about = ", ".join(f"{name} {value}" for name, value in job.executor.describe().items())
     lines = [
         f"{len(job.plans)} items of {job.spec.data} on {job.world.size} ranks",
@@ -38,23 +41,30 @@ def describe_plans(job: Job) -> str:
     ]
     if job.schedule.signature != "all":
         lines += [f"groups: {reason}" for reason in job.schedule.reasons]
-    for plan, count in counts.most_common(KINDS):
+    for (plan, shape), count in counts.most_common(KINDS):
         why = plan.reasons if job.spec.dry_run else plan.reasons[:1]
-        lines.append(f"{count} × {plan.problem}; {'; '.join(why)}")
+        lines.append(f"{count} × {shape}; {'; '.join(why)}")
     lines += [f"warning {warning}" for warning in job.dataset.warnings]
     if len(counts) > KINDS:
         lines.append(f"and {len(counts) - KINDS} more kinds of item")
     return "\n".join(f"mdattn: {line}" for line in lines)
 
 
-def open_files(job: Job) -> None:
-    """Collective. Make the output or open it again; find out what is still to be done."""
+def open_files(job: Job) -> bool:
+    """Collective. Make the output or open it again; find out what is still to be done.
+
+    False for an output that is finished and lies where nothing can be written: there is nothing to
+    do, and no place to say so but the terminal.
+    """
     spec, world, items = job.spec, job.world, job.items
     together(world, "output", lambda: _prepare_output(job) if world.rank == 0 else None)
-    job.output = together(world, "open output", lambda: open_output(spec.output, writable=True))
-    state = job.output.ledger.state
-    left = [number for number, item in enumerate(items) if state(item) != "done"]
+    job.output = together(world, "open output", lambda: _open_for(spec, items))
+    left = _left(job.output, items)
     job.todo = [items[number] for number in left]
+    if not left and _read_only(spec, world):
+        say(world, f"mdattn: all {len(items)} items are done already; nothing is left to do")
+        return False
+    together(world, "logs", lambda: run_folder(spec).mkdir(exist_ok=True))
     job.schedule = job.schedule.only(left)
     world.board.attach(
         run_folder(spec), world.rank, world.size, job.executor.describe().get("device", "")
@@ -67,6 +77,27 @@ def open_files(job: Job) -> None:
     world.board.progress(done, len(items))
     if done:
         say(world, f"mdattn: resuming: {done} of {len(items)} items are done already")
+    return True
+
+
+def _left(output: Output, items: Sequence[AnyItem]) -> list[int]:
+    """The positions of the items that aren't done."""
+    return [n for n, item in enumerate(items) if output.ledger.state(item) != "done"]
+
+
+def _open_for(spec: JobSpec, items: Sequence[AnyItem]) -> Output:
+    """Open the output, for writing if anything is left to do."""
+    output = open_output(spec.output)
+    if not _left(output, items):
+        return output
+    output.close()
+    return open_output(spec.output, writable=True)
+
+
+def _read_only(spec: JobSpec, world: World) -> bool:
+    """Collective. Whether rank 0 can't write beside the output."""
+    writable = os.access(Path(spec.output).resolve().parent, os.W_OK)
+    return world.bcast_bytes(b"%d" % writable if world.rank == 0 else None) == b"0"
 
 
 def _prepare_output(job: Job) -> None:
@@ -91,4 +122,3 @@ def _prepare_output(job: Job) -> None:
             attributes={**facts, **provenance(job.executor)},
             overwrite=spec.overwrite,
         )
-    run_folder(spec).mkdir(exist_ok=True)

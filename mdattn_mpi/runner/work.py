@@ -106,6 +106,10 @@ class Data(Protocol):
         """What an output remembers of its input."""
         ...
 
+    def describe(self, item: Any) -> str:
+        """Say an item's shape as it was understood, in one sentence."""
+        ...
+
     def read(self, item: Any, tensor: Any, spans: Sequence[Span], *, out: HostArray) -> HostArray:
         """Read the tokens of `spans` into `out`; any thread may call. Raises `ItemError`."""
         ...

@@ -14,7 +14,7 @@ from mdattn_mpi.lockstep import Group
 from mdattn_mpi.partition import equal_partition
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 from mdattn_mpi.trt.build import BuiltEngine, make_attention
-from mdattn_mpi.trt.choice import choose
+from mdattn_mpi.trt.choice import choose, spec_for
 from mdattn_mpi.trt.engine import Engine
 from mdattn_mpi.trt.gpu import HostArray
 from mdattn_mpi.trt.networks import network_of
@@ -26,7 +26,7 @@ from mdattn_mpi.trt.runtime import (
     Runtime,
     open_runtime,
 )
-from mdattn_mpi.trt.spec import EngineSpec, spec_for
+from mdattn_mpi.trt.spec import EngineSpec
 from mdattn_mpi.trt.store import Cache
 
 

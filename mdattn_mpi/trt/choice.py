@@ -1,12 +1,15 @@
-"""Which strategy for which problem, and why, before anything is built."""
+"""Which strategy and which engines for which problems, and why, before anything is built."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
 
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, StrategyName
 from mdattn_mpi.trt.library import SM, Capabilities, Library, show_sm
 from mdattn_mpi.trt.networks import network_of
-from mdattn_mpi.trt.spec import refuse_everywhere
+from mdattn_mpi.trt.spec import EngineSpec, Extent, Shapes
 
 STRATEGIES: tuple[StrategyName, ...] = ("ring", "ulysses", "allgather")
 
@@ -71,3 +74,73 @@ def _what_works(library: Library, can: Capabilities, sm: SM) -> str:
     if library.flavour == "tensorrt_rtx" and sm >= (8, 0):
         return "use -b cuda, or full TensorRT: pip install 'mdattn_mpi[tensorrt]'"
     return "use -b cpu, or a GPU of SM 8.0 or later"
+
+
+def refuse_everywhere(problem: AttentionProblem) -> None:
+    """Raise for what TensorRT's attention layer can't express under any strategy.
+
+    Raises
+    ------
+    RejectedError
+        Value heads of another dim than query and key; queries that see no key.
+
+    """
+    if problem.v_head_dim != problem.head_dim:
+        raise RejectedError(
+            f"value heads of {problem.v_head_dim} under query heads of {problem.head_dim}: "
+            "TensorRT's attention takes one head dim",
+            fix="use -b cuda or -b cpu",
+        )
+    if problem.causal == "lower_right" and problem.q_tokens > problem.kv_tokens:
+        raise RejectedError(
+            f"lower_right with {problem.q_tokens} queries over {problem.kv_tokens} keys: the "
+            "first queries see no key, and TensorRT divides by zero there",
+            fix="use -b cuda or -b cpu",
+        )
+
+
+def spec_for(
+    problems: Sequence[AttentionProblem], strategy: StrategyName, ranks: int
+) -> tuple[EngineSpec, ...]:
+    """Cover `problems` with as few engines as possible: one a kind, whatever the lengths.
+
+    Raises
+    ------
+    RejectedError
+        The strategy can't do one of them with TensorRT; see the network's ``refuse``.
+
+    """
+    network = network_of(strategy)
+    shapes: dict[EngineSpec, set[Shapes]] = {}
+    for problem in problems:
+        refuse_everywhere(problem)
+        network.refuse(problem, ranks)
+        found = shapes.setdefault(_kind(problem, strategy, ranks), set())
+        found.update(network.shapes(problem, ranks, rank) for rank in range(ranks))
+    return tuple(
+        replace(
+            kind,
+            q=Extent.over(one.q for one in group),
+            kv=Extent.over(one.kv for one in group),
+            keys=Extent.over(one.keys for one in group),
+        )
+        for kind, group in shapes.items()
+    )
+
+
+def _kind(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> EngineSpec:
+    """Make the spec of `problem` without its lengths."""
+    one = Extent(1, 1, 1)
+    return EngineSpec(
+        strategy=strategy,
+        ranks=ranks,
+        q_heads=problem.q_heads,
+        kv_heads=problem.kv_heads,
+        head_dim=problem.head_dim,
+        dtype=problem.dtype,
+        mask=network_of(strategy).mask(problem),
+        scale=problem.scale,
+        q=one,
+        kv=one,
+        keys=one,
+    )

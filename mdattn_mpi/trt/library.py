@@ -9,16 +9,15 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Literal
 
+from mdattn_mpi.devices.presence import libcuda
 from mdattn_mpi.errors import DeviceError, RejectedError
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
@@ -103,9 +102,8 @@ def show_sm(sm: SM) -> str:
 
 def visible_sm() -> SM | None:
     """Ask the driver for the SM of the first GPU that this process sees; None without one."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
+    driver = libcuda()
+    if driver is None:
         return None
     device, value = ctypes.c_int(0), ctypes.c_int(0)
     if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
@@ -231,14 +229,6 @@ def _sink(api: Any, take: Callable[[int, str], None]) -> Any:
 
     verbose = LOGGER.isEnabledFor(logging.DEBUG)
     return Sink()
-
-
-def loaded_nccl(maps: Path = Path("/proc/self/maps")) -> tuple[str, ...]:
-    """List the NCCL libraries that this process has mapped; `maps` as Linux writes it."""
-    if not sys.platform.startswith("linux") and not maps.exists():
-        return ()
-    paths = (line.split(maxsplit=5)[-1].strip() for line in maps.read_text().splitlines())
-    return tuple(sorted({path for path in paths if "/libnccl.so" in path}))
 
 
 def check_one_nccl(found: Sequence[str]) -> None:

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import cast
 
 from mdattn_mpi.errors import DeviceError, RejectedError
-from mdattn_mpi.onnx.shard import CAUSAL_KEYS, KEYS
-from mdattn_mpi.partition import equal_shards
+from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
+from mdattn_mpi.partition import equal_shards, shard_length
 from mdattn_mpi.problem import ModelPlan, ModelProblem, StrategyName, TensorSpec
 from mdattn_mpi.trt.gpu import HostArray
 from mdattn_mpi.trt.runtime import EngineExecutor, Result, Running, Runtime
-from mdattn_mpi.trt.spec import shard_length
-
-NUMBERS = (KEYS, CAUSAL_KEYS)  # inputs that aren't bound: how many keys count
 
 
 class Model(EngineExecutor):
@@ -53,8 +50,9 @@ class Model(EngineExecutor):
             )
         self._engine = runtime.load(built)
         names = self._engine.inputs
-        self._numbers = tuple(name for name in names if name in NUMBERS)
-        self.inputs = self._tensors(name for name in names if name not in NUMBERS)
+        counts = {name: self.manifest.sharding.counts_keys(name) for name in names}
+        self._numbers = {name: kind for name, kind in counts.items() if kind}
+        self.inputs = self._tensors(name for name in names if name not in self._numbers)
         self.outputs = self._tensors(self._engine.outputs)
 
     def _tensors(self, names: Iterable[str]) -> tuple[TensorSpec, ...]:
@@ -103,7 +101,7 @@ class Model(EngineExecutor):
         own = len(equal_shards(tokens, plan.ranks)[rank])
         inputs = {tensor.name: tensor.with_tokens(length) for tensor in self.inputs}
         values = {KEYS: tokens, CAUSAL_KEYS: (rank + 1) * length}
-        numbers = {name: values[name] for name in self._numbers}
+        numbers = {name: values[kind] for name, kind in self._numbers.items()}
         results = tuple(
             Result(
                 tensor.name,

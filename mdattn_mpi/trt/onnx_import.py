@@ -14,13 +14,13 @@ from mdattn_mpi.onnx.model import (
     RANK_COUNT,
     attribute_of,
     load_model,
-    read_sharding,
+    operator,
 )
-from mdattn_mpi.onnx.shard import CAUSAL_KEYS, KEYS
+from mdattn_mpi.onnx.sharding import Sharding, read_sharding
+from mdattn_mpi.partition import shard_length
 from mdattn_mpi.trt.build import BuiltEngine, Profile, build_network
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, uncollected
-from mdattn_mpi.trt.spec import Sharding, shard_length
 from mdattn_mpi.trt.store import describe_model
 
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
@@ -61,7 +61,7 @@ def declared_ranks(model: Any) -> dict[str, int]:
     return {
         node.name: int(attribute_of(node, RANK_COUNT, 1))
         for node in model.graph.node
-        if node.op_type in ATTENTION
+        if operator(node) in ATTENTION
     }
 
 
@@ -115,7 +115,7 @@ def profile_of(network: Any, sharding: Sharding, tokens: tuple[int, int]) -> Pro
     profile: Profile = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        if tensor.name in (KEYS, CAUSAL_KEYS):
+        if sharding.counts_keys(tensor.name):
             most = shard_length(longest, sharding.ranks) * sharding.ranks
             profile[tensor.name] = ((1,), (longest,), (most,))
             continue

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from mdattn_mpi.devices.nccl import loaded_nccl
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import Group, together
 from mdattn_mpi.trt.build import BuiltEngine
@@ -23,7 +24,6 @@ from mdattn_mpi.trt.library import (
     Library,
     check_one_nccl,
     find_library,
-    loaded_nccl,
     show_sm,
 )
 from mdattn_mpi.trt.store import Manifest, check_fits, read_engine, sha256_of
@@ -280,7 +280,7 @@ def open_runtime(group: Group) -> Runtime:
     gpu = together(group, "GPU", lambda: _open_gpu(group.local_rank, group.local_size))
     # nccl4py first: TensorRT then finds its libnccl.so.2 already in the process.
     together(group, "nccl4py", _import_nccl)
-    communicator = together(group, "NCCL", lambda: _open_nccl(group))
+    communicator = _open_nccl(group)
     return Runtime(group, library, gpu, communicator)
 
 

@@ -10,31 +10,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName, StrategyName
-
-
-@dataclass(frozen=True)
-class Sharding:
-    """How a network is shared by ranks.
-
-    Parameters
-    ----------
-    strategy, ranks
-        As everywhere.
-    axes
-        The dim that counts tokens, for each input and output that has one.
-
-    """
-
-    strategy: str
-    ranks: int
-    axes: dict[str, int]
+from mdattn_mpi.problem import Causal, DTypeName, StrategyName
 
 
 @dataclass(frozen=True)
@@ -145,85 +126,6 @@ class EngineSpec:
             f"{self.strategy} on {self.ranks} ranks, {self.q_heads}/{self.kv_heads} heads of "
             f"{self.head_dim}, {self.dtype}{mask}, {length} tokens a rank"
         )
-
-
-def shard_length(tokens: int, ranks: int) -> int:
-    """``ceil(tokens / ranks)``: the rows of every rank's buffer."""
-    return -(-tokens // ranks)
-
-
-def refuse_everywhere(problem: AttentionProblem) -> None:
-    """Raise for what TensorRT's attention layer can't express under any strategy.
-
-    Raises
-    ------
-    RejectedError
-        Value heads of another dim than query and key; queries that see no key.
-
-    """
-    if problem.v_head_dim != problem.head_dim:
-        raise RejectedError(
-            f"value heads of {problem.v_head_dim} under query heads of {problem.head_dim}: "
-            "TensorRT's attention takes one head dim",
-            fix="use -b cuda or -b cpu",
-        )
-    if problem.causal == "lower_right" and problem.q_tokens > problem.kv_tokens:
-        raise RejectedError(
-            f"lower_right with {problem.q_tokens} queries over {problem.kv_tokens} keys: the "
-            "first queries see no key, and TensorRT divides by zero there",
-            fix="use -b cuda or -b cpu",
-        )
-
-
-def spec_for(
-    problems: Sequence[AttentionProblem], strategy: StrategyName, ranks: int
-) -> tuple[EngineSpec, ...]:
-    """Cover `problems` with as few engines as possible: one a kind, whatever the lengths.
-
-    Raises
-    ------
-    RejectedError
-        The strategy can't do one of them with TensorRT; see the network's ``refuse``.
-
-    """
-    from mdattn_mpi.trt.networks import network_of
-
-    network = network_of(strategy)
-    shapes: dict[EngineSpec, set[Shapes]] = {}
-    for problem in problems:
-        refuse_everywhere(problem)
-        network.refuse(problem, ranks)
-        found = shapes.setdefault(_kind(problem, strategy, ranks), set())
-        found.update(network.shapes(problem, ranks, rank) for rank in range(ranks))
-    return tuple(
-        replace(
-            kind,
-            q=Extent.over(one.q for one in group),
-            kv=Extent.over(one.kv for one in group),
-            keys=Extent.over(one.keys for one in group),
-        )
-        for kind, group in shapes.items()
-    )
-
-
-def _kind(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> EngineSpec:
-    """Make the spec of `problem` without its lengths."""
-    from mdattn_mpi.trt.networks import network_of
-
-    one = Extent(1, 1, 1)
-    return EngineSpec(
-        strategy=strategy,
-        ranks=ranks,
-        q_heads=problem.q_heads,
-        kv_heads=problem.kv_heads,
-        head_dim=problem.head_dim,
-        dtype=problem.dtype,
-        mask=network_of(strategy).mask(problem),
-        scale=problem.scale,
-        q=one,
-        kv=one,
-        keys=one,
-    )
 
 
 def any_length(spec: EngineSpec) -> EngineSpec:

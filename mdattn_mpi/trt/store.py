@@ -18,8 +18,9 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.onnx.sharding import Sharding
 from mdattn_mpi.trt.library import SM, Library, show_sm
-from mdattn_mpi.trt.spec import EngineSpec, Sharding
+from mdattn_mpi.trt.spec import EngineSpec
 
 FORMAT = "mdattn-engine"
 VERSION = 1
@@ -97,6 +98,11 @@ class Manifest:
                 f"not an engine manifest ({error})", file=str(path), fix="build the engine again"
             ) from error
         return manifest
+
+    @property
+    def sharding(self) -> Sharding:
+        """How it is shared."""
+        return Sharding(self.strategy, self.ranks, self.axes)
 
     def attention(self) -> EngineSpec:
         """Make the `EngineSpec` of an attention engine."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
 from mdattn_mpi.dataset import Dataset, Entry, Item, ModelItem, Output, open_dataset
+from mdattn_mpi.dataset.index import patterns_of, select_items
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.problem import Span
 from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_rows, judge
@@ -117,7 +117,9 @@ class Finding:
         return facts
 
 
-def open_input(output: Output, path: str, *, allow: Sequence[str], other: bool) -> Dataset:
+def open_input(
+    output: Output, path: str, *, allow: Sequence[str], ignore: Sequence[str] = (), other: bool
+) -> Dataset:
     """Open the dataset that `output` was made from, as the job did.
 
     Raises
@@ -137,6 +139,7 @@ def open_input(output: Output, path: str, *, allow: Sequence[str], other: bool) 
         select=str(output.attributes.get("items", "*")),
         layout=str(output.attributes.get("layout", "auto")),
         allow=allow,
+        ignore=(*ignore, *str(output.attributes.get("ignore", "")).split(",")),
     )
     recorded = output.attributes.get("input_digest")
     if recorded is not None and recorded != dataset.digest and not other:
@@ -159,13 +162,8 @@ def pair(output: Output, dataset: Dataset, patterns: str) -> list[tuple[Item, It
         Nothing matches, or an item isn't in the dataset, or is another problem there.
 
     """
-    wanted = [pattern.strip() for pattern in patterns.split(",")]
     items = [item for item in output.items if isinstance(item, Item)]
-    chosen = [i for i in items if any(fnmatchcase(i.name, pattern) for pattern in wanted)]
-    if not chosen:
-        raise RejectedError(
-            f"no item matches {patterns!r}", fix="see `mdattn inspect`", file=output.path
-        )
+    chosen = select_items(items, patterns_of(patterns), output.path)
     inputs = {item.name: item for item in dataset.items}
     for item in chosen:
         other = inputs.get(item.name)

@@ -17,6 +17,8 @@ from mdattn_mpi.problem import AttentionProblem
 from tests.support.dataset_files import FLOAT16, How, random_tensors, write_dataset
 from tests.support.finished import finished
 
+SHAPE = "37 query and 23 kv tokens, 4 query and 2 kv heads of 16 (value 24)"
+
 Capture = pytest.CaptureFixture[str]
 
 
@@ -50,7 +52,7 @@ def test_a_dataset(tmp_path: Path, capsys: Capture) -> None:
         "uint16",
     )
     shown = text(path, capsys)
-    for word in ("3 items", "37×23", "4/2", "16/24", "head-major", "gzip", "uint16", "upper_left"):
+    for word in ("3 items", SHAPE, "upper_left, head-major", "gzip", "as uint16"):
         assert word in shown
     assert "several times slower" in shown
     assert [item["name"] for item in facts(path, capsys, "--items", "b*")["items"]] == [
@@ -147,8 +149,9 @@ def test_narrow_terminals(
     shown = text(path, capsys)
     lines = shown.splitlines()
     assert all(len(line) <= columns for line in lines if str(tmp_path) not in line)
-    for word in ("first", "second", "37×23", "4/2", "16/24", "float16", "chunked"):
-        assert word in shown
+    words = " ".join(shown.split())
+    for word in ("first", "second", f"{SHAPE}, float16, token-major", "chunked"):
+        assert word in words
 
 
 def test_names_cannot_drive_the_terminal(tmp_path: Path, capsys: Capture) -> None:
@@ -157,3 +160,23 @@ def test_names_cannot_drive_the_terminal(tmp_path: Path, capsys: Capture) -> Non
     shown = text(path, capsys, code=1)
     assert "\x1b" not in shown
     assert r"b\x1b[2J" in shown
+
+
+def test_what_it_does_not_know(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "d.h5"
+    write_dataset(path, {"a": random_tensors(), "b": random_tensors()}, None, {"b": {"window": 9}})
+    assert "bad: b: has attribute window" in text(path, capsys, code=1)
+    assert len(facts(path, capsys, "--ignore", "sinks,window")["items"]) == 2
+
+
+def test_heads_that_may_be_tokens(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "d.h5"
+    write_dataset(path, {"a": random_tensors((8, 8, 600, 600, 4, 4))})
+    assert "8 tokens, 600 heads of 4, bfloat16, token-major" in text(path, capsys)
+    (warning,) = facts(path, capsys)["warnings"]
+    assert "'a' has more heads than tokens" in warning
+    assert "--layout head_major" in warning
+    shown = facts(path, capsys, "--layout", "head_major")
+    assert shown["items"][0]["shape"] == "600 tokens, 8 heads of 4, bfloat16, head-major"
+    write_dataset(path, {"a": random_tensors((8, 8, 128, 128, 4, 4))})
+    assert not facts(path, capsys)["warnings"]

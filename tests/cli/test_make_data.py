@@ -131,3 +131,12 @@ def test_a_file_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["make-data", str(tmp_path / "d.h5"), "--length", "8"]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "d.h5").read_text() == "mine"
+
+
+@pytest.mark.parametrize("scale", ["0", "-1", "nan", "1e39", "1e-46"])
+def test_scales_that_float32_cannot_hold(
+    tmp_path: Path, scale: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["make-data", str(tmp_path / "d.h5"), f"--scale={scale}"]) == 2
+    assert f"scale is {float(scale)}" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

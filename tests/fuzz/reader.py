@@ -26,7 +26,7 @@ def main() -> None:
 
     with atheris.instrument_imports(include=["mdattn_mpi"]):
         import mdattn_mpi.dataset
-        import mdattn_mpi.dataset.foreign  # noqa: F401
+        import mdattn_mpi.dataset.foreign.open  # noqa: F401
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as tmp:
         path = os.path.join(tmp, "input")
         atheris.Setup(sys.argv, lambda data: read_any(path, data))
@@ -78,11 +78,11 @@ def read_output(path: str) -> None:
 
 def read_foreign(path: str) -> None:
     """List the tensors, and read the beginning of each."""
-    from mdattn_mpi.dataset.foreign import open_foreign
+    from mdattn_mpi.dataset.foreign.open import open_foreign
     from mdattn_mpi.errors import RejectedError
 
     with ExitStack() as stack:
-        for tensor in list(open_foreign(path, stack).values())[:5]:
+        for tensor in list(open_foreign(path, stack).tensors.values())[:5]:
             if tensor.fault is None and tensor.shape and min(tensor.shape):
                 try:
                     tensor.fetch(tuple(slice(0, min(n, 3)) for n in tensor.shape))

@@ -1,8 +1,9 @@
 """Check the CUDA device on real GPUs, then time it; a short table at the end.
 
-    mpirun -n 2 python tests/gpu/run.py [check] [bench] [million] [--json FILE]
+    mpirun -n 2 python tests/gpu/run.py [check] [in-flight] [bench] [million] [--json FILE]
 
-Without words it checks and benches. Exit code 1 where a check fails.
+Without words it checks and benches. `in-flight` is the part of `check` that calls with arrays that
+are still being computed (see `in_flight`), `--calls` times each. Exit code 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.lockstep import World, start
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan
+from tests.gpu import in_flight
 
 TABLE = (
     (8192, 8, 8, "none"),
@@ -288,21 +290,18 @@ def profile(world: World) -> None:
 @contextlib.contextmanager
 def timeline(device: Any) -> Iterator[list[tuple[str, Any]]]:
     """Note timed events at the beginning and end of what goes on in each stream."""
-    gpu, copies, places = device._gpu, device._copies, []
-    originals = (device._launch, gpu.merge, gpu.copy, copies.arrival, device.mark)
+    gpu, sdpa, copies = device._gpu, device._sdpa, device._copies
+    places: list[tuple[str, Any]] = []
+    originals = (sdpa.run, gpu.merge, gpu.copy, copies.arrival, device.mark)
 
-    def between(name: str, stream: Any, act: Any) -> None:
-        places.append((f"{name} begins", gpu.record(stream, timed=True)))
-        act()
-        places.append((f"{name} ends", gpu.record(stream, timed=True)))
-
-    def launch(*args: Any) -> None:
-        lane = device._lanes[args[-1]]
-        between(f"attention in stream {args[-1]}", lane, lambda: originals[0](*args))
+    def between(name: str, act: Any, *args: Any) -> None:
+        places.append((f"{name} begins", gpu.record(args[-1], timed=True)))
+        act(*args)
+        places.append((f"{name} ends", gpu.record(args[-1], timed=True)))
 
     def arrival(*args: Any) -> Any:
         found = originals[3](*args)
-        places.append(("arrived", found))
+        places.append(("arrived", found[1]))
         return found
 
     def mark() -> Any:
@@ -310,11 +309,12 @@ def timeline(device: Any) -> Iterator[list[tuple[str, Any]]]:
         places.append(("call ends", found))
         return found
 
-    device._launch, copies.arrival, device.mark = launch, arrival, mark
-    gpu.merge = lambda call, stream: between("merge", stream, lambda: originals[1](call, stream))
-    gpu.copy = lambda *args: between("copy", args[-1], lambda: originals[2](*args))
+    sdpa.run = lambda *args: between("attention", originals[0], *args)
+    gpu.merge = lambda *args: between("merge", originals[1], *args)
+    gpu.copy = lambda *args: between("copy", originals[2], *args)
+    copies.arrival, device.mark = arrival, mark
     yield places
-    device._launch, gpu.merge, gpu.copy, copies.arrival, device.mark = originals
+    sdpa.run, gpu.merge, gpu.copy, copies.arrival, device.mark = originals
 
 
 def print_timeline(places: list[tuple[str, Any]]) -> None:
@@ -338,16 +338,19 @@ def main() -> int:
     parser.add_argument("what", nargs="*", default=["check", "bench"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transfer", default="auto")
+    parser.add_argument("--calls", type=int, default=40, help="in flight, of each kind")
     parser.add_argument("--rows", default="", help="rows of the table to bench, as 0,3,4")
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     world, wrong = start(), 0
+    begin = time.perf_counter()
     if "check" in arguments.what:
-        begin = time.perf_counter()
         for transfer in ("copy", "nccl") if world.size > 1 else ("auto",):
             wrong += check(world, transfer, problems() if transfer != "nccl" else problems()[::5])
         wrong += check_arrays_of_others(world)
+    if {"check", "in-flight"} & set(arguments.what):
+        wrong += in_flight.check(world, arguments.calls, reference, TOLERANCE)
         print(f"rank {world.rank}: {wrong} wrong, {time.perf_counter() - begin:.1f} s", flush=True)
     if "profile" in arguments.what:
         profile(world)

@@ -12,15 +12,16 @@ from __future__ import annotations
 import ctypes
 import sys
 
+from mdattn_mpi.devices.nccl import loaded_nccl
 from mdattn_mpi.errors import DeviceError, MdattnError
 from mdattn_mpi.lockstep import start, together
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import build_attention
+from mdattn_mpi.trt.choice import spec_for
 from mdattn_mpi.trt.engine import CAPSULE, Engine, communicator_capsule
-from mdattn_mpi.trt.library import find_library, loaded_nccl, show_sm, visible_sm
+from mdattn_mpi.trt.library import find_library, show_sm, visible_sm
 from mdattn_mpi.trt.runtime import open_runtime
-from mdattn_mpi.trt.spec import spec_for
 
 PROBLEM = AttentionProblem(4096, 4096, 8, 2, 128, 128, "bfloat16", "upper_left")
 ELSEWHERE = (8, 9)

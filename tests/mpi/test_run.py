@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -86,6 +88,19 @@ def test_a_finished_job_does_nothing(data: Path, tmp_path: Path) -> None:
     assert (
         json.loads((tmp_path / "out.h5.run" / "summary.json").read_text())["items"]["done_now"] == 0
     )
+
+
+def test_the_plan_says_shapes_as_they_were_understood(tmp_path: Path) -> None:
+    options = "--items 1 --length 8 --q-heads 130 --kv-heads 130 --head-dim 4 --quiet"
+    assert main(["make-data", str(tmp_path / "d.h5"), *options.split()]) == 0
+    for layout, shape in (
+        ("token_major", "8 tokens, 130 heads of 4, bfloat16, token-major"),
+        ("head_major", "130 tokens, 8 heads of 4, bfloat16, head-major"),
+    ):
+        done = run(1, tmp_path / "d.h5", "-o", tmp_path / "o.h5", "--dry-run", "--layout", layout)
+        said = " ".join(done.stderr.split())
+        assert shape in said
+        assert ("has more heads than tokens" in said) == (layout == "token_major")
 
 
 def test_dry_run_leaves_no_trace(data: Path, tmp_path: Path) -> None:
@@ -239,3 +254,67 @@ def test_ranks_that_the_launcher_left_alone(data: Path, tmp_path: Path) -> None:
     done = mpirun(2, ["-c", strip])
     refused(done, 2, "2 processes", "world of 1")
     assert not (tmp_path / "out.h5").exists()
+
+
+def test_what_the_format_does_not_know(data: Path, tmp_path: Path) -> None:
+    copy, out = tmp_path / "d.h5", tmp_path / "out.h5"
+    shutil.copy(data, copy)
+    with h5py.File(copy, "a") as file:
+        file["items/item2"].attrs["window"] = 64
+    refused(run(2, copy, "-o", out), 2, "item2", "attribute window", "--ignore window")
+    assert not out.exists()
+    done = run(2, copy, "-o", out, "--ignore", "window")
+    assert done.returncode == 0, done.stderr
+    assert main(["verify", str(out), "--data", str(copy)]) == 0  # the output remembers
+    with h5py.File(copy, "a") as file:
+        file["items/item2"].attrs["softcap"] = 64
+    assert main(["verify", str(out), "--data", str(copy)]) == 2
+    assert main(["verify", str(out), "--data", str(copy), "--ignore", "softcap"]) == 0
+    refused(run(2, copy, "-o", out, "--ignore", "window,softcap"), 2, "belongs to another job")
+
+
+def test_a_folder_whose_name_is_no_text(data: Path, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    shutil.copy(data, folder / "d.h5")
+    out = folder / "out.h5"
+    lost = run(2, folder / "d.h5", "-o", out, "--chaos", "kill@enqueue:item3:1")
+    assert lost.returncode == 75, lost.stderr
+    note = (folder / "out.h5.run" / "death-note.txt").read_bytes()
+    assert b"caf\xe9/out.h5" in note
+    done = run(2, folder / "d.h5", "-o", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["config"]["output"] == str(out)
+    assert json.loads((folder / "out.h5.run" / "summary.json").read_text())["exit_code"] == 0
+    assert main(["verify", str(out), "--data", str(folder / "d.h5")]) == 0
+    missing = run(2, folder / "none.h5", "-o", out)
+    refused(missing, 2, "none.h5", "No such file")
+
+
+def read_only(folder: Path, *arguments: str | Path) -> CompletedProcess[str]:
+    """Run one rank with `folder` on a file system where nothing can be written."""
+    mount = f'mount --bind "{folder}" "{folder}" && mount -o remount,ro,bind "{folder}"'
+    command = [sys.executable, "-m", "mdattn_mpi", "run", *map(str, arguments)]
+    return subprocess.run(
+        ["unshare", "-rm", "sh", "-c", f'{mount} && exec "$@"', "sh", *command],
+        capture_output=True, text=True, timeout=90, check=False,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode != 0,
+    reason="nothing can be mounted here",
+)
+def test_a_read_only_file_system(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    assert run(1, data, "-o", out, "--items", "item0").returncode == 0
+    again = read_only(tmp_path, data, "-o", out, "--items", "item0")
+    assert again.returncode == 0, again.stderr
+    assert "nothing is left to do" in again.stderr
+    new = ("can't be made", "Read-only file system", "write to another filesystem")
+    refused(read_only(tmp_path, data, "-o", tmp_path / "new.h5"), 2, *new)
+    refused(read_only(tmp_path, data, "-o", out, "--overwrite"), 2, *new)
+    shutil.rmtree(tmp_path / "out.h5.run")
+    again = read_only(tmp_path, data, "-o", out, "--items", "item0")
+    assert again.returncode == 0, again.stderr

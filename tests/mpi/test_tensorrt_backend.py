@@ -170,7 +170,7 @@ def test_an_engine_file_is_shared_checked_and_held_to(world: World, folder: Any)
     import json
 
     from mdattn_mpi.errors import DeviceError, RejectedError
-    from mdattn_mpi.trt.spec import spec_for
+    from mdattn_mpi.trt.choice import spec_for
     from mdattn_mpi.trt.store import describe_attention, write_engine
     from tests.support.tensorrt_double import DoubleBackend
 

@@ -1,4 +1,4 @@
-"""A double of the CUDA driver, cuDNN and MPI at their seams, with all ranks in one process.
+"""A double of the CUDA driver and cuDNN at their seams, with all ranks in one process.
 
 Streams are queues of work that is done late and in an order drawn at random, as far as events and
 flags allow. Memory that is given out, received into or freed is poisoned. So what a device forgets
@@ -8,7 +8,6 @@ to wait for comes out as a wrong result.
 from __future__ import annotations
 
 import ctypes
-import json
 import random
 import threading
 import time
@@ -20,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.devices.cuda.cudnn import PlanKey
+from mdattn_mpi.devices.cuda.interop import View
 from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import RejectedError
 
@@ -66,10 +66,8 @@ class Machine:
 class Event:
     """Done once its place in the stream has been reached."""
 
-    def __init__(self, machine: Machine, stream: int, number: int) -> None:
+    def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.stream = stream
-        self.number = number
         self.done = False
         self.time = 0.0
 
@@ -118,7 +116,6 @@ class FakeGpu:
         self.capacity = capacity
         self.opened: set[int] = set()
         self.pinned_now: dict[int, Any] = {}
-        self.recorded = 0
 
     def allocate(self, nbytes: int) -> int:
         if nbytes > self.capacity:
@@ -146,8 +143,7 @@ class FakeGpu:
         return Stream(self.machine)
 
     def record(self, stream: Stream, *, timed: bool = False) -> Event:
-        self.recorded += 1
-        event = Event(self.machine, stream.handle, self.recorded)
+        event = Event(self.machine)
 
         def reach() -> None:
             event.done, event.time = True, time.monotonic()
@@ -201,6 +197,12 @@ class FakeGpu:
     def merge(self, call: MergeCall, stream: Stream) -> None:
         stream.push(lambda: _merge(call))
 
+    def adopt(self, handle: int) -> Stream:
+        return self.machine.streams[handle]
+
+    def view(self, array: Any, stream: Stream | None) -> View:
+        return array.view(stream)
+
 
 class FakePlan(NamedTuple):
     """What `cudnn.Plan` is."""
@@ -232,86 +234,6 @@ class FakeSdpa:
         pass
 
 
-class FakeComm:
-    """An MPI communicator whose ranks are threads."""
-
-    def __init__(self, rank: int, size: int, shared: dict[Any, Any] | None = None) -> None:
-        self.rank, self.size = rank, size
-        self.shared = {} if shared is None else shared
-        self.shared.setdefault("lock", threading.Condition())
-        self.shared.setdefault("barrier", threading.Barrier(size, timeout=DEADLINE))
-        self._duplicates = 0
-
-    def Dup(self) -> FakeComm:
-        self._duplicates += 1
-        with self.shared["lock"]:
-            inner = self.shared.setdefault(("dup", self._duplicates), {})
-            return FakeComm(self.rank, self.size, inner)
-
-    def Isend(self, words: Any, peer: int, tag: int) -> Any:
-        self._put((self.rank, peer, tag), np.array(words))
-        return self
-
-    def Test(self) -> bool:
-        return True
-
-    def Wait(self) -> None:
-        pass
-
-    def Recv(self, words: Any, peer: int, tag: int) -> None:
-        message = self._get((peer, self.rank, tag))
-        words.reshape(-1)[: message.size] = message.reshape(-1)
-
-    def Barrier(self) -> None:
-        self.shared["barrier"].wait()
-
-    def Allgather(self, mine: Any, everyone: Any) -> None:
-        for peer in range(self.size):
-            self._put((self.rank, peer, "all"), np.array(mine))
-        for peer in range(self.size):
-            everyone.reshape(self.size, -1)[peer] = self._get((peer, self.rank, "all"))
-
-    def _put(self, key: Any, message: Any) -> None:
-        with self.shared["lock"]:
-            self.shared.setdefault(key, deque()).append(message)
-            self.shared["lock"].notify_all()
-
-    def _get(self, key: Any) -> Any:
-        with self.shared["lock"]:
-            found = self.shared["lock"].wait_for(lambda: self.shared.get(key), DEADLINE)
-            assert found, f"no message {key}"
-            return self.shared[key].popleft()
-
-
-class FakeGroup:
-    """What `lockstep.Group` is to a device."""
-
-    def __init__(self, rank: int, size: int, shared: dict[Any, Any]) -> None:
-        self.rank = self.local_rank = rank
-        self.size = self.local_size = size
-        self.comm = FakeComm(rank, size, shared)
-
-    def gather_bytes(self, data: bytes) -> list[bytes] | None:
-        self.comm._put((self.rank, 0, "gather"), data)
-        if self.rank:
-            return None
-        return [self.comm._get((peer, 0, "gather")) for peer in range(self.size)]
-
-    def bcast_bytes(self, data: bytes | None, root: int = 0) -> bytes:
-        if self.rank == root:
-            for peer in range(self.size):
-                self.comm._put((root, peer, "bcast"), data)
-        found: bytes = self.comm._get((root, self.rank, "bcast"))
-        return found
-
-    def allgather(self, own: Any) -> list[Any]:
-        for peer in range(self.size):
-            self.comm._put((self.rank, peer, "allgather"), json.dumps(own))
-        return [
-            json.loads(self.comm._get((peer, self.rank, "allgather"))) for peer in range(self.size)
-        ]
-
-
 class FakeLibraries:
     """What `devices.cuda.Libraries` is."""
 
@@ -334,6 +256,11 @@ class FakeLibraries:
 
     def sdpa(self, sm: tuple[int, int]) -> FakeSdpa:
         return FakeSdpa()
+
+    def nccl(self, group: Any) -> Any:
+        from tests.support.fake_nccl import FakeNccl
+
+        return FakeNccl(self.machine, group)
 
 
 def _view(address: int, shape: Sequence[int], strides: Sequence[int], dtype: Any) -> Any:

@@ -20,8 +20,8 @@ def prepare(folder: Path, ranks: int, lengths: Sequence[int], strategy: Any = "a
     import h5py
     import numpy as np
 
-    from mdattn_mpi.onnx.model import read_sharding
     from mdattn_mpi.onnx.shard import shard_model
+    from mdattn_mpi.onnx.sharding import read_sharding
     from mdattn_mpi.trt.store import describe_model, write_engine
     from tests.support.onnx_block import HEAD_DIM, HEADS
     from tests.support.tensorrt import library

@@ -282,13 +282,18 @@ def _gather(layer: _Layer, data: Any, indices: Any) -> Any:
 def _collective(layer: _Layer, data: Any) -> Any:
     ranks = layer.ranks
     assert layer.num_ranks == ranks.size, f"{layer.num_ranks} ranks, the group has {ranks.size}"
+    return exchange(ranks, data, layer.operation)
+
+
+def exchange(ranks: Ranks, data: Any, operation: str) -> Any:
+    """Do what TensorRT's collective of that name does along dim 0."""
     everyone = ranks.all_gather(data)
-    if layer.operation == "ALL_GATHER":
+    if operation == "ALL_GATHER":
         return np.concatenate(everyone)
-    if layer.operation == "ALL_TO_ALL":
+    if operation == "ALL_TO_ALL":
         assert len(data) % ranks.size == 0, f"{len(data)} rows don't scatter"
         return np.concatenate([np.split(other, ranks.size)[ranks.rank] for other in everyone])
-    raise NotImplementedError(f"{layer.name}: {layer.operation or 'unknown operation'}")
+    raise NotImplementedError(f"collective {operation!r}")
 
 
 def _attention(layer: _Layer, query: Any, key: Any, value: Any) -> Any:
@@ -301,8 +306,7 @@ def _attention(layer: _Layer, query: Any, key: Any, value: Any) -> Any:
     if of.num_ranks > 1:
         assert of.num_ranks == layer.ranks.size
         assert kind == "NONE", "multi-device attention has no mask"
-        shards = layer.ranks.all_gather(np.stack([key, value]))
-        key, value = np.concatenate(shards, axis=3)
+        key, value = (np.concatenate(layer.ranks.all_gather(x), axis=2) for x in (key, value))
     groups = query.shape[1] // key.shape[1]
     q, k, v = (array.astype(np.float64) for array in (query, key, value))
     k, v = (np.repeat(array, groups, axis=1) for array in (k, v))

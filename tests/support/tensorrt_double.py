@@ -18,7 +18,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mdattn_mpi.onnx.model import attribute_of, read_sharding
+from mdattn_mpi.onnx.model import attribute_of
+from mdattn_mpi.onnx.sharding import read_sharding
 from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import BuiltEngine
 from mdattn_mpi.trt.gpu import Buffer

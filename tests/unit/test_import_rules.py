@@ -64,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
         "strategies",  # it times them
         "runner",
     },
-    "onnx": {"trt.spec"},
+    "onnx": set(),
 }
 
 # Outside packages that not every room may import: the rooms (or modules) that may.
@@ -77,7 +77,12 @@ ONLY: dict[str, set[str]] = {
     "nccl": {"devices", "trt"},
     "cuda": {"devices", "trt"},
     "threadpoolctl": {"devices", "verifier"},
-    "torch": {"bench.attention_cpu", "bench.attention_cuda"},
+    "torch": {
+        "bench.attention_cpu",
+        "bench.attention_cuda",
+        "dataset.foreign.torch_file",
+        "devices.cuda.interop",
+    },
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),

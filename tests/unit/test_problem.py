@@ -31,6 +31,10 @@ GOOD = AttentionProblem(48, 64, 8, 2, 32, 16, "float16", "lower_right", 0.5)
         ({"scale": -1.0}, "scale is -1.0"),
         ({"scale": float("nan")}, "scale is nan"),
         ({"scale": float("inf")}, "scale is inf"),
+        ({"scale": 0}, "scale is 0"),
+        ({"scale": 3.41e38}, "scale is 3.41e"),
+        ({"scale": 1e-46}, "scale is 1e-46"),
+        ({"scale": "0.5x"}, "scale is '0.5x'"),
     ],
 )
 def test_what_no_backend_takes_is_refused_with_the_value_and_a_fix(
@@ -44,6 +48,15 @@ def test_what_no_backend_takes_is_refused_with_the_value_and_a_fix(
 
 def test_the_default_scale_is_one_over_the_root_of_the_head_dim() -> None:
     assert AttentionProblem(1, 1, 1, 1, 64, 8).scale == 0.125
+
+
+def test_every_positive_number_of_float32_is_a_scale() -> None:
+    about = np.finfo(np.float32)
+    for scale in (about.smallest_subnormal, about.tiny, np.float32(0.3), about.max, np.array(2)):
+        found = replace(GOOD, scale=scale)
+        assert type(found.scale) is float
+        assert found.scale == scale
+        assert found.digest == replace(GOOD, scale=float(scale)).digest
 
 
 @given(q_rows=st.integers(0, 40), kv_rows=st.integers(0, 40), diagonal=st.integers(-50, 50))
@@ -91,7 +104,10 @@ def test_the_digest_stays_the_same_between_runs_and_versions() -> None:
 
 
 def test_words() -> None:
-    assert str(GOOD) == "48×64 tokens, 8/2 heads of 32 (value 16), float16, lower_right"
+    assert str(GOOD) == (
+        "48 query and 64 kv tokens, 8 query and 2 kv heads of 32 (value 16), float16, lower_right"
+    )
+    assert str(AttentionProblem(600, 600, 8, 8, 64, 64)) == "600 tokens, 8 heads of 64, bfloat16"
     assert len(Span(3, 7)) == 4
     assert list(range(10))[Span(3, 7).slice] == [3, 4, 5, 6]
     assert Span(3, 7).shift(2) == Span(5, 9)

@@ -12,13 +12,14 @@ Counters only grow, and hosts run ahead: nothing here waits for a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mdattn_mpi.devices.cuda.memory import DeviceArray, Fence, Memory, pending
+from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
+from mdattn_mpi.devices.cuda.order import Fence, Queue, is_past, latest
 from mdattn_mpi.errors import DeviceError
 
 TAG = 11
@@ -31,18 +32,17 @@ URGENT = 5
 
 Words = NDArray[np.int64]
 Messages = Mapping[int, Sequence[DeviceArray]]
-Fences = Callable[[DeviceArray], Fence]
 
 
 class Copies(NamedTuple):
-    """Messages under way: which numbers to wait for, by peer, and the ends of what was sent."""
+    """Messages under way: which numbers to wait for, by peer, and the end of what was sent."""
 
     expected: dict[int, int]
-    sent: tuple[Any, ...]
+    sent: Fence
 
 
 class PeerCopies:
-    """Collective. One rank's copy engines.
+    """One rank's copy engines; of use once `connect` was called with what `share` gave.
 
     Parameters
     ----------
@@ -59,40 +59,48 @@ class PeerCopies:
         self._comm = comm
         self._gpu = gpu
         self._memory = memory
-        self._outbox = gpu.stream(URGENT)  # copies
-        self._inbox = gpu.stream(URGENT)  # waits for "arrived"
-        self._gate = gpu.stream(URGENT)  # says "ready"
+        self._outbox = Queue(gpu, gpu.stream(URGENT))  # copies
+        self._inbox = Queue(gpu, gpu.stream(URGENT))  # waits for "arrived"
+        self._gate = Queue(gpu, gpu.stream(URGENT))  # says "ready"
         self._sent, self._received = dict.fromkeys(peers, 0), dict.fromkeys(peers, 0)
         self._shown = dict.fromkeys(peers, 0)  # blocks of ours that the peer has opened
         self._opened: dict[int, list[int]] = {peer: [] for peer in peers}  # its blocks, here
         self._under_way: list[tuple[Any, Words]] = []
         self._counters = gpu.allocate(2 * comm.size * SLOT)
-        gpu.fill(self._counters, 0, 2 * comm.size * SLOT // 4, self._outbox)
+        self._outbox.enqueue(gpu.fill, self._counters, 0, 2 * comm.size * SLOT // 4)
         gpu.synchronize()
-        self._theirs = self._open_counters()
+        self._handle = np.frombuffer(gpu.export(self._counters), np.int64)
+        self._theirs: dict[int, int] = {}
 
-    def exchange(
-        self, send: Messages, receive: Messages, readable: Fences, writable: Fences
-    ) -> Copies:
-        """Collective. Start sending and receiving contiguous arrays, given by peer and in order.
+    def share(self) -> Words:
+        """Collective. Return what every rank's counters can be opened by."""
+        handles = np.empty((self._comm.size, HANDLE), np.int64)
+        self._comm.Allgather(self._handle, handles)
+        return handles
 
-        `readable` and `writable` give the events after which an array may be.
-        """
+    def connect(self, handles: Words) -> None:
+        """Open the counters of the peers."""
+        self._theirs = {peer: self._gpu.open(handles[peer].tobytes()) for peer in self._opened}
+
+    def exchange(self, send: Messages, receive: Messages) -> Copies:
+        """Collective. Start sending and receiving contiguous arrays, given by peer and in order."""
         for peer, arrays in receive.items():
             self._received[peer] += 1
-            self._invite(peer, arrays, writable)
+            self._invite(peer, arrays)
         rotated = sorted(send, key=lambda peer: (peer - self._comm.rank) % self._comm.size)
         for peer in rotated:  # not all of them to rank 0 first
             self._sent[peer] += 1
-            self._push(peer, send[peer], readable)
-        sent = (self._gpu.record(self._outbox),) if send else ()
-        return Copies({peer: self._received[peer] for peer in receive}, sent)
+            self._push(peer, send[peer])
+        if send:
+            self._outbox.mark()
+        expected = {peer: self._received[peer] for peer in receive}
+        return Copies(expected, self._outbox.now if send else {})
 
-    def arrival(self, copies: Copies) -> Any:
-        """Make an event that comes when everything has been received."""
+    def arrival(self, copies: Copies) -> tuple[Fence, Any]:
+        """Return what comes when everything has been received, and a timed event of it."""
         for peer, number in copies.expected.items():
-            self._gpu.await_flag(self._own(ARRIVED, peer), number, self._inbox)
-        return self._gpu.record(self._inbox, timed=True)
+            self._inbox.enqueue(self._gpu.await_flag, self._own(ARRIVED, peer), number)
+        return self._inbox.now, self._inbox.mark(timed=True)
 
     def close(self) -> None:
         """Collective. Close what was opened; nobody may free before all others have."""
@@ -106,17 +114,17 @@ class PeerCopies:
         self._comm.Barrier()
         self._gpu.release(self._counters)
 
-    def _invite(self, peer: int, arrays: Sequence[DeviceArray], writable: Fences) -> None:
+    def _invite(self, peer: int, arrays: Sequence[DeviceArray]) -> None:
         """Tell `peer` where its messages go, and its GPU when they may."""
-        fence = pending([event for array in arrays for event in writable(array)])
-        if fence:
-            for event in fence:
-                self._gpu.wait(self._gate, event)
+        fence = latest(*(array.storage.used for array in arrays))
+        must_wait = not is_past(fence)
+        if must_wait:
+            self._gate.wait(fence)
             at = self._at(self._theirs[peer], READY, self._comm.rank)
-            self._gpu.raise_flag(at, self._received[peer], self._gate)
+            self._gate.enqueue(self._gpu.raise_flag, at, self._received[peer])
         new = self._memory.blocks[self._shown[peer] :][:MOST_BLOCKS]
         self._shown[peer] += len(new)
-        numbers = [len(arrays), len(new), bool(fence)]
+        numbers = [len(arrays), len(new), must_wait]
         for array in arrays:
             numbers += self._where(array)
         if new:
@@ -125,21 +133,21 @@ class PeerCopies:
         self._under_way = [pair for pair in self._under_way if not pair[0].Test()]
         self._under_way.append((self._comm.Isend(words, peer, TAG), words))
 
-    def _push(self, peer: int, arrays: Sequence[DeviceArray], readable: Fences) -> None:
+    def _push(self, peer: int, arrays: Sequence[DeviceArray]) -> None:
         """Copy to where `peer` says, as soon as both sides may."""
         places, must_wait = self._read_invitation(peer, len(arrays))
-        for event in pending([event for array in arrays for event in readable(array)]):
-            self._gpu.wait(self._outbox, event)
+        outbox = self._outbox
+        outbox.wait(*(array.storage.written for array in arrays))
         if must_wait:
-            self._gpu.await_flag(self._own(READY, peer), self._sent[peer], self._outbox)
+            outbox.enqueue(self._gpu.await_flag, self._own(READY, peer), self._sent[peer])
         opened = self._opened[peer]
         for index, array in enumerate(arrays):
             block, start, nbytes = places[3 * index : 3 * index + 3]
             if nbytes != array.nbytes:
                 raise DeviceError(f"rank {peer} expects {nbytes} bytes where {array.nbytes} come")
-            self._gpu.copy(opened[block] + start, array.address, nbytes, self._outbox)
+            outbox.enqueue(self._gpu.copy, opened[block] + start, array.address, nbytes)
         at = self._at(self._theirs[peer], ARRIVED, self._comm.rank)
-        self._gpu.raise_flag(at, self._sent[peer], self._outbox)
+        outbox.enqueue(self._gpu.raise_flag, at, self._sent[peer])
 
     def _read_invitation(self, peer: int, messages: int) -> tuple[list[int], bool]:
         """Receive what `_invite` wrote on `peer`; open the blocks that it shows."""
@@ -158,12 +166,6 @@ class PeerCopies:
         assert place is not None, "messages are received into memory of our own"
         start = array.address - self._memory.blocks[place.block]
         return place.block, start, array.nbytes
-
-    def _open_counters(self) -> dict[int, int]:
-        mine = np.frombuffer(self._gpu.export(self._counters), np.int64)
-        handles = np.empty((self._comm.size, HANDLE), np.int64)
-        self._comm.Allgather(mine, handles)
-        return {peer: self._gpu.open(handles[peer].tobytes()) for peer in self._opened}
 
     def _own(self, kind: int, peer: int) -> int:
         return self._at(self._counters, kind, peer)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,12 +22,10 @@ from cuda.core import (
 )
 from cuda.core.utils import StridedMemoryView
 
-from mdattn_mpi.devices.cuda.dlpack import capsule
-from mdattn_mpi.devices.cuda.memory import DeviceArray, contiguous_strides
-from mdattn_mpi.devices.cuda.merge import SOURCE, MergeCall
+from mdattn_mpi.devices.cuda.interop import View
+from mdattn_mpi.devices.cuda.memory import contiguous_strides
+from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import DeviceError, RejectedError
-
-Strides = tuple[int, ...]
 
 
 class Gpu:
@@ -62,8 +60,6 @@ class Gpu:
         self.library_major = int(cu.CUDA_VERSION) // 1000
         self.free_bytes, self.total_bytes = (int(n) for n in check(cu.cuMemGetInfo()))
         self._merge: dict[str, Any] = {}
-        self._recorded = 0
-        self._numbers: dict[int, int] = {}  # handles of our streams, which live as long as this
         # Making an event takes longer than recording it: those that nobody looks at serve again.
         self._idle: tuple[list[Any], list[Any]] = ([], [])
 
@@ -101,24 +97,17 @@ class Gpu:
 
     def record(self, stream: Any, *, timed: bool = False) -> Event:
         """Mark this place in `stream`; timed ones give milliseconds by ``-``."""
-        self._recorded += 1
         idle = self._idle[timed]
         if idle:
             made = idle.pop()
             stream.record(made)
         else:
             made = stream.record(options=TIMED if timed else UNTIMED)
-        return Event(made, self._number(stream), self._recorded, idle)
+        return Event(made, idle)
 
     def wait(self, stream: Any, event: Event) -> None:
         """Let what follows in `stream` come after `event`."""
         stream.wait(event.made)
-
-    def _number(self, stream: Any) -> int:
-        number = self._numbers.get(id(stream))
-        if number is None:
-            number = self._numbers[id(stream)] = int(stream.handle)
-        return number
 
     def adopt(self, handle: int) -> Any:
         """Wrap a stream of another library."""
@@ -186,23 +175,20 @@ class Gpu:
 
     # -- other libraries ---------------------------------------------------------------------------
 
-    def view(self, array: Any, stream: Any) -> tuple[int, tuple[int, ...], Strides, np.dtype[Any]]:
-        """Take address, shape, strides and dtype of another library's array on this GPU.
+    def view(self, array: Any, stream: Any | None) -> View:
+        """Look at another library's array on this GPU.
 
-        `stream` waits for what the other library is still doing to it.
+        `stream` waits for what the library is still doing to it; None: something else does.
         """
-        view = StridedMemoryView.from_any_interface(array, stream_ptr=int(stream.handle))
+        wait = -1 if stream is None else int(stream.handle)
+        view = StridedMemoryView.from_any_interface(array, stream_ptr=wait)
         if not view.is_device_accessible or view.device_id != self.ordinal:
             raise RejectedError(
                 f"an array on device {view.device_id}, where this rank has GPU {self.ordinal}",
                 fix="put every rank's arrays on the GPU of its local rank",
             )
-        strides = view.strides or contiguous_strides(view.shape)
-        return view.ptr, tuple(view.shape), tuple(strides), np.dtype(view.dtype)
-
-    def exported(self, array: DeviceArray, fence: Callable[[], Iterable[Any]]) -> Exported:
-        """Give `array` to other libraries; their stream waits for `fence`."""
-        return Exported(self, array, fence)
+        strides = tuple(view.strides or contiguous_strides(view.shape))
+        return View(view.ptr, tuple(view.shape), strides, np.dtype(view.dtype), (array, view))
 
     # -- the merge ---------------------------------------------------------------------------------
 
@@ -217,21 +203,19 @@ class Gpu:
 
     def _compile(self, call: MergeCall) -> Any:
         options = ProgramOptions(arch=f"sm_{self._device.arch}", std="c++17")
-        code = Program(call.source(SOURCE), code_type="c++", options=options).compile("cubin")
+        code = Program(call.source, code_type="c++", options=options).compile("cubin")
         module = check(cu.cuModuleLoadData(code.code))
         kernel = self._merge[call.kernel] = check(cu.cuModuleGetFunction(module, b"merge"))
         return kernel
 
 
 class Event:
-    """A place in a stream; places of one stream come in the order of their numbers."""
+    """A place in a stream."""
 
-    __slots__ = ("_done", "_idle", "made", "number", "stream")
+    __slots__ = ("_done", "_idle", "made")
 
-    def __init__(self, made: Any, stream: int, number: int, idle: list[Any]) -> None:
+    def __init__(self, made: Any, idle: list[Any]) -> None:
         self.made = made
-        self.stream = stream
-        self.number = number
         self._done = False
         self._idle = idle
 
@@ -255,31 +239,6 @@ class Event:
 
 TIMED = EventOptions(timing_enabled=True)
 UNTIMED = EventOptions(blocking_sync=True)
-
-
-class Exported:
-    """A device array as other libraries take it."""
-
-    def __init__(self, gpu: Gpu, array: DeviceArray, fence: Callable[[], Iterable[Any]]) -> None:
-        self._gpu = gpu
-        self._array = array
-        self._fence = fence
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        """CUDA, and which GPU."""
-        return 2, self._gpu.ordinal
-
-    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
-        """Let the consumer's stream wait for this library's; then hand the memory over."""
-        for event in self._fence():
-            if stream is None or stream == -1:
-                event.sync()
-            else:
-                self._gpu.wait(self._gpu.adopt(stream), event)
-        array = self._array
-        return capsule(
-            array.address, array.shape, array.strides, array.dtype, self._gpu.ordinal, array
-        )
 
 
 def version(number: int) -> str:

@@ -1,7 +1,7 @@
 """Device memory in order of streams, arrays in it, and host memory that copies can use.
 
 Memory is cut from a few large blocks, for only whole blocks can be shown to another process. A
-piece that is given back carries its fence: the events after which it may be written again. So
+piece that is given back carries its fence: what has to be over before it may be written again. So
 nothing waits on the host, and memory goes from one item to the next while the first still computes.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
@@ -19,25 +19,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.devices.cuda.order import Fence, Queue, extend, latest
 from mdattn_mpi.errors import DeviceError
 
 ALIGNMENT = 512
 BLOCK = 1 << 28  # the least that is taken from the driver at a time
 HOST_ALIGNMENT = 4096
-
-Fence = tuple[Any, ...]
-
-
-def pending(events: Sequence[Any]) -> Fence:
-    """Leave out what has happened, and all but the last of each stream: it comes after the rest."""
-    if not events:
-        return ()
-    last: dict[int, Any] = {}
-    for event in events:
-        other = last.get(event.stream)
-        if other is None or event.number > other.number:
-            last[event.stream] = event
-    return tuple([event for event in last.values() if not event.is_done])
 
 
 @dataclass(frozen=True)
@@ -68,8 +55,8 @@ class Memory:
     ----------
     blocks
         The address of every block.
-    in_use, peak
-        Bytes of all arrays now, and at most so far.
+    peak
+        Bytes of all arrays, at most so far.
 
     """
 
@@ -80,8 +67,22 @@ class Memory:
         self._holes: list[list[_Hole]] = []
         # What was given back last, by size: items of one shape take it as it is.
         self._spare: dict[int, list[tuple[Place, Fence]]] = {}
-        self.in_use = 0
+        # What destructors gave back, whichever thread they ran in and whatever it was doing.
+        self._returned: deque[tuple[Place, Fence]] = deque()
+        self._in_use = 0
         self.peak = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        """An array with undefined contents, which gives its memory back when it is garbage."""
+        place, fence = self.take(prod(shape) * dtype.itemsize)
+        storage = Storage(self.blocks[place.block] + place.start, place, fence, self.give_back)
+        return DeviceArray(storage, shape, dtype)
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of all arrays now."""
+        self._take_back()
+        return self._in_use
 
     def take(self, nbytes: int) -> tuple[Place, Fence]:
         """Cut out a piece; it may be written once its fence has been passed.
@@ -92,19 +93,25 @@ class Memory:
             The GPU has no memory for it.
 
         """
+        self._take_back()
         size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
         spare = self._spare.get(size)
         # The longest idle first: what still uses it, if anything, ends soonest.
         piece = spare.pop(0) if spare else self._cut(size)
-        self.in_use += size
-        self.peak = max(self.peak, self.in_use)
+        self._in_use += size
+        self.peak = max(self.peak, self._in_use)
         return piece
 
     def give_back(self, place: Place, fence: Fence) -> None:
-        """Let a piece be used again after `fence`."""
-        size = place.stop - place.start
-        self.in_use -= size
-        self._spare.setdefault(size, []).append((place, fence))
+        """Let a piece be used again after `fence`; a destructor may call, in any thread."""
+        self._returned.append((place, fence))
+
+    def _take_back(self) -> None:
+        while self._returned:
+            place, fence = self._returned.popleft()
+            size = place.stop - place.start
+            self._in_use -= size
+            self._spare.setdefault(size, []).append((place, fence))
 
     def _cut(self, size: int) -> tuple[Place, Fence]:
         found = self._smallest_hole(size)
@@ -135,22 +142,19 @@ class Memory:
         start, stop = place.start, place.stop
         if index < len(holes) and holes[index].start == stop:
             after = holes.pop(index)
-            stop, fence = after.stop, pending((*fence, *after.fence))
+            stop, fence = after.stop, latest(fence, after.fence)
         if index and holes[index - 1].stop == start:
             before = holes.pop(index - 1)
-            start, fence = before.start, pending((*before.fence, *fence))
+            start, fence = before.start, latest(before.fence, fence)
             index -= 1
         holes.insert(index, _Hole(start, stop, fence))
-
-    def address(self, place: Place) -> int:
-        """Where a piece begins."""
-        return self.blocks[place.block] + place.start
 
     def close(self) -> None:
         """Give everything back to the driver."""
         for address in self.blocks:
             self._gpu.release(address)
         self.blocks, self._sizes, self._holes, self._spare = [], [], [], {}
+        self._returned.clear()
 
     def _smallest_hole(self, size: int) -> tuple[int, _Hole] | None:
         fitting = [
@@ -171,36 +175,32 @@ class Memory:
             if address:
                 self.blocks.append(address)
                 self._sizes.append(ask)
-                self._holes.append([_Hole(0, ask, ())])
+                self._holes.append([_Hole(0, ask, {})])
                 return
         gib = 2**30
         raise DeviceError(
             f"out of GPU memory: {size / gib:.3g} GiB more were needed, "
             f"{self._gpu.available() / gib:.3g} GiB are free, "
-            f"{self.in_use / gib:.3g} GiB hold arrays of this rank",
+            f"{self._in_use / gib:.3g} GiB hold arrays of this rank",
             fix="use more ranks, or -s ring, which holds 1/P of K and V",
         )
 
 
 class Storage:
-    """A piece of device memory, and what has to happen before it is read, written or given back.
+    """A piece of device memory, and what comes before anything else may be done to it.
 
     Attributes
     ----------
     address
         Where it begins.
     place
-        Which piece of `Memory`; None where it belongs to somebody else.
-    fence
-        Events of its earlier use, to be passed before it is written.
+        Which piece of `Memory`; None where it belongs to another library.
     written
-        Events of copies that write it, to be passed before it is read.
-    busy
-        Events of copies that read it, to be passed before it is written again.
-    unseen
-        Those of `fence` and `written` that kernels haven't been made to wait for.
-    by_kernels, touched
-        Whether kernels write it, or use it at all: then the order of their streams counts too.
+        What comes before it is read.
+    used
+        What comes before it is written: the same, and its readers, and its earlier life.
+    consumers
+        The streams of other libraries that use it, as long as they have it.
 
     """
 
@@ -208,35 +208,37 @@ class Storage:
         self,
         address: int,
         place: Place | None = None,
-        fence: Fence = (),
-        release: Callable[[Storage], None] | None = None,
+        used: Fence | None = None,
+        release: Callable[[Place, Fence], None] | None = None,
         owner: Any = None,
     ) -> None:
         self.address = address
         self.place = place
-        self.fence = fence
-        self.written: list[Any] = []
-        self.busy: list[Any] = []
-        self.unseen = list(fence)
-        self.by_kernels = self.touched = place is None
+        self.written: Fence = {}
+        self.used: Fence = dict(used or {})
+        self.consumers: list[Queue] = []
         self._release = release
         self._owner = owner
 
-    def arrive(self, event: Any) -> None:
-        """Say that a copy writes it, done with `event`."""
-        self.written.append(event)
-        self.unseen.append(event)
+    def wrote(self, fence: Fence) -> None:
+        """Say what has written it, in part or all of it."""
+        extend(self.written, fence)
+        extend(self.used, fence)
+
+    def read(self, fence: Fence) -> None:
+        """Say what has read it."""
+        extend(self.used, fence)
 
     def __del__(self) -> None:
-        if self._release:
-            self._release(self)
+        # Nothing is asked of the driver here: this may run in any thread, and anywhere in it.
+        if self._release and self.place:
+            for consumer in self.consumers:
+                extend(self.used, consumer.advance())
+            self._release(self.place, self.used)
 
 
 class DeviceArray:
-    """A strided array on the GPU, in elements; slicing makes views.
-
-    Other libraries take it by DLPack or ``__cuda_array_interface__``.
-    """
+    """A strided array on the GPU, in elements; slicing makes views."""
 
     __slots__ = ("address", "dtype", "nbytes", "shape", "size", "storage", "strides")
 
@@ -278,15 +280,8 @@ class DeviceArray:
             offset += start * self.strides[dim] * self.dtype.itemsize
         return DeviceArray(self.storage, tuple(shape), self.dtype, self.strides, offset)
 
-    def rows(self) -> tuple[int, int, int]:
-        """Return runs, bytes a run, and bytes from run to run.
-
-        Raises
-        ------
-        ValueError
-            The array is no set of equally spaced runs.
-
-        """
+    def rows(self) -> tuple[int, int, int] | None:
+        """Return runs, bytes a run, and bytes from run to run; None if they aren't spaced alike."""
         item = self.dtype.itemsize
         run, dim = 1, len(self.shape)
         while dim and (self.shape[dim - 1] == 1 or self.strides[dim - 1] == run):
@@ -296,20 +291,7 @@ class DeviceArray:
             return 1, run * item, run * item
         if prod(self.shape[: dim - 1]) == 1:
             return self.shape[dim - 1], run * item, self.strides[dim - 1] * item
-        raise ValueError(f"strides {self.strides} of shape {self.shape} are no runs")
-
-    @property
-    def __cuda_array_interface__(self) -> dict[str, Any]:
-        """Version 3; no bfloat16, which has no type string."""
-        if self.dtype.kind == "V":
-            raise AttributeError("bfloat16 has no type string: use DLPack")
-        return {
-            "shape": self.shape,
-            "strides": tuple(stride * self.dtype.itemsize for stride in self.strides),
-            "typestr": self.dtype.str,
-            "data": (self.address, False),
-            "version": 3,
-        }
+        return None
 
 
 @cache

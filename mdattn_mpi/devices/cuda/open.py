@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mdattn_mpi.devices.cuda.copies import PeerCopies
@@ -11,6 +11,7 @@ from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.memory import Memory
 from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
+from mdattn_mpi.lockstep import together
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
@@ -57,14 +58,16 @@ def open_cuda(
         raise RejectedError(f"transfer {transfer!r}", fix="use auto, copy or nccl")
     libraries = seam or Libraries()
     local_rank = group.local_rank if local_rank is None else local_rank
-    gpu, facts = together(group, lambda: _open_own(libraries, local_rank, group.local_size))
+    gpu, facts = together(group, "GPU", lambda: _open_own(libraries, local_rank, group.local_size))
     everyone = group.allgather(facts)
     _check_alike(everyone)
     near = _near(group, gpu, everyone, transfer)
     memory = Memory(gpu)
-    sdpa, _ = together(group, lambda: (libraries.sdpa(gpu.sm), {}))
+    sdpa = together(group, "cuDNN", lambda: libraries.sdpa(gpu.sm))
     copies, near, note = _open_copies(group, gpu, memory, near, transfer)
-    nccl = libraries.nccl(group) if len(near) < group.size - 1 else None
+    # All ranks or none: also one that reaches all others by copies takes part.
+    some_are_far = any(group.allgather(len(near) < group.size - 1))
+    nccl = libraries.nccl(group) if some_are_far else None
     return CudaDevice(
         group.rank,
         group.size,
@@ -152,22 +155,6 @@ def _open_own(libraries: Any, local_rank: int, local_size: int) -> tuple[Any, Fa
     return gpu, facts
 
 
-def together(group: Group, act: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Collective. Do something on every rank; where it fails on any, raise that on all."""
-    result: tuple[Any, Any] = (None, None)
-    error: MdattnError | None = None
-    try:
-        result = act()
-    except Exception as failure:
-        error = MdattnError.wrap(failure, rank=group.rank)
-    gathered = group.gather_bytes(error.to_json() if error else b"")
-    first = next(filter(None, gathered or ()), b"")
-    first = group.bcast_bytes(first if group.rank == 0 else None)
-    if first:
-        raise MdattnError.from_json(first)
-    return result
-
-
 def _check_alike(everyone: Sequence[Facts]) -> None:
     kinds: dict[str, list[int]] = {}
     places: dict[tuple[str, str], int] = {}
@@ -217,8 +204,11 @@ def _open_copies(
     if not any(group.allgather(bool(near))):
         return None, [], "asked for" if transfer == "nccl" else "no GPUs that reach each other"
     # Opened by all ranks or none: also a rank without a near one takes part.
+    comm = group.comm.Dup()
     try:
-        copies, _ = together(group, lambda: (PeerCopies(group.comm.Dup(), gpu, memory, near), None))
+        copies = together(group, "copies", lambda: PeerCopies(comm, gpu, memory, near))
+        handles = copies.share()
+        together(group, "open copies", lambda: copies.connect(handles))
     except MdattnError as error:
         if transfer == "copy":
             raise

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.partition import shard_length
 from mdattn_mpi.problem import AttentionProblem, Causal
 from mdattn_mpi.trt.networks.draft import Draft
-from mdattn_mpi.trt.spec import Shapes, shard_length
+from mdattn_mpi.trt.spec import Shapes
 
 
 def refuse(problem: AttentionProblem, ranks: int) -> None:

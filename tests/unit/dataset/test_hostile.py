@@ -21,7 +21,7 @@ import pytest
 
 from mdattn_mpi.dataset import open_dataset, open_output
 from mdattn_mpi.dataset.dtypes import bfloat16_type
-from mdattn_mpi.dataset.foreign import open_foreign
+from mdattn_mpi.dataset.foreign.open import open_foreign
 from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import Span
@@ -57,7 +57,7 @@ class Trap:
             open_dataset(self.path)
         assert caught.value.fix
         with ExitStack() as stack:
-            tensors = open_foreign(str(self.path), stack)
+            tensors = open_foreign(str(self.path), stack).tensors
             assert not any(
                 same_bits(tensor.fetch((slice(None),) * 3), self.secret)
                 for tensor in tensors.values()
@@ -145,7 +145,7 @@ def test_soft_links_inside_the_file_are_fine(trap: Trap) -> None:
         del file["items/x/query"]
         file["items/x/again"] = h5py.SoftLink("../nothing/./query")
         file["items/x/query"] = h5py.SoftLink("value")
-    with open_dataset(trap.path, keep_faults=True) as dataset:
+    with open_dataset(trap.path, ignore=("again",), keep_faults=True) as dataset:
         assert "head dims disagree" in dataset.faults[0].what
 
 

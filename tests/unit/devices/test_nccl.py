@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mdattn_mpi.devices import nccl
-from mdattn_mpi.devices.nccl import NcclComm, describe_library, nccl_paths
-from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.devices.nccl import NcclComm, describe_library, loaded_nccl
+from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
+from mdattn_mpi.lockstep import Step
 
 MAPS = """\
 7f00-7f01 r-xp 00000000 fd:00 1 /opt/a/nvidia/nccl/lib/libnccl.so.2
@@ -74,8 +77,17 @@ class Double:
 
 
 class Group(SimpleNamespace):
+    """One rank's view; `others` has the errors that another rank brings, by phase."""
+
+    board = SimpleNamespace(enter=lambda phase: None)
+    others: Mapping[str, MdattnError] = {}
+
     def bcast_bytes(self, data: bytes | None) -> bytes:
         return data or b"unique"
+
+    def agree(self, step: Step, *, error: MdattnError | None = None) -> None:
+        if found := error or self.others.get(step.phase):
+            raise found
 
 
 @pytest.fixture
@@ -103,6 +115,14 @@ def test_a_failure_aborts_and_says_what_nccl_says(double: Double) -> None:
     assert double.calls[-1] == ("abort",)
 
 
+@pytest.mark.parametrize("phase", ["nccl4py", "NCCL"])
+def test_nobody_waits_for_a_rank_that_failed_before(double: Double, phase: str) -> None:
+    failed = {phase: DeviceError("out of order", rank=2)}
+    with pytest.raises(DeviceError, match=r"rank 2.*out of order"):
+        NcclComm(Group(rank=1, size=3, others=failed))  # type: ignore[arg-type]
+    assert double.calls == []
+
+
 def test_no_wait_is_without_end(double: Double, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nccl, "PATIENCE", -1.0)
     with pytest.raises(DeviceError, match="init took longer"):
@@ -110,17 +130,20 @@ def test_no_wait_is_without_end(double: Double, monkeypatch: pytest.MonkeyPatch)
     assert double.calls[-1] == ("abort",)
 
 
-def test_libraries_are_found_in_the_maps() -> None:
-    found = nccl_paths(MAPS.splitlines(keepends=True))
-    assert found == ["/opt/a/nvidia/nccl/lib/libnccl.so.2", "/usr/lib/libnccl.so.2.21.5"]
-    assert nccl_paths([]) == []
+def test_libraries_are_found_in_the_maps(tmp_path: Path) -> None:
+    maps = tmp_path / "maps"
+    maps.write_text(MAPS)
+    found = ("/opt/a/nvidia/nccl/lib/libnccl.so.2", "/usr/lib/libnccl.so.2.21.5")
+    assert loaded_nccl(maps) == found
+    maps.write_text("")
+    assert loaded_nccl(maps) == ()
 
 
 def test_a_second_library_is_an_error_that_names_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl, "nccl_paths", lambda maps: ["/a/libnccl.so", "/b/libnccl.so"])
+    monkeypatch.setattr(nccl, "loaded_nccl", lambda: ("/a/libnccl.so", "/b/libnccl.so"))
     with pytest.raises(DeviceError, match=r"/a/libnccl\.so and /b/libnccl\.so"):
         describe_library(Double())
-    monkeypatch.setattr(nccl, "nccl_paths", lambda maps: ["/a/libnccl.so"])
+    monkeypatch.setattr(nccl, "loaded_nccl", lambda: ("/a/libnccl.so",))
     assert describe_library(Double()) == "2.28.9 (/a/libnccl.so)"
 
 

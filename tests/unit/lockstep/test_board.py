@@ -115,3 +115,12 @@ def test_a_bulletin_is_for_its_own_run_only(tmp_path: Path) -> None:
 def test_the_process_has_one_board() -> None:
     assert board() is board()
     board().enter("anything")  # without a watchdog, it is private memory
+
+
+def test_folders_and_faults_that_are_no_text(tmp_path: Path) -> None:
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    board = Board()
+    board.attach(folder, 1, 2)
+    board.fail(f"can't write {folder}")
+    assert board.record().folder == folder
+    assert "caf\\udce9" in board.record().fault

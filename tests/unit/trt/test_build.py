@@ -13,9 +13,9 @@ import pytest
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.trt.build import build_attention, cache_key, make_attention
+from mdattn_mpi.trt.choice import spec_for
 from mdattn_mpi.trt.library import LOGGER, Library, Log
 from mdattn_mpi.trt.networks import define
-from mdattn_mpi.trt.spec import spec_for
 from mdattn_mpi.trt.store import Cache, sha256_of
 from tests.support.tensorrt import library, needs_tensorrt
 

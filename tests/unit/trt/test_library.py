@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mdattn_mpi.devices.nccl import loaded_nccl
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.trt import library as room
 from mdattn_mpi.trt.library import (
@@ -16,7 +17,6 @@ from mdattn_mpi.trt.library import (
     Log,
     check_one_nccl,
     find_library,
-    loaded_nccl,
     parse_sm,
 )
 from tests.support.tensorrt import library, needs_tensorrt

@@ -10,8 +10,8 @@ import pytest
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.partition import equal_partition, equal_shards
 from mdattn_mpi.problem import AttentionProblem, Span
-from mdattn_mpi.trt.choice import choose
-from mdattn_mpi.trt.spec import any_length, spec_for
+from mdattn_mpi.trt.choice import choose, spec_for
+from mdattn_mpi.trt.spec import any_length
 from tests.unit.trt.test_library import FULL, RTX
 
 PROBLEM = AttentionProblem(4096, 4096, 8, 2, 64, 64)

@@ -11,8 +11,9 @@ import pytest
 
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.trt.choice import spec_for
 from mdattn_mpi.trt.library import Library
-from mdattn_mpi.trt.spec import EngineSpec, Extent, spec_for
+from mdattn_mpi.trt.spec import EngineSpec, Extent
 from mdattn_mpi.trt.store import (
     Cache,
     Manifest,

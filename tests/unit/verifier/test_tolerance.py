@@ -76,7 +76,7 @@ problems = st.builds(
     v_head_dim=st.sampled_from([1, 2, 16, 64, 128, 256]),
     dtype=st.sampled_from(["bfloat16", "float16"]),
     causal=st.sampled_from(["none", "upper_left", "lower_right"]),
-    scale=st.sampled_from([0.0, 1.0]),
+    scale=st.sampled_from([None, 1.0]),
 )
 
 

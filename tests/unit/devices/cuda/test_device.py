@@ -20,7 +20,8 @@ from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
 from mdattn_mpi.strategies import STRATEGIES
-from tests.support.fake_gpu import FakeGroup, FakeLibraries, Machine
+from tests.support.fake_gpu import FakeLibraries, Machine
+from tests.support.fake_group import FakeGroup
 from tests.support.group import take
 from tests.support.reference import TOLERANCE, attention, problems, random_inputs
 
@@ -29,10 +30,14 @@ NAMES = get_args(StrategyName)
 
 
 def in_group(
-    ranks: int, act: Callable[[CudaDevice], Any], seed: int = 0, **wrong: Any
+    ranks: int,
+    act: Callable[[CudaDevice], Any],
+    seed: int = 0,
+    machine: Machine | None = None,
+    **wrong: Any,
 ) -> list[Any]:
     """Open a device on every rank, each a thread; return what `act` returned, or raise."""
-    machine, shared = Machine(seed), {}
+    machine, shared = machine or Machine(seed), {}
     results: list[Any] = [None] * ranks
     errors: list[BaseException] = []
     options = {name: wrong.pop(name) for name in ("transfer",) if name in wrong}
@@ -295,6 +300,19 @@ def test_what_can_be_wrong_at_the_start(
         in_group(2, lambda device: None, **wrong)
 
 
+def test_nobody_waits_for_a_rank_whose_copies_can_not_be_opened() -> None:
+    handles = iter([bytes(64)])
+
+    def export(address: int) -> bytes:
+        found = next(handles, None)  # the second rank to ask gets none
+        if found is None:
+            raise DeviceError("no handle is left")
+        return found
+
+    with pytest.raises(DeviceError, match="no handle is left"):
+        in_group(2, lambda device: None, export=export, transfer="copy")
+
+
 def test_different_gpus_in_one_group_are_refused() -> None:
     from mdattn_mpi.devices.cuda.open import _check_alike
 
@@ -322,7 +340,7 @@ def test_a_lone_call_asks_the_driver_seldom(strategy: str) -> None:
         return asked[3:]
 
     for counts in in_group(2, act):
-        assert all(10 < count <= 32 for count in counts), counts
+        assert all(10 < count <= 24 for count in counts), counts
 
 
 def zeros(problem: AttentionProblem) -> list[Any]:
@@ -358,7 +376,7 @@ def test_head_start_covers_the_gathering() -> None:
 
 
 def test_spans_without_a_result_are_found() -> None:
-    from mdattn_mpi.devices.cuda.device import complement
+    from mdattn_mpi.devices.cuda.kernels import complement
 
     assert complement([Span(2, 4), Span(6, 8)], 9) == [Span(0, 2), Span(4, 6), Span(8, 9)]
     assert complement([Span(0, 9)], 9) == []

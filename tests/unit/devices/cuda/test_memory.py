@@ -46,7 +46,7 @@ def test_no_byte_has_two_owners(steps: list[tuple[bool, int, int]]) -> None:
             assert place.start % ALIGNMENT == 0
             owned.append(place)
         else:
-            memory.give_back(owned.pop(which % len(owned)), ())
+            memory.give_back(owned.pop(which % len(owned)), {})
         for before, after in pairwise(sorted(owned, key=lambda p: (p.block, p.start))):
             assert before.block < after.block or before.stop <= after.start
         assert memory.in_use == sum(place.stop - place.start for place in owned)
@@ -57,7 +57,7 @@ def test_pieces_that_were_given_back_join_before_more_is_asked_for() -> None:
     memory = Memory(driver)
     for size in (BLOCK // 8, BLOCK // 4, BLOCK // 2):
         for place in [memory.take(size)[0] for _ in range(BLOCK // size)]:
-            memory.give_back(place, ())
+            memory.give_back(place, {})
     memory.take(BLOCK)
     assert len(driver.taken) == 1
 
@@ -66,14 +66,14 @@ def test_the_piece_that_has_been_idle_longest_goes_first() -> None:
     memory = Memory(Driver())
     places = [memory.take(1000)[0] for _ in range(3)]
     for place in (places[1], places[2], places[0]):
-        memory.give_back(place, ())
+        memory.give_back(place, {})
     assert [memory.take(1000)[0] for _ in range(3)] == [places[1], places[2], places[0]]
 
 
 def test_a_piece_brings_its_fence_along() -> None:
     memory = Memory(Driver())
     place, fence = memory.take(1000)
-    assert fence == ()
+    assert fence == {}
     memory.give_back(place, ("an event",))
     assert memory.take(1000) == (place, ("an event",))
 

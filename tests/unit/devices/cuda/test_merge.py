@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mdattn_mpi.devices.cuda.merge import SLOTS, SOURCE, MergeCall, Part
+from mdattn_mpi.devices.cuda.merge import SLOTS, MergeCall, Part
 
 COMPILER = shutil.which("c++")
 pytestmark = pytest.mark.skipif(not COMPILER, reason="there is no C++ compiler: apt install g++")
@@ -69,7 +69,7 @@ def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
 
 
 def compile_for_host(call: MergeCall, library: Path) -> Any:
-    source = call.source(SOURCE)
+    source = call.source
     rounding = re.compile(r'asm\("cvt\.rn\.bf16\.f32[^;]*;"[^;]*;')
     assert rounding.search(source)
     source = rounding.sub("y.bits = to_bfloat16(x);", source)

@@ -1,0 +1,103 @@
+"""Tensors that other people's files hold, as far as they could be query, key or value."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdattn_mpi.dataset.hdf5 import Node, Value
+from mdattn_mpi.errors import RejectedError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Slices = tuple[slice, ...]
+
+KNOWN = ("float16", "bfloat16", "float32", "float64", "uint16", "int16")
+BITS = ("uint16", "int16")  # integers that may be the bits of floats
+
+
+def is_tensor(dtype: np.dtype[Any]) -> bool:
+    """Whether it may be that of a query, key or value."""
+    return dtype.newbyteorder("=").name in KNOWN
+
+
+@dataclass(frozen=True)
+class ForeignTensor:
+    """A tensor of 16, 32 or 64-bit floats, or of 16-bit integers that may be the bits of floats.
+
+    `fetch` reads a part of it, unless it has a fault.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    fetch: Callable[[Slices], Array]
+    fault: RejectedError | None = None
+
+    def take(self, dim: int, position: int) -> ForeignTensor:
+        """One position of a dim, which is gone then."""
+
+        def fetch(index: Slices) -> Array:
+            one = slice(position, position + 1)
+            return self.fetch((*index[:dim], one, *index[dim:])).squeeze(dim)
+
+        return replace(self, shape=self.shape[:dim] + self.shape[dim + 1 :], fetch=fetch)
+
+    def columns(self, start: int, stop: int) -> ForeignTensor:
+        """A run of the last dim."""
+
+        def fetch(index: Slices) -> Array:
+            return self.fetch((*index[:-1], slice(start, stop)))[..., index[-1]]
+
+        return replace(self, shape=(*self.shape[:-1], stop - start), fetch=fetch)
+
+    def by_heads(self, heads: int) -> ForeignTensor:
+        """The last dim as two: heads, and head dim."""
+        dims = (heads, self.shape[-1] // heads)
+
+        def fetch(index: Slices) -> Array:
+            block = self.fetch((*index[:-2], slice(0, self.shape[-1])))
+            return block.reshape(*block.shape[:-1], *dims)[..., index[-2], index[-1]]
+
+        return replace(self, shape=(*self.shape[:-1], *dims), fetch=fetch)
+
+    def as_bits(self, dtype: np.dtype[Any]) -> ForeignTensor:
+        """Take integers as the bits of `dtype`."""
+
+        def fetch(index: Slices) -> Array:
+            block = self.fetch(index)
+            return block.astype(block.dtype.newbyteorder("=")).view(dtype)
+
+        return replace(self, dtype=dtype, fetch=fetch)
+
+
+def of_array(array: Array) -> ForeignTensor:
+    """Take an array that is in memory, or mapped there."""
+    return ForeignTensor(array.shape, array.dtype, lambda index: array[index])
+
+
+@dataclass(frozen=True)
+class ForeignFile:
+    """What a file holds.
+
+    Attributes
+    ----------
+    tensors
+        By name; in HDF5 by path, without the first slash.
+    others
+        What else has a name: with its value where that is a number or text.
+    groups
+        Of HDF5, by path; they carry attributes.
+
+    """
+
+    tensors: dict[str, ForeignTensor]
+    others: dict[str, Value | None] = field(default_factory=dict)
+    groups: dict[str, Node] = field(default_factory=dict)
+
+
+def stem_of(path: str) -> str:
+    """The name of a file's only tensor."""
+    return Path(path).stem or "tensor"

@@ -1,0 +1,222 @@
+"""Which dims of a model's inputs count tokens, and of which sequence.
+
+The attentions say it: the last dim but one of what they take counts tokens. Symbols are carried
+there by shape inference; a symbol that arrives is one that counts tokens. A model without symbols
+is given some.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.onnx.model import graph_inputs, import_onnx, operator
+
+SMALL = 64  # initializers up to so many elements may be shapes
+
+Labels = dict[str, list[str | int]]  # of every dim of every input: a symbol, or its length
+
+
+class Place(NamedTuple):
+    """The dim of a tensor that counts tokens, and the sequence whose tokens they are."""
+
+    sequence: str
+    dim: int
+
+
+def token_places(
+    model: Any, attentions: Sequence[Any], named: Mapping[str, int]
+) -> dict[str, list[Place]]:
+    """Find the dims that count tokens in each input: as named, or as the attentions tell.
+
+    Parameters
+    ----------
+    model
+        The model.
+    attentions
+        Its attention nodes.
+    named
+        What the user said: dims by input. Others with the same symbol go with them.
+
+    Raises
+    ------
+    RejectedError
+        A name that is no input, a dim that it hasn't, or nothing to tell tokens by.
+
+    """
+    labels = {value.name: labels_of(value) for value in graph_inputs(model)}
+    if named:
+        found = _named(labels, named)
+        arriving = _sequences(labels, _token_dims(model, labels, attentions))
+        found = {symbol: found.get(arriving.get(symbol, ""), to) for symbol, to in found.items()}
+    else:
+        labels, found = _found(model, labels, attentions)
+    if not found:
+        raise RejectedError(
+            "which dim counts tokens? "
+            + "; ".join(f"{n} has {_show(d)}" for n, d in labels.items()),
+            fix="name it for every input that has one: --shard INPUT:DIM",
+        )
+    return {
+        name: [Place(found[label], dim) for dim, label in enumerate(dims) if label in found]
+        for name, dims in labels.items()
+    }
+
+
+def labels_of(value: Any) -> list[str | int]:
+    """Return the dims of an input: symbols (one of its own where there is none), or lengths."""
+    return [
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_dim{number}"
+        for number, dim in enumerate(value.type.tensor_type.shape.dim)
+    ]
+
+
+def _show(dims: Sequence[str | int]) -> str:
+    return f"[{', '.join(map(str, dims))}]"
+
+
+def _named(labels: Labels, named: Mapping[str, int]) -> dict[str | int, str]:
+    """Give every named dim a symbol; return the sequences of the symbols that are named."""
+    found: dict[str | int, str] = {}
+    for name, axis in named.items():
+        dims = labels.get(name, [])
+        if not -len(dims) <= axis < len(dims):
+            known = ", ".join(f"{known} with {len(dims)} dims" for known, dims in labels.items())
+            raise RejectedError(f"no dim {axis} of an input {name!r}", fix=f"there are {known}")
+        if isinstance(dims[axis], int):
+            dims[axis] = f"{dims[axis]}_tokens"
+        nameless = dims[axis] == f"{name}_dim{axis % len(dims)}"
+        found[dims[axis]] = "tokens" if nameless else str(dims[axis])
+    return found
+
+
+def _found(
+    model: Any, labels: Labels, attentions: Sequence[Any]
+) -> tuple[Labels, dict[str | int, str]]:
+    """Follow symbols to the attentions: the model's own; else one a length; else one a dim."""
+    by_length = _with_symbols(labels, lambda name, dim, length: f"{length}_tokens")
+    by_dim = _with_symbols(labels, lambda name, dim, length: f"{name}_dim{dim}")
+    if found := _sequences(labels, _token_dims(model, labels, attentions)):
+        return labels, found
+    found = _sequences(by_length, _token_dims(model, by_length, attentions))
+    if found and all(sum(label in found for label in dims) < 2 for dims in by_length.values()):
+        return by_length, found
+    if found := _sequences(by_dim, _token_dims(model, by_dim, attentions)):
+        fixed = {  # dims of one length count the same tokens
+            by_dim[name][dim]: f"{length}_tokens"
+            for name, dims in labels.items()
+            for dim, length in enumerate(dims)
+            if isinstance(length, int)
+        }
+        return by_dim, {symbol: fixed.get(symbol, name) for symbol, name in found.items()}
+    lengths = [[f"{d}_tokens" for d in dims] for dims in _token_dims(model, labels, attentions)]
+    if found := _sequences(by_length, lengths):
+        return by_length, found
+    symbols = {label for dims in labels.values() for label in dims if isinstance(label, str)}
+    return labels, {symbol: symbol for symbol in symbols if len(symbols) == 1}
+
+
+def _with_symbols(labels: Labels, symbol: Callable[[str, int, int], str]) -> Labels:
+    """Give dims of a fixed length a symbol."""
+    return {
+        name: [symbol(name, n, dim) if isinstance(dim, int) else dim for n, dim in enumerate(dims)]
+        for name, dims in labels.items()
+    }
+
+
+def _token_dims(
+    model: Any, labels: Labels, attentions: Sequence[Any]
+) -> list[list[str | int | None]]:
+    """Return what counts the tokens of queries, keys and values of each attention.
+
+    The label of an input's dim, a length, or None where inference doesn't carry it so far.
+    """
+    traced = skeleton(model)
+    for value in traced.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        for label, dim in zip(labels.get(value.name, ()), dims, strict=False):
+            if isinstance(label, str):
+                dim.dim_param = label
+    for value in traced.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    graph = infer_shapes(traced)
+    shapes = {value.name: labels_of(value) for value in (*graph.value_info, *graph.input)}
+    found = [[shapes.get(tensor, []) for tensor in node.input[:3]] for node in attentions]
+    return [[dims[-2] if len(dims) > 2 else None for dims in three] for three in found]
+
+
+def _sequences(
+    labels: Labels, token_dims: Iterable[Sequence[str | int | None]]
+) -> dict[str | int, str]:
+    """Return the sequence of each symbol that counts tokens; keys and values are of one."""
+    known = {label for dims in labels.values() for label in dims if isinstance(label, str)}
+    found: dict[str | int, str] = {}
+    for three in token_dims:
+        query, key, value = (dim if dim in known else None for dim in three)
+        for symbol, like in ((query, query), (key, key), (value, key or value)):
+            if symbol is not None:
+                found.setdefault(symbol, found.get(like or symbol, str(like)))
+    return found
+
+
+def infer_shapes(model: Any, strict_mode: bool = False) -> Any:
+    """Return the graph of a model with shapes; in strict mode all nodes must fit together.
+
+    Raises
+    ------
+    RejectedError
+        They don't, naming the first that doesn't.
+
+    """
+    infer = import_onnx().shape_inference.infer_shapes
+    try:
+        return infer(model, strict_mode=strict_mode, data_prop=True).graph
+    except Exception as error:
+        told = str(error)
+    stops = re.findall(r"\(op_type:(\w+), node name: (.*?)\): (?:\[\w+\] )?(.*)", told)
+    first = [stop for stop in stops if "instead is null" not in stop[2]]
+    if strict_mode and stops and not first:
+        return infer_shapes(model)  # only for want of what an unknown operator makes
+    kind, name, why = first[0] if first else ("", "", " ".join(told.split()))
+    named = f"node {name!r} ({kind})" if name else f"a node {kind}" if kind else "the model"
+    raise RejectedError(
+        f"{named} doesn't take every number of tokens: {why}",
+        fix="export the model with a dynamic number of tokens; or name the dim of every input that "
+        "counts them: --shard INPUT:DIM",
+    )
+
+
+def skeleton(model: Any) -> Any:
+    """Copy the model without its weights, and with operators that shape inference knows."""
+    onnx = import_onnx()
+    copy = onnx.ModelProto()
+    copy.ir_version = model.ir_version
+    copy.opset_import.extend(model.opset_import)
+    graph = copy.graph
+    graph.name = "skeleton"
+    graph.input.extend(graph_inputs(model))
+    graph.output.extend(model.graph.output)
+    for tensor in model.graph.initializer:
+        if prod(tensor.dims) <= SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
+            graph.initializer.append(tensor)
+        else:
+            shape = list(tensor.dims)
+            graph.input.append(
+                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, shape)
+            )
+    graph.node.extend(_known_operators(model.graph.node))
+    return copy
+
+
+def _known_operators(nodes: Iterable[Any]) -> list[Any]:
+    """Put operators that shape inference knows in the place of TensorRT's own."""
+    make = import_onnx().helper.make_node
+    return [
+        make("Einsum", [node.input[0], node.input[2]], node.output[:1], equation="abcd,efgh->abch")
+        if operator(node) == "TRT_Attention"
+        else node
+        for node in nodes
+    ]

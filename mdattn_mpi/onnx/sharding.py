@@ -1,0 +1,74 @@
+"""How a model is shared by ranks, and the note of it that travels in the file."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdattn_mpi.errors import RejectedError
+
+# Inputs of one number: how many of the collected keys count. All of the sequence's; or, where a
+# mask is aligned with the last row of a rank's buffer, those up to there. In a model that collects
+# the keys of several sequences the sequence's name follows: ``keys_T``.
+KEYS, CAUSAL_KEYS = "keys", "causal_keys"
+NOTE = "mdattn"
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How a network is shared by ranks.
+
+    Parameters
+    ----------
+    strategy, ranks
+        As everywhere.
+    axes
+        The dim that counts tokens, for each input and output that has one.
+
+    """
+
+    strategy: str
+    ranks: int
+    axes: dict[str, int]
+
+    def counts_keys(self, tensor: str) -> str | None:
+        """Tell which of `KEYS` and `CAUSAL_KEYS` an input is; None for a tensor of the model."""
+        if tensor in self.axes:
+            return None
+        for kind in (KEYS, CAUSAL_KEYS):
+            if tensor == kind or tensor.startswith(f"{kind}_"):
+                return kind
+        return None
+
+
+def write_sharding(model: Any, sharding: Sharding) -> None:
+    """Note in the file how it is sharded."""
+    entry = model.metadata_props.add()
+    entry.key = NOTE
+    entry.value = json.dumps(
+        {"strategy": sharding.strategy, "ranks": sharding.ranks, "axes": sharding.axes}
+    )
+
+
+def read_sharding(model: Any, path: Path) -> Sharding:
+    """Read what `write_sharding` noted.
+
+    Raises
+    ------
+    RejectedError
+        Nothing was noted, or something else.
+
+    """
+    notes = [entry.value for entry in model.metadata_props if entry.key == NOTE]
+    try:
+        fields = json.loads(notes[-1])
+        axes = {str(name): int(axis) for name, axis in fields["axes"].items()}
+        return Sharding(str(fields["strategy"]), int(fields["ranks"]), axes)
+    except (IndexError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RejectedError(
+            "nothing in this model tells how it is sharded",
+            file=str(path),
+            fix="shard it first: mdattn shard MODEL.onnx -n P -s STRATEGY -o OUT.onnx",
+        ) from error
