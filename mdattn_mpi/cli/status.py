@@ -66,7 +66,7 @@ def status(path: str) -> dict[str, Any]:
 
     with open_output(path) as output:
         work = [
-            (entry.state, item.problem.flops)
+            (entry.state, item.problem.work)
             for entry, item in zip(output.ledger.entries(), output.items, strict=True)
         ]
     counts = {name: sum(s == name for s, _ in work) for name in ("done", "todo", "failed")}
@@ -107,15 +107,15 @@ def _speed(
     *,
     running: bool,
 ) -> dict[str, float | None]:
-    """Items a second since the job began, and the seconds to go: operations left by those done."""
+    """Items a second since the job began, and the seconds to go: work left by work done."""
     unknown: dict[str, float | None] = {"items_per_second": None, "seconds_left": None}
     began = min((record.first_wall for record in records if record.first_wall), default=0.0)
     done_now = counts["done"] - min((record.first_done for record in records), default=0)
     if not running or not began or done_now <= 0 or now <= began:
         return unknown
     rate = done_now / (now - began)
-    mean = sum(flops for state, flops in work if state == "done") / counts["done"]
-    left = sum(flops for state, flops in work if state == "todo")
+    mean = sum(each for state, each in work if state == "done") / counts["done"]
+    left = sum(each for state, each in work if state == "todo")
     return {"items_per_second": rate, "seconds_left": left / mean / rate}
 
 

@@ -6,17 +6,18 @@ Nothing is read before it is asked for, and then by `os.preadv` at its place in 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mdattn_mpi.dataset.layout import Item, State
-from mdattn_mpi.dataset.output import Output, Region
+from mdattn_mpi.dataset.layout import AnyItem, State
+from mdattn_mpi.dataset.output import Output
 from mdattn_mpi.dataset.output import open_output as open_file
+from mdattn_mpi.dataset.positioned import Region
 from mdattn_mpi.errors import ItemError, RejectedError
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.problem import AnyProblem, Span
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +28,7 @@ class ResultTensor:
     Attributes
     ----------
     shape, dtype
-        As of the array that is read; ``output`` is ``[Sq, Nq, Hv]`` in bfloat16
+        As of the array that is read. Of attention, ``output`` is ``[Sq, Nq, Hv]`` in bfloat16
         (`ml_dtypes.bfloat16`) or float16, ``lse`` ``[Sq, Nq]`` in float32.
 
     """
@@ -37,6 +38,7 @@ class ResultTensor:
         self._name = name
         self.shape = region.shape
         self.dtype = region.dtype
+        self._token_dim = region.token_dim
 
     @property
     def ndim(self) -> int:
@@ -58,17 +60,17 @@ class ResultTensor:
             The item isn't done, or the file can't be read there.
 
         """
-        first, *others = key if isinstance(key, tuple) else (key,)
-        span, within = Span(0, len(self)), first
-        if isinstance(first, int | np.integer | slice) and not isinstance(first, bool):
-            tokens = range(len(self))[first]
+        keys, at = list(key) if isinstance(key, tuple) else [key], self._token_dim
+        spans = None
+        if at is not None and len(keys) > at and all(map(_is_basic, keys[: at + 1])):
+            tokens = range(self.shape[at])[keys[at]]
             if isinstance(tokens, int):
-                span, within = Span(tokens, tokens + 1), 0
+                span, keys[at] = Span(tokens, tokens + 1), 0
             else:
                 low, high = sorted((tokens[0], tokens[-1])) if tokens else (0, -1)
-                span, within = Span(low, high + 1), slice(None, None, tokens.step)
-        index = (within, *others)
-        return self._read(span)[index]
+                span, keys[at] = Span(low, high + 1), slice(None, None, tokens.step)
+            spans = (span,)
+        return self._read(spans)[tuple(keys)]
 
     def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> Array:
         if copy is False:
@@ -77,14 +79,20 @@ class ResultTensor:
 
     def astype(self, dtype: npt.DTypeLike) -> Array:
         """Read all of it in another dtype, as ``x.astype("float32")``."""
-        return self._read(Span(0, len(self))).astype(dtype, copy=False)
+        return self._read(None).astype(dtype, copy=False)
 
-    def _read(self, span: Span) -> Array:
-        return self._item._read(self._name, span)
+    def _read(self, spans: Sequence[Span] | None) -> Array:
+        return self._item._read(self._name, spans)
+
+
+def _is_basic(key: object) -> bool:
+    return isinstance(key, int | np.integer | slice) and not isinstance(key, bool)
 
 
 class ItemResults(Mapping[str, ResultTensor]):
-    """What was computed of one item, by the tensor's name: ``output``, and ``lse`` if it was kept.
+    """What was computed of one item, by the tensor's name.
+
+    Of attention these are ``output``, and ``lse`` if it was kept.
 
     Attributes
     ----------
@@ -95,9 +103,9 @@ class ItemResults(Mapping[str, ResultTensor]):
 
     """
 
-    def __init__(self, results: Results, item: Item) -> None:
+    def __init__(self, results: Results, item: AnyItem) -> None:
         self.name = item.name
-        self.problem: AttentionProblem = item.problem
+        self.problem: AnyProblem = item.problem
         self._results = results
         self._item = item
         self._tensors = {
@@ -123,7 +131,7 @@ class ItemResults(Mapping[str, ResultTensor]):
     def __repr__(self) -> str:
         return f"<item {self.name!r}: {self.problem}; {', '.join(self)}>"
 
-    def _read(self, tensor: Any, span: Span) -> Array:
+    def _read(self, tensor: str, spans: Sequence[Span] | None) -> Array:
         output = self._results._output
         self._results._check_open()
         entry = output.ledger.entry(self._item)
@@ -135,7 +143,7 @@ class ItemResults(Mapping[str, ResultTensor]):
                 file=output.path,
                 item=self.name,
             )
-        return output.read(self._item, tensor, (span,))
+        return output.read(self._item, tensor, spans)
 
 
 class Results(Mapping[str, ItemResults]):

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mdattn_mpi
+from mdattn_mpi.dataset import ModelItem, create_output, positioned
 from mdattn_mpi.dataset import open_output as open_file
-from mdattn_mpi.dataset import output as output_module
 from mdattn_mpi.errors import ItemError, RejectedError
-from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.problem import AttentionProblem, ModelProblem, Span, TensorSpec
 from tests.support.finished import Files, finished
 
 PROBLEMS = {
@@ -98,13 +98,13 @@ def test_of_a_range_of_tokens_only_these_are_read(
     results: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    exactly = output_module.read_exactly
+    exactly = positioned.read_exactly
 
     def counted(fd: int, offset: int, array: Any) -> None:
         read.append(array.nbytes)
         exactly(fd, offset, array)
 
-    monkeypatch.setattr(output_module, "read_exactly", counted)
+    monkeypatch.setattr(positioned, "read_exactly", counted)
     tensor = results["b"]["output"]
     token = 4 * 24 * 2
     for key, tokens in (
@@ -114,6 +114,33 @@ def test_of_a_range_of_tokens_only_these_are_read(
         read.clear()
         tensor[key]
         assert sum(read) == tokens * token, key
+
+
+@given(
+    key=st.one_of(
+        st.slices(21),
+        st.tuples(st.slices(1), st.slices(21)),
+        st.tuples(st.integers(-1, 0), st.integers(-21, 20)),
+        st.tuples(st.just(Ellipsis), st.integers(0, 2)),
+    )
+)
+def test_tensors_of_a_model_whose_tokens_are_another_dim(
+    tmp_path_factory: pytest.TempPathFactory, key: Any
+) -> None:
+    path = tmp_path_factory.mktemp("model") / "out.h5"
+    hidden = np.random.default_rng(0).standard_normal((1, 21, 3)).astype(np.float32)
+    pooled = np.arange(5, dtype=np.int32)
+    outputs = (TensorSpec("hidden", (1, 21, 3), "float32", 1), TensorSpec("p", (5,), "int32", None))
+    item, spans = ModelItem("a", 0, ModelProblem(21, outputs)), (Span(0, 21),)
+    create_output(path, [item], ranks=1)
+    with open_file(path, writable=True) as output:
+        crc32 = output.write(item, spans, {"hidden": hidden, "p": pooled})
+        output.ledger.commit(item, [crc32], "ring", [spans])
+    with mdattn_mpi.open_output(path) as results:
+        assert list(results["a"]) == ["hidden", "p"]
+        assert results["a"]["hidden"][key].tobytes() == hidden[key].tobytes()
+        assert np.array_equal(results["a"]["p"], pooled)
+        assert np.array_equal(results["a"]["p"][1:3], pooled[1:3])
 
 
 @pytest.mark.parametrize("key", [37, -38, (0, 4), (0, 0, 0, 0)])
