@@ -6,6 +6,7 @@ import json
 import logging
 import textwrap
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -95,6 +96,19 @@ def wrapped(message: str) -> str:
     return textwrap.fill(
         message, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
+
+
+def name_ranks(ranks: Sequence[int], most: int = 8) -> str:
+    """Name ranks that are in order, for example ``ranks 0-2, 5``; the first `most` runs of them."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs[:most])
+    more = sum(map(len, runs[most:]))
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {text}{f' and {more} more' if more else ''}"
 
 
 def _adopt(error: BaseException) -> MdattnError:

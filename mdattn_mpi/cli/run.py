@@ -23,7 +23,8 @@ Signals: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 let the job finish and commit the i
 end with 75; a second one ends at once. Finished items are safe in every case.
 
 Exit codes: 0 all done; 1 some items failed, or the output can't be written; 2 rejected before any
-work; 3 ranks disagreed; 4 device or engine error; 75 interrupted, run the same command again.
+work; 3 ranks disagreed; 4 device or engine error, or a bug; 75 interrupted, run the
+same command again.
 """
 
 

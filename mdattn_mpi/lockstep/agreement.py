@@ -13,7 +13,7 @@ from struct import Struct
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from mdattn_mpi.errors import ItemError
+from mdattn_mpi.errors import ItemError, name_ranks
 from mdattn_mpi.lockstep.mpi import MPI
 
 MASK = (1 << 64) - 1
@@ -120,15 +120,3 @@ def differences(facts: Sequence[dict[str, Any]]) -> str:
     if not found:
         return "ranks differ in something that has no name here: their digests are not the same"
     return f"ranks differ in {'; '.join(found)}"
-
-
-def name_ranks(ranks: Sequence[int]) -> str:
-    """Name ranks, for example ``ranks 0-2, 5``."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and runs[-1][-1] == rank - 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {text}"

@@ -11,8 +11,7 @@ from time import monotonic, sleep
 
 import numpy as np
 
-from mdattn_mpi.errors import InterruptedJobError, RejectedError
-from mdattn_mpi.lockstep.agreement import name_ranks
+from mdattn_mpi.errors import InterruptedJobError, RejectedError, name_ranks
 from mdattn_mpi.lockstep.mpi import MPI
 
 VARIABLE = "MDATTN_DEADLINE"

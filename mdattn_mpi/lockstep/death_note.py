@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mdattn_mpi.errors import wrapped
+from mdattn_mpi.errors import name_ranks, wrapped
 from mdattn_mpi.lockstep.launcher import Launcher
 from mdattn_mpi.lockstep.record import Record
 
@@ -110,9 +110,7 @@ def _others(waited: Sequence[dict[str, Any]]) -> str:
         item = f" {other['item']!r}" if other["item"] else ""
         together.setdefault(f"{other['phase'] or 'start'}{item}", []).append(other)
     return "; ".join(
-        f"{'rank' if len(others) == 1 else 'ranks'} "
-        f"{', '.join(str(other['rank']) for other in others[:8])}"
-        f"{f' and {len(others) - 8} more' if len(others) > 8 else ''} in {where} "
+        f"{name_ranks([other['rank'] for other in others])} in {where} "
         f"for {max(other['seconds'] for other in others):.1f} s"
         for where, others in together.items()
     )

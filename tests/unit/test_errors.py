@@ -13,6 +13,8 @@ from mdattn_mpi.errors import (
     MdattnError,
     OutputError,
     RejectedError,
+    name_ranks,
+    wrapped,
 )
 
 
@@ -116,3 +118,16 @@ def test_without_a_log_nothing_is_printed_but_what_happened_goes_along(
     failure = raised(KeyError("x"))
     assert MdattnError.wrap(failure).__cause__ is failure
     assert capsys.readouterr().err == ""
+
+
+def test_ranks_are_named_in_runs() -> None:
+    assert name_ranks([3]) == "rank 3"
+    assert name_ranks([0, 1, 2, 5]) == "ranks 0-2, 5"
+    assert name_ranks(range(0, 100, 2), most=2) == "ranks 0, 2 and 48 more"
+
+
+def test_messages_fit_a_narrow_terminal_and_keep_their_words() -> None:
+    path = "/a/" + "long-" * 30
+    text = wrapped(f"mdattn: error: {path} " + "some words " * 30)
+    assert path in text
+    assert max(len(line) for line in text.splitlines() if path not in line) <= 80

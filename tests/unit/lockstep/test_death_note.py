@@ -39,7 +39,7 @@ def test_the_message_says_everything_in_short_lines() -> None:
 
 
 def test_many_waiting_ranks_are_counted() -> None:
-    waited = note()["waited"][:1] * 300
+    waited = [{**note()["waited"][0], "rank": rank} for rank in range(0, 600, 2)]
     text = death_note.message(note(waited=waited))
     assert "and 292 more" in text
     assert len(text) < 1000
