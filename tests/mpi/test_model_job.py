@@ -133,7 +133,7 @@ def test_a_killed_job_is_resumed(folder: Path) -> None:
     assert "SIGKILL" in killed.stderr
     note = death_note.read(f"{folder / 'out.h5'}.run")
     assert note is not None
-    assert "rank 1" in death_note.paragraph(note)
+    assert "rank 1" in death_note.message(note)
     left = done(folder / "out.h5")
     assert left < len(LENGTHS)
     resumed = run(folder, "--json")
