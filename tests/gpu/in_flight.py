@@ -294,6 +294,7 @@ def check(world: World, calls: int, reference: Reference, tolerance: dict[str, f
         shares = [TOKENS // world.size] * world.size
         shares[0] += TOKENS - sum(shares)
         case = Case(world, library, shares, reference, tolerance[kind.dtype])
+        wrong += _controls(world, case)
         for strategy, (name, where) in itertools.product(STRATEGIES, library.streams().items()):
             wrong += _say(
                 world, f"{kind.name}, {strategy}, {name}", calls, case.wrong(strategy, where, calls)
@@ -302,12 +303,15 @@ def check(world: World, calls: int, reference: Reference, tolerance: dict[str, f
         for strategy in STRATEGIES:
             found = empty.wrong(strategy, contextlib.nullcontext, SETS)
             wrong += _say(world, f"{kind.name}, {strategy}, ranks without tokens", SETS, found)
-        wrong += _controls(world, case)
     return wrong
 
 
 def _controls(world: World, case: Case) -> int:
-    """Collective. Try what must come out wrong; count what doesn't."""
+    """Collective. Try what must come out wrong; count what doesn't.
+
+    Before anything else: memory that comes back from the caller is only written once the caller's
+    stream is past what it had then, and that hides a missing wait.
+    """
     name, where = next(iter(case.library.streams().items()))
     found = [("other inputs' results", case.wrong("ring", where, SETS, shift=1))]
     if case.library.name != "jax":  # which offers no way not to wait
