@@ -20,9 +20,9 @@ import h5py
 import ml_dtypes
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import NUMPY, stored_as
-from mdattn_mpi.dataset.hdf5 import File, Node, must_be_regular
-from mdattn_mpi.dataset.layout import MAX_COMPRESSION, MAX_LINK_DEPTH, MAX_NODES, shown
+from mdattn_mpi.dataset.dtypes import NUMPY, Stored
+from mdattn_mpi.dataset.hdf5 import WHOLE_TREE, File, Node, must_be_regular
+from mdattn_mpi.dataset.layout import MAX_COMPRESSION, MAX_NODES, shown
 from mdattn_mpi.errors import MdattnError, RejectedError
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -76,7 +76,7 @@ def open_foreign(
         if start[8:9] == b"{":
             return _safetensors(path)
         if h5py.is_hdf5(path):
-            return _hdf5_tensors(stack.enter_context(File(path, allow)))
+            return _hdf5_tensors(stack.enter_context(File(path, allow, depth=WHOLE_TREE)))
     except MdattnError:
         raise
     except Exception as error:
@@ -170,27 +170,22 @@ def _load(archive: zipfile.ZipFile, about: zipfile.ZipInfo, dtype: np.dtype[Any]
 def _hdf5_tensors(file: File) -> dict[str, ForeignTensor]:
     """Walk all groups; a group that is met twice, and what lies in other files, is left out."""
     tensors: dict[str, ForeignTensor] = {}
-    seen = set()
-    pending = [("", file.root, 0)]
+    pending = [("", file.root)]
     while pending:
-        path, node, depth = pending.pop()
+        path, node = pending.pop()
         if node.is_dataset:
             found = _hdf5_tensor(node)
             if found is not None:
                 tensors[path] = found
-        elif node.is_group and node.address not in seen and depth < MAX_LINK_DEPTH:
-            seen.add(node.address)
-            names = node.names(MAX_NODES)
-            if len(names) + len(pending) + len(tensors) > MAX_NODES:
-                raise file.reject(f"holds more than {MAX_NODES} objects", "split the file")
-            for name, child in _children(node, names):
-                pending.append((f"{path}/{name}".lstrip("/"), child, depth + 1))
+        elif node.is_group:
+            for name, child in _children(node):
+                pending.append((f"{path}/{name}".lstrip("/"), child))
     return tensors
 
 
-def _children(node: Node, names: Sequence[str]) -> list[tuple[str, Node]]:
+def _children(node: Node) -> list[tuple[str, Node]]:
     children = []
-    for name in names:
+    for name in node.names():
         try:
             child = node.child(name)
         except RejectedError:
@@ -203,34 +198,29 @@ def _children(node: Node, names: Sequence[str]) -> list[tuple[str, Node]]:
 def _hdf5_tensor(node: Node) -> ForeignTensor | None:
     try:
         storage = node.storage()
-        with node.file.guard(node.path):
-            stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
-            if isinstance(stored, str):
-                dtype = _wide_float(node.id.get_type())
-                raw = dtype
-            else:
-                dtype = NUMPY[stored.dtype]
-                raw = np.dtype("<u2" if stored.little_endian else ">u2")
     except RejectedError as fault:
         return ForeignTensor((), np.dtype("f2"), lambda _: np.zeros(0), fault)
-    if dtype is None or raw is None:
+    if isinstance(node.stored, Stored):
+        dtype = NUMPY[node.stored.dtype]
+        raw = np.dtype("<u2" if node.stored.little_endian else ">u2")
+    elif node.dtype is not None and node.dtype.kind == "f":
+        dtype = raw = node.dtype
+    else:
         return None
 
     def fetch(index: Slices) -> Array:
         runs = [part.indices(extent) for part, extent in zip(index, storage.shape, strict=True)]
         count = tuple(stop - start for start, stop, _ in runs)
         array = np.empty(count, raw)
-        with node.file.guard(node.path):
+        try:
             node.read_box(storage, tuple(start for start, *_ in runs), array)
+        except (OSError, ValueError) as error:
+            raise node.file.reject(
+                f"{shown(node.path)} can't be read ({error})", "copy the file again"
+            ) from error
         return array.astype("=u2").view(dtype) if raw.kind == "u" else array
 
     return ForeignTensor(storage.shape, dtype, fetch)
-
-
-def _wide_float(stored: Any) -> np.dtype[Any] | None:
-    """Recognise IEEE floats of 32 and 64 bits, of either byte order."""
-    known = ("<f4", ">f4", "<f8", ">f8")
-    return next((np.dtype(n) for n in known if stored.equal(h5py.h5t.py_create(np.dtype(n)))), None)
 
 
 def _of_array(array: Array) -> ForeignTensor:

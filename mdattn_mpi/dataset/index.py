@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import NUMPY, Stored, stored_as
+from mdattn_mpi.dataset.dtypes import NUMPY, Stored
 from mdattn_mpi.dataset.hdf5 import File, Node, Storage
 from mdattn_mpi.dataset.layout import (
     DATASET_FORMAT,
@@ -148,11 +148,11 @@ def find_entries(
     if group is None or not group.is_group:
         raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
     default = layout if layout != "auto" else str(root.attribute("layout") or "token_major")
-    names = sorted(group.names(MAX_ITEMS), key=natural_order)
+    names = sorted(group.names(), key=natural_order)
     found: list[Entry] = []
     faults: list[RejectedError] = []
     for name in names:
-        if not any(_may_match(name, pattern) for pattern in patterns):
+        if not any(may_match(name, pattern) for pattern in patterns):
             continue
         try:
             entries = _entries(group, name, layout, default)
@@ -168,7 +168,7 @@ def find_entries(
     return found, faults
 
 
-def _may_match(name: str, pattern: str) -> bool:
+def may_match(name: str, pattern: str) -> bool:
     """Whether `pattern` may match the item, or an entry of its batch dim."""
     literal = pattern.split("*")[0].split("?")[0].split("[")[0]
     batch = batch_item_name(name, 0)[:-1]
@@ -255,8 +255,7 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
             f"{tensor} has shape {list(storage.shape)}",
             "use [S, N, H], or [B, S, N, H] for B items",
         )
-    with node.file.guard(node.path):
-        stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
+    stored = node.stored
     if isinstance(stored, str):
         raise reject(
             f"{tensor} holds {stored}; only BF16 and FP16 can be read",

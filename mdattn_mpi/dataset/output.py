@@ -1,6 +1,6 @@
 """An output that is being written or read: shards, checksums, ledger.
 
-Opening it asks HDF5 for the offsets; from then on the file is bytes at known places, written by
+Opening it asks a scan for the offsets; from then on the file is bytes at known places, written by
 `os.pwrite` from all ranks at once.
 """
 
@@ -16,13 +16,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import NUMPY, stored_as
+from mdattn_mpi.dataset.dtypes import NUMPY
 from mdattn_mpi.dataset.hdf5 import File, Node, Value
 from mdattn_mpi.dataset.index import check_format
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
-    MAX_ITEMS,
     OUTPUT_FORMAT,
     RANK_SPANS,
     REASON_BYTES,
@@ -302,8 +301,17 @@ class Output:
         return self._regions[self.item(item.name).index][result]
 
 
-def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
+def open_output(
+    path: str | os.PathLike[str], writable: bool = False, *, catalog: bytes | None = None
+) -> Output:
     """Open an output and check its structure.
+
+    Parameters
+    ----------
+    path, writable
+        The file, and whether shards will be written.
+    catalog
+        What `scan` returned for the same file on another rank; left out, it is looked at here.
 
     Raises
     ------
@@ -311,7 +319,7 @@ def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
         It isn't one, it is damaged, or it can't be opened for writing.
 
     """
-    with File(path) as file:
+    with File(path, catalog=catalog) as file:
         root = file.root
         check_format(root, OUTPUT_FORMAT)
         attributes = root.attributes()
@@ -337,7 +345,7 @@ class _Contents:
 
 
 def _reopen(file: File, writable: bool) -> int:
-    """Open the very file that HDF5 has open, for writing too."""
+    """Open the very file that was looked at, for writing too."""
     try:
         fd = os.open(file.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:
@@ -355,7 +363,7 @@ def _contents(root: Node, fd: int) -> _Contents:
     group, book = root.child(ITEMS), root.child(LEDGER)
     if group is None or book is None:
         raise reject(f"has no group /{ITEMS} or no group /{LEDGER}", _ANEW)
-    found = [_item(group, name) for name in group.names(MAX_ITEMS)]
+    found = [_item(group, name) for name in group.names()]
     found.sort(key=lambda pair: pair[0].index)
     items = tuple(item for item, _ in found)
     regions = [results for _, results in found]
@@ -419,11 +427,9 @@ def _region(parent: Node, name: str, shape: tuple[int, ...], dtype: np.dtype[Any
     if node is None or not node.is_dataset or node.file is not parent.file:
         raise reject(f"{parent.path} has no dataset {name!r}", _ANEW)
     storage = node.storage()
-    with node.file.guard(node.path):
-        stored = node.id.get_type()
-        found = stored_as(stored)
-        name_of = found if isinstance(found, str) else found.dtype
-        same = name_of == dtype.name or (isinstance(found, str) and stored.dtype == dtype)
+    found = node.stored
+    name_of = found if isinstance(found, str) else found.dtype
+    same = name_of == dtype.name or (isinstance(found, str) and node.dtype == dtype)
     if storage.offset is None or storage.shape != shape or not same:
         raise reject(
             f"{node.path} is {name_of} {list(storage.shape)}, {storage}; "

@@ -1,9 +1,9 @@
 """Reading a dataset by shards.
 
-Opening it looks at every selected item once: names, links, shapes, dtypes, storage. After that,
-contiguous data is read with one `os.preadv` per span straight into the caller's array; chunks are
-read and decoded here; what is left goes through HDF5 with the file's own type, so that nothing is
-converted.
+A child process, of this rank or of another, has looked at every selected item once: names, links,
+shapes, dtypes, storage. Contiguous data is read with one `os.preadv` per span straight into the
+caller's array; chunks are read and decoded here; what is left is read by the child, with the file's
+own type, so that nothing is converted.
 """
 
 from __future__ import annotations
@@ -61,8 +61,6 @@ class Dataset:
         self.faults = tuple(faults)
         self._tensors = {entry.name: entry.tensors for entry in ordered}
         self.warnings = tuple(self._warnings())
-        if all(data.offset is not None for data in self._all_tensors()):
-            file.release()
 
     def __enter__(self) -> Dataset:
         return self
@@ -195,7 +193,7 @@ class Dataset:
             warnings.append(
                 f"{len(indirect)} of {len(tensors)} tensors aren't contiguous "
                 f"({indirect[0].storage}): "
-                "HDF5 reads them, on one thread; `mdattn convert` rewrites them"
+                "they are decoded while they are read; `mdattn convert` rewrites them"
             )
         return warnings
 
@@ -207,6 +205,7 @@ def open_dataset(
     layout: str = "auto",
     allow: Sequence[str] = (),
     keep_faults: bool = False,
+    catalog: bytes | None = None,
 ) -> Dataset:
     """Open a dataset and look at every selected item.
 
@@ -222,6 +221,9 @@ def open_dataset(
         Folders that links in the file may lead to.
     keep_faults
         Put items that can't be done into `Dataset.faults` rather than raise the first.
+    catalog
+        What `scan_dataset` returned for the same file on another rank; left out, the file is looked
+        at here.
 
     Raises
     ------
@@ -231,9 +233,10 @@ def open_dataset(
     """
     if layout not in ("auto", *LAYOUTS):
         raise RejectedError(f"layout is {layout!r}", fix=f"use auto, {' or '.join(LAYOUTS)}")
-    file = File(path, allow)
+    patterns = patterns_of(select)
+    file = File(path, allow, select=patterns, catalog=catalog)
     try:
-        found, faults = find_entries(file, patterns_of(select), layout)
+        found, faults = find_entries(file, patterns, layout)
         if not keep_faults and faults:
             raise first_of(faults)
         return Dataset(file, found, faults)

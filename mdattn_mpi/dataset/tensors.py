@@ -23,13 +23,12 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from mdattn_mpi.dataset.dtypes import NUMPY, hdf5_type, stored_as
+from mdattn_mpi.dataset.dtypes import NUMPY, hdf5_type
 from mdattn_mpi.dataset.hdf5 import File, Node, Value
 from mdattn_mpi.dataset.index import patterns_of
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
-    MAX_ITEMS,
     VERSION,
     item_name_fault,
     natural_order,
@@ -106,7 +105,7 @@ class TensorFile:
             if group is None or not group.is_group:
                 raise self._file.reject(f"has no group /{ITEMS}", "see docs/onnx.md")
             patterns = patterns_of(select)
-            names = sorted(group.names(MAX_ITEMS), key=natural_order)
+            names = sorted(group.names(), key=natural_order)
             chosen = [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
             if not chosen:
                 raise self._file.reject(f"no item matches {select!r}", "see `mdattn inspect`")
@@ -179,8 +178,7 @@ def _run(item: Node, dataset: str, axis: int) -> Run:
             f"{dataset} has shape {list(storage.shape)}; tokens are bound to dim {axis}",
             "store tokens before all other dims",
         )
-    with node.file.guard(node.path):
-        stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
+    stored = node.stored
     if isinstance(stored, str) or not stored.little_endian:
         raise reject(f"{dataset} holds {stored}", "store little-endian BF16 or FP16")
     if storage.offset is None or node.file is not item.file:
@@ -339,6 +337,6 @@ def dataset_names(path: str, allow: Iterable[str] = ()) -> list[str]:
     """List the datasets of the first item of a file."""
     with File(path, tuple(allow)) as file:
         group = file.root.child(ITEMS)
-        names = sorted(group.names(MAX_ITEMS), key=natural_order) if group else []
+        names = sorted(group.names(), key=natural_order) if group else []
         item = group.child(names[0]) if group and names else None
-        return sorted(item.names(MAX_ITEMS)) if item and item.is_group else []
+        return sorted(item.names()) if item and item.is_group else []
