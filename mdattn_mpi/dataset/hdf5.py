@@ -140,11 +140,11 @@ class File(LinkedFile):
         catalog: bytes | None = None,
     ) -> None:
         super().__init__(os.fspath(path))
-        self.allow = tuple(os.path.realpath(folder) for folder in allow)
+        self.allow = allow
         must_be_regular(self.path)
         before = os.fstat(self.fd)
         if catalog is None:
-            catalog = scanner.scan(self.path, self.allow, select=select, depth=depth)
+            catalog = scanner.scan(self.path, allow, select=select, depth=depth)
             after = os.stat(self.path)
             if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
                 raise self.reject("changed while it was opened", "run the same command again")

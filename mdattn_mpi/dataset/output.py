@@ -311,7 +311,7 @@ def open_output(
     path, writable
         The file, and whether shards will be written.
     catalog
-        What `scan` returned for the same file on another rank; left out, it is looked at here.
+        What `scan_file` returned for the same file on another rank; left out, it is looked at here.
 
     Raises
     ------

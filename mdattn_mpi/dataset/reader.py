@@ -20,10 +20,11 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.dataset.hdf5 import File
+from mdattn_mpi.dataset.hdf5 import File, must_be_regular
 from mdattn_mpi.dataset.index import Entry, TensorData, find_entries, first_of, patterns_of
 from mdattn_mpi.dataset.layout import LAYOUTS, TENSORS, Item, Tensor, natural_order
 from mdattn_mpi.dataset.positioned import read_exactly
+from mdattn_mpi.dataset.scanner import scan
 from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.problem import Span, digest_of
 
@@ -145,6 +146,14 @@ class Dataset:
             crc32 = zlib.crc32(block.data, crc32)
         return crc32
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over samples of the file, of which at most 1 MiB is read.
+
+        Ranks compare it: those who see another file than the one that was looked at notice.
+        """
+        return self._file.fingerprint
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the items' layout and samples of their content, whatever the path.
@@ -156,10 +165,11 @@ class Dataset:
         tensors = [
             (item, name, self._tensors[item.name][name]) for item in self.items for name in TENSORS
         ]
+        problems = {item.problem: digest_of(asdict(item.problem)) for item in self.items}
         every = -(-len(tensors) // SAMPLES)
         blocks = max(1, SAMPLES // max(1, len(tensors)))
         for number, (item, name, data) in enumerate(tensors):
-            facts = [item.name, digest_of(asdict(item.problem)), name, data.layout, data.crc32]
+            facts = [item.name, problems[item.problem], name, data.layout, data.crc32]
             digest.update(json.dumps(facts).encode())
             if number % every == 0:
                 for span in _sample_spans(data, blocks):
@@ -198,6 +208,24 @@ class Dataset:
         return warnings
 
 
+def scan_file(path: str, *, select: str = "*", allow: Sequence[str] = ()) -> bytes:
+    """Have a child process look at a dataset or an output.
+
+    Returns
+    -------
+    bytes
+        A catalog: with it, the same file can be opened on any rank, and needn't be looked at there.
+
+    Raises
+    ------
+    RejectedError
+        No such file, not HDF5, truncated, damaged.
+
+    """
+    must_be_regular(path)
+    return scan(path, allow, select=patterns_of(select))
+
+
 def open_dataset(
     path: str | os.PathLike[str],
     *,
@@ -222,7 +250,7 @@ def open_dataset(
     keep_faults
         Put items that can't be done into `Dataset.faults` rather than raise the first.
     catalog
-        What `scan_dataset` returned for the same file on another rank; left out, the file is looked
+        What `scan_file` returned for the same file on another rank; left out, the file is looked
         at here.
 
     Raises

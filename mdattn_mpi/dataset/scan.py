@@ -37,8 +37,9 @@ from mdattn_mpi.errors import RejectedError
 
 MEMORY_BYTES = 1 << 30  # that a look at a file may take
 READ_MEMORY_BYTES = 3 * MAX_CHUNK_BYTES  # a chunk as stored, decoded, and between two filters
-CPU_SECONDS = 10.0  # that one object may take; an honest one takes milliseconds
-READ_BYTES_PER_SECOND = 10e6
+CPU_SECONDS = 2.0  # that one object may take; an honest one takes milliseconds …
+BYTES_PER_SECOND = 50e6  # … unless it has millions of chunks, in a file of that size
+ALLOWED_SECONDS = 60.0  # more, where it may lie in another file that the user trusts
 IDLE_SECONDS = 10.0  # after which nobody seems to ask any more
 
 
@@ -182,15 +183,13 @@ def _numpy_name(stored: Any) -> str | None:
     return next((d.str for d in known if stored.equal(h5py.h5t.py_create(d))), None)
 
 
-def _limit(memory: int, seconds: float) -> None:
-    """From now on: this much more memory, and this much time of a core."""
+def _limit_memory(nbytes: int) -> None:
+    """From now on, take at most so much more."""
     with open("/proc/self/statm") as file:
         now = int(file.read().split()[0]) * resource.getpagesize()
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    wanted = now + memory
-    if hard == resource.RLIM_INFINITY or wanted < hard:
-        resource.setrlimit(resource.RLIMIT_AS, (wanted, hard))
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    if hard == resource.RLIM_INFINITY or now + nbytes < hard:
+        resource.setrlimit(resource.RLIMIT_AS, (now + nbytes, hard))
 
 
 def _drop_plugins(allow: Sequence[str]) -> None:
@@ -203,25 +202,25 @@ def _drop_plugins(allow: Sequence[str]) -> None:
 
 def answer(request: Record, allow: Sequence[str], page: mmap.mmap) -> tuple[Record, bytes]:
     """Scan a file, or read a box of a dataset."""
+    seconds = CPU_SECONDS + os.path.getsize(request["path"]) / BYTES_PER_SECOND
+    seconds += ALLOWED_SECONDS if allow else 0
 
     def mark(path: str) -> None:
         text = os.fsencode(path)[: PAGE_BYTES - 1]
         page[: len(text) + 1] = text + b"\0"
-        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
-    _limit(MEMORY_BYTES, CPU_SECONDS)
     mark("/")
+    _limit_memory(MEMORY_BYTES)
     source = Source(request["path"], allow, request["prefixes"])
     try:
         if "depth" in request:
             return Scan(source, request, mark).run()
-        mark(request["node"])
         node = source.root.walk(request["node"])
         if node is None:
-            raise source.reject("changed while it was read", "copy it again")
+            raise source.reject("changed while it was read", "run the same command again")
         form, _ = node.storage(len)
-        nbytes = prod(request["count"]) * form["itemsize"]
-        _limit(READ_MEMORY_BYTES + nbytes, CPU_SECONDS + nbytes / READ_BYTES_PER_SECOND)
+        _limit_memory(READ_MEMORY_BYTES + prod(request["count"]) * form["itemsize"])
         return {}, node.read_box(request["start"], request["count"]).tobytes()
     finally:
         source.close()

@@ -123,6 +123,7 @@ _lock = Lock()
 def _ask(request: Mapping[str, Any], allow: Sequence[str]) -> tuple[bytes, bytes]:
     """Ask the child of this process; start one if there is none that fits."""
     global _child
+    allow = [os.path.realpath(folder) for folder in allow]
     with _lock:
         for attempt in range(2):
             if _child and (_child.allow != tuple(allow) or _child.owner != os.getpid()):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.backends import Backend, backend_name, open_backend
-from mdattn_mpi.dataset import Dataset, Item, create_output, open_dataset, open_output
+from mdattn_mpi.dataset import Dataset, Item, create_output, open_dataset, open_output, scan_file
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.problem import AttentionProblem, Plan, digest_of
@@ -28,12 +28,17 @@ def open_job(spec: JobSpec, world: World) -> Job:
     """Collective. Open dataset and backend; plan every item, or refuse before any work."""
 
     def dataset_facts(dataset: Dataset) -> dict[str, Any]:
-        return {"dataset": dataset.path, "digest": dataset.digest, "bytes": dataset.size}
+        return {"dataset": dataset.path, "digest": dataset.fingerprint, "bytes": dataset.size}
 
+    catalog = scan_once(
+        world, "dataset", lambda: scan_file(spec.data, select=spec.items, allow=spec.allow)
+    )
     dataset = together(
         world,
         "dataset",
-        lambda: open_dataset(spec.data, select=spec.items, layout=spec.layout, allow=spec.allow),
+        lambda: open_dataset(
+            spec.data, select=spec.items, layout=spec.layout, allow=spec.allow, catalog=catalog
+        ),
         dataset_facts,
     )
     name = backend_name(spec.backend, world)
@@ -59,6 +64,12 @@ def open_job(spec: JobSpec, world: World) -> Job:
         if team.complete:
             plan_items(job, team, items)
     return job
+
+
+def scan_once(world: World, phase: str, scan: Callable[[], bytes]) -> bytes:
+    """Collective. Look at a file on rank 0 and give its catalog to all ranks."""
+    catalog = together(world, phase, lambda: scan() if world.rank == 0 else None)
+    return world.bcast_bytes(catalog)
 
 
 def plan_items(job: Job, team: Team, items: Sequence[Item]) -> None:
@@ -120,7 +131,10 @@ def open_files(job: Job) -> None:
     """Collective. Make the output or open it again; find out what is still to be done."""
     spec, world, items = job.spec, job.world, job.dataset.items
     together(world, "output", lambda: _prepare_output(job) if world.rank == 0 else None)
-    job.output = together(world, "open output", lambda: open_output(spec.output, writable=True))
+    catalog = scan_once(world, "open output", lambda: scan_file(spec.output))
+    job.output = together(
+        world, "open output", lambda: open_output(spec.output, writable=True, catalog=catalog)
+    )
     state = job.output.ledger.state
     left = [number for number, item in enumerate(items) if state(item) != "done"]
     job.todo = [items[number] for number in left]
