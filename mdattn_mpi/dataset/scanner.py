@@ -21,6 +21,7 @@ from typing import Any
 
 from mdattn_mpi.errors import RejectedError
 
+PROGRAM = ("-m", "mdattn_mpi.dataset.scan")
 PAGE_BYTES = 4096
 MAX_CRASHES = 8  # of one scan; each is an object that is left out
 LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "SLURM_", "PALS_")
@@ -50,7 +51,7 @@ class _Child:
             os.ftruncate(page, PAGE_BYTES)
             self._page = mmap.mmap(page, PAGE_BYTES)
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "mdattn_mpi.dataset.scan", str(page), *allow],
+                [sys.executable, *PROGRAM, str(page), *allow],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
