@@ -200,11 +200,11 @@ def _hdf5_tensor(node: Node) -> ForeignTensor | None:
         storage = node.storage()
     except RejectedError as fault:
         return ForeignTensor((), np.dtype("f2"), lambda _: np.zeros(0), fault)
-    if isinstance(node.stored, Stored):
-        dtype = NUMPY[node.stored.dtype]
-        raw = np.dtype("<u2" if node.stored.little_endian else ">u2")
-    elif node.dtype is not None and node.dtype.kind == "f":
-        dtype = raw = node.dtype
+    if isinstance(storage.stored, Stored):
+        dtype = NUMPY[storage.stored.dtype]
+        raw = np.dtype("<u2" if storage.stored.little_endian else ">u2")
+    elif storage.dtype is not None and storage.dtype.kind == "f":
+        dtype = raw = storage.dtype
     else:
         return None
 

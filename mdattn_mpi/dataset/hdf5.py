@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
@@ -41,6 +41,8 @@ class Storage:
     offset: int | None = None
     chunk: tuple[int, ...] = ()
     filters: tuple[Filter, ...] = ()
+    stored: Stored | str = ""  # how it holds BF16 or FP16, or what it holds instead
+    dtype: np.dtype[Any] | None = None  # the NumPy dtype that is just its type, if there is one
 
     @property
     def nbytes(self) -> int:
@@ -51,23 +53,6 @@ class Storage:
         """For example ``chunked 64×8×128, gzip``."""
         chunk = " " + "×".join(map(str, self.chunk)) if self.chunk else ""
         return ", ".join((self.kind + chunk, *(step.name for step in self.filters)))
-
-
-class Form:
-    """What datasets of a kind have in common: all but their place."""
-
-    def __init__(self, found: dict[str, Any], types: Sequence[dict[str, Any]]) -> None:
-        filters = (Filter(code, tuple(v), name) for code, v, name in found.get("filters", ()))
-        self.storage = Storage(
-            tuple(found["shape"]),
-            found["itemsize"],
-            found["kind"],
-            chunk=tuple(found.get("chunk", ())),
-            filters=tuple(filters),
-        )
-        stored, numpy = (types[found["type"]][name] for name in ("stored", "numpy"))
-        self.stored: Stored | str = stored if isinstance(stored, str) else Stored(*stored)
-        self.dtype = None if numpy is None else np.dtype(numpy)
 
 
 class LinkedFile:
@@ -146,8 +131,8 @@ class File(LinkedFile):
         if catalog is None:
             catalog = scanner.scan(self.path, allow, select=select, depth=depth)
             after = os.stat(self.path)
-            if (before.st_ino, before.st_mtime_ns) != (after.st_ino, after.st_mtime_ns):
-                raise self.reject("changed while it was opened", "run the same command again")
+            if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
+                raise self.reject("was replaced while it was opened", "run the same command again")
         stop = 8 + int.from_bytes(catalog[:8], "little")
         found = json.loads(catalog[8:stop])
         if found["size"] != before.st_size:
@@ -156,7 +141,7 @@ class File(LinkedFile):
                 "at it",
                 "let all ranks see the same file",
             )
-        self.forms = [Form(form, found["types"]) for form in found["forms"]]
+        self.forms = [_storage(form, found["types"]) for form in found["forms"]]
         self.files: list[LinkedFile] = [self, *map(LinkedFile, found["files"][1:])]
         self.chunks = np.frombuffer(catalog, CHUNK, offset=stop)
         self.root = Node(self, found["root"], "/")
@@ -166,6 +151,10 @@ class File(LinkedFile):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def release(self) -> None:
+        """Let go of the tree; nodes that somebody holds stay."""
+        self.root = Node(self, {}, "/")
 
     def close(self) -> None:
         """Close this file and those that links led to."""
@@ -283,18 +272,13 @@ class Node:
         self._check(value)
         return tuple(value) if isinstance(value, list) and len(value) == count else None
 
-    def attribute_names(self) -> list[str]:
-        """List the attributes' names, those that can't be read among them."""
-        return list(self._found.get("a", {}))
-
     def attributes(self) -> dict[str, Value]:
         """Return all attributes; those that are neither text nor one number are left out."""
         values = self._found.get("a", {})
         return {name: v for name, v in values.items() if not isinstance(v, dict | list)}
 
-    @property
-    def form(self) -> Form:
-        """What a dataset shares with others.
+    def storage(self) -> Storage:
+        """Say where a dataset's elements are, with every claim of the header checked.
 
         Raises
         ------
@@ -304,32 +288,9 @@ class Node:
 
         """
         self._check(self._found["d"])
-        found: Form = self._main.forms[self._found["d"]]
-        return found
-
-    @property
-    def stored(self) -> Stored | str:
-        """How a dataset holds BF16 or FP16, or what it holds instead."""
-        return self.form.stored
-
-    @property
-    def dtype(self) -> np.dtype[Any] | None:
-        """The NumPy dtype that is just a dataset's type, where there is one."""
-        return self.form.dtype
-
-    def storage(self) -> Storage:
-        """Say where a dataset's elements are, with every claim of the header checked.
-
-        Raises
-        ------
-        RejectedError
-            As for `form`.
-
-        """
-        common = self.form.storage
-        if common.kind != "contiguous":
-            return common
-        return Storage(common.shape, common.itemsize, "contiguous", self._found["o"])
+        form: Storage = self._main.forms[self._found["d"]]
+        offset = self._found.get("o")
+        return form if offset is None else replace(form, offset=offset)
 
     def read_box(self, storage: Storage, start: Sequence[int], out: np.ndarray[Any, Any]) -> None:
         """Read the box of `out`'s shape that begins at `start`, bit by bit as it is stored.
@@ -359,6 +320,21 @@ class Node:
             return
         content = scanner.read_box(self.file.path, self._main.allow, self.path, start, out.shape)
         out[...] = np.frombuffer(content, out.dtype).reshape(out.shape)
+
+
+def _storage(form: dict[str, Any], types: Sequence[dict[str, Any]]) -> Storage:
+    """What datasets of a form have in common: all but their place."""
+    stored, dtype = (types[form["type"]][name] for name in ("stored", "numpy"))
+    return Storage(
+        tuple(form["shape"]),
+        form["itemsize"],
+        form["kind"],
+        None,
+        tuple(form.get("chunk", ())),
+        tuple(Filter(code, tuple(v), name) for code, v, name in form.get("filters", ())),
+        stored if isinstance(stored, str) else Stored(*stored),
+        None if dtype is None else np.dtype(dtype),
+    )
 
 
 def format_of(path: str) -> str:

@@ -255,7 +255,7 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
             f"{tensor} has shape {list(storage.shape)}",
             "use [S, N, H], or [B, S, N, H] for B items",
         )
-    stored = node.stored
+    stored = storage.stored
     if isinstance(stored, str):
         raise reject(
             f"{tensor} holds {stored}; only BF16 and FP16 can be read",

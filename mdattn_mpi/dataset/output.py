@@ -427,9 +427,9 @@ def _region(parent: Node, name: str, shape: tuple[int, ...], dtype: np.dtype[Any
     if node is None or not node.is_dataset or node.file is not parent.file:
         raise reject(f"{parent.path} has no dataset {name!r}", _ANEW)
     storage = node.storage()
-    found = node.stored
+    found = storage.stored
     name_of = found if isinstance(found, str) else found.dtype
-    same = name_of == dtype.name or (isinstance(found, str) and node.dtype == dtype)
+    same = name_of == dtype.name or (isinstance(found, str) and storage.dtype == dtype)
     if storage.offset is None or storage.shape != shape or not same:
         raise reject(
             f"{node.path} is {name_of} {list(storage.shape)}, {storage}; "

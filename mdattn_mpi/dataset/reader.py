@@ -8,6 +8,7 @@ own type, so that nothing is converted.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -62,6 +63,7 @@ class Dataset:
         self.faults = tuple(faults)
         self._tensors = {entry.name: entry.tensors for entry in ordered}
         self.warnings = tuple(self._warnings())
+        file.release()
 
     def __enter__(self) -> Dataset:
         return self
@@ -262,15 +264,28 @@ def open_dataset(
     if layout not in ("auto", *LAYOUTS):
         raise RejectedError(f"layout is {layout!r}", fix=f"use auto, {' or '.join(LAYOUTS)}")
     patterns = patterns_of(select)
-    file = File(path, allow, select=patterns, catalog=catalog)
+    with _no_garbage():
+        file = File(path, allow, select=patterns, catalog=catalog)
+        try:
+            found, faults = find_entries(file, patterns, layout)
+            if not keep_faults and faults:
+                raise first_of(faults)
+            return Dataset(file, found, faults)
+        except BaseException:
+            file.close()
+            raise
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Look for no cycles among many new objects, which takes as long as making them."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        found, faults = find_entries(file, patterns, layout)
-        if not keep_faults and faults:
-            raise first_of(faults)
-        return Dataset(file, found, faults)
-    except BaseException:
-        file.close()
-        raise
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

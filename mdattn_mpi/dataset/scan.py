@@ -204,15 +204,18 @@ def answer(request: Record, allow: Sequence[str], page: mmap.mmap) -> tuple[Reco
     """Scan a file, or read a box of a dataset."""
     seconds = CPU_SECONDS + os.path.getsize(request["path"]) / BYTES_PER_SECOND
     seconds += ALLOWED_SECONDS if allow else 0
+    parent = os.getppid()
 
     def mark(path: str) -> None:
+        if os.getppid() != parent:
+            os._exit(0)  # it has died, and nobody waits for an answer
         text = os.fsencode(path)[: PAGE_BYTES - 1]
         page[: len(text) + 1] = text + b"\0"
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
     mark("/")
     _limit_memory(MEMORY_BYTES)
-    source = Source(request["path"], allow, request["prefixes"])
+    source = Source(request["path"], allow)
     try:
         if "depth" in request:
             return Scan(source, request, mark).run()
@@ -254,6 +257,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # meant for the rank; we end with our standard input
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     allow = sys.argv[2:]
     _drop_plugins(allow)
@@ -261,6 +265,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever libraries print is no answer
     with mmap.mmap(int(sys.argv[1]), PAGE_BYTES) as page:
         serve(allow, page, sys.stdin.buffer, answers)  # type: ignore[arg-type]
+    os._exit(0)  # at once: nothing is left to be done
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ PROGRAM = ("-m", "mdattn_mpi.dataset.scan")
 PAGE_BYTES = 4096
 MAX_CRASHES = 8  # of one scan; each is an object that is left out
 LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "SLURM_", "PALS_")
-PREFIXES = ("HDF5_VDS_PREFIX", "HDF5_EXTFILE_PREFIX")  # would send HDF5 to files nobody checked
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 DAMAGED = "the file is damaged: copy it again, or make it anew"
@@ -142,19 +141,11 @@ def _ask(request: Mapping[str, Any], allow: Sequence[str]) -> tuple[bytes, bytes
 
 
 def _environment() -> dict[str, str]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(LAUNCHERS) and name not in PREFIXES
-    }
+    kept = {name: v for name, v in os.environ.items() if not name.startswith(LAUNCHERS)}
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, kept.get("PYTHONPATH", "").split(os.pathsep))]
     ours = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
     return kept | dict.fromkeys(THREADS, "1") | ours
-
-
-def _request(path: str) -> dict[str, Any]:
-    return {"path": path, "prefixes": [name for name in PREFIXES if os.environ.get(name)]}
 
 
 def scan(
@@ -181,12 +172,12 @@ def scan(
 
     """
     skip: dict[str, str] = {}
-    request = {**_request(path), "select": list(select), "depth": depth, "skip": skip}
+    request = {"path": path, "select": list(select), "depth": depth, "skip": skip}
     while True:
         try:
             text, table = _ask(request, allow)
         except CrashError as crash:
-            if crash.path in ("", "/") or len(skip) >= MAX_CRASHES:
+            if crash.path in ("", "/", *skip) or len(skip) >= MAX_CRASHES:
                 raise RejectedError(
                     f"HDF5 can't read it ({crash.how})", fix=DAMAGED, file=path
                 ) from None
@@ -208,7 +199,7 @@ def read_box(
         The file is damaged, or can't be read.
 
     """
-    request = {**_request(path), "node": node, "start": list(start), "count": list(count)}
+    request = {"path": path, "node": node, "start": list(start), "count": list(count)}
     try:
         text, content = _ask(request, allow)
     except CrashError as crash:

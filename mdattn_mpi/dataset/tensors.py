@@ -178,7 +178,7 @@ def _run(item: Node, dataset: str, axis: int) -> Run:
             f"{dataset} has shape {list(storage.shape)}; tokens are bound to dim {axis}",
             "store tokens before all other dims",
         )
-    stored = node.stored
+    stored = storage.stored
     if isinstance(stored, str) or not stored.little_endian:
         raise reject(f"{dataset} holds {stored}", "store little-endian BF16 or FP16")
     if storage.offset is None or node.file is not item.file:

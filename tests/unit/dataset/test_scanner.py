@@ -140,7 +140,7 @@ def test_a_crash_while_hdf5_reads(tmp_path: Path, program: Program) -> None:
 
 def test_to_mpi_the_child_is_not_there(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     """No launcher's variables, no mpi4py, no core, one thread, no signals that are a rank's."""
-    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "HDF5_VDS_PREFIX"):
+    for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HERE_TO_STAY", "1")
     program(
@@ -158,7 +158,6 @@ def test_to_mpi_the_child_is_not_there(program: Program, monkeypatch: pytest.Mon
     found = json.loads(scanner._ask({}, [])[0])
     assert "HERE_TO_STAY" in found["variables"]
     assert not {"OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK"} & set(found["variables"])
-    assert "HDF5_VDS_PREFIX" not in found["variables"]
     assert "h5py" in found["modules"]
     assert not {"mpi4py", "mpi4py.MPI"} & set(found["modules"])
     assert found["core"] == [0, 0]
@@ -320,11 +319,18 @@ class TestCatalog:
         monkeypatch.setattr(os, name, counted)
 
 
-def test_a_file_that_changes_meanwhile(
+def test_a_file_that_is_replaced_meanwhile(
     three: tuple[Path, dict[str, Any]], program: Program
 ) -> None:
-    program(stumbling("/items/b", f"os.utime({str(three[0])!r}, (1, 1))"))
-    with pytest.raises(RejectedError, match="changed while it was opened"):
+    copy = f"{three[0]}.copy"
+    program(
+        stumbling(
+            "/items/b", f"os.path.exists({copy!r}) and os.replace({copy!r}, {str(three[0])!r})"
+        )
+    )
+    open_dataset(three[0]).close()
+    Path(copy).write_bytes(three[0].read_bytes())
+    with pytest.raises(RejectedError, match="was replaced while it was opened"):
         open_dataset(three[0])
 
 
