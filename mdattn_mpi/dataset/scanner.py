@@ -55,7 +55,7 @@ class _Child:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 pass_fds=[page],
-                env=_environment(),
+                env=_environment(plugins=bool(allow)),
                 start_new_session=True,  # signals to a rank's process group don't concern it
             )
         except OSError as error:
@@ -140,11 +140,13 @@ def _ask(request: Mapping[str, Any], allow: Sequence[str]) -> tuple[bytes, bytes
     raise AssertionError
 
 
-def _environment() -> dict[str, str]:
+def _environment(plugins: bool) -> dict[str, str]:
     kept = {name: v for name, v in os.environ.items() if not name.startswith(LAUNCHERS)}
     package = str(Path(__file__).parents[2])
     paths = [package, *filter(None, kept.get("PYTHONPATH", "").split(os.pathsep))]
     ours = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}
+    if not plugins:
+        ours["HDF5_PLUGIN_PRELOAD"] = "::"  # HDF5 takes that for "none"
     return kept | dict.fromkeys(THREADS, "1") | ours
 
 

@@ -386,18 +386,13 @@ def _read_one(attribute: Any, stored: Any, dtype: Any) -> Value:
     """Read a single value; what has a fixed length isn't converted."""
     value = np.empty((1,) * len(attribute.shape) if dtype.hasobject else (), dtype)
     attribute.read(value, *(() if dtype.hasobject else (stored,)))
-    return _plain(value.reshape(-1)[0])
+    plain: Any = value.reshape(-1)[0]
+    if isinstance(plain, bytes):
+        return plain.decode(errors="surrogateescape")
+    found: Value = plain if isinstance(plain, str) else plain.item()
+    return found
 
 
 def fault(error: RejectedError) -> Record:
     """Describe what is wrong in a catalog."""
     return {"fault": [error.what, error.fix, error.file]}
-
-
-def _plain(value: Any) -> Value:
-    if isinstance(value, bytes):
-        return value.decode(errors="surrogateescape")
-    if isinstance(value, str):
-        return value
-    plain: Value = value.item()
-    return plain
