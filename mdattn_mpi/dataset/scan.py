@@ -35,7 +35,7 @@ from mdattn_mpi.dataset.scanner import DAMAGED, PAGE_BYTES
 from mdattn_mpi.dataset.source import Array, Object, Record, Source, fault
 from mdattn_mpi.errors import RejectedError
 
-MEMORY_BYTES = 1 << 30  # that a look at a file may take
+MEMORY_BYTES = 2 << 30  # that a look at a file may take; 100,000 items take 0.8 GB
 READ_MEMORY_BYTES = 3 * MAX_CHUNK_BYTES  # a chunk as stored, decoded, and between two filters
 CPU_SECONDS = 2.0  # that one object may take; an honest one takes milliseconds …
 BYTES_PER_SECOND = 50e6  # … unless it has millions of chunks, in a file of that size

@@ -111,10 +111,10 @@ def test_crashes_without_end_cost_the_file(
 
 
 def test_memory_is_limited(three: tuple[Path, dict[str, Any]], program: Program) -> None:
-    program(stumbling("/items/b", "bytearray(scan.MEMORY_BYTES)"))
+    program(stumbling("/items/b", "import mmap; mmap.mmap(-1, scan.MEMORY_BYTES)"))
     with open_dataset(three[0], keep_faults=True) as dataset:
         assert [fault.item for fault in dataset.faults] == ["b"]
-    program(stumbling("/items/b", "bytearray(scan.MEMORY_BYTES // 2)"))
+    program(stumbling("/items/b", "import mmap; mmap.mmap(-1, scan.MEMORY_BYTES // 2)"))
     with open_dataset(three[0], keep_faults=True) as dataset:
         assert not dataset.faults
 
