@@ -13,7 +13,7 @@ from mdattn_mpi.dataset.layout import (
 from mdattn_mpi.dataset.ledger import Entry, Ledger
 from mdattn_mpi.dataset.making import DatasetWriter, create_dataset
 from mdattn_mpi.dataset.output import Output, open_output
-from mdattn_mpi.dataset.reader import Dataset, open_dataset
+from mdattn_mpi.dataset.reader import Dataset, open_dataset, scan_file
 from mdattn_mpi.dataset.writer import create_output
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "numpy_dtype",
     "open_dataset",
     "open_output",
+    "scan_file",
 ]

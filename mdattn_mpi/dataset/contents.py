@@ -14,7 +14,6 @@ from mdattn_mpi.dataset.hdf5 import Node, Value
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
-    MAX_ITEMS,
     RANK_SPANS,
     REASON_BYTES,
     AnyItem,
@@ -57,7 +56,7 @@ def contents_of(root: Node, fd: int) -> Contents:
     group, book = root.child(ITEMS), root.child(LEDGER)
     if group is None or book is None:
         raise reject(f"has no group /{ITEMS} or no group /{LEDGER}", _ANEW)
-    found = [_item(group, name) for name in group.names(MAX_ITEMS)]
+    found = [_item(group, name) for name in group.names()]
     found.sort(key=lambda pair: pair[0].index)
     items = tuple(item for item, _ in found)
     regions = [results for _, results in found]

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import NUMPY, Stored, stored_as
+from mdattn_mpi.dataset.dtypes import NUMPY, Stored
 from mdattn_mpi.dataset.hdf5 import File, Node, Storage
 from mdattn_mpi.dataset.layout import (
     DATASET_FORMAT,
@@ -171,11 +171,11 @@ def find_entries(
         raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
     refuse_unknown((*misplaced_in(root), *misplaced_in(group)), ignore, file.path)
     default = layout if layout != "auto" else str(root.attribute("layout") or "token_major")
-    names = sorted(group.names(MAX_ITEMS), key=natural_order)
+    names = sorted(group.names(), key=natural_order)
     found: list[tuple[str, Entry]] = []
     faults: dict[str, RejectedError] = {}
     for name in names:
-        if not any(_may_match(name, pattern) for pattern in patterns):
+        if not any(may_match(name, pattern) for pattern in patterns):
             continue
         try:
             found += [(name, e) for e in _entries(group, name, layout, default, ignore)]
@@ -195,7 +195,7 @@ def find_entries(
     )
 
 
-def _may_match(name: str, pattern: str) -> bool:
+def may_match(name: str, pattern: str) -> bool:
     """Whether `pattern` may match the item, or an entry of its batch dim."""
     literal = pattern.split("*")[0].split("?")[0].split("[")[0]
     batch = batch_item_name(name, 0)[:-1]
@@ -275,14 +275,14 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
             f"{tensor} has shape {list(storage.shape)}",
             "use [S, N, H], or [B, S, N, H] for B items",
         )
-    with node.file.guard(node.path):
-        stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
+    stored = storage.stored
     if isinstance(stored, str):
         raise reject(
-            f"{tensor} holds {stored}; only BF16 and FP16 can be read", _fix_of(stored, item.file)
+            f"{tensor} holds {stored}; only BF16 and FP16 can be read",
+            _fix_of(stored, item.file.path),
         )
     if not stored.little_endian:
-        raise reject(f"{tensor} is big-endian", f"rewrite it: {_convert(item.file)}")
+        raise reject(f"{tensor} is big-endian", f"rewrite it: {_convert(item.file.path)}")
     first, second, head_dim = storage.shape[-3:]
     tokens, heads = (first, second) if layout == "token_major" else (second, first)
     return TensorData(
@@ -297,20 +297,20 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
     )
 
 
-def _fix_of(stored: str, file: File) -> str:
+def _fix_of(stored: str, path: str) -> str:
     """What makes numbers readable that aren't BF16 or FP16; see `stored_as` for the words."""
     if stored.startswith("a 16-bit integer"):
         return (
             "if these are the bits of BF16, give it the attribute dtype='bfloat16', or rewrite "
-            f"it: {_convert(file)} --bits bf16"
+            f"it: {_convert(path)} --bits bf16"
         )
     if stored in ("a float of 4 bytes", "a float of 8 bytes"):
-        return f"round it: {_convert(file)} --dtype bf16 (or fp16)"
+        return f"round it: {_convert(path)} --dtype bf16 (or fp16)"
     return "store BF16 or FP16"
 
 
-def _convert(file: File) -> str:
-    return f"mdattn convert {shlex.quote(file.path)} NEW.h5"
+def _convert(path: str) -> str:
+    return f"mdattn convert {shlex.quote(path)} NEW.h5"
 
 
 def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import zipfile
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 
 class Kind(NamedTuple):
@@ -26,7 +27,6 @@ UNKNOWN = Kind("of an unknown kind", _EXPORT)
 ZIP = Kind("a zip archive, but neither .npz nor .pt", _UNPACK)
 
 _STARTS = {
-    b"\x89HDF\r\n\x1a\n": HDF5,
     b"\x93NUMPY": NPY,
     b"\x80\x02": TORCH_OR_PICKLE,
     b"\x80\x03": TORCH_OR_PICKLE,
@@ -55,6 +55,8 @@ def kind_of(path: str) -> Kind:
     """
     with open(path, "rb") as file:
         start = file.read(512)
+        if _has_superblock(file):
+            return HDF5
     if not start:
         return Kind("empty", "copy it again, or make it anew")
     for magic, kind in _STARTS.items():
@@ -69,6 +71,17 @@ def kind_of(path: str) -> Kind:
     if start and all(byte in b"\t\r\n" or byte >= 32 for byte in start):
         return Kind("text", _EXPORT)
     return UNKNOWN
+
+
+def _has_superblock(file: BinaryIO) -> bool:
+    """Whether a file is HDF5, maybe behind a user block: of 512 bytes, or 1024, 2048, …"""
+    at, size = 0, file.seek(0, os.SEEK_END)
+    while at < size:
+        file.seek(at)
+        if file.read(8) == b"\x89HDF\r\n\x1a\n":
+            return True
+        at = max(512, 2 * at)
+    return False
 
 
 def _kind_of_zip(path: str) -> Kind:

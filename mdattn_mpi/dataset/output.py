@@ -1,6 +1,6 @@
 """An output that is being written or read: shards, checksums, ledger.
 
-Opening it asks HDF5 for the offsets; from then on the file is bytes at known places, written by
+Opening it asks a scan for the offsets; from then on the file is bytes at known places, written by
 `os.pwrite` from all ranks at once.
 """
 
@@ -286,8 +286,17 @@ class Output:
             ) from error
 
 
-def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
+def open_output(
+    path: str | os.PathLike[str], writable: bool = False, *, catalog: bytes | None = None
+) -> Output:
     """Open an output and check its structure.
+
+    Parameters
+    ----------
+    path, writable
+        The file, and whether shards will be written.
+    catalog
+        What `scan_file` returned for the same file on another rank; left out, it is looked at here.
 
     Raises
     ------
@@ -295,7 +304,7 @@ def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
         It isn't one, it is damaged, or it can't be opened for writing.
 
     """
-    with File(path) as file:
+    with File(path, catalog=catalog) as file:
         root = file.root
         check_format(root, OUTPUT_FORMAT)
         attributes = root.attributes()
@@ -313,7 +322,7 @@ def _brief(value: Value | None) -> str:
 
 
 def _reopen(file: File, writable: bool) -> int:
-    """Open the very file that HDF5 has open, for writing too."""
+    """Open the very file that was looked at, for writing too."""
     try:
         fd = os.open(file.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
     except OSError as error:

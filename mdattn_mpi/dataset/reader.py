@@ -1,13 +1,14 @@
 """Reading a dataset by shards.
 
-Opening it looks at every selected item once: names, links, shapes, dtypes, storage. After that,
-contiguous data is read with one `os.preadv` per span straight into the caller's array; chunks are
-read and decoded here; what is left goes through HDF5 with the file's own type, so that nothing is
-converted.
+A child process, of this rank or of another, has looked at every selected item once: names, links,
+shapes, dtypes, storage. Contiguous data is read with one `os.preadv` per span straight into the
+caller's array; chunks are read and decoded here; what is left is read by the child, with the file's
+own type, so that nothing is converted.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -20,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.dataset.hdf5 import File
+from mdattn_mpi.dataset.hdf5 import File, must_be_regular
 from mdattn_mpi.dataset.index import Entry, TensorData, find_entries, first_of, patterns_of
 from mdattn_mpi.dataset.layout import LAYOUTS, TENSORS, Item, Tensor, natural_order
 from mdattn_mpi.dataset.positioned import read_exactly
+from mdattn_mpi.dataset.scanner import scan
 from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.problem import Span, digest_of
 
@@ -62,8 +64,7 @@ class Dataset:
         self.faults = tuple(faults)
         self._tensors = {entry.name: entry.tensors for entry in ordered}
         self.warnings = tuple(self._warnings())
-        if all(data.offset is not None for data in self._all_tensors()):
-            file.release()
+        file.release()
 
     def __enter__(self) -> Dataset:
         return self
@@ -153,6 +154,14 @@ class Dataset:
             crc32 = zlib.crc32(block.data, crc32)
         return crc32
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over samples of the file, of which at most 1 MiB is read.
+
+        Ranks compare it: those who see another file than the one that was looked at notice.
+        """
+        return self._file.fingerprint
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the items' layout and samples of their content, whatever the path.
@@ -164,10 +173,11 @@ class Dataset:
         tensors = [
             (item, name, self._tensors[item.name][name]) for item in self.items for name in TENSORS
         ]
+        problems = {item.problem: digest_of(asdict(item.problem)) for item in self.items}
         every = -(-len(tensors) // SAMPLES)
         blocks = max(1, SAMPLES // max(1, len(tensors)))
         for number, (item, name, data) in enumerate(tensors):
-            facts = [item.name, digest_of(asdict(item.problem)), name, data.layout, data.crc32]
+            facts = [item.name, problems[item.problem], name, data.layout, data.crc32]
             digest.update(json.dumps(facts).encode())
             if number % every == 0:
                 for span in _sample_spans(data, blocks):
@@ -201,9 +211,27 @@ class Dataset:
             warnings.append(
                 f"{len(indirect)} of {len(tensors)} tensors aren't contiguous "
                 f"({indirect[0].storage}): "
-                "HDF5 reads them, on one thread; `mdattn convert` rewrites them"
+                "they are decoded while they are read; `mdattn convert` rewrites them"
             )
         return warnings
+
+
+def scan_file(path: str, *, select: str = "*", allow: Sequence[str] = ()) -> bytes:
+    """Have a child process look at a dataset or an output.
+
+    Returns
+    -------
+    bytes
+        A catalog: with it, the same file can be opened on any rank, and needn't be looked at there.
+
+    Raises
+    ------
+    RejectedError
+        No such file, not HDF5, truncated, damaged.
+
+    """
+    must_be_regular(path)
+    return scan(path, allow, select=patterns_of(select))
 
 
 def open_dataset(
@@ -214,6 +242,7 @@ def open_dataset(
     allow: Sequence[str] = (),
     ignore: Sequence[str] = (),
     keep_faults: bool = False,
+    catalog: bytes | None = None,
 ) -> Dataset:
     """Open a dataset and look at every selected item.
 
@@ -232,6 +261,9 @@ def open_dataset(
         Names of attributes and datasets that the format doesn't know and that don't matter.
     keep_faults
         Put items that can't be done into `Dataset.faults` rather than raise the first.
+    catalog
+        What `scan_file` returned for the same file on another rank; left out, the file is looked
+        at here.
 
     Raises
     ------
@@ -241,15 +273,29 @@ def open_dataset(
     """
     if layout not in ("auto", *LAYOUTS):
         raise RejectedError(f"layout is {layout!r}", fix=f"use auto, {' or '.join(LAYOUTS)}")
-    file = File(path, allow)
+    patterns = patterns_of(select)
+    with _no_garbage():
+        file = File(path, allow, select=patterns, catalog=catalog)
+        try:
+            found, faults = find_entries(file, patterns, layout, ignore)
+            if not keep_faults and faults:
+                raise first_of(faults)
+            return Dataset(file, found, faults)
+        except BaseException:
+            file.close()
+            raise
+
+
+@contextmanager
+def _no_garbage() -> Iterator[None]:
+    """Look for no cycles among many new objects, which takes as long as making them."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
-        found, faults = find_entries(file, patterns_of(select), layout, ignore)
-        if not keep_faults and faults:
-            raise first_of(faults)
-        return Dataset(file, found, faults)
-    except BaseException:
-        file.close()
-        raise
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _crowded(

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import Stored, numpy_dtype, stored_as
+from mdattn_mpi.dataset.dtypes import Stored, numpy_dtype
 from mdattn_mpi.dataset.hdf5 import File, Node
 from mdattn_mpi.dataset.index import chosen_names, patterns_of
 from mdattn_mpi.dataset.layout import (
     ITEMS,
-    MAX_ITEMS,
     AnyItem,
     item_name_fault,
     natural_order,
@@ -76,7 +75,7 @@ class TensorFile:
         allow: Sequence[str] = (),
     ) -> None:
         self.path = path
-        self._file = File(path, allow)
+        self._file = File(path, allow, select=patterns_of(select))
         self.size = self._file.size
         self._regions: dict[str, dict[str, Region]] = {}
         self.tokens: dict[str, int] = {}
@@ -90,7 +89,6 @@ class TensorFile:
                     error.item = name
                     raise
                 self._regions[name] = found
-            self._file.release()
         except BaseException:
             self._file.close()
             raise
@@ -183,7 +181,7 @@ def tensor_names(path: str, allow: Sequence[str] = ()) -> list[str]:
     """List the tensors of a file's first item."""
     with File(path, allow) as file:
         first = next(_items(file, "*"))
-        return sorted(first.names(MAX_ITEMS)) if first.is_group else []
+        return sorted(first.names()) if first.is_group else []
 
 
 def _items(file: File, select: str) -> Iterator[Node]:
@@ -191,7 +189,7 @@ def _items(file: File, select: str) -> Iterator[Node]:
     group = file.root.child(ITEMS)
     if group is None or not group.is_group:
         raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
-    chosen = chosen_names(set(group.names(MAX_ITEMS)), patterns_of(select), file.path)
+    chosen = chosen_names(set(group.names()), patterns_of(select), file.path)
     for name in sorted(chosen, key=natural_order):
         fault = item_name_fault(name)
         node = group.child(name) if not fault else None
@@ -235,14 +233,12 @@ def find_region(parent: Node, tensor: TensorSpec, fix: str) -> Region:
     if node is None or not node.is_dataset or node.file is not parent.file:
         raise reject(f"{parent.path} has no dataset {tensor.name!r}", fix)
     storage, dtype = node.storage(), numpy_dtype(tensor.dtype)
-    with node.file.guard(node.path):
-        stored = node.id.get_type()
-        found = stored_as(stored, lambda: str(node.attribute("dtype") or ""))
-        if isinstance(found, Stored):
-            name: str = found.dtype
-            same = name == dtype.name and found.little_endian
-        else:
-            name, same = found, stored.dtype == dtype.newbyteorder("<")
+    found = storage.stored
+    if isinstance(found, Stored):
+        name: str = found.dtype
+        same = name == dtype.name and found.little_endian
+    else:
+        name, same = found, storage.dtype == dtype.newbyteorder("<")
     fits = len(storage.shape) == len(tensor.shape) and all(
         want in (ANY, have) for want, have in zip(tensor.shape, storage.shape, strict=True)
     )
