@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,12 +19,15 @@ import numpy as np
 
 from mdattn_mpi.dataset import scanner
 from mdattn_mpi.dataset.chunks import CHUNK, DECODED_HERE, Filter, read_chunks
-from mdattn_mpi.dataset.dtypes import Stored
-from mdattn_mpi.dataset.positioned import read_exactly
+from mdattn_mpi.dataset.dtypes import Stored, numpy_dtype
+from mdattn_mpi.dataset.kinds import must_be_regular
+from mdattn_mpi.dataset.positioned import Region, read_exactly
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import TensorSpec
 
 Value = str | int | float
 
+ANY = -1  # in a shape: the file decides
 FINGERPRINT_BLOCKS = 256
 FINGERPRINT_BYTES = 4096
 WHOLE_TREE = 16  # levels of a file of unknown structure
@@ -102,11 +104,11 @@ class File(LinkedFile):
         Folders that links, virtual datasets and external storage may lead to, and that filter
         plugins may come from.
     select
-        The children of ``/items`` that are wanted: names or globs.
+        The children of ``/items`` that are wanted: names or globs, separated by commas.
     depth
         How many levels are wanted; `WHOLE_TREE` where the structure isn't known.
     catalog
-        What `scanner.scan` returned for the same file, where that is there already.
+        What `scan_file` returned for the same file, where that is there already.
 
     Raises
     ------
@@ -120,16 +122,17 @@ class File(LinkedFile):
         path: str | os.PathLike[str],
         allow: Sequence[str] = (),
         *,
-        select: Sequence[str] = ("*",),
+        select: str = "*",
         depth: int = 3,
         catalog: bytes | None = None,
     ) -> None:
         super().__init__(os.fspath(path))
         self.allow = allow
+        self.select = select
         must_be_regular(self.path)
         before = os.fstat(self.fd)
         if catalog is None:
-            catalog = scanner.scan(self.path, allow, select=select, depth=depth)
+            catalog = scanner.scan_file(self.path, allow, select=select, depth=depth)
             after = os.stat(self.path)
             if (before.st_dev, before.st_ino) != (after.st_dev, after.st_ino):
                 raise self.reject("was replaced while it was opened", "run the same command again")
@@ -152,10 +155,6 @@ class File(LinkedFile):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def release(self) -> None:
-        """Let go of the tree; nodes that somebody holds stay."""
-        self.root = Node(self, {}, "/")
-
     def close(self) -> None:
         """Close this file and those that links led to."""
         super().close()
@@ -176,25 +175,6 @@ class File(LinkedFile):
                 read_exactly(file.fd, last * block // max(1, blocks - 1), content)
                 digest.update(content.data)
         return digest.hexdigest()
-
-
-def must_be_regular(path: str) -> None:
-    """Refuse a path that leads to no regular file: opening a pipe could wait for ever.
-
-    Raises
-    ------
-    RejectedError
-        It isn't there, or is something else.
-
-    """
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise RejectedError(f"can't be opened: {reason}", fix="check the path", file=path) from None
-    if not stat.S_ISREG(mode):
-        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise RejectedError(f"is {kind}", fix="name a file", file=path)
 
 
 class Node:
@@ -295,6 +275,39 @@ class Node:
         form: Storage = self._main.forms[self._found["d"]]
         offset = self._found.get("o")
         return form if offset is None else replace(form, offset=offset)
+
+    def region(self, tensor: TensorSpec, fix: str) -> Region:
+        """Find a contiguous dataset of just this shape and dtype in this group and file.
+
+        -1 in place of a dim: the file decides.
+
+        Raises
+        ------
+        RejectedError
+            It isn't there, or not like that.
+
+        """
+        node = self.child(tensor.name)
+        if node is None or not node.is_dataset or node.file is not self.file:
+            raise self.file.reject(f"{self.path} has no dataset {tensor.name!r}", fix)
+        storage, dtype = node.storage(), numpy_dtype(tensor.dtype)
+        found = storage.stored
+        if isinstance(found, Stored):
+            name: str = found.dtype
+            same = name == dtype.name and found.little_endian
+        else:
+            name, same = found, storage.dtype == dtype.newbyteorder("<")
+        fits = len(storage.shape) == len(tensor.shape) and all(
+            want in (ANY, have) for want, have in zip(tensor.shape, storage.shape, strict=True)
+        )
+        if storage.offset is None or not fits or not same:
+            wanted = ", ".join("tokens" if dim == ANY else str(dim) for dim in tensor.shape)
+            raise self.file.reject(
+                f"{node.path} is {name} {list(storage.shape)}, {storage}; "
+                f"want {dtype.name} [{wanted}], contiguous",
+                fix,
+            )
+        return Region(storage.offset, storage.shape, dtype, tensor.token_dim)
 
     def read_box(self, storage: Storage, start: Sequence[int], out: np.ndarray[Any, Any]) -> None:
         """Read the box of `out`'s shape that begins at `start`, bit by bit as it is stored.

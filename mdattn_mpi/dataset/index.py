@@ -7,12 +7,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
-
-from mdattn_mpi.dataset.dtypes import NUMPY, Stored
-from mdattn_mpi.dataset.hdf5 import File, Node, Storage
+from mdattn_mpi.dataset.dtypes import NUMPY
+from mdattn_mpi.dataset.hdf5 import File, Node
 from mdattn_mpi.dataset.layout import (
     DATASET_FORMAT,
     ITEMS,
@@ -21,55 +19,18 @@ from mdattn_mpi.dataset.layout import (
     TENSORS,
     VERSION,
     AnyItem,
-    Layout,
     Tensor,
     batch_item_name,
     item_name_fault,
     natural_order,
     shown,
 )
+from mdattn_mpi.dataset.tensors import TensorData
 from mdattn_mpi.dataset.unknown import misplaced_in, refuse_unknown, unknown_in
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
 
 T = TypeVar("T", bound=AnyItem)
-
-
-@dataclass(frozen=True)
-class TensorData:
-    """One tensor of one item: what it looks like and where it lies."""
-
-    tokens: int
-    heads: int
-    head_dim: int
-    layout: Layout
-    stored: Stored
-    storage: Storage
-    node: Node
-    position: int | None = None  # in the batch dim
-    crc32: int | None = None  # of the whole dataset, where its writer has noted it
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The NumPy dtype."""
-        return NUMPY[self.stored.dtype]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token over all heads."""
-        return self.heads * self.head_dim * 2
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this item's part."""
-        return self.tokens * self.token_bytes
-
-    @property
-    def offset(self) -> int | None:
-        """Where this item's part begins in the file; None when only HDF5 can read it."""
-        if self.storage.offset is None:
-            return None
-        return self.storage.offset + (self.position or 0) * self.nbytes
 
 
 @dataclass(frozen=True)
@@ -114,7 +75,7 @@ def patterns_of(select: str) -> list[str]:
     return patterns
 
 
-def select_items(items: Sequence[T], patterns: Sequence[str], file: str) -> list[T]:
+def select_items(items: Sequence[T], select: str, file: str) -> list[T]:
     """Choose the items whose names match.
 
     Raises
@@ -124,7 +85,7 @@ def select_items(items: Sequence[T], patterns: Sequence[str], file: str) -> list
 
     """
     names = {item.name for item in items}
-    chosen = chosen_names(names, patterns, file)
+    chosen = chosen_names(names, patterns_of(select), file)
     return [item for item in items if item.name in chosen]
 
 
@@ -154,9 +115,9 @@ def _no_match(pattern: str, names: Sequence[str], file: str) -> RejectedError:
 
 
 def find_entries(
-    file: File, patterns: Sequence[str], layout: str, ignore: Collection[str] = ()
+    file: File, layout: str, ignore: Collection[str] = ()
 ) -> tuple[list[Entry], list[RejectedError]]:
-    """Look at the items that `patterns` match; return the good ones and what is wrong with others.
+    """Look at the selected items; return the good ones and what is wrong with others.
 
     Raises
     ------
@@ -164,7 +125,7 @@ def find_entries(
         The file is no dataset, or a pattern matches nothing.
 
     """
-    root = file.root
+    root, patterns = file.root, patterns_of(file.select)
     check_format(root, DATASET_FORMAT)
     group = root.child(ITEMS)
     if group is None or not group.is_group:
@@ -284,15 +245,13 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
     if not stored.little_endian:
         raise reject(f"{tensor} is big-endian", f"rewrite it: {_convert(item.file.path)}")
     first, second, head_dim = storage.shape[-3:]
-    tokens, heads = (first, second) if layout == "token_major" else (second, first)
+    shape = (first, second, head_dim) if layout == "token_major" else (second, first, head_dim)
     return TensorData(
-        tokens,
-        heads,
-        head_dim,
-        "token_major" if layout == "token_major" else "head_major",
-        stored,
-        storage,
+        shape,
+        NUMPY[stored.dtype],
         node,
+        storage,
+        layout="token_major" if layout == "token_major" else "head_major",
         crc32=crc32,
     )
 
@@ -326,27 +285,27 @@ def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
                 fix,
             )
 
-    same("dtypes", [d.stored.dtype for d in (query, key, value)], "store all three in one dtype")
+    same("dtypes", [d.dtype for d in (query, key, value)], "store all three in one dtype")
     batch = [d.storage.shape[:-3] for d in (query, key, value)]
     same("batch dims", [b[0] if b else "none" for b in batch], "give all three the same")
     shapes = f"key is {list(key.storage.shape)} and value {list(value.storage.shape)}"
-    if (key.tokens, key.heads) != (value.tokens, value.heads):
+    if key.shape[:2] != value.shape[:2]:
         raise reject(f"key and value disagree: {shapes}", "give both the same tokens and heads")
-    if query.head_dim != key.head_dim:
+    if query.shape[2] != key.shape[2]:
         raise reject(
-            f"head dims disagree: query {query.head_dim}, key {key.head_dim}",
+            f"head dims disagree: query {query.shape[2]}, key {key.shape[2]}",
             "give query and key the same head dim",
         )
     causal, scale = item.attribute("causal"), item.attribute("scale")
     try:
         return AttentionProblem(
-            q_tokens=query.tokens,
-            kv_tokens=key.tokens,
-            q_heads=query.heads,
-            kv_heads=key.heads,
-            head_dim=query.head_dim,
-            v_head_dim=value.head_dim,
-            dtype=query.stored.dtype,
+            q_tokens=query.shape[0],
+            kv_tokens=key.shape[0],
+            q_heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=query.shape[2],
+            v_head_dim=value.shape[2],
+            dtype=query.dtype.name,
             causal=str(causal) if causal is not None else "none",  # type: ignore[arg-type]
             scale=scale,  # type: ignore[arg-type]
         )

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import stat
 import zipfile
 from typing import BinaryIO, NamedTuple
+
+from mdattn_mpi.errors import RejectedError
 
 
 class Kind(NamedTuple):
@@ -94,3 +97,22 @@ def _kind_of_zip(path: str) -> Kind:
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
         return TORCH
     return NPZ if all(name.endswith(".npy") for name in names) else ZIP
+
+
+def must_be_regular(path: str) -> None:
+    """Refuse a path that leads to no regular file: opening a pipe could wait for ever.
+
+    Raises
+    ------
+    RejectedError
+        It isn't there, or is something else.
+
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RejectedError(f"can't be opened: {reason}", fix="check the path", file=path) from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise RejectedError(f"is {kind}", fix="name a file", file=path)

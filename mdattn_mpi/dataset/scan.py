@@ -29,7 +29,7 @@ import h5py
 import numpy as np
 
 from mdattn_mpi.dataset.dtypes import stored_as
-from mdattn_mpi.dataset.index import may_match
+from mdattn_mpi.dataset.index import may_match, patterns_of
 from mdattn_mpi.dataset.layout import ITEMS, MAX_CHUNK_BYTES, MAX_ITEMS, MAX_NODES, shown
 from mdattn_mpi.dataset.scanner import DAMAGED, PAGE_BYTES
 from mdattn_mpi.dataset.source import Array, Object, Record, Source, fault
@@ -61,7 +61,7 @@ class Scan:
     def __init__(self, source: Source, request: Record, mark: Callable[[str], None]) -> None:
         self._source = source
         self._depth: int = request["depth"]
-        self._select: list[str] = request["select"]
+        self._patterns = patterns_of(request["select"])
         self._skip: dict[str, str] = request["skip"]
         self._mark = mark
         self._whole = self._depth > 3  # a tree of unknown shape, where a group is met once
@@ -136,7 +136,7 @@ class Scan:
         selected = path == f"/{ITEMS}" and not self._whole
         children: Record = {}
         for name, kind in group.links(MAX_ITEMS if selected else MAX_NODES).items():
-            if selected and not any(may_match(name, pattern) for pattern in self._select):
+            if selected and not any(may_match(name, pattern) for pattern in self._patterns):
                 children[name] = False
             else:
                 below = f"{path.rstrip('/')}/{name}"

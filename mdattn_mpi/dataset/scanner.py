@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from mdattn_mpi.dataset.kinds import must_be_regular
 from mdattn_mpi.errors import RejectedError
 
 PROGRAM = ("-m", "mdattn_mpi.dataset.scan")
@@ -150,9 +151,7 @@ def _environment(plugins: bool) -> dict[str, str]:
     return kept | dict.fromkeys(THREADS, "1") | ours
 
 
-def scan(
-    path: str, allow: Sequence[str] = (), *, select: Sequence[str] = ("*",), depth: int = 3
-) -> bytes:
+def scan_file(path: str, allow: Sequence[str] = (), *, select: str = "*", depth: int = 3) -> bytes:
     """Have a file looked at; return its catalog, to be opened by `File` here or on another rank.
 
     Parameters
@@ -163,18 +162,19 @@ def scan(
         Folders that links, virtual datasets and external storage may lead to, and that filter
         plugins may come from.
     select
-        The children of ``/items`` that are wanted: names or globs.
+        The children of ``/items`` that are wanted: names or globs, separated by commas.
     depth
         How far to go down. More than 3: a file of unknown structure, of which everything is wanted.
 
     Raises
     ------
     RejectedError
-        Not HDF5, truncated, damaged.
+        No such file, not HDF5, truncated, damaged.
 
     """
+    must_be_regular(path)
     skip: dict[str, str] = {}
-    request = {"path": path, "select": list(select), "depth": depth, "skip": skip}
+    request = {"path": path, "select": select, "depth": depth, "skip": skip}
     while True:
         try:
             text, table = _ask(request, allow)

@@ -85,7 +85,7 @@ def open_attention(spec: JobSpec, world: World) -> Job:
         return {"dataset": dataset.path, "digest": dataset.fingerprint, "bytes": dataset.size}
 
     catalog = scan_once(
-        world, "dataset", lambda: scan_file(spec.data, select=spec.items, allow=spec.allow)
+        world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
     )
     dataset = together(
         world,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mdattn_mpi.backends import Executor
-from mdattn_mpi.dataset import AnyItem, Output
+from mdattn_mpi.dataset import AnyItem, Output, TensorFile
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.problem import AnyPlan
@@ -15,7 +15,7 @@ from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.progress import wrapped
 from mdattn_mpi.runner.schedule import Schedule
-from mdattn_mpi.runner.work import Data, Kind
+from mdattn_mpi.runner.work import Kind
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Job:
     spec: JobSpec
     world: World
     kind: Kind
-    dataset: Data
+    dataset: TensorFile
     items: Sequence[AnyItem]
     schedule: Schedule
     groups: list[JobGroup]  # one a queue of the schedule

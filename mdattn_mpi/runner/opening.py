@@ -89,14 +89,12 @@ def _left(output: Output, items: Sequence[AnyItem]) -> list[int]:
 
 def _open_for(job: Job, catalog: bytes) -> Output:
     """Open the output, which must be this job's, for writing if anything is left to do."""
-    path = job.spec.output
-    output = open_output(path, catalog=catalog)
+    output = open_output(job.spec.output, catalog=catalog)
     if job.world.rank == 0:
         output.check_resume(job.items, _facts(job), allow_change=job.spec.allow_change)
-    if not _left(output, job.items):
-        return output
-    output.close()
-    return open_output(path, writable=True, catalog=catalog)
+    if _left(output, job.items):
+        output.allow_writing()
+    return output
 
 
 def _read_only(spec: JobSpec, world: World) -> bool:

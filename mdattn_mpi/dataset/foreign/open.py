@@ -8,7 +8,6 @@ from contextlib import ExitStack
 from mdattn_mpi.dataset import kinds
 from mdattn_mpi.dataset.foreign import hdf5_file, numpy_files, safetensors_file, torch_file
 from mdattn_mpi.dataset.foreign.tensor import ForeignFile
-from mdattn_mpi.dataset.hdf5 import must_be_regular
 from mdattn_mpi.dataset.layout import shown
 from mdattn_mpi.errors import MdattnError, RejectedError
 
@@ -54,7 +53,7 @@ def open_foreign(path: str, stack: ExitStack, allow: Sequence[str] = ()) -> Fore
         The file is none of these, or damaged.
 
     """
-    must_be_regular(path)
+    kinds.must_be_regular(path)
     readers: Mapping[kinds.Kind, Callable[[], ForeignFile]] = {
         kinds.NPY: lambda: numpy_files.read_npy(path),
         kinds.NPZ: lambda: numpy_files.read_npz(path, stack),
