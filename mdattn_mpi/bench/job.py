@@ -94,13 +94,13 @@ def _make_dataset(path: Path, problem: AttentionProblem, count: int) -> None:
     """
     import numpy as np
 
-    from mdattn_mpi.dataset import NUMPY, TENSORS, Item, create_dataset
+    from mdattn_mpi.dataset import NUMPY, TENSORS, DatasetWriter, Item
     from mdattn_mpi.dataset.making import shapes
 
     items = [Item(f"item{number}", number, problem) for number in range(count)]
     block = np.random.default_rng().standard_normal(1 << 24, np.float32)
     block = block.astype(NUMPY[problem.dtype])
-    with create_dataset(path, items) as dataset:
+    with DatasetWriter(path, items) as dataset:
         for item in items:
             for tensor in TENSORS:
                 left = prod(shapes(problem)[tensor])

@@ -77,7 +77,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Write the dataset."""
     from tqdm import tqdm
 
-    from mdattn_mpi.dataset import create_dataset
+    from mdattn_mpi.dataset import DatasetWriter
     from mdattn_mpi.dataset.making import shapes
 
     with ExitStack() as stack:
@@ -93,7 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
         )
         items = [source.item for source in sources]
         dataset = stack.enter_context(
-            create_dataset(arguments.path, items, overwrite=arguments.overwrite)
+            DatasetWriter(arguments.path, items, overwrite=arguments.overwrite)
         )
         for source, tensor, shape in tensors:
             for block in rounded_blocks(source, tensor, shape, arguments.source[0]):

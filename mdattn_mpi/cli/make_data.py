@@ -72,7 +72,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Write the dataset."""
     from tqdm import tqdm
 
-    from mdattn_mpi.dataset import create_dataset
+    from mdattn_mpi.dataset import DatasetWriter
     from mdattn_mpi.dataset.making import shapes
 
     items = plan_items(arguments)
@@ -90,7 +90,7 @@ def main(arguments: argparse.Namespace) -> int:
             disable=arguments.quiet or None,
             leave=False,
         ) as bar,
-        create_dataset(
+        DatasetWriter(
             arguments.path,
             items,
             encoding=arguments.encoding,

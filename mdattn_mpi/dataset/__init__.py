@@ -11,7 +11,7 @@ from mdattn_mpi.dataset.layout import (
     Tensor,
 )
 from mdattn_mpi.dataset.ledger import Entry, Ledger
-from mdattn_mpi.dataset.making import DatasetWriter, create_dataset
+from mdattn_mpi.dataset.making import DatasetWriter
 from mdattn_mpi.dataset.output import Output, open_output
 from mdattn_mpi.dataset.reader import Dataset, open_dataset
 from mdattn_mpi.dataset.scanner import scan_file
@@ -33,7 +33,6 @@ __all__ = [
     "State",
     "Tensor",
     "TensorFile",
-    "create_dataset",
     "create_output",
     "numpy_dtype",
     "open_dataset",

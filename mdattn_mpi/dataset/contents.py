@@ -14,14 +14,13 @@ from mdattn_mpi.dataset.hdf5 import Node, Value
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
-    RANK_SPANS,
-    REASON_BYTES,
     AnyItem,
     Item,
     ModelItem,
     item_name_fault,
     shown,
 )
+from mdattn_mpi.dataset.ledger import ledger_columns
 from mdattn_mpi.dataset.positioned import Region
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, ModelProblem, TensorSpec
@@ -141,17 +140,7 @@ def _ledger_regions(book: Node, items: int) -> dict[str, Region]:
     crc32 = book.child("crc32")
     shape = crc32.storage().shape if crc32 is not None and crc32.is_dataset else ()
     width = shape[1] if len(shape) == 2 else 0
-    return {
-        name: book.region(TensorSpec(name, shape, dtype, None), _ANEW)
-        for name, shape, dtype in (
-            ("state", (items,), "uint8"),
-            ("crc32", (items, width), "uint32"),
-            ("spans", (items, width, RANK_SPANS, 2), "uint64"),
-            ("ranks", (items,), "uint32"),
-            ("strategy", (items,), "uint8"),
-            ("reason", (items,), f"S{REASON_BYTES}"),
-        )
-    }
+    return {each.name: book.region(each, _ANEW) for each in ledger_columns(items, width)}
 
 
 def _check_apart(root: Node, regions: Sequence[Region]) -> None:

@@ -23,6 +23,7 @@ from mdattn_mpi.dataset.layout import (
     batch_item_name,
     item_name_fault,
     natural_order,
+    problem_of,
     shown,
 )
 from mdattn_mpi.dataset.tensors import TensorData
@@ -288,26 +289,13 @@ def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
     same("dtypes", [d.dtype for d in (query, key, value)], "store all three in one dtype")
     batch = [d.storage.shape[:-3] for d in (query, key, value)]
     same("batch dims", [b[0] if b else "none" for b in batch], "give all three the same")
-    shapes = f"key is {list(key.storage.shape)} and value {list(value.storage.shape)}"
-    if key.shape[:2] != value.shape[:2]:
-        raise reject(f"key and value disagree: {shapes}", "give both the same tokens and heads")
-    if query.shape[2] != key.shape[2]:
-        raise reject(
-            f"head dims disagree: query {query.shape[2]}, key {key.shape[2]}",
-            "give query and key the same head dim",
-        )
     causal, scale = item.attribute("causal"), item.attribute("scale")
     try:
-        return AttentionProblem(
-            q_tokens=query.shape[0],
-            kv_tokens=key.shape[0],
-            q_heads=query.shape[1],
-            kv_heads=key.shape[1],
-            head_dim=query.shape[2],
-            v_head_dim=value.shape[2],
-            dtype=query.dtype.name,
-            causal=str(causal) if causal is not None else "none",  # type: ignore[arg-type]
-            scale=scale,  # type: ignore[arg-type]
+        return problem_of(
+            [data.shape for data in tensors.values()],
+            query.dtype.name,
+            str(causal) if causal is not None else "none",
+            scale,  # type: ignore[arg-type]  # checked there
         )
     except RejectedError as error:
         raise reject(f"{error.what} (shapes {_shapes(tensors)})", error.fix) from None

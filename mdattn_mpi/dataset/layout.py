@@ -38,9 +38,11 @@ output is contiguous, so that ranks write at known offsets and HDF5's metadata n
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, ModelProblem
 
 Layout = Literal["token_major", "head_major"]
@@ -93,6 +95,27 @@ class ModelItem:
 
 
 AnyItem = Item | ModelItem
+
+
+def problem_of(
+    shapes: Sequence[tuple[int, ...]], dtype: str, causal: str, scale: float | None
+) -> AttentionProblem:
+    """Make a problem of the token-major shapes of query, key and value.
+
+    Raises
+    ------
+    RejectedError
+        They don't fit one another, or no backend can take them.
+
+    """
+    (q, n, h), (s, m, g), (t, o, v) = shapes
+    if (s, m) != (t, o):
+        raise RejectedError("key and value disagree", fix="give both the same tokens and heads")
+    if h != g:
+        raise RejectedError(
+            f"head dims disagree: query {h}, key {g}", fix="give query and key the same head dim"
+        )
+    return AttentionProblem(q, s, n, m, h, v, dtype, causal, scale)  # type: ignore[arg-type]
 
 
 def item_name_fault(name: str) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
-from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,9 +19,21 @@ from mdattn_mpi.dataset.layout import (
     AnyItem,
     State,
 )
-from mdattn_mpi.dataset.positioned import Region, read_exactly, write_exactly
-from mdattn_mpi.errors import OutputError, RejectedError
-from mdattn_mpi.problem import Span
+from mdattn_mpi.dataset.positioned import Region, write_exactly, writing
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import Span, TensorSpec
+
+
+def ledger_columns(items: int, width: int) -> tuple[TensorSpec, ...]:
+    """Describe the datasets of a ledger, a row an item; all zeros: every item is to be done."""
+    return (
+        TensorSpec("state", (items,), "uint8"),
+        TensorSpec("crc32", (items, width), "uint32"),
+        TensorSpec("spans", (items, width, RANK_SPANS, 2), "uint64"),
+        TensorSpec("ranks", (items,), "uint32"),
+        TensorSpec("strategy", (items,), "uint8"),
+        TensorSpec("reason", (items,), f"S{REASON_BYTES}"),
+    )
 
 
 class Entry(NamedTuple):
@@ -77,7 +88,7 @@ class Ledger:
 
     def states(self) -> list[State]:
         """Read every item's state byte, in order: quicker than `entries`, for showing progress."""
-        column = self._column("state", 0, len(self.items), "<u1")
+        column = self._column("state", Span(0, len(self.items)))
         return [STATES[state] if state < len(STATES) else "todo" for state in column]
 
     def commit(
@@ -107,8 +118,8 @@ class Ledger:
                 fix="use fewer ranks, or --overwrite",
                 file=self.path,
             )
-        checksums = np.zeros(self.width, "<u4")
-        spans = np.zeros((self.width, RANK_SPANS, 2), "<u8")
+        checksums = np.zeros(self.width, np.uint32)
+        spans = np.zeros((self.width, RANK_SPANS, 2), np.uint64)
         spans[: len(crc32s)] = item.problem.tokens  # empty, and not all zeros: a rank was there
         for rank, (crc32, runs) in enumerate(zip(crc32s, shards, strict=True)):
             checksums[rank] = crc32
@@ -116,62 +127,45 @@ class Ledger:
                 spans[rank, position] = run.start, run.stop
         self._write(item, "crc32", checksums)
         self._write(item, "spans", spans)
-        self._write(item, "ranks", np.array(len(crc32s), "<u4"))
-        self._write(item, "strategy", np.array(STRATEGIES.index(strategy), "<u1"))
-        self._write(item, "reason", np.zeros(REASON_BYTES, "u1"))
+        self._write(item, "ranks", len(crc32s))
+        self._write(item, "strategy", STRATEGIES.index(strategy))
+        self._write(item, "reason", b"")
         self._set_state(item, "done")
 
     def fail(self, item: AnyItem, reason: str) -> None:
         """Note why `item` couldn't be done; the next run tries again."""
         text = reason.encode(errors="replace")[:REASON_BYTES]
         text = text.decode(errors="ignore").encode()  # may have been cut inside a character
-        self._write(item, "reason", np.frombuffer(text.ljust(REASON_BYTES, b"\0"), "u1"))
+        self._write(item, "reason", text)
         self._set_state(item, "failed")
 
     def _set_state(self, item: AnyItem, state: State) -> None:
         self._sync(item)
-        self._write(item, "state", np.array(STATES.index(state), "<u1"))
+        self._write(item, "state", STATES.index(state))
         self._sync(item)
 
-    def _write(self, item: AnyItem, name: str, row: np.ndarray[Any, Any]) -> None:
-        try:
-            start = self.columns[name].offset + self._rows[item.name] * row.nbytes
-            write_exactly(self.fd, start, row.tobytes())
-        except OSError as error:
-            raise self._failed(item, error) from error
+    def _write(self, item: AnyItem, name: str, row: Any) -> None:
+        column, number = self.columns[name], self._rows[item.name]
+        data = np.asarray(row, column.dtype).tobytes()
+        ((start, _),) = column.runs((Span(number, number + 1),))
+        with writing("the ledger", self.path, item.name):
+            write_exactly(self.fd, start, data)
 
     def _sync(self, item: AnyItem) -> None:
-        try:
+        with writing("the ledger", self.path, item.name):
             os.fdatasync(self.fd)
-        except OSError as error:
-            raise self._failed(item, error) from error
-
-    def _failed(self, item: AnyItem, error: OSError) -> OutputError:
-        return OutputError(
-            f"the ledger can't be written: {error.strerror or error}",
-            fix="free some space or mend the filesystem, then run the same command again",
-            file=self.path,
-            item=item.name,
-        )
 
     def _entries(self, start: int, stop: int) -> list[Entry]:
-        state = self._column("state", start, stop, "<u1")
-        crc32 = self._column("crc32", start, stop, "<u4", self.width)
-        spans = self._column("spans", start, stop, "<u8", self.width, RANK_SPANS, 2)
-        ranks = self._column("ranks", start, stop, "<u4")
-        strategy = self._column("strategy", start, stop, "<u1")
-        reason = self._column("reason", start, stop, f"S{REASON_BYTES}")
+        names = ("state", "crc32", "spans", "ranks", "strategy", "reason")
+        columns = [self._column(name, Span(start, stop)) for name in names]
         tokens = [item.problem.tokens for item in self.items[start:stop]]
-        return [
-            _entry(*row)
-            for row in zip(tokens, state, crc32, spans, ranks, strategy, reason, strict=True)
-        ]
+        return [_entry(*row) for row in zip(tokens, *columns, strict=True)]
 
-    def _column(self, name: str, start: int, stop: int, dtype: str, *row: int) -> Any:
-        column = np.empty((stop - start, *row), dtype)
+    def _column(self, name: str, rows: Span) -> Any:
+        region = self.columns[name]
+        column = np.empty(region.part((rows,)), region.dtype)
         try:
-            offset = self.columns[name].offset + start * prod(row) * column.itemsize
-            read_exactly(self.fd, offset, column)
+            region.read(self.fd, (rows,), column)
         except OSError as error:
             raise RejectedError(
                 f"the ledger can't be read: {error}", fix="start anew: --overwrite", file=self.path

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -23,6 +23,7 @@ from mdattn_mpi.dataset.layout import (
     Layout,
     Tensor,
     item_name_fault,
+    problem_of,
 )
 from mdattn_mpi.dataset.positioned import write_exactly
 from mdattn_mpi.dataset.writer import add_group, allocate, new_file, put_attributes
@@ -49,8 +50,9 @@ class DatasetWriter:
     ----------
     path
         The file.
-    nbytes
-        How large it will be, if that is known: a filesystem without that room is refused at once.
+    items
+        Those that are known before: a filesystem without room for them is refused at once, and
+        `append` fills them.
     encoding, layout
         How BF16 is stored, and which dim of a tensor comes first in the file.
     overwrite
@@ -67,27 +69,33 @@ class DatasetWriter:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        nbytes: int = 0,
+        items: Sequence[Item] = (),
         *,
         encoding: Encoding = "float",
         layout: Layout = "token_major",
         overwrite: bool = False,
     ) -> None:
         self._path = os.fspath(path)
+        self._items = items
+        sizes = (prod(shape) for item in items for shape in shapes(item.problem).values())
+        nbytes = 2 * sum(sizes) + 4096 * (len(items) + 1)
         self._file = new_file(path, nbytes, overwrite=overwrite)
         self._encoding: Encoding = encoding
         self._layout: Layout = layout
         self._places: dict[tuple[str, Tensor], _Place] = {}
-        self._open = ExitStack()
 
     def __enter__(self) -> DatasetWriter:
-        file = self._open.enter_context(self._file)
-        put_attributes(
-            file.id, {"format": DATASET_FORMAT, "version": VERSION, "layout": self._layout}
-        )
-        self._folder = add_group(file, ITEMS)
-        self._fd = file.id.get_vfd_handle()
-        self._open.push(self._finish)
+        with ExitStack() as undo:
+            file = undo.enter_context(self._file)
+            put_attributes(
+                file.id, {"format": DATASET_FORMAT, "version": VERSION, "layout": self._layout}
+            )
+            self._folder = add_group(file, ITEMS)
+            self._fd = file.id.get_vfd_handle()
+            for item in self._items:
+                self.reserve(item)
+            undo.push(self._finish)
+            self._open = undo.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -169,53 +177,16 @@ class DatasetWriter:
             put_attributes(places[0].group.id, {"crc32": crc32s})
 
 
-@contextmanager
-def create_dataset(
-    path: str | os.PathLike[str],
-    items: Sequence[Item],
-    *,
-    encoding: Encoding = "float",
-    layout: Layout = "token_major",
-    overwrite: bool = False,
-) -> Iterator[DatasetWriter]:
-    """Make a dataset with room for all `items`, which the block fills.
-
-    Raises
-    ------
-    RejectedError
-        As `DatasetWriter`.
-
-    """
-    nbytes = sum(2 * prod(shape) for item in items for shape in shapes(item.problem).values())
-    nbytes += 4096 * (len(items) + 1)
-    with DatasetWriter(
-        path, nbytes, encoding=encoding, layout=layout, overwrite=overwrite
-    ) as writer:
-        for item in items:
-            writer.reserve(item)
-        yield writer
-
-
 def _problem_of(q: Array, k: Array, v: Array, causal: Causal, scale: Any) -> AttentionProblem:
     what = ", ".join(f"{array.dtype} {list(array.shape)}" for array in (q, k, v))
-    if {array.ndim for array in (q, k, v)} != {3} or k.shape[:2] != v.shape[:2]:
-        raise RejectedError(
-            f"q, k, v are {what}",
-            fix="give [tokens, heads, head dim] each, k and v with the same tokens and heads",
-        )
-    if q.shape[2] != k.shape[2] or len({array.dtype for array in (q, k, v)}) > 1:
-        raise RejectedError(f"q, k, v are {what}", fix="give them one dtype, q and k one head dim")
-    return AttentionProblem(
-        q_tokens=len(q),
-        kv_tokens=len(k),
-        q_heads=q.shape[1],
-        kv_heads=k.shape[1],
-        head_dim=q.shape[2],
-        v_head_dim=v.shape[2],
-        dtype=str(q.dtype),  # type: ignore[arg-type]  # checked there
-        causal=causal,
-        scale=scale,
-    )
+    if {array.ndim for array in (q, k, v)} != {3}:
+        raise RejectedError(f"q, k, v are {what}", fix="give [tokens, heads, head dim] each")
+    if len({array.dtype for array in (q, k, v)}) > 1:
+        raise RejectedError(f"q, k, v are {what}", fix="give all three one dtype")
+    try:
+        return problem_of([q.shape, k.shape, v.shape], str(q.dtype), causal, scale)
+    except RejectedError as error:
+        raise RejectedError(f"{error.what} (q, k, v are {what})", fix=error.fix) from None
 
 
 def shapes(problem: AttentionProblem) -> dict[Tensor, tuple[int, int, int]]:

@@ -22,8 +22,8 @@ from mdattn_mpi.dataset.layout import (
     AnyItem,
 )
 from mdattn_mpi.dataset.ledger import Ledger
-from mdattn_mpi.dataset.positioned import Region, read_exactly, write_exactly
-from mdattn_mpi.errors import ItemError, OutputError, RejectedError
+from mdattn_mpi.dataset.positioned import Region, checksum, write_exactly, writing
+from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.problem import Span
 
 P = TypeVar("P")
@@ -219,18 +219,11 @@ class Output:
     def _write_run(
         self, item: AnyItem, tensor: str, offset: int, data: Array, checksum: int
     ) -> int:
-        try:
+        with writing(tensor, self.path, item.name):
             for start in range(0, data.size, BLOCK_BYTES):
                 block = data[start : start + BLOCK_BYTES].data
                 checksum = zlib.crc32(block, checksum)
                 write_exactly(self._fd, offset + start, block)
-        except OSError as error:
-            raise OutputError(
-                f"{tensor} can't be written: {error.strerror or error}",
-                fix="free some space or mend the filesystem, then run the same command again",
-                file=self.path,
-                item=item.name,
-            ) from error
         return checksum
 
     def read(self, item: AnyItem, tensor: str, spans: Sequence[Span] | None = None) -> Array:
@@ -255,17 +248,14 @@ class Output:
 
         `first` says whether it was the first rank, which writes what has no token dim.
         """
-        checksum = 0
+        crc32 = 0
         for name, region in self.regions(item).items():
             if region.token_dim is None and not first:
                 continue
-            for offset, nbytes in region.runs(spans):
-                for start in range(0, nbytes, BLOCK_BYTES):
-                    block = np.empty(min(BLOCK_BYTES, nbytes - start), np.uint8)
-                    with self._reading(item, name):
-                        read_exactly(self._fd, offset + start, block)
-                    checksum = zlib.crc32(block.data, checksum)
-        return checksum
+            with self._reading(item, name):
+                for offset, nbytes in region.runs(spans):
+                    crc32 = checksum(self._fd, offset, nbytes, crc32)
+        return crc32
 
     def damaged(self, item: AnyItem) -> tuple[int, ...]:
         """Name the ranks whose shard of a finished item has other bytes than they wrote.
@@ -304,14 +294,8 @@ class Output:
             The disk failed: what was written since the last sync may be lost.
 
         """
-        try:
+        with writing("what was computed", self.path):
             os.fdatasync(self._fd)
-        except OSError as error:
-            raise OutputError(
-                f"can't be synced: {error.strerror or error}",
-                fix="free some space or mend the filesystem, then run the same command again",
-                file=self.path,
-            ) from error
 
 
 def open_output(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
+from mdattn_mpi.errors import OutputError
 from mdattn_mpi.problem import Span
+
+BLOCK_BYTES = 1 << 20  # read at once to be summed: it stays in the cache
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,43 @@ class Region:
         for offset, nbytes in self.runs(spans):
             read_exactly(fd, offset, raw[done : done + nbytes])
             done += nbytes
+
+
+def checksum(fd: int, offset: int, nbytes: int, crc32: int = 0) -> int:
+    """Compute the CRC-32 of a run of bytes, as if it followed those that gave `crc32`.
+
+    Raises
+    ------
+    OSError
+        The file ends before, or can't be read.
+
+    """
+    for start in range(0, nbytes, BLOCK_BYTES):
+        block = np.empty(min(BLOCK_BYTES, nbytes - start), np.uint8)
+        read_exactly(fd, offset + start, block)
+        crc32 = zlib.crc32(block.data, crc32)
+    return crc32
+
+
+@contextmanager
+def writing(what: str, path: str, item: str = "") -> Iterator[None]:
+    """Say what can't be written, where the system only says why.
+
+    Raises
+    ------
+    OutputError
+        The disk is full, or failed.
+
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{what} can't be written: {error.strerror or error}",
+            fix="free some space or mend the filesystem, then run the same command again",
+            file=path,
+            item=item,
+        ) from error
 
 
 def read_exactly(fd: int, offset: int, array: np.ndarray[Any, Any]) -> None:

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 import gc
 import os
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-
-import numpy as np
 
 from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.dataset.index import Entry, find_entries, first_of
 from mdattn_mpi.dataset.layout import LAYOUTS, AnyItem, Item, Tensor, natural_order
-from mdattn_mpi.dataset.positioned import read_exactly
-from mdattn_mpi.dataset.tensors import SCRATCH_BYTES, TensorData, TensorFile
+from mdattn_mpi.dataset.positioned import checksum
+from mdattn_mpi.dataset.tensors import TensorData, TensorFile
 from mdattn_mpi.errors import RejectedError
 
 MANY_HEADS = 128  # more than that, and more than tokens, may be tokens
@@ -67,13 +64,8 @@ class Dataset(TensorFile):
         data = self.tensor(item, tensor)
         if data.node.offset is None:
             return None
-        crc32 = 0
-        for start in range(0, data.storage.nbytes, SCRATCH_BYTES):
-            block = np.empty(min(SCRATCH_BYTES, data.storage.nbytes - start), np.uint8)
-            with self._reading(item, tensor):
-                read_exactly(data.node.file.fd, data.node.offset + start, block)
-            crc32 = zlib.crc32(block.data, crc32)
-        return crc32
+        with self._reading(item, tensor):
+            return checksum(data.node.file.fd, data.node.offset, data.storage.nbytes)
 
     def _warnings(self) -> list[str]:
         tensors = [data for found in self._tensors.values() for data in found.values()]

@@ -26,12 +26,11 @@ from mdattn_mpi.dataset.layout import (
     LEDGER,
     MIN_LEDGER_WIDTH,
     OUTPUT_FORMAT,
-    RANK_SPANS,
-    REASON_BYTES,
     VERSION,
     AnyItem,
     Item,
 )
+from mdattn_mpi.dataset.ledger import ledger_columns
 from mdattn_mpi.dataset.positioned import write_exactly
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import TensorSpec
@@ -98,18 +97,11 @@ def _stored(tensor: TensorSpec) -> Any:
 
 def _create_ledger(group: Any, items: int, width: int) -> None:
     """Make the ledger, all zeros: every item is to be done."""
-    for name, shape, stored in (
-        ("state", (items,), h5py.h5t.STD_U8LE),
-        ("crc32", (items, width), h5py.h5t.STD_U32LE),
-        ("spans", (items, width, RANK_SPANS, 2), h5py.h5t.STD_U64LE),
-        ("ranks", (items,), h5py.h5t.STD_U32LE),
-        ("strategy", (items,), h5py.h5t.STD_U8LE),
-        ("reason", (items,), h5py.h5t.py_create(np.dtype(f"S{REASON_BYTES}"))),
-    ):
-        offset = allocate(group, name, shape, stored)
-        write_exactly(
-            group.file.id.get_vfd_handle(), offset, bytes(prod(shape) * stored.get_size())
-        )
+    for column in ledger_columns(items, width):
+        stored = _stored(column)
+        offset = allocate(group, column.name, column.shape, stored)
+        nbytes = prod(column.shape) * stored.get_size()
+        write_exactly(group.file.id.get_vfd_handle(), offset, bytes(nbytes))
 
 
 @contextmanager

@@ -166,7 +166,7 @@ def test_what_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     np.savez(source, **{**normal(np.float32), "query": np.zeros((3, 5), np.float32)})
     refused(source, capsys, "shapes are", "--dtype", "bf16")
     np.savez(source, **{**normal(FLOAT16), "key": np.zeros((23, 2, 9), np.float16)})
-    refused(source, capsys, "shapes disagree")
+    refused(source, capsys, "head dims disagree: query")
     np.savez(source, **{**normal(FLOAT16), "key": normal(BFLOAT16)["key"]})
     refused(source, capsys, "dtypes disagree")
     tensors = normal(np.float32)

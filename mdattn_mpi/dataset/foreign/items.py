@@ -21,6 +21,7 @@ from mdattn_mpi.dataset.layout import (
     Tensor,
     batch_item_name,
     item_name_fault,
+    problem_of,
     shown,
 )
 from mdattn_mpi.errors import RejectedError
@@ -210,21 +211,18 @@ def _possible(
 def _problem(
     tensors: Sequence[ForeignTensor], said: dict[str, Any], how: Reading, layout: Layout
 ) -> AttentionProblem:
-    (q, n, h), (s, m, g), (t, o, v) = (
+    shapes = [
         (shape[1], shape[0], shape[2]) if layout == "head_major" else shape
         for shape in (tensor.shape[-3:] for tensor in tensors)
-    )
-    shapes = _shapes(tensors)
-    if (s, m) != (t, o) or h != g:
-        raise _reject(
-            f"shapes disagree: {shapes}", "see --layout; key and value share tokens and heads"
-        )
+    ]
     scale = how.scale if how.scale is not None else said.get("scale")
-    causal = how.causal or _mask(said.get("causal", "none"), same=q == s)
+    causal = how.causal or _mask(said.get("causal", "none"), same=shapes[0][0] == shapes[1][0])
+    dtype = _dtype(tensors, how)
     try:
-        return AttentionProblem(q, s, n, m, h, v, _dtype(tensors, how), causal, scale)  # type: ignore[arg-type]
+        return problem_of(shapes, dtype, causal, scale)
     except RejectedError as error:
-        raise _reject(f"{error.what} (shapes {shapes})", f"{error.fix}; see --layout") from None
+        what = f"{error.what} (shapes {_shapes(tensors)})"
+        raise _reject(what, f"{error.fix}; see --layout") from None
 
 
 def _shapes(tensors: Sequence[ForeignTensor]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mdattn_mpi
-from mdattn_mpi.dataset import TENSORS
+from mdattn_mpi.dataset import TENSORS, Item
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, Span
 from tests.support.reference import random_inputs
@@ -51,11 +51,26 @@ def arrays(**shapes: tuple[int, ...]) -> list[Any]:
     [
         ("x", arrays(), {}, r"data.h5, item 'x': is in the dataset already"),
         ("a/b", arrays(), {}, r"item 'a/b': its name looks like a path"),
-        ("y", arrays(v=(4, 2, 8)), {}, r"item 'y': q, k, v are .*\[4, 2, 8\]. Fix: .*same tokens"),
-        ("y", arrays(q=(3, 4, 7)), {}, r"one head dim"),
+        (
+            "y",
+            arrays(v=(4, 2, 8)),
+            {},
+            r"item 'y': key and value .*\[4, 2, 8\]\). Fix: .*same tok",
+        ),
+        ("y", arrays(q=(3, 4, 7)), {}, r"head dims disagree: query 7, key 8"),
         ("y", arrays(q=(3, 4)), {}, r"\[3, 4\]"),
-        ("y", [array.astype("f4") for array in arrays()], {}, r"dtype 'float32'. Fix: use bfloat"),
-        ("y", [*arrays()[:2], np.ones((5, 2, 8), ml_dtypes.bfloat16)], {}, r"give them one dtype"),
+        (
+            "y",
+            [array.astype("f4") for array in arrays()],
+            {},
+            r"dtype 'float32' .*Fix: use bfloat",
+        ),
+        (
+            "y",
+            [*arrays()[:2], np.ones((5, 2, 8), ml_dtypes.bfloat16)],
+            {},
+            r"all three one dtype",
+        ),
         ("y", arrays(k=(5, 3, 8), v=(5, 3, 8)), {}, r"item 'y': 4 query heads are no multiple"),
         ("y", arrays(), {"causal": "left"}, r"causal is 'left'"),
         ("y", arrays(), {"scale": -1}, r"scale is -1"),
@@ -82,6 +97,16 @@ def test_nothing_is_left_of_a_block_that_fails(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
+    assert not list(tmp_path.iterdir())
+
+
+def test_nothing_is_left_of_items_that_have_one_name(tmp_path: Path) -> None:
+    item = Item("x", 0, AttentionProblem(5, 5, 2, 1, 8, 8))
+    with (
+        pytest.raises(RejectedError, match="is in the dataset already"),
+        mdattn_mpi.DatasetWriter(tmp_path / "data.h5", [item, item]),
+    ):
+        pass
     assert not list(tmp_path.iterdir())
 
 

@@ -100,8 +100,11 @@ def test_of_a_range_of_tokens_only_these_are_read(
     read: list[int] = []
     exactly = positioned.read_exactly
 
+    ledger = results._output.ledger.columns["state"].offset  # the first of what follows the items
+
     def counted(fd: int, offset: int, array: Any) -> None:
-        read.append(array.nbytes)
+        if offset < ledger:
+            read.append(array.nbytes)
         exactly(fd, offset, array)
 
     monkeypatch.setattr(positioned, "read_exactly", counted)
