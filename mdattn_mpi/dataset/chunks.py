@@ -49,26 +49,15 @@ def read_chunks(
 ) -> None:
     """Read the box of `out`'s shape that begins at `start`.
 
-    Parameters
-    ----------
-    table
-        Where the chunks are, of dtype `CHUNK` and the shape of their grid; ``mask`` has a bit for
-        each filter that was left out.
-    fd
-        The file.
-    chunk, filters
-        As the dataset was made; every filter is one of `DECODED_HERE`.
-    start
-        Where the box begins in the dataset.
-    out
-        What to fill; any strides, of as many bytes an element as the file has.
+    `table` says where the chunks are: of dtype `CHUNK` and the shape of their grid, ``mask`` with a
+    bit for each filter that was left out. `chunk` and `filters` are as the dataset was made; every
+    filter is one of `DECODED_HERE`. `out` has any strides, and as many bytes an element as the
+    file.
 
     Raises
     ------
-    ValueError
-        A chunk is damaged.
-    OSError
-        The file ends before, or can't be read.
+    ValueError, OSError
+        A chunk is damaged; the file ends before, or can't be read.
 
     """
     nbytes = prod(chunk) * out.itemsize

@@ -77,14 +77,8 @@ def hdf5_type(dtype: DTypeName, encoding: Encoding = "float") -> Any:
 def stored_as(hdf5: Any, dtype_attribute: Callable[[], str] = str) -> Stored | str:
     """Recognise an HDF5 type as BF16 or FP16, or say what it is instead.
 
-    Parameters
-    ----------
-    hdf5
-        The type of the dataset, as h5py's low-level object.
-    dtype_attribute
-        Gives the dataset's attribute ``dtype``, empty when there is none; asked for only where it
-        matters.
-
+    `dtype_attribute` gives the dataset's attribute ``dtype``, empty when there is none; it is asked
+    for only where it matters.
     """
     kind, size = hdf5.get_class(), hdf5.get_size()
     if kind == h5py.h5t.FLOAT and size == 2:

@@ -316,14 +316,7 @@ class Node:
     def read_box(self, storage: Storage, start: Sequence[int], out: np.ndarray[Any, Any]) -> None:
         """Read the box of `out`'s shape that begins at `start`, bit by bit as it is stored.
 
-        Parameters
-        ----------
-        storage
-            What `storage` returned.
-        start
-            Where the box begins; it lies within the dataset.
-        out
-            What to fill; any strides, of as many bytes an element as the file has.
+        `storage` is what `storage` returned; `out` may have any strides.
 
         Raises
         ------

@@ -100,17 +100,8 @@ class Ledger:
     ) -> None:
         """Declare `item` done; every rank has synced its shard before.
 
-        Parameters
-        ----------
-        item
-            An item of this name.
-        crc32s
-            What `Output.write` returned on each rank of the group.
-        strategy
-            How the group shared the item.
-        shards
-            The tokens of each rank, as they were given to `Output.write`.
-
+        `crc32s` are what `Output.write` returned on each rank of the group, `shards` the tokens
+        that it was given there; `strategy` is how the group shared the item.
         """
         if not 1 <= len(crc32s) <= self.width:
             raise RejectedError(

@@ -20,16 +20,10 @@ _CONTIGUOUS = "store what the model takes, contiguous: h5repack -l CONTI"
 def open_tensors(
     file: File, tensors: Sequence[TensorSpec], problem: Callable[[int], ModelProblem]
 ) -> TensorFile:
-    """Find `tensors` in every selected item of a file.
+    """Find `tensors` in every selected item of `file`, which is closed with what is returned.
 
-    Parameters
-    ----------
-    file
-        The file; it is closed with what is returned.
-    tensors
-        What every item must have; -1 in place of the number of tokens.
-    problem
-        What is to be computed of an item of so many tokens.
+    A tensor has -1 in place of the number of tokens; `problem` says what is to be computed of an
+    item of so many.
 
     Raises
     ------

@@ -168,20 +168,9 @@ class Output:
     def write(self, item: AnyItem, spans: Sequence[Span], arrays: Mapping[str, Array]) -> int:
         """Write one rank's shard; `sync` makes it last.
 
-        Parameters
-        ----------
-        item
-            An item of this name.
-        spans
-            The tokens that the rank computed.
-        arrays
-            By the tensor's name: those tokens, one span after the other; all of a tensor without
-            token dim, which only the first rank writes.
-
-        Returns
-        -------
-        int
-            CRC-32 over the bytes, tensor by tensor.
+        `arrays` are by the tensor's name: the tokens of `spans`, one span after the other; all of a
+        tensor without token dim, which only the first rank writes. Returns a CRC-32 over the bytes,
+        tensor by tensor.
 
         Raises
         ------
@@ -301,14 +290,10 @@ class Output:
 def open_output(
     path: str | os.PathLike[str], writable: bool = False, *, catalog: bytes | None = None
 ) -> Output:
-    """Open an output and check its structure.
+    """Open an output and check its structure, for writing shards too if it is to be `writable`.
 
-    Parameters
-    ----------
-    path, writable
-        The file, and whether shards will be written.
-    catalog
-        What `scan_file` returned for the same file on another rank; left out, it is looked at here.
+    `catalog` is what `scan_file` returned for the same file on another rank; left out, it is looked
+    at here.
 
     Raises
     ------

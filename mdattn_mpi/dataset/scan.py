@@ -47,16 +47,9 @@ IDLE_SECONDS = 10.0  # after which nobody seems to ask any more
 class Scan:
     """One walk through a file.
 
-    Parameters
-    ----------
-    source
-        The file.
-    request
-        ``depth``: how far to go down. ``select``: which children of ``/items`` to look at.
-        ``skip``: paths at which HDF5 crashed before, and how.
-    mark
-        Told of every path before HDF5 is.
-
+    In a request, ``depth`` is how far to go down, ``select`` which children of ``/items`` to look
+    at, ``skip`` at which paths HDF5 crashed before, and how. `mark` is told of every path before
+    HDF5 is.
     """
 
     def __init__(self, source: Source, request: Record, mark: Callable[[str], None]) -> None:
@@ -176,11 +169,10 @@ def _numpy_name(stored: Any) -> str | None:
     kind, size = stored.get_class(), stored.get_size()
     if kind == h5py.h5t.STRING and not stored.is_variable_str():
         return f"|S{size}"
-    names = [f"{order}{letter}{size}" for order in "<>" for letter in "uif"]
     if kind not in (h5py.h5t.INTEGER, h5py.h5t.FLOAT) or size not in (1, 2, 4, 8):
         return None
-    known = (np.dtype(name) for name in names if name[1:] != "f1")
-    return next((d.str for d in known if stored.equal(h5py.h5t.py_create(d))), None)
+    dtype: np.dtype[Any] = stored.dtype
+    return dtype.str if stored.equal(h5py.h5t.py_create(dtype)) else None
 
 
 def _limit_memory(nbytes: int) -> None:

@@ -154,17 +154,7 @@ def _environment(plugins: bool) -> dict[str, str]:
 def scan_file(path: str, allow: Sequence[str] = (), *, select: str = "*", depth: int = 3) -> bytes:
     """Have a file looked at; return its catalog, to be opened by `File` here or on another rank.
 
-    Parameters
-    ----------
-    path
-        A regular file.
-    allow
-        Folders that links, virtual datasets and external storage may lead to, and that filter
-        plugins may come from.
-    select
-        The children of ``/items`` that are wanted: names or globs, separated by commas.
-    depth
-        How far to go down. More than 3: a file of unknown structure, of which everything is wanted.
+    The parameters are those of `File`.
 
     Raises
     ------

@@ -196,14 +196,9 @@ class Object:
 
     def _link_type(self, key: bytes) -> int | None:
         """Of which kind a link is; None where there is none."""
-        if not isinstance(self.id, h5py.h5g.GroupID):
+        if not isinstance(self.id, h5py.h5g.GroupID) or not self.id.links.exists(key):
             return None
-        try:
-            return int(self.id.links.get_info(key).type)
-        except Exception:
-            if key in self.id:
-                raise
-            return None
+        return int(self.id.links.get_info(key).type)
 
     def walk(self, path: str, depth: int = 0) -> Object | None:
         """Open what `path` leads to from here, one component at a time."""
@@ -249,16 +244,13 @@ class Object:
     def storage(self, table: Callable[[Array], int]) -> tuple[Record, Record]:
         """Say where the elements are, with every claim of the header checked.
 
-        Returns
-        -------
-        form, place
-            What datasets of a kind have in common, and what they don't.
+        Returns what datasets of a kind have in common, and what they don't.
 
         Raises
         ------
         RejectedError
-            Storage outside the file that isn't allowed, elements that were never written, or
-            more of them than the file can hold.
+            Storage outside the file that isn't allowed, elements that were never written, or more
+            of them than the file can hold.
 
         """
         offset = self.id.get_offset()

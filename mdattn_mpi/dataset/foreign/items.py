@@ -59,16 +59,9 @@ class Source:
 def find_sources(
     file: ForeignFile, path: str, patterns: Names | None, how: Reading
 ) -> list[Source]:
-    """Make items of a file's tensors.
+    """Make items of a file's tensors, as far as the user says `how`.
 
-    Parameters
-    ----------
-    file, path
-        The file, and its name for messages.
-    patterns
-        Names with stars; None for those that are usual.
-    how
-        What the user says about it.
+    `path` is for messages; `patterns` are names with stars, or None for those that are usual.
 
     Raises
     ------

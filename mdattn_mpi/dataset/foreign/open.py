@@ -38,14 +38,8 @@ def open_files(paths: Sequence[str], stack: ExitStack, allow: Sequence[str] = ()
 def open_foreign(path: str, stack: ExitStack, allow: Sequence[str] = ()) -> ForeignFile:
     """List the tensors of a file by name, and what else has a name.
 
-    Parameters
-    ----------
-    path
-        The file. Its content, not its name, decides what it is.
-    stack
-        Closes what stays open for `ForeignTensor.fetch`.
-    allow
-        Folders that links in an HDF5 file may lead to.
+    Its content, not its name, decides what it is. `stack` closes what stays open for
+    `ForeignTensor.fetch`; links in an HDF5 file may lead to the folders in `allow`.
 
     Raises
     ------

@@ -28,17 +28,8 @@ class Surroundings:
     """What lies beside the tensors of items.
 
     In HDF5 it is about an item if it is in the group that holds the tensors, mostly as attributes;
-    elsewhere if its name begins alike: ``l.0.scale`` belongs to ``l.0.q``.
-
-    Parameters
-    ----------
-    file, path
-        The file, and its name for messages.
-    matched
-        The tensors of all items.
-    ignore
-        Names that don't matter.
-
+    elsewhere if its name begins alike: ``l.0.scale`` belongs to ``l.0.q``. `matched` are the
+    tensors of all items, `ignore` the names that don't matter.
     """
 
     def __init__(

@@ -80,17 +80,10 @@ def of_array(array: Array) -> ForeignTensor:
 
 @dataclass(frozen=True)
 class ForeignFile:
-    """What a file holds.
+    """What a file holds: tensors by name, in HDF5 by path without the first slash.
 
-    Attributes
-    ----------
-    tensors
-        By name; in HDF5 by path, without the first slash.
-    others
-        What else has a name: with its value where that is a number or text.
-    groups
-        Of HDF5, by path; they carry attributes.
-
+    `others` is what else has a name, with its value where that is a number or text; `groups`, of
+    HDF5, carry attributes.
     """
 
     tensors: dict[str, ForeignTensor]
