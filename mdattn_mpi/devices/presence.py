@@ -51,6 +51,20 @@ def gpu_memory() -> int:
     return min(sizes)
 
 
+def gpu_sm() -> tuple[int, int]:
+    """Return the compute capability of the first visible GPU; (0, 0) without one."""
+    driver = libcuda()
+    if driver is None or gpu_count() < 1:
+        return 0, 0
+    device, numbers = ctypes.c_int(0), []
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    for attribute in (75, 76):  # major and minor
+        number = ctypes.c_int(0)
+        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        numbers.append(number.value)
+    return numbers[0], numbers[1]
+
+
 def _importable(module: str) -> bool:
     try:
         return find_spec(module) is not None

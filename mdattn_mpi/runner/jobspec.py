@@ -44,6 +44,7 @@ class JobSpec:
     max_time: float = 0.0
     group_size: str = "all"
     transfer: Literal["auto", "copy", "nccl"] = "auto"
+    kernel: Literal["auto", "cudnn", "flash"] = "auto"
     engine: str = ""
     chaos: str = ""
     dry_run: bool = False
@@ -89,6 +90,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "layout": ("auto", "token_major", "head_major"),
     "nonfinite": ("refuse", "pass"),
     "transfer": ("auto", "copy", "nccl"),
+    "kernel": ("auto", "cudnn", "flash"),
 }
 
 

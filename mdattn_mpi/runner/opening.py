@@ -12,8 +12,9 @@ from typing import Any
 
 from mdattn_mpi.backends import Backend, backend_name, open_backend
 from mdattn_mpi.dataset import Dataset, Item, Output, create_output, open_dataset, open_output
+from mdattn_mpi.devices.cuda.choice import needs_no_plans
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import typical_costs
+from mdattn_mpi.estimate import PLAN, typical_costs
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.problem import AttentionProblem, Plan, digest_of
 from mdattn_mpi.runner.job import WIDTH, Job, run_folder, say
@@ -45,7 +46,9 @@ def open_job(spec: JobSpec, world: World) -> Job:
         dataset_facts,
     )
     name = backend_name(spec.backend, world)
-    costs = typical_costs(name, smallest(world, memory_of_a_rank(name, world)))
+    memory = smallest(world, memory_of_a_rank(name, world))
+    plan = 0.0 if smallest(world, needs_no_plans(name, spec.kernel)) else PLAN
+    costs = typical_costs(name, memory, plan=plan)
     problems = [item.problem for item in dataset.items]
     schedule = together(
         world,
@@ -56,7 +59,12 @@ def open_job(spec: JobSpec, world: World) -> Job:
 
     def open_one(group: Group) -> Backend:
         return open_backend(
-            name, group, threads=spec.threads, transfer=spec.transfer, engine=spec.engine
+            name,
+            group,
+            threads=spec.threads,
+            transfer=spec.transfer,
+            kernel=spec.kernel,
+            engine=spec.engine,
         )
 
     teams = together(world, "backend", lambda: open_teams(world, schedule, open_one))
