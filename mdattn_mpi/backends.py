@@ -6,11 +6,13 @@ steps that a batch interleaves, so that neighbouring items overlap::
     begin(i+1)    upload, and the transfers that need nothing computed
     enqueue(i)    the attention itself
     collect(i)    start the way back; `Download.wait` gives the arrays
+
+These steps are an `Executor`'s; a model's engine has them too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
@@ -26,17 +28,56 @@ HostArray = npt.NDArray[Any]
 
 
 class Download(Protocol):
-    """An output shard on its way to the host."""
+    """Output shards on their way to the host."""
 
-    def wait(self) -> tuple[HostArray, HostArray]:
-        """Return the output ``[Sq, Nq, Hv]`` and the LSE ``[Sq, Nq]``; any thread may call."""
+    def wait(self) -> Sequence[HostArray]:
+        """Return the arrays, in the order of the outputs; any thread may call.
+
+        Of attention these are the output ``[Sq, Nq, Hv]`` and the LSE ``[Sq, Nq]``.
+        """
         ...
 
 
-class Backend(Protocol):
-    """One group's engine. All methods but `describe` and `timings` are collective."""
+class Executor(Protocol):
+    """What one group of ranks computes with. All but `describe` and `timings` is collective."""
 
     name: str
+
+    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
+        """An array with undefined contents that `begin` takes without waiting for it."""
+        ...
+
+    def begin(self, plan: Any, *shards: HostArray) -> Any:
+        """Take the rank's shards of an item; start what needs nothing computed."""
+        ...
+
+    def enqueue(self, running: Any) -> None:
+        """Compute a begun item; may return before it is done."""
+        ...
+
+    def collect(self, running: Any) -> Download:
+        """Start bringing the outputs of an enqueued item to the host."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """The device and the libraries, with versions."""
+        ...
+
+    def timings(self) -> Mapping[str, float]:
+        """Seconds spent so far in ``compute``, ``exchange`` and ``merge``."""
+        ...
+
+    def close(self) -> None:
+        """Release everything, in order."""
+        ...
+
+    def abort(self) -> None:
+        """Release what would keep other ranks waiting; wait for none of them."""
+        ...
+
+
+class Backend(Executor, Protocol):
+    """An executor of attention: `begin` takes the shards of query, key and value."""
 
     def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
         """Make ready, once, what `problems` will need; what can't be done `plan` refuses."""
@@ -53,38 +94,6 @@ class Backend(Protocol):
             With the reason and the backend or strategy that can.
 
         """
-        ...
-
-    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
-        """An array with undefined contents that `begin` takes without waiting for it."""
-        ...
-
-    def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Any:
-        """Take the rank's shards of an item; start what needs nothing computed."""
-        ...
-
-    def enqueue(self, running: Any) -> None:
-        """Compute the attention of a begun item; may return before it is done."""
-        ...
-
-    def collect(self, running: Any) -> Download:
-        """Start bringing the output of an enqueued item to the host."""
-        ...
-
-    def describe(self) -> Mapping[str, str]:
-        """The device and the libraries, with versions."""
-        ...
-
-    def timings(self) -> Mapping[str, float]:
-        """Seconds spent so far in ``compute``, ``exchange`` and ``merge``."""
-        ...
-
-    def close(self) -> None:
-        """Release everything, in order."""
-        ...
-
-    def abort(self) -> None:
-        """Let go without waiting for any other rank."""
         ...
 
 
@@ -130,12 +139,12 @@ class StrategyBackend:
         found: HostArray = self.device.host_empty(shape, dtype)
         return found
 
-    def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Running:
+    def begin(self, plan: Plan, *shards: HostArray) -> Running:
         """Upload the shards and run the strategy up to its ``yield``."""
         from mdattn_mpi.strategies import STRATEGIES
 
-        upload = self.device.upload
-        steps = STRATEGIES[plan.strategy](self.device, plan, upload(q), upload(k), upload(v))
+        q, k, v = map(self.device.upload, shards)
+        steps = STRATEGIES[plan.strategy](self.device, plan, q, k, v)
         next(steps)
         return Running(steps)
 
@@ -168,7 +177,7 @@ class StrategyBackend:
         self.device.close()
 
     def abort(self) -> None:
-        """Let go of the device at once."""
+        """Abort the device."""
         self.device.abort()
 
 

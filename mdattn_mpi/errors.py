@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
-from typing import ClassVar
+import logging
+import textwrap
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+LOGGER = logging.getLogger("mdattn_mpi")  # each rank of a job has a file of its own for it
 
 
 class MdattnError(Exception):
@@ -71,20 +78,67 @@ class MdattnError(Exception):
 
     @staticmethod
     def wrap(error: BaseException, *, item: str = "", rank: int | None = None) -> MdattnError:
-        """Give any exception a place in the family, so that it can travel."""
-        if isinstance(error, MdattnError):
-            error.item = error.item or item
-            error.rank = rank if error.rank is None else error.rank
-            return error
-        if isinstance(error, MemoryError):
-            what = f"out of host memory ({error})" if str(error) else "out of host memory"
-            return DeviceError(
-                what,
-                fix="use more ranks, or -s ring, which holds 1/P of K and V",
-                item=item,
-                rank=rank,
-            )
-        return DeviceError(f"{type(error).__name__}: {error}", item=item, rank=rank)
+        """Give any exception a place in the family, so that it can travel; log its traceback.
+
+        What a library or the system reports is a `DeviceError`; any other exception that isn't ours
+        is a bug, an `InternalError`.
+        """
+        found = error if isinstance(error, MdattnError) else _adopt(error)
+        found.item = found.item or item
+        found.rank = rank if found.rank is None else found.rank
+        if not found.agreed:  # else the rank that it comes from has logged it
+            log_traceback(error)
+        return found
+
+
+def wrapped(message: str) -> str:
+    """Break a message into lines of 80 columns at most, at words."""
+    return textwrap.fill(
+        message, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def name_ranks(ranks: Sequence[int], most: int = 8) -> str:
+    """Name ranks that are in order, for example ``ranks 0-2, 5``; the first `most` runs of them."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    text = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs[:most])
+    more = sum(map(len, runs[most:]))
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {text}{f' and {more} more' if more else ''}"
+
+
+def _adopt(error: BaseException) -> MdattnError:
+    if isinstance(error, MemoryError):
+        what = f"out of host memory ({error})" if str(error) else "out of host memory"
+        return DeviceError(what, fix="use more ranks, or -s ring, which holds 1/P of K and V")
+    what = f"{type(error).__name__}: {error}"
+    found = InternalError(f"{what} {_place(error)}") if _is_bug(error) else DeviceError(what)
+    found.__cause__ = error
+    return found
+
+
+def _is_bug(error: BaseException) -> bool:
+    """Whether nothing but a mistake in this package explains an exception."""
+    if isinstance(error, NotImplementedError | RecursionError):
+        return True
+    reported = isinstance(error, OSError | ImportError | RuntimeError)
+    return not reported and type(error).__module__ == "builtins"
+
+
+def _place(error: BaseException) -> str:
+    """Where an exception was raised, such as ``(loop.py, line 12)``."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+
+
+def log_traceback(error: BaseException) -> None:
+    """Write an exception and what led to it into this rank's log, if it has one."""
+    if LOGGER.handlers:
+        LOGGER.error("%s: %s", type(error).__name__, error, exc_info=error)
 
 
 class ItemError(MdattnError):
@@ -121,6 +175,21 @@ class DeviceError(MdattnError):
     """A device, an engine or a library failed."""
 
     exit_code = 4
+
+
+class InternalError(MdattnError):
+    """A bug in this package."""
+
+    exit_code = 4
+
+    def __init__(self, what: str, *, fix: str = "", **where: Any) -> None:
+        if not fix:  # new, and not one that came from another rank
+            what = f"{what}: this is a bug in mdattn_mpi, and nothing that you did wrong"
+            logs = "OUT.h5.run/rank-*.log"
+            fix = (
+                f"report it, with that rank's traceback, which is in its log ({logs}) or on stderr"
+            )
+        super().__init__(what, fix=fix, **where)
 
 
 class InterruptedJobError(MdattnError):

@@ -55,6 +55,26 @@ class Span:
 
 
 @dataclass(frozen=True)
+class TensorSpec:
+    """A named tensor of an item: its shape for the whole sequence, its dtype by NumPy's name.
+
+    ``token_dim`` counts tokens; None where no dim does. The dims before it are 1, so that some
+    tokens in a row are one run of bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    token_dim: int | None = 0
+
+    def with_tokens(self, tokens: int) -> tuple[int, ...]:
+        """Return the shape of a part of so many tokens; of all of it where no dim counts them."""
+        if self.token_dim is None:
+            return self.shape
+        return (*self.shape[: self.token_dim], tokens, *self.shape[self.token_dim + 1 :])
+
+
+@dataclass(frozen=True)
 class AttentionProblem:
     """The shapes, dtype, mask and scale of one item's attention.
 
@@ -108,6 +128,22 @@ class AttentionProblem:
             )
         scale = 1.0 / sqrt(self.head_dim) if self.scale is None else scale_of(self.scale)
         object.__setattr__(self, "scale", scale)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the output."""
+        return self.q_tokens
+
+    @property
+    def work(self) -> int:
+        """What deadlines and rates are scaled by: operations."""
+        return self.flops
+
+    def outputs(self, lse: bool) -> tuple[TensorSpec, ...]:
+        """Name the tensors that come out: ``output`` ``[Sq, Nq, Hv]`` and ``lse`` ``[Sq, Nq]``."""
+        rows = (self.q_tokens, self.q_heads)
+        output = TensorSpec("output", (*rows, self.v_head_dim), self.dtype)
+        return (output, TensorSpec("lse", rows, "float32")) if lse else (output,)
 
     @property
     def group_heads(self) -> int:
@@ -190,8 +226,23 @@ class Partition:
     kv: tuple[tuple[Span, ...], ...]
 
 
+class _Agreed:
+    """A plan, on which all ranks of a group must agree but for its reasons."""
+
+    @cached_property
+    def digest(self) -> int:
+        """63 bits that all ranks of the group must share."""
+        return digest_of(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must share, by name: said when ranks differ."""
+        facts = asdict(self)  # type: ignore[call-overload]
+        del facts["reasons"]
+        return {**facts.pop("problem"), **facts}
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(_Agreed):
     """How a group of ``ranks`` will compute ``problem``, and why so."""
 
     problem: AttentionProblem
@@ -203,16 +254,43 @@ class Plan:
     partition: Partition | None = None  # None means `partition.partition` of the strategy
     reasons: tuple[str, ...] = ()
 
-    @cached_property
-    def digest(self) -> int:
-        """63 bits that all ranks of the group must share; the reasons don't count."""
-        return digest_of(self.facts())
 
-    def facts(self) -> dict[str, Any]:
-        """What all ranks must share, by name: said when ranks differ."""
-        facts = asdict(self)
-        del facts["reasons"]
-        return {**facts.pop("problem"), **facts}
+@dataclass(frozen=True)
+class ModelProblem:
+    """A model's engine over one sequence: how many tokens go in, and which tensors come out."""
+
+    tokens: int
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def work(self) -> int:
+        """What deadlines and rates are scaled by: tokens."""
+        return self.tokens
+
+    @property
+    def flops(self) -> int:
+        """Return 0: nobody has counted a model's operations."""
+        return 0
+
+    def __str__(self) -> str:
+        """For example ``8192 tokens, giving hidden float16 [8192, 4096]``."""
+        given = ", ".join(f"{each.name} {each.dtype} {list(each.shape)}" for each in self.outputs)
+        return f"{self.tokens} tokens, giving {given}"
+
+
+@dataclass(frozen=True)
+class ModelPlan(_Agreed):
+    """How a group of ``ranks`` will run a model's engine on ``problem``."""
+
+    problem: ModelProblem
+    strategy: StrategyName
+    ranks: int
+    engine_digest: str
+    reasons: tuple[str, ...] = ()
+
+
+AnyProblem = AttentionProblem | ModelProblem
+AnyPlan = Plan | ModelPlan
 
 
 def digest_of(facts: dict[str, Any]) -> int:

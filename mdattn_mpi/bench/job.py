@@ -12,9 +12,8 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from math import prod
 from pathlib import Path
 from time import perf_counter
@@ -25,11 +24,13 @@ from mdattn_mpi.bench.options import add_folder, add_shapes, one_problem
 from mdattn_mpi.problem import AttentionProblem
 
 if TYPE_CHECKING:
-    from mdattn_mpi.dataset import Item
+    from mdattn_mpi.backends import HostArray
+    from mdattn_mpi.dataset import AnyItem
     from mdattn_mpi.lockstep import World
     from mdattn_mpi.runner.job import Job
     from mdattn_mpi.runner.jobspec import JobSpec
-    from mdattn_mpi.runner.loop import Files, Work
+    from mdattn_mpi.runner.loop import Files
+    from mdattn_mpi.runner.work import Enqueued, Task, Written
 
 PARTS = ("reading", "computing", "writing")
 
@@ -110,8 +111,8 @@ def _make_dataset(path: Path, problem: AttentionProblem, count: int) -> None:
 
 def _measure(world: World, spec: JobSpec) -> dict[str, float]:
     """Collective. Seconds of the whole job and of each part alone, the slowest rank's."""
+    from mdattn_mpi.runner.batch import files_of, run_items
     from mdattn_mpi.runner.opening import open_files, open_job
-    from mdattn_mpi.runner.shift import files_of, run_items
 
     job = open_job(spec, world)
     open_files(job)
@@ -132,81 +133,82 @@ def _measure(world: World, spec: JobSpec) -> dict[str, float]:
         part()
         world.barrier()
         seconds[name] = perf_counter() - began
-    for team in job.teams:
-        team.backend.close()
+    for group in job.groups:
+        group.executor.close()
     return seconds
 
 
-def _works(job: Job, items: list[Item]) -> list[Callable[[], Work]]:
-    from mdattn_mpi.runner.shift import work_on
+def _tasks(job: Job, items: Sequence[AnyItem]) -> Iterator[Task]:
+    plans, rank = job.groups[0].plans, job.world.rank
+    return (job.kind.task(item, plans[item.name], rank) for item in items)
 
-    team, rank = job.teams[0], job.world.rank
-    return [partial(work_on, item, team.plans[item.name], rank, team.backend) for item in items]
+
+def _room(job: Job, task: Task) -> list[HostArray]:
+    executor = job.groups[0].executor
+    return [executor.host_empty(shard.shape, shard.dtype) for shard in task.reads]
 
 
 def _read(job: Job, files: Files) -> None:
-    for make in _works(job, job.todo):
-        files.read(make())
+    for task in _tasks(job, job.todo):
+        files.read(task, _room(job, task))
 
 
 def _write(job: Job, files: Files) -> None:
     """Write and sync every shard, of made-up contents; the whole job overwrites them."""
     import numpy as np
 
-    from mdattn_mpi.backends import HostArray
+    from mdattn_mpi.runner.work import Enqueued
 
     class Downloaded:
         """A download that is there."""
 
-        def __init__(self, *arrays: HostArray) -> None:
+        def __init__(self, arrays: Sequence[HostArray]) -> None:
             self.arrays = arrays
 
-        def wait(self) -> tuple[HostArray, HostArray]:
+        def wait(self) -> Sequence[HostArray]:
             """Return the arrays."""
-            return self.arrays[0], self.arrays[1]
+            return self.arrays
 
-    for make in _works(job, job.todo):
-        work = make()
-        assert work.shards is not None
-        query, problem = work.shards[0], work.item.problem
-        out = np.empty((*query.shape[:2], problem.v_head_dim), query.dtype)
-        out.view(np.uint16)[...] = 0x3F80
-        work.download = Downloaded(out, np.zeros(query.shape[:2], np.float32))
-        files.write(work)
+    for task in _tasks(job, job.todo):
+        arrays = [np.empty(shard.shape, shard.dtype) for shard in task.writes]
+        for array in arrays:
+            array.view(np.uint16)[...] = 0x3F80
+        files.write(Enqueued(task, Downloaded(arrays)))
 
 
 def _in_memory(job: Job, files: Files) -> Files:
     """Files of which only the first item is ever read, and nothing written."""
-    first = _works(job, job.todo[:1])[0]()
-    shards = files.read(first)
+    from mdattn_mpi.runner.work import Read, Written
 
-    def write(work: Work) -> int:
-        assert work.download is not None
-        work.download.wait()
-        return 0
+    first = next(_tasks(job, job.todo[:1]))
+    shards = files.read(first, _room(job, first)).shards
+
+    def write(enqueued: Enqueued) -> Written:
+        enqueued.download.wait()
+        return Written(enqueued.task, 0)
 
     return replace(
         files,
-        read=lambda work: shards,
+        read=lambda task, room: Read(task, shards),
         write=write,
-        commit=lambda work, checksums: None,
+        commit=lambda task, checksums: None,
     )
 
 
-def _compute(job: Job, files: Files, items: list[Item]) -> None:
+def _compute(job: Job, files: Files, items: Sequence[AnyItem]) -> None:
     """Collective. Run the loop with files that cost nothing."""
     from mdattn_mpi.lockstep import Deadlines
     from mdattn_mpi.runner.loop import Loop
 
-    team = job.teams[0]
+    group = job.groups[0]
     loop = Loop(
-        team.group,
-        team.backend,
+        group.group,
+        group.executor,
         files,
         board=job.world.board,
         deadlines=Deadlines(),
         wants_to_stop=lambda: False,
-        finished=lambda work: None,
-        failed=lambda item, failure: None,
+        finished=lambda task: None,
+        failed=lambda item, error: None,
     )
-    loop.run(make() for make in _works(job, items))
+    loop.run(_tasks(job, items))

@@ -96,7 +96,7 @@ def surroundings() -> dict[str, str]:
 
 def versions(*packages: str) -> dict[str, str]:
     """Of installed packages."""
-    from mdattn_mpi.runner.provenance import package_version
+    from mdattn_mpi.runner.folder import package_version
 
     return {package: package_version(package) for package in packages}
 

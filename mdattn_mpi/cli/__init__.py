@@ -65,7 +65,7 @@ def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
         prog="mdattn",
         description="Exact attention over very long sequences on many ranks, in batch, under MPI.",
         epilog="Exit codes: 0 done, 1 some items failed, 2 rejected, 3 ranks disagreed, "
-        "4 device or engine error, 75 interrupted: run the same command again to resume.",
+        "4 device or engine error or a bug, 75 interrupted: run the same command again to resume.",
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, about in COMMANDS.items():

@@ -13,7 +13,7 @@ from mdattn_mpi.errors import RejectedError
 
 if TYPE_CHECKING:
     from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName
-    from mdattn_mpi.trt.build import Made
+    from mdattn_mpi.trt.build import BuiltEngine
     from mdattn_mpi.trt.library import SM, Library
     from mdattn_mpi.trt.spec import EngineSpec
     from mdattn_mpi.trt.store import Manifest
@@ -120,14 +120,14 @@ def target_of(library: Library, named: str | None) -> SM:
     return sm
 
 
-def _attention(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[Made, str]:
-    from mdattn_mpi.trt.build import Made, make_attention
+def _attention(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[BuiltEngine, str]:
+    from mdattn_mpi.trt.build import BuiltEngine, make_attention
     from mdattn_mpi.trt.store import Cache, describe_attention
 
     spec = spec_of(arguments, library, sm)
     if arguments.adopt:
         engine = _adopted(arguments.adopt)
-        return Made(engine, describe_attention(engine, library, sm, spec)), "adopted"
+        return BuiltEngine(engine, describe_attention(engine, library, sm, spec)), "adopted"
     made = make_attention(library, spec, sm, None if arguments.no_cache else Cache.default())
     return made, "from the cache" if made.cached else "built"
 
@@ -234,7 +234,7 @@ def parse_range(text: str) -> tuple[int, int]:
     return low, high
 
 
-def _model(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[Made, str]:
+def _model(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[BuiltEngine, str]:
     from mdattn_mpi.trt.onnx_import import build_model
 
     if arguments.adopt:

@@ -129,7 +129,7 @@ def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Fi
 def place(world: World) -> dict[str, Any]:
     """Where this rank is, and by whose hand."""
     from mdattn_mpi.lockstep import launcher
-    from mdattn_mpi.lockstep.world import mpi_library, threads_may_call
+    from mdattn_mpi.lockstep.mpi import mpi_library, threads_may_call
 
     launched = launcher()
     return {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.cli.options import add_ignore, printable
 
 if TYPE_CHECKING:
-    from mdattn_mpi.dataset import Dataset, Item, Output
+    from mdattn_mpi.dataset import AnyItem, Dataset, Item, Output
     from mdattn_mpi.dataset.foreign.tensor import ForeignTensor
 
 DESCRIPTION = """\
@@ -141,18 +141,14 @@ def _describe_output(arguments: argparse.Namespace) -> dict[str, Any]:
         }
 
 
-def _output_item(output: Output, item: Item, check: bool) -> dict[str, Any]:
+def _output_item(output: Output, item: AnyItem, check: bool) -> dict[str, Any]:
     entry = output.ledger.entry(item)
     shape = str(item.problem)
     facts = {"name": item.name, **_problem(item), "shape": shape, "state": entry.state}
     if entry.state == "done":
         facts |= {"strategy": entry.strategy, "ranks": entry.ranks}
         if check:
-            facts["damaged"] = [
-                f"the shard of rank {rank}"
-                for rank, (spans, crc32) in enumerate(zip(entry.shards, entry.crc32s, strict=True))
-                if output.checksum(item, spans) != crc32
-            ]
+            facts["damaged"] = [f"the shard of rank {rank}" for rank in output.damaged(item)]
     return facts | ({"reason": entry.reason} if entry.reason else {})
 
 
@@ -181,7 +177,7 @@ def _dtype_of(tensor: ForeignTensor) -> str:
     return f"unreadable: {tensor.fault.what}" if tensor.fault else tensor.dtype.name
 
 
-def _problem(item: Item) -> dict[str, Any]:
+def _problem(item: AnyItem) -> dict[str, Any]:
     from dataclasses import asdict
 
     return asdict(item.problem)

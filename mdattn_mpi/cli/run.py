@@ -1,4 +1,4 @@
-"""``mdattn run``: attention over every item of a dataset, by all ranks together."""
+"""``mdattn run``: attention, or a model's engine, over every item, by all ranks together."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ Compute exact attention over every item of a dataset, by all ranks together.
   mpirun -n 4 mdattn run data.h5 -o out.h5
 
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
-output. The same command again does only what isn't done. Beside the output, OUT.h5.run/ gets one
-log a rank, summary.json, and a death note if a rank is lost.
+output. With --engine and --bind it is a model's engine that they run. The same command again does
+only what isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, and a death
+note if a rank is lost.
 """
 
 EPILOG = """\
@@ -22,7 +23,8 @@ Signals: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 let the job finish and commit the i
 end with 75; a second one ends at once. Finished items are safe in every case.
 
 Exit codes: 0 all done; 1 some items failed, or the output can't be written; 2 rejected before any
-work; 3 ranks disagreed; 4 device or engine error; 75 interrupted, run the same command again.
+work; 3 ranks disagreed; 4 device or engine error, or a bug; 75 interrupted, run the
+same command again.
 """
 
 
@@ -107,10 +109,6 @@ def _work(arguments: argparse.Namespace) -> int:
     if "chaos" in arguments:
         arm(arguments.chaos, board())
     world = start()
-    if "bind" in arguments:
-        from mdattn_mpi.runner.model_job import run_model_job
-
-        return run_model_job(spec_of(arguments), tuple(arguments.bind), world)
     from mdattn_mpi.runner.main import run_job
 
     return run_job(lambda: spec_of(arguments), world)
@@ -128,11 +126,11 @@ def spec_of(arguments: argparse.Namespace) -> Any:
     from mdattn_mpi.errors import RejectedError
     from mdattn_mpi.runner.jobspec import JobSpec, load_job_file
 
-    others = ("main", "job", "bind")
-    given = {name: value for name, value in vars(arguments).items() if name not in others}
-    for name in ("allow", "ignore"):
-        if name in given:
-            given[name] = tuple(given[name])
+    given = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(arguments).items()
+        if name not in ("main", "job")
+    }
     fields = {**(load_job_file(arguments.job) if "job" in arguments else {}), **given}
     for name, shown in (("data", "DATA.h5"), ("output", "-o OUT.h5")):
         if name not in fields:

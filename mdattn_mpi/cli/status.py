@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.cli.options import printable
 
 if TYPE_CHECKING:
-    from mdattn_mpi.lockstep.board import Record
+    from mdattn_mpi.lockstep.record import Record
 
 DESCRIPTION = """\
 Say how the job that writes an output is doing, while it runs or after: items done and left, rate,
@@ -66,7 +66,7 @@ def status(path: str) -> dict[str, Any]:
 
     with open_output(path) as output:
         work = [
-            (entry.state, item.problem.flops)
+            (entry.state, item.problem.work)
             for entry, item in zip(output.ledger.entries(), output.items, strict=True)
         ]
     counts = {name: sum(s == name for s, _ in work) for name in ("done", "todo", "failed")}
@@ -87,7 +87,7 @@ def status(path: str) -> dict[str, Any]:
 
 def _state(records: Sequence[Record], note: object, counts: Mapping[str, int], now: float) -> str:
     """Say in a word how it is."""
-    from mdattn_mpi.lockstep.board import ENDED
+    from mdattn_mpi.lockstep.record import ENDED
 
     if note:
         return "lost a rank"
@@ -107,20 +107,20 @@ def _speed(
     *,
     running: bool,
 ) -> dict[str, float | None]:
-    """Items a second since the job began, and the seconds to go: operations left by those done."""
+    """Items a second since the job began, and the seconds to go: work left by work done."""
     unknown: dict[str, float | None] = {"items_per_second": None, "seconds_left": None}
     began = min((record.first_wall for record in records if record.first_wall), default=0.0)
     done_now = counts["done"] - min((record.first_done for record in records), default=0)
     if not running or not began or done_now <= 0 or now <= began:
         return unknown
     rate = done_now / (now - began)
-    mean = sum(flops for state, flops in work if state == "done") / counts["done"]
-    left = sum(flops for state, flops in work if state == "todo")
+    mean = sum(each for state, each in work if state == "done") / counts["done"]
+    left = sum(each for state, each in work if state == "todo")
     return {"items_per_second": rate, "seconds_left": left / mean / rate}
 
 
 def _rank(record: Record, now: float) -> dict[str, Any]:
-    from mdattn_mpi.lockstep.board import ENDED
+    from mdattn_mpi.lockstep.record import ENDED
 
     return {
         "rank": record.rank,
@@ -151,10 +151,10 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     for rank in ranks:
         yield f"  rank {rank['rank']}: {_doing(rank, facts['state'])}"
     if facts["death_note"]:
-        from mdattn_mpi.lockstep.death_note import paragraph
+        from mdattn_mpi.lockstep.death_note import message
 
         yield ""
-        yield printable(paragraph(facts["death_note"]))
+        yield from map(printable, message(facts["death_note"]).splitlines())
 
 
 def _doing(rank: Mapping[str, Any], state: str) -> str:

@@ -1,7 +1,15 @@
 """The files: what they look like, reading by shard, writing, and the ledger."""
 
-from mdattn_mpi.dataset.dtypes import NUMPY
-from mdattn_mpi.dataset.layout import TENSORS, Item, Layout, State, Tensor
+from mdattn_mpi.dataset.dtypes import NUMPY, numpy_dtype
+from mdattn_mpi.dataset.layout import (
+    TENSORS,
+    AnyItem,
+    Item,
+    Layout,
+    ModelItem,
+    State,
+    Tensor,
+)
 from mdattn_mpi.dataset.ledger import Entry, Ledger
 from mdattn_mpi.dataset.making import DatasetWriter, create_dataset
 from mdattn_mpi.dataset.output import Output, open_output
@@ -11,17 +19,20 @@ from mdattn_mpi.dataset.writer import create_output
 __all__ = [
     "NUMPY",
     "TENSORS",
+    "AnyItem",
     "Dataset",
     "DatasetWriter",
     "Entry",
     "Item",
     "Layout",
     "Ledger",
+    "ModelItem",
     "Output",
     "State",
     "Tensor",
     "create_dataset",
     "create_output",
+    "numpy_dtype",
     "open_dataset",
     "open_output",
 ]

@@ -25,6 +25,11 @@ NUMPY: dict[str, np.dtype[Any]] = {
 }
 
 
+def numpy_dtype(name: str) -> np.dtype[Any]:
+    """Find the dtype that NumPy, or ml_dtypes, calls `name`."""
+    return NUMPY[name] if name in NUMPY else np.dtype(name)
+
+
 class FloatFields(NamedTuple):
     """What decides the meaning of an HDF5 float of 16 bits, besides its byte order."""
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from mdattn_mpi.dataset.layout import (
     MAX_ITEMS,
     TENSORS,
     VERSION,
-    Item,
+    AnyItem,
     Layout,
     Tensor,
     batch_item_name,
@@ -31,6 +31,8 @@ from mdattn_mpi.dataset.layout import (
 from mdattn_mpi.dataset.unknown import misplaced_in, refuse_unknown, unknown_in
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
+
+T = TypeVar("T", bound=AnyItem)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def patterns_of(select: str) -> list[str]:
     return patterns
 
 
-def select_items(items: Sequence[Item], patterns: Sequence[str], file: str) -> list[Item]:
+def select_items(items: Sequence[T], patterns: Sequence[str], file: str) -> list[T]:
     """Choose the items whose names match.
 
     Raises

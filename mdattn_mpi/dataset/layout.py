@@ -13,18 +13,23 @@ Dataset (input)::
 With a leading batch dim, ``[B, S, N, H]``, the item stands for B items ``<name>.0``, ``<name>.1``
 and so on. With ``layout = "head_major"`` (of the item, or of the file) tensors are ``[N, S, H]``.
 
-Output::
+Output of attention::
 
     /                     format = "mdattn-output", version = 1, and provenance
     /items/<name>/output  [Sq, Nq, Hv]    attributes of the item: index, problem (JSON)
     /items/<name>/lse     [Sq, Nq]        float32, optional
     /ledger/state         [items]         uint8: 0 todo, 1 done, 2 failed
     /ledger/crc32         [items, width]  uint32: of each rank's shard, output spans then LSE spans
-    /ledger/spans         [items, width, 2, 2]  uint64: each rank's query tokens, as two runs
+    /ledger/spans         [items, width, 2, 2]  uint64: each rank's tokens, as two runs
                                           of start and stop; an empty one is Sq, Sq
     /ledger/ranks         [items]         uint32: how many ranks made the item
     /ledger/strategy      [items]         uint8: how they shared it, a position in STRATEGIES
     /ledger/reason        [items]         256 bytes: why it failed, UTF-8, zero-padded
+
+Output of a model's engine: the same, but for what an item holds::
+
+    /items/<name>/<tensor>  any shape and dtype; attributes of the item: index, tensors (JSON: the
+                            tokens, and of each tensor shape, dtype and token_dim)
 
 Row ``i`` of the ledger belongs to the item whose attribute ``index`` is ``i``. Every dataset of an
 output is contiguous, so that ranks write at known offsets and HDF5's metadata never changes.
@@ -36,7 +41,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.problem import AttentionProblem, ModelProblem
 
 Layout = Literal["token_major", "head_major"]
 Tensor = Literal["query", "key", "value"]
@@ -76,6 +81,18 @@ class Item:
     name: str
     index: int
     problem: AttentionProblem
+
+
+@dataclass(frozen=True)
+class ModelItem:
+    """The same for a model's engine."""
+
+    name: str
+    index: int
+    problem: ModelProblem
+
+
+AnyItem = Item | ModelItem
 
 
 def item_name_fault(name: str) -> str:

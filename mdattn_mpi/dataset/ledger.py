@@ -17,7 +17,7 @@ from mdattn_mpi.dataset.layout import (
     REASON_BYTES,
     STATES,
     STRATEGIES,
-    Item,
+    AnyItem,
     State,
 )
 from mdattn_mpi.dataset.positioned import read_exactly, write_exactly
@@ -31,7 +31,7 @@ class Entry(NamedTuple):
     state: State
     strategy: str = ""
     crc32s: tuple[int, ...] = ()  # of each rank's shard
-    shards: tuple[tuple[Span, ...], ...] = ()  # each rank's query tokens, in their order there
+    shards: tuple[tuple[Span, ...], ...] = ()  # each rank's tokens, in their order there
     reason: str = ""
 
     @property
@@ -50,7 +50,7 @@ class Ledger:
 
     path: str
     fd: int
-    items: tuple[Item, ...]  # in the order of the rows
+    items: tuple[AnyItem, ...]  # in the order of the rows
     width: int  # ranks that an item may have
     offsets: dict[str, int]  # of each dataset of the ledger, in the file
 
@@ -58,11 +58,11 @@ class Ledger:
     def _rows(self) -> dict[str, int]:
         return {item.name: row for row, item in enumerate(self.items)}
 
-    def state(self, item: Item) -> State:
+    def state(self, item: AnyItem) -> State:
         """Say whether `item` is to be done, done, or failed."""
         return self.entry(item).state
 
-    def entry(self, item: Item) -> Entry:
+    def entry(self, item: AnyItem) -> Entry:
         """Read all that is known of `item`."""
         row = self._rows[item.name]
         return self._entries(row, row + 1)[0]
@@ -78,7 +78,7 @@ class Ledger:
 
     def commit(
         self,
-        item: Item,
+        item: AnyItem,
         crc32s: Sequence[int],
         strategy: str,
         shards: Sequence[Sequence[Span]],
@@ -94,7 +94,7 @@ class Ledger:
         strategy
             How the group shared the item.
         shards
-            The query tokens of each rank, as they were given to `Output.write`.
+            The tokens of each rank, as they were given to `Output.write`.
 
         """
         if not 1 <= len(crc32s) <= self.width:
@@ -105,7 +105,7 @@ class Ledger:
             )
         checksums = np.zeros(self.width, "<u4")
         spans = np.zeros((self.width, RANK_SPANS, 2), "<u8")
-        spans[: len(crc32s)] = item.problem.q_tokens  # empty, and not all zeros: a rank was there
+        spans[: len(crc32s)] = item.problem.tokens  # empty, and not all zeros: a rank was there
         for rank, (crc32, runs) in enumerate(zip(crc32s, shards, strict=True)):
             checksums[rank] = crc32
             for position, run in enumerate(runs):
@@ -117,32 +117,32 @@ class Ledger:
         self._write(item, "reason", np.zeros(REASON_BYTES, "u1"))
         self._set_state(item, "done")
 
-    def fail(self, item: Item, reason: str) -> None:
+    def fail(self, item: AnyItem, reason: str) -> None:
         """Note why `item` couldn't be done; the next run tries again."""
         text = reason.encode(errors="replace")[:REASON_BYTES]
         text = text.decode(errors="ignore").encode()  # may have been cut inside a character
         self._write(item, "reason", np.frombuffer(text.ljust(REASON_BYTES, b"\0"), "u1"))
         self._set_state(item, "failed")
 
-    def _set_state(self, item: Item, state: State) -> None:
+    def _set_state(self, item: AnyItem, state: State) -> None:
         self._sync(item)
         self._write(item, "state", np.array(STATES.index(state), "<u1"))
         self._sync(item)
 
-    def _write(self, item: Item, name: str, row: np.ndarray[Any, Any]) -> None:
+    def _write(self, item: AnyItem, name: str, row: np.ndarray[Any, Any]) -> None:
         try:
             start = self.offsets[name] + self._rows[item.name] * row.nbytes
             write_exactly(self.fd, start, row.tobytes())
         except OSError as error:
             raise self._failed(item, error) from error
 
-    def _sync(self, item: Item) -> None:
+    def _sync(self, item: AnyItem) -> None:
         try:
             os.fdatasync(self.fd)
         except OSError as error:
             raise self._failed(item, error) from error
 
-    def _failed(self, item: Item, error: OSError) -> OutputError:
+    def _failed(self, item: AnyItem, error: OSError) -> OutputError:
         return OutputError(
             f"the ledger can't be written: {error.strerror or error}",
             fix="free some space or mend the filesystem, then run the same command again",
@@ -157,7 +157,7 @@ class Ledger:
         ranks = self._column("ranks", start, stop, "<u4")
         strategy = self._column("strategy", start, stop, "<u1")
         reason = self._column("reason", start, stop, f"S{REASON_BYTES}")
-        tokens = [item.problem.q_tokens for item in self.items[start:stop]]
+        tokens = [item.problem.tokens for item in self.items[start:stop]]
         return [
             _entry(*row)
             for row in zip(tokens, state, crc32, spans, ranks, strategy, reason, strict=True)

@@ -6,69 +6,33 @@ Opening it asks HDF5 for the offsets; from then on the file is bytes at known pl
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import NUMPY, stored_as
-from mdattn_mpi.dataset.hdf5 import File, Node, Value
+from mdattn_mpi.dataset.contents import Contents, contents_of
+from mdattn_mpi.dataset.hdf5 import File, Value
 from mdattn_mpi.dataset.index import check_format
 from mdattn_mpi.dataset.layout import (
-    ITEMS,
-    LEDGER,
-    MAX_ITEMS,
     OUTPUT_FORMAT,
-    RANK_SPANS,
-    REASON_BYTES,
-    Item,
-    item_name_fault,
-    shown,
+    AnyItem,
 )
-from mdattn_mpi.dataset.ledger import Ledger
-from mdattn_mpi.dataset.positioned import read_exactly, write_exactly
-from mdattn_mpi.dataset.reader import Dataset
+from mdattn_mpi.dataset.positioned import Region, read_exactly, write_exactly
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.problem import Span
+
+P = TypeVar("P")
 
 Array = np.ndarray[Any, np.dtype[Any]]
-Result = Literal["output", "lse"]
 
 # Options that a resumed job may change when its user says so.
 CHANGEABLE = ("strategy", "backend", "ranks", "group_size", "transfer", "engine")
 _ANEW = "start anew: --overwrite"
 BLOCK_BYTES = 8 << 20  # checksum and write go over the same block while it is in the cache
-
-
-@dataclass(frozen=True)
-class Region:
-    """An array at a place in the file. Dim 0 are tokens."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token."""
-        return prod(self.shape[1:]) * self.dtype.itemsize
-
-    @property
-    def stop(self) -> int:
-        """Where it ends in the file."""
-        return self.offset + prod(self.shape) * self.dtype.itemsize
-
-    def check(self, spans: Sequence[Span]) -> int:
-        """Count the tokens of `spans`; all of them must be here."""
-        for span in spans:
-            if not 0 <= span.start <= span.stop <= self.shape[0]:
-                raise ValueError(f"{span} is not within {self.shape[0]}")
-        return sum(len(span) for span in spans)
 
 
 class Output:
@@ -85,11 +49,11 @@ class Output:
     ledger
         Which of them are done.
     lse
-        Whether it has room for the log-sum-exp.
+        Whether it has room for the log-sum-exp of attention.
 
     """
 
-    def __init__(self, path: str, fd: int, attributes: Mapping[str, Value], contents: _Contents):
+    def __init__(self, path: str, fd: int, attributes: Mapping[str, Value], contents: Contents):
         self.path = path
         self.attributes = dict(attributes)
         self.items = contents.items
@@ -111,7 +75,7 @@ class Output:
             os.close(self._fd)
             self._fd = -1
 
-    def item(self, name: str) -> Item:
+    def item(self, name: str) -> AnyItem:
         """Find an item by its name.
 
         Raises
@@ -134,10 +98,14 @@ class Output:
             if self.attributes.get(name) != value
         }
 
+    def regions(self, item: AnyItem) -> Mapping[str, Region]:
+        """Say where each tensor of an item lies, by its name."""
+        return self._regions[self.item(item.name).index]
+
     def check_resume(
-        self, dataset: Dataset, options: Mapping[str, Value], *, ranks: int, allow_change: bool
+        self, items: Sequence[AnyItem], given: Mapping[str, Value], *, allow_change: bool
     ) -> None:
-        """Make sure that going on with `dataset` and `options` gives what this output began.
+        """Make sure that going on with `items` and what is `given` gives what this output began.
 
         Raises
         ------
@@ -146,13 +114,12 @@ class Output:
             `CHANGEABLE`: they don't alter the meaning of the result, only its last bits.
 
         """
-        now = {item.name: item.problem for item in dataset.items}
+        now = {item.name: item.problem for item in items}
         if now != {item.name: item.problem for item in self.items}:
-            raise self._changed(["its items, or their shapes, masks or scales, are others"])
-        given = {**dataset.identity, **options, "ranks": ranks}
-        for name in ("input_path", "items"):  # the file may have moved; items were compared above
-            given.pop(name, None)
-        changes = self.match(given)
+            raise self._changed(["its items, or what is to be computed of them, are others"])
+        # The file may have moved, and items were compared above.
+        compared = {n: value for n, value in given.items() if n not in ("input_path", "items")}
+        changes = self.match(compared)
         if any(name not in CHANGEABLE for name in changes) or (changes and not allow_change):
             raise self._changed(
                 [
@@ -170,7 +137,7 @@ class Output:
             file=self.path,
         )
 
-    def write(self, item: Item, spans: Sequence[Span], out: Array, lse: Array | None = None) -> int:
+    def write(self, item: AnyItem, spans: Sequence[Span], arrays: Mapping[str, Array]) -> int:
         """Write one rank's shard; `sync` makes it last.
 
         Parameters
@@ -178,16 +145,15 @@ class Output:
         item
             An item of this name.
         spans
-            The rank's query tokens.
-        out
-            ``[tokens, Nq, Hv]`` in the item's dtype, the spans one after the other.
-        lse
-            ``[tokens, Nq]`` in float32; needed when the output has room for it.
+            The tokens that the rank computed.
+        arrays
+            By the tensor's name: those tokens, one span after the other; all of a tensor without
+            token dim, which only the first rank writes.
 
         Returns
         -------
         int
-            CRC-32 over the bytes of `out`, then those of `lse`.
+            CRC-32 over the bytes, tensor by tensor.
 
         Raises
         ------
@@ -196,36 +162,35 @@ class Output:
 
         """
         checksum = 0
-        for result, array in self._results(item, spans, out, lse):
-            region = self._region(item, result)
-            done = 0
-            for span in spans:
-                part = array[done : done + len(span)].reshape(-1).view(np.uint8)
-                start = region.offset + span.start * region.token_bytes
-                checksum = self._write_block(item, start, part, checksum)
-                done += len(span)
+        for name, region, array in self._places(item, spans, arrays):
+            data, done = array.reshape(-1).view(np.uint8), 0
+            for offset, nbytes in region.runs(spans):
+                part = data[done : done + nbytes]
+                checksum = self._write_run(item, name, offset, part, checksum)
+                done += nbytes
         return checksum
 
-    def _results(
-        self, item: Item, spans: Sequence[Span], out: Array, lse: Array | None
-    ) -> list[tuple[Result, Array]]:
-        """Pair what was given with what the file has room for; contiguous, and of its shape."""
-        if self.lse and lse is None:
-            raise ValueError(f"item {item.name!r}: this output has room for lse, none was given")
-        given: list[tuple[Result, Array]] = [("output", out)]
-        if self.lse and lse is not None:
-            given.append(("lse", lse))
-        for result, array in given:
-            region = self._region(item, result)
-            shape = (region.check(spans), *region.shape[1:])
+    def _places(
+        self, item: AnyItem, spans: Sequence[Span], arrays: Mapping[str, Array]
+    ) -> list[tuple[str, Region, Array]]:
+        """Pair what was given with its place in the file; contiguous, and of its shape."""
+        regions = self.regions(item)
+        missing = {n for n, r in regions.items() if r.token_dim is not None} - arrays.keys()
+        if missing or arrays.keys() - regions.keys():
+            raise ValueError(f"item {item.name!r}: want {list(regions)}, got {list(arrays)}")
+        found = [(name, region, arrays[name]) for name, region in regions.items() if name in arrays]
+        for name, region, array in found:
+            shape = region.part(spans)
             if array.shape != shape or array.dtype != region.dtype:
                 raise ValueError(
-                    f"item {item.name!r}: {result} is {array.dtype}{list(array.shape)}, "
+                    f"item {item.name!r}: {name} is {array.dtype}{list(array.shape)}, "
                     f"want {region.dtype}{list(shape)}"
                 )
-        return [(result, np.ascontiguousarray(array)) for result, array in given]
+        return [(name, region, np.ascontiguousarray(array)) for name, region, array in found]
 
-    def _write_block(self, item: Item, offset: int, data: Array, checksum: int) -> int:
+    def _write_run(
+        self, item: AnyItem, tensor: str, offset: int, data: Array, checksum: int
+    ) -> int:
         try:
             for start in range(0, data.size, BLOCK_BYTES):
                 block = data[start : start + BLOCK_BYTES].data
@@ -233,14 +198,14 @@ class Output:
                 write_exactly(self._fd, offset + start, block)
         except OSError as error:
             raise OutputError(
-                f"can't be written: {error.strerror or error}",
+                f"{tensor} can't be written: {error.strerror or error}",
                 fix="free some space or mend the filesystem, then run the same command again",
                 file=self.path,
                 item=item.name,
             ) from error
         return checksum
 
-    def read(self, item: Item, result: Result, spans: Sequence[Span] | None = None) -> Array:
+    def read(self, item: AnyItem, tensor: str, spans: Sequence[Span] | None = None) -> Array:
         """Read the tokens of `spans` (all of them when left out), one span after the other.
 
         Raises
@@ -249,36 +214,58 @@ class Output:
             The file can't be read there.
 
         """
-        region = self._region(item, result)
-        spans = (Span(0, region.shape[0]),) if spans is None else spans
-        array = np.empty((region.check(spans), *region.shape[1:]), region.dtype)
-        done = 0
-        for span in spans:
-            start = region.offset + span.start * region.token_bytes
-            try:
-                read_exactly(self._fd, start, array[done : done + len(span)])
-            except OSError as error:
-                raise ItemError(
-                    f"{result} can't be read: {error.strerror or error}",
-                    fix="restore the file, or start anew with --overwrite",
-                    file=self.path,
-                    item=item.name,
-                ) from error
-            done += len(span)
+        region = self.regions(item)[tensor]
+        if spans is None:
+            spans = () if region.token_dim is None else (Span(0, region.shape[region.token_dim]),)
+        array = np.empty(region.part(spans), region.dtype)
+        with self._reading(item, tensor):
+            region.read(self._fd, spans, array)
         return array
 
-    def checksum(self, item: Item, spans: Sequence[Span]) -> int:
-        """Compute from the file what `write` returned for the same spans."""
+    def checksum(self, item: AnyItem, spans: Sequence[Span], *, first: bool = True) -> int:
+        """Compute from the file what `write` returned for the same spans.
+
+        `first` says whether it was the first rank, which writes what has no token dim.
+        """
         checksum = 0
-        for result in ("output", "lse") if self.lse else ("output",):
-            region = self._region(item, result)
-            step = max(1, BLOCK_BYTES // region.token_bytes)
-            for span in spans:
-                for start in range(span.start, span.stop, step):
-                    run = Span(start, min(start + step, span.stop))
-                    part = self.read(item, result, (run,))
-                    checksum = zlib.crc32(part.reshape(-1).view(np.uint8).data, checksum)
+        for name, region in self.regions(item).items():
+            if region.token_dim is None and not first:
+                continue
+            for offset, nbytes in region.runs(spans):
+                for start in range(0, nbytes, BLOCK_BYTES):
+                    block = np.empty(min(BLOCK_BYTES, nbytes - start), np.uint8)
+                    with self._reading(item, name):
+                        read_exactly(self._fd, offset + start, block)
+                    checksum = zlib.crc32(block.data, checksum)
         return checksum
+
+    def damaged(self, item: AnyItem) -> tuple[int, ...]:
+        """Name the ranks whose shard of a finished item has other bytes than they wrote.
+
+        Raises
+        ------
+        ItemError
+            The file can't be read there.
+
+        """
+        entry = self.ledger.entry(item)
+        return tuple(
+            rank
+            for rank, (spans, crc32) in enumerate(zip(entry.shards, entry.crc32s, strict=True))
+            if self.checksum(item, spans, first=rank == 0) != crc32
+        )
+
+    @contextmanager
+    def _reading(self, item: AnyItem, tensor: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise ItemError(
+                f"{tensor} can't be read: {error.strerror or error}",
+                fix="restore the file, or start anew with --overwrite",
+                file=self.path,
+                item=item.name,
+            ) from error
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk.
@@ -298,9 +285,6 @@ class Output:
                 file=self.path,
             ) from error
 
-    def _region(self, item: Item, result: Result) -> Region:
-        return self._regions[self.item(item.name).index][result]
-
 
 def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
     """Open an output and check its structure.
@@ -317,7 +301,7 @@ def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
         attributes = root.attributes()
         fd = _reopen(file, writable)
         try:
-            return Output(file.path, fd, attributes, _contents(root, fd))
+            return Output(file.path, fd, attributes, contents_of(root, fd))
         except BaseException:
             os.close(fd)
             raise
@@ -326,14 +310,6 @@ def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
 def _brief(value: Value | None) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:20]}…"
-
-
-@dataclass(frozen=True)
-class _Contents:
-    items: tuple[Item, ...]
-    regions: list[dict[Result, Region]]
-    ledger: Ledger
-    lse: bool
 
 
 def _reopen(file: File, writable: bool) -> int:
@@ -348,95 +324,3 @@ def _reopen(file: File, writable: bool) -> int:
         os.close(fd)
         raise file.reject("was replaced while it was opened", "run the same command again")
     return fd
-
-
-def _contents(root: Node, fd: int) -> _Contents:
-    reject = root.file.reject
-    group, book = root.child(ITEMS), root.child(LEDGER)
-    if group is None or book is None:
-        raise reject(f"has no group /{ITEMS} or no group /{LEDGER}", _ANEW)
-    found = [_item(group, name) for name in group.names(MAX_ITEMS)]
-    found.sort(key=lambda pair: pair[0].index)
-    items = tuple(item for item, _ in found)
-    regions = [results for _, results in found]
-    if [item.index for item in items] != list(range(len(items))):
-        raise reject("its items aren't numbered 0, 1, 2, …", _ANEW)
-    if len({len(results) for results in regions}) > 1:
-        raise reject("some of its items have an lse and some don't", _ANEW)
-    ledger_regions = _ledger_regions(book, len(items))
-    _check_apart(
-        root, [*ledger_regions.values(), *(r for found in regions for r in found.values())]
-    )
-    ledger = Ledger(
-        path=root.file.path,
-        fd=fd,
-        items=items,
-        width=ledger_regions["crc32"].shape[1],
-        offsets={name: region.offset for name, region in ledger_regions.items()},
-    )
-    return _Contents(items, regions, ledger, any(len(results) == 2 for results in regions))
-
-
-def _item(group: Node, name: str) -> tuple[Item, dict[Result, Region]]:
-    """Read one item's problem from its attributes, and compare its datasets with that."""
-    reject = group.file.reject
-    fault = item_name_fault(name)
-    node = group.child(name) if not fault else None
-    if node is None:
-        raise reject(f"item {shown(name)!r}: its name {fault or 'leads nowhere'}", _ANEW)
-    index, text = node.attribute("index"), node.attribute("problem")
-    try:
-        problem = AttentionProblem(**json.loads(str(text)))
-    except (RejectedError, TypeError, ValueError) as error:
-        raise reject(f"item {name!r}: its problem is {shown(str(text))} ({error})", _ANEW) from None
-    if not isinstance(index, int):
-        raise reject(f"item {name!r}: index is {index!r}", _ANEW)
-    shape = (problem.q_tokens, problem.q_heads, problem.v_head_dim)
-    results: dict[Result, Region] = {"output": _region(node, "output", shape, NUMPY[problem.dtype])}
-    if node.child("lse") is not None:
-        results["lse"] = _region(node, "lse", shape[:2], np.dtype("<f4"))
-    return Item(name, index, problem), results
-
-
-def _ledger_regions(book: Node, items: int) -> dict[str, Region]:
-    crc32 = book.child("crc32")
-    shape = crc32.storage().shape if crc32 is not None and crc32.is_dataset else ()
-    width = shape[1] if len(shape) == 2 else 0
-    return {
-        "state": _region(book, "state", (items,), np.dtype("<u1")),
-        "crc32": _region(book, "crc32", (items, width), np.dtype("<u4")),
-        "spans": _region(book, "spans", (items, width, RANK_SPANS, 2), np.dtype("<u8")),
-        "ranks": _region(book, "ranks", (items,), np.dtype("<u4")),
-        "strategy": _region(book, "strategy", (items,), np.dtype("<u1")),
-        "reason": _region(book, "reason", (items,), np.dtype(f"S{REASON_BYTES}")),
-    }
-
-
-def _region(parent: Node, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Region:
-    """Find a contiguous dataset of just this shape and dtype, inside this file."""
-    reject = parent.file.reject
-    node = parent.child(name)
-    if node is None or not node.is_dataset or node.file is not parent.file:
-        raise reject(f"{parent.path} has no dataset {name!r}", _ANEW)
-    storage = node.storage()
-    with node.file.guard(node.path):
-        stored = node.id.get_type()
-        found = stored_as(stored)
-        name_of = found if isinstance(found, str) else found.dtype
-        same = name_of == dtype.name or (isinstance(found, str) and stored.dtype == dtype)
-    if storage.offset is None or storage.shape != shape or not same:
-        raise reject(
-            f"{node.path} is {name_of} {list(storage.shape)}, {storage}; "
-            f"want {dtype.name} {list(shape)}, contiguous",
-            _ANEW,
-        )
-    return Region(storage.offset, shape, dtype)
-
-
-def _check_apart(root: Node, regions: Sequence[Region]) -> None:
-    """No two datasets share bytes: writing one would change the other."""
-    end = 0
-    for region in sorted(regions, key=lambda region: region.offset):
-        if region.offset < end:
-            raise root.file.reject("two of its datasets overlap", _ANEW)
-        end = region.stop

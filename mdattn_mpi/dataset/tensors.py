@@ -1,118 +1,108 @@
-"""Files of a model's inputs and outputs: any tensors of 16-bit numbers that have a token dim.
+"""Reading named tensors of any dtype, ``/items/<name>/<tensor>``: what a model takes.
 
-Input: the datasets that were bound, ``/items/<name>/<dataset>``. Output::
-
-    /                         format = "mdattn-model-output", version = 1, and provenance
-    /items/<name>/<dataset>   contiguous; attribute of the item: index
-    /ledger/state             [items]  uint8: 0 todo, 1 done
-
-All dims before the one that counts tokens are 1, so that a rank's shard is one run of bytes.
+A tensor lies in one run, and its tokens too: what `Region` says.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from math import prod
-from types import TracebackType
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
-import h5py
 import numpy as np
-from numpy.typing import NDArray
 
-from mdattn_mpi.dataset.dtypes import NUMPY, hdf5_type, stored_as
-from mdattn_mpi.dataset.hdf5 import File, Node, Value
+from mdattn_mpi.dataset.dtypes import Stored, numpy_dtype, stored_as
+from mdattn_mpi.dataset.hdf5 import File, Node
 from mdattn_mpi.dataset.index import chosen_names, patterns_of
 from mdattn_mpi.dataset.layout import (
     ITEMS,
-    LEDGER,
     MAX_ITEMS,
-    VERSION,
+    AnyItem,
     item_name_fault,
     natural_order,
     shown,
 )
-from mdattn_mpi.dataset.positioned import read_exactly, write_exactly
-from mdattn_mpi.dataset.writer import allocate, new_file, put_attributes
-from mdattn_mpi.errors import ItemError, OutputError, RejectedError
-from mdattn_mpi.problem import DTypeName, Span
+from mdattn_mpi.dataset.positioned import Region, read_exactly
+from mdattn_mpi.errors import ItemError, RejectedError
+from mdattn_mpi.problem import Span, TensorSpec
 
-MODEL_FORMAT = "mdattn-model-output"
-DONE = 1
+Array = np.ndarray[Any, np.dtype[Any]]
 
-Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class Run:
-    """A tensor in a file whose tokens lie one after the other."""
-
-    shape: tuple[int, ...]
-    axis: int
-    dtype: np.dtype[Any]
-    offset: int
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token."""
-        return prod(self.shape[self.axis + 1 :]) * self.dtype.itemsize
-
-    def part(self, span: Span) -> tuple[int, tuple[int, ...]]:
-        """Return where `span` begins in the file, and its shape."""
-        shape = (*self.shape[: self.axis], len(span), *self.shape[self.axis + 1 :])
-        return self.offset + span.start * self.token_bytes, shape
-
-
-@dataclass(frozen=True)
-class TensorItem:
-    """One sequence: its name, its tokens, its tensors by the name of their dataset."""
-
-    name: str
-    tokens: int
-    runs: Mapping[str, Run]
+SAMPLES = 4096  # blocks of the content that go into a digest, over all items
+SAMPLE_BYTES = 4096
+ANY = -1  # in a shape: the file decides
 
 
 class TensorFile:
-    """The bound datasets of a file, open for reading; `read` is safe in any thread.
+    """Some tensors of every selected item of a file, open for reading.
 
     Parameters
     ----------
     path
         The file.
-    axes
-        The datasets, and which dim counts tokens in each.
+    tensors
+        What every item must have; -1 in place of the number of tokens.
     select
         Names or globs of items, separated by commas.
     allow
         Folders that links in the file may lead to.
 
+    Attributes
+    ----------
+    path, size
+        The file, and its bytes.
+    tokens
+        Of every selected item, by name, in natural order.
+
     Raises
     ------
     RejectedError
-        An item lacks a dataset, or it isn't as it must be; nothing matches.
+        An item lacks a tensor, or it isn't as it must be; nothing matches.
 
     """
 
+    warnings = ()
+
     def __init__(
-        self, path: str, axes: Mapping[str, int], *, select: str = "*", allow: Sequence[str] = ()
+        self,
+        path: str,
+        tensors: Sequence[TensorSpec],
+        *,
+        select: str = "*",
+        allow: Sequence[str] = (),
     ) -> None:
         self.path = path
         self._file = File(path, allow)
+        self.size = self._file.size
+        self._regions: dict[str, dict[str, Region]] = {}
+        self.tokens: dict[str, int] = {}
         try:
-            group = self._file.root.child(ITEMS)
-            if group is None or not group.is_group:
-                raise self._file.reject(f"has no group /{ITEMS}", "see docs/onnx.md")
-            chosen = chosen_names(set(group.names(MAX_ITEMS)), patterns_of(select), path)
-            names = sorted(chosen, key=natural_order)
-            self.items = tuple(_item(group, name, axes) for name in names)
+            for node in _items(self._file, select):
+                name = node.path.rpartition("/")[2]
+                try:
+                    found = {each.name: _input(node, each) for each in tensors}
+                    self.tokens[name] = _tokens(node, found)
+                except RejectedError as error:
+                    error.item = name
+                    raise
+                self._regions[name] = found
+            self._file.release()
         except BaseException:
             self._file.close()
             raise
 
-    def read(self, item: TensorItem, dataset: str, span: Span) -> Array:
-        """Read the tokens of `span`.
+    def describe(self, item: AnyItem) -> str:
+        """Say an item's shape as it was understood, in one sentence."""
+        return str(item.problem)
+
+    def read(self, item: AnyItem, tensor: str, spans: Sequence[Span], *, out: Array) -> Array:
+        """Read the tokens of `spans` into `out`, one span after the other; any thread may call.
+
+        A tensor without a token dim is read in whole.
 
         Raises
         ------
@@ -120,19 +110,53 @@ class TensorFile:
             The file can't be read there.
 
         """
-        run = item.runs[dataset]
-        offset, shape = run.part(span)
-        array = np.empty(shape, run.dtype)
+        region = self._regions[item.name][tensor]
+        if out.shape != region.part(spans) or out.dtype != region.dtype:
+            raise ValueError(
+                f"out is {out.dtype}{list(out.shape)}, want {region.dtype}{region.part(spans)}"
+            )
+        with self._reading(item.name, tensor):
+            region.read(self._file.fd, spans, out)
+        return out
+
+    @contextmanager
+    def _reading(self, item: str, tensor: str) -> Iterator[None]:
         try:
-            read_exactly(self._file.fd, offset, array)
+            yield
         except OSError as error:
             raise ItemError(
-                f"{dataset} can't be read: {error}",
+                f"{tensor} can't be read: {error}",
                 fix="copy the file again",
                 file=self.path,
-                item=item.name,
+                item=item,
             ) from error
-        return array
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over shapes, dtypes and samples of the content, whatever the path."""
+        digest = hashlib.sha256()
+        tensors = [
+            (item, name, region)
+            for item, regions in self._regions.items()
+            for name, region in regions.items()
+        ]
+        every, blocks = -(-len(tensors) // SAMPLES), max(1, SAMPLES // len(tensors))
+        for number, (item, name, region) in enumerate(tensors):
+            digest.update(json.dumps([item, name, region.shape, region.dtype.name]).encode())
+            if number % every == 0:
+                with self._reading(item, name):
+                    for block in _samples(self._file.fd, region, blocks):
+                        digest.update(block.data)
+        return digest.hexdigest()
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What an output remembers of its input."""
+        return {
+            "input_path": os.path.realpath(self.path),
+            "input_size": self.size,
+            "input_digest": self.digest,
+        }
 
     def close(self) -> None:
         """Close the file."""
@@ -141,200 +165,96 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
-def _item(group: Node, name: str, axes: Mapping[str, int]) -> TensorItem:
-    fault = item_name_fault(name)
-    node = group.child(name) if not fault else None
-    if node is None:
-        words = f"item {shown(name)!r}: its name {fault or 'leads nowhere'}"
-        raise group.file.reject(words, "rename it")
-    try:
-        runs = {dataset: _run(node, dataset, axis) for dataset, axis in axes.items()}
-        lengths = {dataset: run.shape[run.axis] for dataset, run in runs.items()}
-        if len(set(lengths.values())) > 1:
-            told = ", ".join(f"{dataset} has {count}" for dataset, count in lengths.items())
-            raise group.file.reject(f"tokens disagree: {told}", "give all the same number")
-    except RejectedError as error:
-        error.item = name
-        raise
-    return TensorItem(name, next(iter(lengths.values())), runs)
+def _samples(fd: int, region: Region, blocks: int) -> Iterator[Array]:
+    """Read blocks all over a tensor: all of it, where it is small."""
+    size = min(SAMPLE_BYTES, region.nbytes)
+    last = region.nbytes - size
+    for start in sorted({last * block // max(1, blocks - 1) for block in range(blocks)}):
+        block = np.empty(size, np.uint8)
+        read_exactly(fd, region.offset + start, block)
+        yield block
 
 
-def _run(item: Node, dataset: str, axis: int) -> Run:
-    """Look at one dataset; it must be 16-bit floats in one run, tokens first."""
-    reject = item.file.reject
-    node = item.child(dataset)
-    if node is None or not node.is_dataset:
-        raise reject(f"has no dataset {dataset!r}", "write it, or bind another")
-    storage = node.storage()
-    if axis >= len(storage.shape) or prod(storage.shape[:axis]) != 1 or not prod(storage.shape):
-        raise reject(
-            f"{dataset} has shape {list(storage.shape)}; tokens are bound to dim {axis}",
-            "store tokens before all other dims",
-        )
+def tensor_names(path: str, allow: Sequence[str] = ()) -> list[str]:
+    """List the tensors of a file's first item."""
+    with File(path, allow) as file:
+        first = next(_items(file, "*"))
+        return sorted(first.names(MAX_ITEMS)) if first.is_group else []
+
+
+def _items(file: File, select: str) -> Iterator[Node]:
+    """Find the items that are selected, in natural order."""
+    group = file.root.child(ITEMS)
+    if group is None or not group.is_group:
+        raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
+    chosen = chosen_names(set(group.names(MAX_ITEMS)), patterns_of(select), file.path)
+    for name in sorted(chosen, key=natural_order):
+        fault = item_name_fault(name)
+        node = group.child(name) if not fault else None
+        if node is None:
+            words = f"item {shown(name)!r}: its name {fault or 'leads nowhere'}"
+            raise file.reject(words, "rename it")
+        yield node
+
+
+def _input(item: Node, tensor: TensorSpec) -> Region:
+    region = find_region(item, tensor, "store what the model takes, contiguous: h5repack -l CONTI")
+    if 0 in region.shape:
+        raise item.file.reject(f"{tensor.name} has shape {list(region.shape)}", "store some tokens")
+    return region
+
+
+def _tokens(item: Node, found: dict[str, Region]) -> int:
+    """Count the tokens of an item, on which all its tensors agree."""
+    lengths = {
+        name: region.shape[region.token_dim]
+        for name, region in found.items()
+        if region.token_dim is not None
+    }
+    if len(set(lengths.values())) != 1:
+        told = ", ".join(f"{name} has {count}" for name, count in lengths.items()) or "no tensor"
+        raise item.file.reject(f"tokens disagree: {told}", "give all the same number")
+    return next(iter(lengths.values()))
+
+
+def find_region(parent: Node, tensor: TensorSpec, fix: str) -> Region:
+    """Find a contiguous dataset of just this shape and dtype, inside this file.
+
+    Raises
+    ------
+    RejectedError
+        It isn't there, or not like that.
+
+    """
+    reject = parent.file.reject
+    node = parent.child(tensor.name)
+    if node is None or not node.is_dataset or node.file is not parent.file:
+        raise reject(f"{parent.path} has no dataset {tensor.name!r}", fix)
+    storage, dtype = node.storage(), numpy_dtype(tensor.dtype)
     with node.file.guard(node.path):
-        stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
-    if isinstance(stored, str) or not stored.little_endian:
-        raise reject(f"{dataset} holds {stored}", "store little-endian BF16 or FP16")
-    if storage.offset is None or node.file is not item.file:
-        raise reject(f"{dataset} is {storage}", "store it contiguous: h5repack -l CONTI")
-    return Run(storage.shape, axis, NUMPY[stored.dtype], storage.offset)
+        stored = node.id.get_type()
+        found = stored_as(stored, lambda: str(node.attribute("dtype") or ""))
+        if isinstance(found, Stored):
+            name: str = found.dtype
+            same = name == dtype.name and found.little_endian
+        else:
+            name, same = found, stored.dtype == dtype.newbyteorder("<")
+    fits = len(storage.shape) == len(tensor.shape) and all(
+        want in (ANY, have) for want, have in zip(tensor.shape, storage.shape, strict=True)
+    )
+    if storage.offset is None or not fits or not same:
+        raise reject(
+            f"{node.path} is {name} {list(storage.shape)}, {storage}; "
+            f"want {dtype.name} {_extents(tensor)}, contiguous",
+            fix,
+        )
+    return Region(storage.offset, storage.shape, dtype, tensor.token_dim)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """An output to make room for: shape of the whole sequence, token dim, dtype."""
-
-    shape: tuple[int, ...]
-    axis: int
-    dtype: DTypeName
-
-
-def create_model_output(
-    path: str,
-    items: Mapping[str, Mapping[str, Wanted]],
-    attributes: Mapping[str, Value],
-    *,
-    overwrite: bool = False,
-) -> None:
-    """Make an output with room for all `items`, by name and dataset; on one rank only.
-
-    Raises
-    ------
-    RejectedError
-        It exists (without `overwrite`), its folder doesn't, or the filesystem has no room.
-
-    """
-    nbytes = sum(2 * prod(w.shape) for wanted in items.values() for w in wanted.values())
-    with new_file(path, nbytes + 4096 * (len(items) + 1), overwrite=overwrite) as file:
-        put_attributes(file.id, {**attributes, "format": MODEL_FORMAT, "version": VERSION})
-        group = file.create_group(ITEMS)
-        for index, (name, wanted) in enumerate(items.items()):
-            folder = group.create_group(name)
-            put_attributes(folder.id, {"index": index})
-            for dataset, each in wanted.items():
-                allocate(folder, dataset, each.shape, hdf5_type(each.dtype))
-        states = (len(items),)
-        offset = allocate(file.create_group(LEDGER), "state", states, h5py.h5t.STD_U8LE)
-        write_exactly(file.id.get_vfd_handle(), offset, bytes(len(items)))
-
-
-class ModelOutput:
-    """An open output of a model's job. Several ranks write to the same file, shards of their own.
-
-    Parameters
-    ----------
-    path
-        The file.
-    items
-        Names of the items, in the order of `create_model_output`.
-    axes
-        The datasets of an item, and which dim counts tokens in each.
-    attributes
-        What the root must say; another job's output is refused.
-
-    Raises
-    ------
-    RejectedError
-        It is another file, of another job, or damaged.
-
-    """
-
-    def __init__(
-        self,
-        path: str,
-        items: Sequence[str],
-        axes: Mapping[str, int],
-        attributes: Mapping[str, Value],
-    ) -> None:
-        self.path = path
-        with File(path) as file:
-            root = file.root
-            _check_attributes(root, {**attributes, "format": MODEL_FORMAT, "version": VERSION})
-            group, book = root.child(ITEMS), root.child(LEDGER)
-            states = book.child("state") if book else None
-            if group is None or states is None or states.storage().shape != (len(items),):
-                raise file.reject("its items are others", "start anew with --overwrite")
-            self._runs = {name: _item(group, name, axes).runs for name in items}
-            self._states = states.storage().offset
-            self._rows = {name: row for row, name in enumerate(items)}
-            self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-
-    def todo(self) -> tuple[str, ...]:
-        """Name the items that aren't done."""
-        states = np.empty(len(self._rows), np.uint8)
-        read_exactly(self._fd, self._state(0), states)
-        return tuple(name for name, row in self._rows.items() if states[row] != DONE)
-
-    def _state(self, row: int) -> int:
-        assert self._states is not None
-        return self._states + row
-
-    def write(self, item: str, dataset: str, span: Span, array: Array) -> None:
-        """Write one rank's shard; `sync` makes it last.
-
-        Raises
-        ------
-        OutputError
-            The disk is full, or failed.
-
-        """
-        offset, shape = self._runs[item][dataset].part(span)
-        if array.shape != shape:
-            raise ValueError(f"{item}: {dataset} is {array.shape}, want {shape}")
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        self._do(item, lambda: write_exactly(self._fd, offset, data))
-
-    def sync(self, item: str) -> None:
-        """Wait until what was written is on the disk.
-
-        Raises
-        ------
-        OutputError
-            The disk failed.
-
-        """
-        self._do(item, lambda: os.fdatasync(self._fd))
-
-    def commit(self, item: str) -> None:
-        """Declare `item` done; every rank has synced its shard before."""
-        place = self._state(self._rows[item])
-        self._do(item, lambda: write_exactly(self._fd, place, bytes([DONE])))
-        self.sync(item)
-
-    def _do(self, item: str, action: Any) -> None:
-        try:
-            action()
-        except OSError as error:
-            raise OutputError(
-                f"can't be written: {error.strerror or error}",
-                fix="free some space or mend the filesystem, then run the same command again",
-                file=self.path,
-                item=item,
-            ) from error
-
-    def close(self) -> None:
-        """Close the file, without a sync."""
-        os.close(self._fd)
-
-
-def _check_attributes(root: Node, wanted: Mapping[str, Value]) -> None:
-    for name, value in wanted.items():
-        found = root.attribute(name)
-        if found != value:
-            raise root.file.reject(
-                f"belongs to another job: {name} was {found!r}, is {value!r}",
-                "run it as before, name another output, or start anew with --overwrite",
-            )
-
-
-def dataset_names(path: str, allow: Iterable[str] = ()) -> list[str]:
-    """List the datasets of the first item of a file."""
-    with File(path, tuple(allow)) as file:
-        group = file.root.child(ITEMS)
-        names = sorted(group.names(MAX_ITEMS), key=natural_order) if group else []
-        item = group.child(names[0]) if group and names else None
-        return sorted(item.names(MAX_ITEMS)) if item and item.is_group else []
+def _extents(tensor: TensorSpec) -> str:
+    """For example ``[tokens, 1, 128]``."""
+    return f"[{', '.join('tokens' if dim == ANY else str(dim) for dim in tensor.shape)}]"

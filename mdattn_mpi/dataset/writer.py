@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from math import prod
 from typing import Any
 
 import h5py
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import hdf5_type
+from mdattn_mpi.dataset.contents import describe
+from mdattn_mpi.dataset.dtypes import NUMPY, hdf5_type, numpy_dtype
 from mdattn_mpi.dataset.hdf5 import Value
 from mdattn_mpi.dataset.layout import (
     ITEMS,
@@ -30,17 +29,19 @@ from mdattn_mpi.dataset.layout import (
     RANK_SPANS,
     REASON_BYTES,
     VERSION,
+    AnyItem,
     Item,
 )
 from mdattn_mpi.dataset.positioned import write_exactly
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import TensorSpec
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def create_output(
     path: str | os.PathLike[str],
-    items: Sequence[Item],
+    items: Sequence[AnyItem],
     *,
     ranks: int,
     lse: bool = False,
@@ -70,20 +71,29 @@ def create_output(
         )
         group = add_group(file, ITEMS)
         for index, item in enumerate(items):
-            problem = item.problem
             folder = add_group(group, item.name)
-            put_attributes(folder.id, {"index": index, "problem": json.dumps(asdict(problem))})
-            shape = (problem.q_tokens, problem.q_heads, problem.v_head_dim)
-            allocate(folder, "output", shape, hdf5_type(problem.dtype))
-            if lse:
-                allocate(folder, "lse", shape[:2], h5py.h5t.IEEE_F32LE)
+            put_attributes(folder.id, {"index": index, **describe(item)})
+            for tensor in outputs_of(item, lse):
+                allocate(folder, tensor.name, tensor.shape, _stored(tensor))
         _create_ledger(add_group(file, LEDGER), len(items), max(ranks, MIN_LEDGER_WIDTH))
 
 
-def output_bytes(item: Item, lse: bool) -> int:
+def outputs_of(item: AnyItem, lse: bool) -> tuple[TensorSpec, ...]:
+    """Name the tensors of an item, in their order."""
+    return item.problem.outputs(lse) if isinstance(item, Item) else item.problem.outputs
+
+
+def output_bytes(item: AnyItem, lse: bool) -> int:
     """Bytes of one item's results."""
-    problem = item.problem
-    return problem.q_tokens * problem.q_heads * (problem.v_head_dim * 2 + 4 * lse)
+    tensors = outputs_of(item, lse)
+    return sum(prod(each.shape) * numpy_dtype(each.dtype).itemsize for each in tensors)
+
+
+def _stored(tensor: TensorSpec) -> Any:
+    dtype = numpy_dtype(tensor.dtype)
+    if tensor.dtype in NUMPY:
+        return hdf5_type(tensor.dtype)  # type: ignore[arg-type]
+    return h5py.h5t.py_create(dtype.newbyteorder("<"))
 
 
 def _create_ledger(group: Any, items: int, width: int) -> None:

@@ -1,6 +1,6 @@
 """Start and end of the ranks, groups, agreement, barriers and the watchdog.
 
-`watch` must run before MPI, NumPy or a thread exist; so what needs MPI is imported on first use.
+`watch` must run before MPI, NumPy or a thread exist, so what needs MPI is imported on first use.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from mdattn_mpi.lockstep.launcher import Launcher, launcher
 from mdattn_mpi.lockstep.watchdog import watch
 
 if TYPE_CHECKING:
-    from mdattn_mpi.lockstep.agreement import Agreement, Step, together
-    from mdattn_mpi.lockstep.world import Group, World, start
+    from mdattn_mpi.lockstep.agreement import Agreement, Step
+    from mdattn_mpi.lockstep.group import Group, together
+    from mdattn_mpi.lockstep.world import World, start
 
 __all__ = [
     "Agreement",
@@ -36,10 +37,10 @@ __all__ = [
 _NEED_MPI = {
     "Agreement": "agreement",
     "Step": "agreement",
-    "Group": "world",
+    "Group": "group",
     "World": "world",
     "start": "world",
-    "together": "agreement",
+    "together": "group",
 }
 
 

@@ -1,16 +1,15 @@
-"""Faults on purpose: ``--chaos KIND@PHASE[:ITEM[:RANK]]`` or ``--chaos seed=N``.
+"""Faults on purpose: ``--chaos KIND@PHASE[:ITEM[:RANK]]``.
 
-The fault strikes when the rank enters the phase. Without an item it strikes at the first one,
-without a rank on rank 0. ``agree`` means any agreement. ITEM is an item's name or, as ``#3``, the
-third item that reaches the phase on this rank, from 0. ``slow`` takes half a second, every time. A
-seed draws the kind, the rank and the moment (the n-th phase that the rank enters).
+The rank fails when it enters the phase: at the first item if none is named, and on rank 0 if no
+rank is. ``agree`` means any agreement. ITEM is an item's name or, as
+``#3``, the third item that reaches the phase on this rank, from 0. ``slow`` takes half a second,
+every time.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import random
 import signal
 import threading
 import time
@@ -22,27 +21,10 @@ from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.launcher import Launcher, launcher
 
 _FOREVER = 10**8
-_MOMENTS = 60  # phases that a small job has at least
-
-
-def _kill() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _stop() -> None:
-    os.kill(os.getpid(), signal.SIGSTOP)
-
-
-def _segfault() -> None:
-    ctypes.string_at(0)
 
 
 def _exit_0() -> None:
     raise SystemExit(0)
-
-
-def _exit_3() -> None:
-    os._exit(3)
 
 
 def _raise() -> None:
@@ -63,42 +45,33 @@ def _hold_gil() -> None:
     library.pthread_mutex_lock(mutex)
 
 
-def _sleep() -> None:
-    time.sleep(_FOREVER)
-
-
-def _slow() -> None:
-    time.sleep(0.5)
-
-
 KINDS: dict[str, Callable[[], None]] = {
-    "kill": _kill,
-    "stop": _stop,
-    "segfault": _segfault,
+    "kill": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "stop": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "segfault": lambda: print(ctypes.string_at(0)),
     "exit0": _exit_0,
-    "exit3": _exit_3,
+    "exit3": lambda: os._exit(3),
     "raise": _raise,
     "raise-thread": _raise_in_thread,
     "hold-gil": _hold_gil,
-    "sleep": _sleep,
-    "slow": _slow,
+    "sleep": lambda: time.sleep(_FOREVER),
+    "slow": lambda: time.sleep(0.5),
 }
 DEADLY = sorted(set(KINDS) - {"slow"})
 
 
 @dataclass
 class Chaos:
-    """One fault that waits for its moment."""
+    """One fault, and where it happens."""
 
     kind: str
-    phase: str = ""  # any
-    item: str = ""  # any
-    moment: int = 0  # how many times to let it pass
+    phase: str
+    item: str  # "" for any
     _items: list[str] = field(default_factory=list)
 
     def enter(self, phase: str, item: str) -> None:
-        """Strike if this is the phase, the item and the moment."""
-        if self.phase and self.phase != phase.partition(" ")[0]:
+        """Fail if this is the phase and the item."""
+        if self.phase != phase.partition(" ")[0]:
             return
         if self.item.startswith("#"):
             if item not in self._items:
@@ -107,13 +80,11 @@ class Chaos:
                 return
         elif self.item and self.item != item:
             return
-        self.moment -= 1
-        if self.moment < 0:
-            KINDS[self.kind]()
+        KINDS[self.kind]()
 
 
 def arm(spec: str, board: Board, launched: Launcher | None = None) -> None:
-    """Let the fault that `spec` names happen in this process, if it is the one.
+    """Have this process fail as `spec` says, if it names this rank.
 
     Raises
     ------
@@ -122,12 +93,12 @@ def arm(spec: str, board: Board, launched: Launcher | None = None) -> None:
 
     """
     launched = launched or launcher()
-    rank, chaos = parse(spec, launched.size)
+    rank, chaos = parse(spec)
     if rank == launched.rank:
         board.on_enter = chaos.enter
 
 
-def parse(spec: str, size: int) -> tuple[int, Chaos]:
+def parse(spec: str) -> tuple[int, Chaos]:
     """Read a specification; return the rank that it is for and the fault.
 
     Raises
@@ -136,17 +107,13 @@ def parse(spec: str, size: int) -> tuple[int, Chaos]:
         `spec` can't be read.
 
     """
-    if spec.startswith("seed=") and spec[5:].isdecimal():
-        draw = random.Random(int(spec[5:]))
-        rank, moment = draw.randrange(size), draw.randrange(_MOMENTS)
-        return rank, Chaos(draw.choice(DEADLY), moment=moment)
     kind, _, where = spec.partition("@")
     phase, _, rest = where.partition(":")
     item, _, rank_text = rest.rpartition(":") if rest.count(":") else (rest, "", "0")
     index_is_bad = item.startswith("#") and not item[1:].isdecimal()
     if kind not in KINDS or not phase or not rank_text.isdecimal() or index_is_bad:
         raise RejectedError(
-            f"--chaos {spec!r} is no fault",
-            fix=f"write KIND@PHASE[:ITEM[:RANK]] with one of {', '.join(KINDS)}, or seed=N",
+            f"--chaos {spec!r} names no fault",
+            fix=f"write KIND@PHASE[:ITEM[:RANK]] with one of {', '.join(KINDS)}",
         )
     return int(rank_text), Chaos(kind, phase, item)

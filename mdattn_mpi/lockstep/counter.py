@@ -1,4 +1,4 @@
-"""A counter that all ranks share: every number is handed out once, to whoever asks first.
+"""A counter that all ranks share: every number is given to one rank, to whichever asks first.
 
 MPI has one-sided atomics for this, but where the network has none in hardware they wait until the
 owner of the counter enters the MPI library: measured, three seconds while it computed for three
@@ -13,9 +13,9 @@ from time import monotonic, sleep
 from types import TracebackType
 
 import numpy as np
-from mpi4py import MPI
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.lockstep.mpi import MPI, threads_may_call
 
 CLOSED = 1 << 62  # larger than any number of items
 _TAKE, _CLOSE, _ANSWER = 1, 2, 3
@@ -41,7 +41,7 @@ class SharedCounter:
     def __init__(
         self, comm: MPI.Comm, slots: int, meanwhile: Callable[[], None] = lambda: None
     ) -> None:
-        if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        if not threads_may_call():
             raise RejectedError(
                 "this MPI library doesn't allow calls from several threads, which sharing items "
                 "among groups needs",
@@ -67,7 +67,7 @@ class SharedCounter:
             return
         answer = np.full(1, -1, np.int64)
         if self._comm.rank == 0:
-            answer[0] = self._hand_out(slot)
+            answer[0] = self._next_number(slot)
             request = MPI.REQUEST_NULL
         else:
             request = self._comm.Irecv(answer, 0, _ANSWER)
@@ -78,7 +78,7 @@ class SharedCounter:
         """Take a number of `slot` that nobody else has; at least `CLOSED` after `close`.
 
         A rank that takes one after the other asks for the next in advance, so that it needn't
-        wait; one with much to do between leaves what comes next to whoever is free first.
+        wait; one with much to do in between leaves the next number to whoever is free first.
         """
         self._ask(slot)
         number = self._answer()
@@ -97,13 +97,13 @@ class SharedCounter:
         return int(answer[0])
 
     def close(self) -> None:
-        """Let nobody have another number: the job is to stop."""
+        """Give out no more numbers: the job is to stop."""
         if self._comm.rank == 0:
             self._close()
         else:
             self._comm.Send(np.zeros(1, np.int64), 0, _CLOSE)
 
-    def _hand_out(self, slot: int) -> int:
+    def _next_number(self, slot: int) -> int:
         with self._lock:
             number = self._next[slot]
             self._next[slot] += 1
@@ -123,7 +123,7 @@ class SharedCounter:
             if status.tag == _CLOSE:
                 self._close()
             else:
-                answer = np.array([self._hand_out(int(question[0]))], np.int64)
+                answer = np.array([self._next_number(int(question[0]))], np.int64)
                 self._comm.Send(answer, status.source, _ANSWER)
 
     def __enter__(self) -> SharedCounter:

@@ -15,7 +15,7 @@ class Deadlines:
     Parameters
     ----------
     first
-        Seconds for a phase that has not been seen yet: engines are built and disks wake up in it.
+        Seconds for a phase that has not been seen yet: it may build engines or wake up disks.
     minimum
         No deadline is shorter than this, in seconds.
     scale

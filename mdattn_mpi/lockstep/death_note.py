@@ -14,12 +14,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from mdattn_mpi.errors import name_ranks, wrapped
 from mdattn_mpi.lockstep.launcher import Launcher
-
-if TYPE_CHECKING:
-    from mdattn_mpi.lockstep.board import Record
+from mdattn_mpi.lockstep.record import Record
 
 TEXT, JSON = "death-note.txt", "death-note.json"
 
@@ -33,9 +32,8 @@ def compose(
     *,
     stack: str = "",
     command: str = "",
-    folder: str = "",
 ) -> Note:
-    """Put everything that is known into one JSON object.
+    """Put all that is known into one JSON object.
 
     Parameters
     ----------
@@ -46,11 +44,9 @@ def compose(
     records
         Those of all ranks that can be read.
     stack
-        Where the rank was, as far as it could still say.
+        The rank's stacks, as far as it could still write them.
     command
         What resumes the job.
-    folder
-        The run folder.
 
     """
     now = time.time()
@@ -81,12 +77,12 @@ def compose(
         "done": min((record.done for record in records), default=culprit.done),
         "total": max((record.total for record in records), default=culprit.total),
         "resume": command,
-        "folder": folder,
+        "folder": culprit.folder,
     }
 
 
-def paragraph(note: Note) -> str:
-    """Say it in one paragraph."""
+def message(note: Note) -> str:
+    """Say it in one paragraph, with the command to copy on a line of its own."""
     rank = f"rank {note['rank']}" if note["rank"] >= 0 else "a rank"
     place = f"host {note['host']}, pid {note['pid']}"
     if note["device"]:
@@ -96,16 +92,15 @@ def paragraph(note: Note) -> str:
         when += f" of item {note['item']!r}"
     text = (
         f"mdattn: {rank} of {note['size']} ({place}) {note['what']} {when}, "
-        f"{note['seconds']:.1f} s after that began."
+        f"{note['seconds']:.1f} s after it began."
     )
     if note["waited"]:
         text += f" Meanwhile: {_others(note['waited'])}."
     if note["total"]:
         text += f" Finished: at least {note['done']} of {note['total']} items; they are intact."
-    text += f" To go on, run the same command again: {note['resume']}"
     if note["folder"]:
-        text += f" (more in {Path(note['folder']) / TEXT})"
-    return text
+        text += f" More in {Path(note['folder']) / TEXT}."
+    return f"{wrapped(f'{text} To go on, run the same command again:')}\n  {note['resume']}"
 
 
 def _others(waited: Sequence[dict[str, Any]]) -> str:
@@ -115,9 +110,7 @@ def _others(waited: Sequence[dict[str, Any]]) -> str:
         item = f" {other['item']!r}" if other["item"] else ""
         together.setdefault(f"{other['phase'] or 'start'}{item}", []).append(other)
     return "; ".join(
-        f"{'rank' if len(others) == 1 else 'ranks'} "
-        f"{', '.join(str(other['rank']) for other in others[:8])}"
-        f"{f' and {len(others) - 8} more' if len(others) > 8 else ''} in {where} "
+        f"{name_ranks([other['rank'] for other in others])} in {where} "
         f"for {max(other['seconds'] for other in others):.1f} s"
         for where, others in together.items()
     )
@@ -125,9 +118,9 @@ def _others(waited: Sequence[dict[str, Any]]) -> str:
 
 def page(note: Note) -> str:
     """Say it on one page."""
-    stack = note["stack"].strip() or "(it could not say where it was)"
+    stack = note["stack"].strip() or "(unknown)"
     when = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(note["time"]))
-    return f"{paragraph(note)}\n\nWritten {when}.\n\nWhere the rank was:\n\n{stack}\n"
+    return f"{message(note)}\n\nWritten {when}.\n\nWhere the rank was:\n\n{stack}\n"
 
 
 def write(folder: str | Path, note: Note) -> bool:

@@ -1,4 +1,4 @@
-"""What the launcher told this process through its environment, before MPI is there."""
+"""Who started this process, read from its environment before MPI is initialized."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _DIALECTS = (
 
 
 def launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
-    """Tell who started this process; no collective, no MPI."""
+    """Find out who started this process; not collective, and without MPI."""
     by_srun = "SLURM_STEP_NUM_TASKS" in environment and "SLURM_STEP_ID" in environment
     for name, speaks, variables in _DIALECTS:
         rank, size, local_rank, local_size = (

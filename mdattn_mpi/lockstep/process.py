@@ -1,8 +1,10 @@
-"""What the kernel says of a process, and does for one. On other systems than Linux: nothing."""
+"""What Linux says of a process, and does for one; nothing on other systems."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -21,8 +23,13 @@ class Process(NamedTuple):
 
     @property
     def is_alive(self) -> bool:
-        """Whether more is left of it than its exit code."""
+        """Whether it is more than a zombie."""
         return self.state not in "ZX"
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was started."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - self.start / os.sysconf("SC_CLK_TCK")
 
     @staticmethod
     def look(pid: int) -> Process | None:
@@ -38,13 +45,13 @@ class Process(NamedTuple):
 
 
 def process_state(pid: int) -> str:
-    """Return the kernel's letter for the state of a process; "" if there is none such."""
+    """Return the kernel's letter for the state of a process; "" if there is no such process."""
     found = Process.look(pid)
     return found.state if found else ""
 
 
 def name_this(name: str) -> None:
-    """Let ``ps`` and ``top`` call this process `name`."""
+    """Name this process for ``ps`` and ``top``."""
     with suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write(name)
 

@@ -10,14 +10,13 @@ from mdattn_mpi.lockstep import Board, Deadlines
 OFTEN = 50_000_000  # nanoseconds after which what phases took is looked at
 
 
-class Spell:
-    """A phase with some work: for how long it may last, and has lasted lately. Nanoseconds."""
+class Timer:
+    """How long a phase with some work may last, and has lasted lately, in nanoseconds."""
 
-    __slots__ = ("limit", "longest", "meanwhile", "name", "phase", "spent", "work")
+    __slots__ = ("limit", "longest", "meanwhile", "phase", "spent", "work")
 
     def __init__(self, phase: str, work: int, meanwhile: tuple[str, ...]) -> None:
         self.phase = phase
-        self.name = phase.encode()
         self.work = work
         self.meanwhile = meanwhile or (phase,)
         self.limit = self.longest = self.spent = 0
@@ -34,8 +33,8 @@ class PhaseClock:
         self.board = board
         self.deadlines = deadlines
         self.seconds: dict[str, float] = defaultdict(float)
-        self._spells: dict[tuple[str, int], Spell] = {}
-        self._spell = Spell("", 0, ())  # in which the rank is
+        self._timers: dict[tuple[str, int], Timer] = {}
+        self._timer = Timer("", 0, ())  # of the phase in which the rank is
         self._since = self._learned = monotonic_ns()
 
     def enter(
@@ -54,36 +53,36 @@ class PhaseClock:
             may last as long as any of those. Always the same for one phase.
 
         """
-        spell = self._spells.get((phase, work)) or self._keep(Spell(phase, work, meanwhile))
-        now = self.board.tell(spell.name, item, spell.limit)
-        before, took = self._spell, now - self._since
+        timer = self._timers.get((phase, work)) or self._keep(Timer(phase, work, meanwhile))
+        now = self.board.enter(timer.phase, item, 1e-9 * timer.limit)
+        before, took = self._timer, now - self._since
         before.spent += took
         if took > before.longest:
             before.longest = took
-        self._spell, self._since = spell, now
+        self._timer, self._since = timer, now
         if now - self._learned > OFTEN:
             self._learn(now)
 
     def stop(self) -> None:
         """End the last phase: the rank goes on to what nobody times."""
         now = monotonic_ns()
-        self._spell.spent += now - self._since
-        self._spell.longest = max(self._spell.longest, now - self._since)
+        self._timer.spent += now - self._since
+        self._timer.longest = max(self._timer.longest, now - self._since)
         self._learn(now)
-        self._spell = Spell("", 0, ())
+        self._timer = Timer("", 0, ())
 
-    def _keep(self, spell: Spell) -> Spell:
-        spell.limit = int(1e9 * self.deadlines.of(spell.meanwhile, spell.work))
-        spell.longest = spell.spent = 0
-        self._spells[spell.phase, spell.work] = spell
-        return spell
+    def _keep(self, timer: Timer) -> Timer:
+        timer.limit = int(1e9 * self.deadlines.of(timer.meanwhile, timer.work))
+        timer.longest = timer.spent = 0
+        self._timers[timer.phase, timer.work] = timer
+        return timer
 
     def _learn(self, now: int) -> None:
         """Let deadlines follow what phases have taken, and begin anew."""
-        for spell in self._spells.values():
-            if spell.spent:
-                self.seconds[spell.phase] += 1e-9 * spell.spent
-                self.deadlines.took(spell.phase, 1e-9 * spell.longest, spell.work)
-        self._spells.clear()
-        self._keep(self._spell)
+        for timer in self._timers.values():
+            if timer.spent:
+                self.seconds[timer.phase] += 1e-9 * timer.spent
+                self.deadlines.took(timer.phase, 1e-9 * timer.longest, timer.work)
+        self._timers.clear()
+        self._keep(self._timer)
         self._learned = now

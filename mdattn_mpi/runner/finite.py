@@ -132,6 +132,9 @@ def _tokens(spans: Sequence[Span]) -> Array:
 
 def first_nonfinite(array: Array) -> int | None:
     """Position in the flat array of the first NaN or infinity; None when all is finite."""
+    if array.dtype not in INFINITY:
+        bad = ~np.isfinite(array.reshape(-1))
+        return int(np.argmax(bad)) if bad.any() else None
     infinity = np.uint16(INFINITY[array.dtype])
     bits = array.reshape(-1).view(np.uint16)
     scratch = np.empty(min(BLOCK, bits.size), np.uint16)

@@ -1,23 +1,55 @@
-"""The run folder: logs, summary, death note, and the board on which watchdogs meet."""
+"""The run folder, ``OUT.h5.run/``: its lock, a log a rank, and the summary of how the job went.
+
+The board on which watchdogs meet and the death note lie there too; they are lockstep's.
+"""
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import json
+import logging
 import os
+import platform
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
+from mdattn_mpi.backends import Executor
 from mdattn_mpi.errors import MdattnError, RejectedError
-from mdattn_mpi.lockstep import World, together
-from mdattn_mpi.runner.job import run_folder
+from mdattn_mpi.lockstep import World, launcher, together
+from mdattn_mpi.runner.job import Job
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.progress import duration
 
 LOCK = "lock"
 LOCK_PATIENCE = 5.0  # seconds: the job before this one may still be dying
+
+LOGGER = logging.getLogger("mdattn_mpi")
+LOG_LINE = "%(asctime)s %(levelname)-7s %(message)s"
+
+PACKAGES = ("mdattn_mpi", "numpy", "h5py", "mpi4py", "ml_dtypes")
+
+PHASES = {
+    "read": "waiting for shards from the dataset",
+    "wait": "waiting for the other ranks",
+    "exchange": "waiting for transfers",
+    "compute": "computing",
+    "merge": "merging partial results",
+    "write": "waiting for shards of the output to be written",
+}
+
+
+def run_folder(spec: JobSpec) -> Path:
+    """Logs, summary and death note live beside the output."""
+    return Path(f"{spec.output}.run")
 
 
 @contextmanager
@@ -95,3 +127,132 @@ def _leave_no_trace(spec: JobSpec, world: World, made: bool) -> None:
     world.barrier()
     if made and forsaken:
         shutil.rmtree(run_folder(spec), ignore_errors=True)
+
+
+def open_log(folder: Path, rank: int) -> Path:
+    """Send what the package logs to this rank's file; returns its path."""
+    path = folder / f"rank-{rank:04}.log"
+    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
+    handler.setFormatter(logging.Formatter(LOG_LINE))
+    for old in LOGGER.handlers[:]:
+        LOGGER.removeHandler(old)
+        old.close()
+    LOGGER.addHandler(handler)
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False  # the terminal belongs to rank 0's progress
+    return path
+
+
+def provenance(executor: Executor) -> dict[str, str]:
+    """Versions, device and command; never the environment."""
+    return {
+        "command": " ".join(sys.argv),
+        "backend": executor.name,
+        "device": ", ".join(f"{name} {value}" for name, value in executor.describe().items()),
+        "versions": ", ".join(
+            [f"python {platform.python_version()}"]
+            + [f"{package} {package_version(package)}" for package in PACKAGES]
+        ),
+    }
+
+
+def package_version(package: str) -> str:
+    """Version of an installed package, or that it isn't."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def rank_times(phases: Mapping[str, float], timings: Mapping[str, float]) -> dict[str, float]:
+    """Fold one rank's clocks into the six lines of the table, in seconds."""
+    enqueue = phases.get("begin", 0.0) + phases.get("enqueue", 0.0)
+    inside = sum(timings.get(name, 0.0) for name in ("exchange", "merge"))
+    return {
+        "read": phases.get("read", 0.0),
+        "wait": phases.get("agree", 0.0),
+        "exchange": timings.get("exchange", 0.0),
+        "compute": timings.get("compute", max(0.0, enqueue - inside)),
+        "merge": timings.get("merge", 0.0),
+        "write": phases.get("write", 0.0),
+    }
+
+
+def time_table(ranks: Sequence[Mapping[str, Any]]) -> str:
+    """Min, mean and max over ranks of every phase, and the slowest rank by name.
+
+    `ranks` holds for each rank ``host`` and ``seconds`` (of `rank_times`).
+    """
+    lines = [f"{'phase':<10}{'min':>10}{'mean':>10}{'max':>10}   slowest"]
+    for phase in PHASES:
+        seconds = [rank["seconds"][phase] for rank in ranks]
+        slowest = max(range(len(ranks)), key=seconds.__getitem__)
+        mean = sum(seconds) / len(seconds)
+        lines.append(
+            f"{phase:<10}{duration(min(seconds)):>10}{duration(mean):>10}"
+            f"{duration(max(seconds)):>10}   rank {slowest} on {ranks[slowest]['host']}"
+        )
+    return "\n".join(lines)
+
+
+def summarize(
+    job: Job,
+    ranks: Sequence[Mapping[str, Any]],
+    failed: Sequence[Mapping[str, str]],
+    code: int,
+) -> dict[str, Any]:
+    """Everything worth keeping of a job that came to its end; `ranks` as in `time_table`."""
+    elapsed = job.seconds["items"]
+    finished = [item for item in job.todo if job.output and job.output.ledger.state(item) == "done"]
+    return {
+        "exit_code": code,
+        "config": asdict(job.spec),
+        **provenance(job.executor),
+        "launcher": str(launcher()),
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": job.seconds,
+        "items": {
+            "all": len(job.items),
+            "done_before": len(job.items) - len(job.todo),
+            "done_now": len(finished),
+            "failed": list(failed),
+        },
+        "tokens_per_second": sum(item.problem.tokens for item in finished) / elapsed,
+        "flops_per_second": sum(item.problem.flops for item in finished) / elapsed,
+        "groups": list(job.schedule.reasons),
+        "strategies": sorted({plan.strategy for plan in job.plans.values()}),
+        "ranks": list(ranks),
+    }
+
+
+def closing_words(summary: Mapping[str, Any], path: Path) -> str:
+    """What the person reads last: the table, what is done, what isn't, and what to do about it."""
+    items, code = summary["items"], summary["exit_code"]
+    done = items["done_before"] + items["done_now"]
+    lines = [time_table(summary["ranks"])] if items["done_now"] else []
+    lines.append(
+        f"mdattn: {done} of {items['all']} items done, {items['done_now']} of them now, in "
+        f"{duration(summary['seconds']['items'])}; {_rate(summary)}"
+    )
+    if items["failed"]:
+        lines.append("mdattn: failed: " + ", ".join(each["item"] for each in items["failed"]))
+    if code == 75:
+        lines.append("mdattn: stopped as asked; run the same command again to resume")
+    lines.append(f"mdattn: summary in {path}")
+    return "\n".join(lines)
+
+
+def _rate(summary: Mapping[str, Any]) -> str:
+    """How fast it was: in operations, where they are known."""
+    if summary["flops_per_second"]:
+        return f"{summary['flops_per_second'] / 1e9:.1f} GFLOP/s"
+    return f"{summary['tokens_per_second']:.1f} tokens/s"
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
+    """Replace ``summary.json`` in the run folder; never leaves half a file."""
+    path = folder / "summary.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(summary, indent=1) + "\n")
+    temporary.replace(path)
+    return path

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from mdattn_mpi.backends import Backend
-from mdattn_mpi.dataset import Dataset, Item, Output
+from mdattn_mpi.backends import Executor
+from mdattn_mpi.dataset import AnyItem, Output
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.lockstep import World
-from mdattn_mpi.problem import Plan
+from mdattn_mpi.problem import AnyPlan
+from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.progress import wrapped
 from mdattn_mpi.runner.schedule import Schedule
-from mdattn_mpi.runner.teams import Team
-
-WIDTH = 80  # columns of a narrow terminal
+from mdattn_mpi.runner.work import Data, Kind
 
 
 @dataclass
@@ -25,11 +24,13 @@ class Job:
 
     spec: JobSpec
     world: World
-    dataset: Dataset
+    kind: Kind
+    dataset: Data
+    items: Sequence[AnyItem]
     schedule: Schedule
-    teams: list[Team]  # one a queue of the schedule
+    groups: list[JobGroup]  # one a queue of the schedule
     output: Output | None = None
-    todo: list[Item] = field(default_factory=list)
+    todo: list[AnyItem] = field(default_factory=list)
     failed: list[ItemError] = field(default_factory=list)
     stopped: bool = False
     seconds: dict[str, float] = field(default_factory=dict)  # opening, and all items
@@ -37,19 +38,14 @@ class Job:
     background: dict[str, float] = field(default_factory=dict)
 
     @property
-    def backend(self) -> Backend:
-        """One for all, where only the kind of engine matters."""
-        return self.teams[0].backend
+    def executor(self) -> Executor:
+        """One for all, where only the kind of device matters."""
+        return self.groups[0].executor
 
     @property
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, AnyPlan]:
         """Of all items that this rank's groups may do; on rank 0, of all items."""
-        return {name: plan for team in self.teams for name, plan in team.plans.items()}
-
-
-def run_folder(spec: JobSpec) -> Path:
-    """Logs, summary and death note live beside the output."""
-    return Path(f"{spec.output}.run")
+        return {name: plan for group in self.groups for name, plan in group.plans.items()}
 
 
 def add_seconds(sums: dict[str, float], more: Mapping[str, float]) -> None:
@@ -59,6 +55,6 @@ def add_seconds(sums: dict[str, float], more: Mapping[str, float]) -> None:
 
 
 def say(world: World, text: str) -> None:
-    """Print on rank 0."""
+    """Print on rank 0, wrapped for a narrow terminal."""
     if world.rank == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(wrapped(text), file=sys.stderr, flush=True)

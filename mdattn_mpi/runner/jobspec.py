@@ -6,10 +6,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import STRATEGY_NAMES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -21,11 +20,7 @@ MAX_JOB_FILE = 1 << 20
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One batch job: ``mdattn run``'s arguments, under the same names as in a job file.
-
-    Options that change the bytes of an output are in `result_options`; a job can only be resumed
-    with the same ones.
-    """
+    """One batch job: ``mdattn run``'s arguments, under the same names as in a job file."""
 
     data: str
     output: str
@@ -46,18 +41,16 @@ class JobSpec:
     transfer: Literal["auto", "copy", "nccl"] = "auto"
     kernel: Literal["auto", "cudnn", "flash"] = "auto"
     engine: str = ""
+    bind: tuple[str, ...] = ()
     chaos: str = ""
     dry_run: bool = False
     json: bool = False
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            choices = _CHOICES.get(field.name)
-            if choices and value not in choices:
-                raise RejectedError(
-                    f"{field.name} is {value!r}", fix=f"use one of {', '.join(choices)}"
-                )
+        for name, hint in get_type_hints(type(self)).items():
+            value, choices = getattr(self, name), get_args(hint)
+            if get_origin(hint) is Literal and value not in choices:
+                raise RejectedError(f"{name} is {value!r}", fix=f"use one of {', '.join(choices)}")
         for name in ("threads", "deadline", "max_time"):
             if getattr(self, name) < 0:
                 raise RejectedError(
@@ -67,31 +60,14 @@ class JobSpec:
             raise RejectedError(
                 f"group_size is {self.group_size!r}", fix="use all, auto or a number of ranks"
             )
+        if self.bind and not self.engine:
+            raise RejectedError(
+                "--bind without --engine", fix="name the model's engine: --engine FILE"
+            )
         if Path(self.data).resolve() == Path(self.output).resolve():
             raise RejectedError(
                 "the output is the dataset itself", file=self.output, fix="name another output file"
             )
-
-    def result_options(self) -> dict[str, str]:
-        """What decides the bytes of the output, by name; the number of ranks is the world's."""
-        return {
-            "strategy": self.strategy,
-            "items": self.items,
-            "lse": str(self.lse).lower(),
-            "layout": self.layout,
-            "ignore": ",".join(sorted(set(self.ignore))),
-            "group_size": self.group_size,
-        }
-
-
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "backend": ("auto", "cpu", "cuda", "tensorrt"),
-    "strategy": ("auto", *STRATEGY_NAMES),
-    "layout": ("auto", "token_major", "head_major"),
-    "nonfinite": ("refuse", "pass"),
-    "transfer": ("auto", "copy", "nccl"),
-    "kernel": ("auto", "cudnn", "flash"),
-}
 
 
 def load_job_file(path: str) -> dict[str, Any]:
@@ -127,10 +103,7 @@ def load_job_file(path: str) -> dict[str, Any]:
     for name in ("data", "output"):
         if name in table:
             table[name] = str(folder / table[name])
-    for name in ("allow", "ignore"):
-        if name in table:
-            table[name] = tuple(table[name])
-    return table
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}
 
 
 def _check(table: Mapping[str, Any], path: str) -> None:

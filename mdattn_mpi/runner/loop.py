@@ -11,57 +11,53 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Generic, TypeVar
 
-from mdattn_mpi.backends import Backend, Download, HostArray
-from mdattn_mpi.dataset import Item
+from mdattn_mpi.backends import Executor, HostArray
+from mdattn_mpi.dataset import AnyItem
 from mdattn_mpi.errors import ItemError, MdattnError
 from mdattn_mpi.lockstep import Agreement, Board, Deadlines, Group, Step
-from mdattn_mpi.problem import Plan, Span
 from mdattn_mpi.runner.clock import PhaseClock
 from mdattn_mpi.runner.pipeline import ReadAhead, WriteBehind
+from mdattn_mpi.runner.work import Begun, Enqueued, Read, Task, Written
 
-Shards = tuple[HostArray, HostArray, HostArray]
+S = TypeVar("S", Read, Written)
 
 MEANWHILE = ("agree", "read", "begin", "enqueue", "write")  # what others may do while one agrees
+BAD = 1 << 32  # in place of a checksum, which has 32 bits: the item can't be written as it came out
 
 
-@dataclass
-class Work:
-    """One item on its way through a rank."""
+@dataclass(frozen=True)
+class Outcome(Generic[S]):
+    """What a thread made of an item: the stage that it reached, or what went wrong."""
 
-    item: Item
-    plan: Plan
-    query: tuple[Span, ...]  # the tokens whose output this rank computes
-    kv: tuple[Span, ...]
-    shards: Shards | None  # room for what is read
-    running: Any = None
-    download: Download | None = None
-
-
-class Outcome(NamedTuple):
-    """What a thread made of an item: shards that were read, or the checksum of what was written."""
-
-    work: Work | None = None
-    value: Any = None
+    task: Task
+    stage: S | None = None
     error: MdattnError | None = None
 
+    @property
+    def bad_item(self) -> ItemError | None:
+        """What is wrong with this item and with nothing else."""
+        return self.error if isinstance(self.error, ItemError) else None
 
-NOTHING = Outcome()
+    @property
+    def failure(self) -> MdattnError | None:
+        """What ends the job."""
+        return None if isinstance(self.error, ItemError) else self.error
 
 
 @dataclass(frozen=True)
 class Files:
     """What the loop needs from the files; every callable raises an `MdattnError`.
 
-    ``read`` and ``write`` run in threads of their own. ``commit`` and ``fail`` are called on the
-    group's first rank only.
+    ``read`` and ``write`` run in threads of their own; an `ItemError` of theirs lets the other
+    items go on. ``commit`` and ``fail`` are called on the group's first rank only.
     """
 
-    read: Callable[[Work], Shards]
-    write: Callable[[Work], int]
-    commit: Callable[[Work, list[int]], None]
-    fail: Callable[[Item, str], None]
+    read: Callable[[Task, Sequence[HostArray]], Read]
+    write: Callable[[Enqueued], Written]
+    commit: Callable[[Task, list[int]], None]
+    fail: Callable[[AnyItem, str], None]
 
 
 class Loop:
@@ -70,17 +66,17 @@ class Loop:
     def __init__(
         self,
         group: Group,
-        backend: Backend,
+        executor: Executor,
         files: Files,
         *,
         board: Board,
         deadlines: Deadlines,
         wants_to_stop: Callable[[], bool],
-        finished: Callable[[Work], None],
-        failed: Callable[[Item, ItemError], None],
+        finished: Callable[[Task], None],
+        failed: Callable[[AnyItem, ItemError], None],
     ) -> None:
         self.group = group
-        self.backend = backend
+        self.executor = executor
         self.files = files
         self.clock = PhaseClock(board, deadlines)
         self.wants_to_stop = wants_to_stop
@@ -88,9 +84,9 @@ class Loop:
         self.failed = failed
         self.tell_all = board.on_enter is not None  # faults on purpose want every phase
         self.stopped = False
-        self.work = 0  # operations of the item in hand
+        self.work = 0  # of the item in hand
 
-    def run(self, tasks: Iterable[Work]) -> None:
+    def run(self, tasks: Iterable[Task]) -> None:
         """Collective. Compute and commit all `tasks`, or those before a stop was agreed on.
 
         Raises
@@ -99,8 +95,8 @@ class Loop:
             The same on all ranks. Items that were committed before stay so.
 
         """
-        self.reads = ReadAhead(tasks, self.files.read)
-        self.writes = WriteBehind(self.files.write)
+        self.reads = ReadAhead(tasks, self._room, self.files.read)
+        self.writes: WriteBehind[Task, Enqueued, Written] = WriteBehind(self.files.write)
         try:
             current = self._advance()
             while current is not None:
@@ -109,7 +105,7 @@ class Loop:
                 current = following
             while self.writes.under_way:
                 self._advance(drain=True)
-            self._agree(NOTHING, NOTHING, self._failed_errand(drain=True))
+            self._agree(None, None, self._ledger_error(drain=True))
             self.writes.close(wait=True)
         except BaseException:
             self.writes.close(wait=False)
@@ -118,45 +114,50 @@ class Loop:
             self.clock.stop()
             self.reads.close()
 
-    def _advance(self, *, drain: bool = False) -> Work | None:
+    def _room(self, task: Task) -> tuple[HostArray, ...]:
+        """Make room in host memory for what is to be read."""
+        return tuple(self.executor.host_empty(shard.shape, shard.dtype) for shard in task.reads)
+
+    def _advance(self, *, drain: bool = False) -> Begun | None:
         """Agree on what was written and on what comes next: commit the one, begin the other."""
         while True:
             ahead, behind = self._take(), self._oldest(drain=drain)
-            agreement = self._agree(ahead, behind, self._failed_errand())
-            if behind.work is not None:
-                self._finish(behind.work, agreement.checksums)
-            if ahead.work is None:
+            agreement = self._agree(ahead, behind, self._ledger_error())
+            if behind is not None:
+                self._finish(behind, agreement.checksums)
+            if ahead is None:
                 return None  # a wish to stop that comes now finds nothing to stop
             if agreement.refused is not None:
-                self._refuse(ahead.work.item, agreement.refused)
+                self._fail(ahead.task.item, agreement.refused)
             if agreement.stop:
                 self.stopped = True
                 return None
             if agreement.refused is None:
-                return self._begin(ahead.work, ahead.value)
+                assert ahead.stage is not None
+                return self._begin(ahead.stage)
 
-    def _take(self) -> Outcome:
+    def _take(self) -> Outcome[Read] | None:
         """Wait for the next item's shards."""
         return self._outcome("read", None if self.stopped else next(self.reads, None))
 
-    def _oldest(self, *, drain: bool) -> Outcome:
-        """Wait for the checksum of the oldest item under way, if it is its turn."""
+    def _oldest(self, *, drain: bool) -> Outcome[Written] | None:
+        """Wait until the oldest item under way is written, if it is its turn."""
         return self._outcome("write", self.writes.oldest(drain=drain))
 
-    def _outcome(self, phase: str, ready: tuple[Work, Future[Any]] | None) -> Outcome:
+    def _outcome(self, phase: str, ready: tuple[Task, Future[S]] | None) -> Outcome[S] | None:
         """Wait for a thread. What went wrong on this rank goes into the next agreement."""
         if ready is None:
-            return NOTHING
-        work, future = ready
+            return None
+        task, future = ready
         if self.tell_all or not future.done():
-            self.clock.enter(phase, work.item.name, work.item.problem.flops)
+            self.clock.enter(phase, task.item.name, task.item.problem.work)
         try:
-            return Outcome(work, future.result())
+            return Outcome(task, future.result())
         except Exception as error:
-            failure = MdattnError.wrap(error, item=work.item.name, rank=self.group.rank)
-            return Outcome(work, error=failure)
+            failure = MdattnError.wrap(error, item=task.item.name, rank=self.group.rank)
+            return Outcome(task, error=failure)
 
-    def _failed_errand(self, *, drain: bool = False) -> MdattnError | None:
+    def _ledger_error(self, *, drain: bool = False) -> MdattnError | None:
         """What a commit of this rank has run into; wait for all of them to drain."""
         try:
             self.writes.check(drain=drain)
@@ -164,45 +165,65 @@ class Loop:
             return error
         return None
 
-    def _agree(self, ahead: Outcome, behind: Outcome, error: MdattnError | None) -> Agreement:
+    def _agree(
+        self,
+        ahead: Outcome[Read] | None,
+        behind: Outcome[Written] | None,
+        error: MdattnError | None,
+    ) -> Agreement:
         """Agree on the item ahead and the one behind; the barrier before and after an enqueue."""
-        refused = ahead.error if isinstance(ahead.error, ItemError) else None
-        work = ahead.work or behind.work
-        name, flops = (work.item.name, work.item.problem.flops) if work else ("", 0)
-        self.clock.enter("agree", name, max(self.work, flops), MEANWHILE)
+        shown = ahead or behind
+        name, work = (shown.task.item.name, shown.task.item.problem.work) if shown else ("", 0)
+        self.clock.enter("agree", name, max(self.work, work), MEANWHILE)
         return self.group.agree(
-            step_of(ahead.work, behind.work),
-            error=behind.error or error or (None if refused else ahead.error),
-            refused=refused,
-            checksum=behind.value,
+            step_of(ahead.task if ahead else None, behind.task if behind else None),
+            error=_failure(behind) or error or _failure(ahead),
+            refused=ahead.bad_item if ahead else None,
+            checksum=_checksum(behind) if behind else None,
             stop=self.wants_to_stop(),
         )
 
-    def _begin(self, work: Work, shards: Shards) -> Work:
-        self.clock.enter("begin", work.item.name, work.item.problem.flops)
-        work.running = self.backend.begin(work.plan, *shards)
-        return work
+    def _begin(self, read: Read) -> Begun:
+        task = read.task
+        self.clock.enter("begin", task.item.name, task.item.problem.work)
+        return Begun(task, self.executor.begin(task.plan, *read.shards))
 
-    def _enqueue(self, work: Work) -> None:
-        self.work = work.item.problem.flops
-        self.clock.enter("enqueue", work.item.name, self.work)
-        self.backend.enqueue(work.running)
-        work.download = self.backend.collect(work.running)
-        work.running = None
-        self.writes.put(work)
+    def _enqueue(self, begun: Begun) -> None:
+        task = begun.task
+        self.work = task.item.problem.work
+        self.clock.enter("enqueue", task.item.name, self.work)
+        self.executor.enqueue(begun.running)
+        self.writes.put(task, Enqueued(task, self.executor.collect(begun.running)))
 
-    def _finish(self, work: Work, checksums: Sequence[int]) -> None:
+    def _finish(self, behind: Outcome[Written], checksums: Sequence[int]) -> None:
+        """Collective. Commit an item that all ranks have written, or give it up on all."""
+        task = behind.task
+        if BAD in checksums:
+            root = checksums.index(BAD)
+            own = behind.error.to_json() if behind.error and root == self.group.rank else None
+            told = MdattnError.from_json(self.group.bcast_bytes(own, root))
+            assert isinstance(told, ItemError)
+            self._fail(task.item, told)
+            return
         if self.group.rank == 0:
-            self.writes.errand(self.files.commit, work, list(checksums))
-        self.finished(work)
+            self.writes.run(self.files.commit, task, list(checksums))
+        self.finished(task)
 
-    def _refuse(self, item: Item, failure: ItemError) -> None:
+    def _fail(self, item: AnyItem, error: ItemError) -> None:
         if self.group.rank == 0:
-            self.writes.errand(self.files.fail, item, str(failure))
-        self.failed(item, failure)
+            self.writes.run(self.files.fail, item, str(error))
+        self.failed(item, error)
 
 
-def step_of(ahead: Work | None, behind: Work | None) -> Step:
+def _failure(outcome: Outcome[Any] | None) -> MdattnError | None:
+    return outcome.failure if outcome else None
+
+
+def _checksum(behind: Outcome[Written]) -> int:
+    return behind.stage.checksum if behind.stage else BAD
+
+
+def step_of(ahead: Task | None, behind: Task | None) -> Step:
     """What the ranks must have in common: which item begins and how, and which one is committed."""
     number = behind.item.index if behind else -1
     if ahead is None:

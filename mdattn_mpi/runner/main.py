@@ -9,12 +9,18 @@ from time import perf_counter
 
 from mdattn_mpi.lockstep import World, board, together
 from mdattn_mpi.lockstep.process import Process
-from mdattn_mpi.runner.folder import watched_folder
-from mdattn_mpi.runner.job import Job, add_seconds, run_folder, say
+from mdattn_mpi.runner.batch import run_items
+from mdattn_mpi.runner.folder import (
+    closing_words,
+    rank_times,
+    run_folder,
+    summarize,
+    watched_folder,
+    write_summary,
+)
+from mdattn_mpi.runner.job import Job, add_seconds, say
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.opening import describe_plans, open_files, open_job
-from mdattn_mpi.runner.report import closing_words, rank_times, summarize, write_summary
-from mdattn_mpi.runner.shift import run_items
 
 
 def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
@@ -46,12 +52,12 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
                 "opening": opened - began,
                 "items": perf_counter() - opened,
             }
-        for team in job.teams:
-            team.backend.close()
+        for group in job.groups:
+            group.executor.close()
         return close_job(job) if working else 0
     except BaseException:
-        for team in job.teams:
-            team.backend.abort()
+        for group in job.groups:
+            group.executor.abort()
         raise
 
 
@@ -59,20 +65,19 @@ def seconds_since_launch() -> float:
     """How long ago this rank was launched: Python, MPI and the wait for the other ranks."""
     launched = Process.look(board().watchdog_pid or os.getpid())
     assert launched is not None
-    with open("/proc/uptime") as up:
-        return float(up.read().split()[0]) - launched.start / os.sysconf("SC_CLK_TCK")
+    return launched.age
 
 
 def close_job(job: Job) -> int:
     """Collective. Report, and say how it ended."""
     world = job.world
-    engine: dict[str, float] = {}
-    for team in job.teams:
-        add_seconds(engine, team.backend.timings())
+    timings: dict[str, float] = {}
+    for group in job.groups:
+        add_seconds(timings, group.executor.timings())
     mine = {
         "host": world.hostname,
-        "device": job.backend.describe().get("device", ""),
-        "seconds": rank_times(job.phases, engine),
+        "device": job.executor.describe().get("device", ""),
+        "seconds": rank_times(job.phases, timings),
         "background": job.background,
         "stopped": job.stopped,
         "failed": [{"item": one.item, "why": str(one)} for one in job.failed],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections import deque
 from time import monotonic
 from typing import TextIO
 
 from tqdm import tqdm
 
-from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.problem import AnyProblem
 
+WIDTH, INDENT = 80, " " * 12
 LOG_SECONDS = 30.0
 RATE_ITEMS = 50
 
@@ -22,7 +24,7 @@ class Progress:
         self,
         total: int,
         done: int,
-        remaining_flops: int,
+        remaining_work: int,
         *,
         shown: bool,
         stream: TextIO = sys.stderr,
@@ -31,8 +33,8 @@ class Progress:
         self.done = done
         self.failed = 0
         self.tokens = 0
-        self.flops = 0
-        self.remaining_flops = remaining_flops
+        self.flops = self.work = 0
+        self.remaining_work = remaining_work
         self.started = monotonic()
         self._recent: deque[tuple[float, int]] = deque([(self.started, 0)], maxlen=RATE_ITEMS)
         self._logged = self.started
@@ -44,11 +46,12 @@ class Progress:
             dynamic_ncols=True,
         )  # fmt: skip
 
-    def finished(self, problem: AttentionProblem) -> None:
+    def finished(self, problem: AnyProblem) -> None:
         """Count one finished item."""
         self.done += 1
-        self.tokens += problem.q_tokens
+        self.tokens += problem.tokens
         self.flops += problem.flops
+        self.work += problem.work
         self._show()
 
     def skipped(self, message: str) -> None:
@@ -60,20 +63,22 @@ class Progress:
     def say(self, message: str) -> None:
         """Print a line without tearing the bar."""
         if self._lines or not self._bar.disable:
-            tqdm.write(message, file=self._stream)
+            tqdm.write(wrapped(message), file=self._stream)
 
     @property
     def eta(self) -> float | None:
         """Seconds to the end, by the work of the most recent items; None before the first."""
         (since, before), now = self._recent[0], monotonic()
-        rate = (self.flops - before) / max(now - since, 1e-9)
-        return (self.remaining_flops - self.flops) / rate if rate else None
+        rate = (self.work - before) / max(now - since, 1e-9)
+        return (self.remaining_work - self.work) / rate if rate else None
 
     def _show(self) -> None:
         now = monotonic()
-        self._recent.append((now, self.flops))
+        self._recent.append((now, self.work))
         seconds = max(now - self.started, 1e-9)
-        rates = f"{_si(self.tokens / seconds)}tok/s {_si(self.flops / seconds)}FLOP/s"
+        rates = f"{_si(self.tokens / seconds)}tok/s"
+        if self.flops:
+            rates += f" {_si(self.flops / seconds)}FLOP/s"
         if not self._bar.disable:
             self._bar.set_postfix_str(rates, refresh=False)
             self._bar.update(self.done + self.failed - self._bar.n)
@@ -86,6 +91,16 @@ class Progress:
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._bar.close()
+
+
+def wrapped(text: str) -> str:
+    """`text` for a narrow terminal: no line is longer than `WIDTH` columns, unless a word is."""
+    return "\n".join(
+        textwrap.fill(
+            line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
+        )
+        for line in text.splitlines()
+    )
 
 
 def duration(seconds: float) -> str:

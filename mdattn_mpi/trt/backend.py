@@ -4,24 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.lockstep import Group
 from mdattn_mpi.partition import equal_partition
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
-from mdattn_mpi.trt.build import Made, make_attention
+from mdattn_mpi.trt.build import BuiltEngine, make_attention
 from mdattn_mpi.trt.choice import choose, spec_for
 from mdattn_mpi.trt.engine import Engine
-from mdattn_mpi.trt.engine_room import EngineRoom, open_room
-from mdattn_mpi.trt.gpu import Buffer, HostArray
+from mdattn_mpi.trt.gpu import HostArray
 from mdattn_mpi.trt.networks import network_of
-from mdattn_mpi.trt.spec import EngineSpec, Shapes
+from mdattn_mpi.trt.runtime import (
+    EngineDownload,
+    EngineExecutor,
+    Result,
+    Running,
+    Runtime,
+    open_runtime,
+)
+from mdattn_mpi.trt.spec import EngineSpec
 from mdattn_mpi.trt.store import Cache
 
 
@@ -34,58 +39,24 @@ class Loaded:
     engine: Engine
 
 
-@dataclass
-class Running:
-    """An item between `begin` and `collect`."""
-
-    plan: Plan
-    loaded: Loaded
-    shapes: Shapes
-    rows: int
-    buffers: dict[str, Buffer]
-    keys: npt.NDArray[np.int64]
-    dtype: np.dtype[Any]
-    marks: tuple[Any, Any] | None = None
-
-
-@dataclass(frozen=True)
-class TensorRTDownload:
-    """An output shard on its way to the host."""
-
-    output: HostArray
-    arrived: Any
-    finished: Callable[[], None]
-
-    def wait(self) -> tuple[HostArray, HostArray]:
-        """Return the output ``[Sq, Nq, H]``, and NaN for the LSE. Any thread may call."""
-        self.arrived.sync()
-        self.finished()
-        return self.output, np.full(self.output.shape[:2], np.nan, np.float32)
-
-
-class TensorRTBackend:
+class TensorRTBackend(EngineExecutor):
     """Multi-device engines of one group, one rank a GPU.
 
     Parameters
     ----------
-    room
+    runtime
         Where engines are loaded.
     cache
         Where built engines are kept; None for nowhere.
 
     """
 
-    name = "tensorrt"
-
-    def __init__(self, room: EngineRoom, cache: Cache | None) -> None:
-        self._room = room
-        self._group = room.group
-        self._library = room.library
-        self._gpu = room.gpu
+    def __init__(self, runtime: Runtime, cache: Cache | None) -> None:
+        super().__init__(runtime)
+        self._library = runtime.library
         self._cache = cache
         self._loaded: list[Loaded] = []
         self._named = False
-        self._timings = {"compute": 0.0, "exchange": 0.0, "merge": 0.0}
 
     def take_engine(self, path: Path) -> None:
         """Collective. Run the attention engine in `path`, and no other.
@@ -93,10 +64,10 @@ class TensorRTBackend:
         Raises
         ------
         RejectedError, DeviceError
-            It isn't one of plain attention; see `EngineRoom.share_file`.
+            It isn't one of plain attention; see `Runtime.share_file`.
 
         """
-        made = self._room.share_file(path)
+        made = self._runtime.share_file(path)
         if not made.manifest.spec:
             raise RejectedError(
                 "this engine was built from a model, not for plain attention",
@@ -124,7 +95,7 @@ class TensorRTBackend:
         for name, group in chosen.items():
             for spec in spec_for(group, name, self._group.size):
                 if not self._named and self._find(spec) is None:
-                    self._load(self._room.share("build engine", self._builder(spec)))
+                    self._load(self._runtime.share("build engine", self._builder(spec)))
 
     def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
         """Collective. Choose strategy and engine; build one where `prepare` made none.
@@ -171,84 +142,38 @@ class TensorRTBackend:
     def _find(self, spec: EngineSpec) -> Loaded | None:
         return next((loaded for loaded in self._loaded if loaded.spec.includes(spec)), None)
 
-    def _builder(self, spec: EngineSpec) -> Callable[[], Made]:
+    def _builder(self, spec: EngineSpec) -> Callable[[], BuiltEngine]:
         return lambda: make_attention(self._library, spec, self._gpu.sm, self._cache)
 
-    def _load(self, made: Made) -> None:
-        engine = self._room.load(made)
+    def _load(self, made: BuiltEngine) -> None:
+        engine = self._runtime.load(made)
         self._loaded.append(Loaded(made.manifest.attention(), made.manifest.sha256, engine))
 
-    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
-        """An array for `begin`, with undefined contents."""
-        return np.empty(shape, dtype)
-
-    def begin(self, plan: Plan, q: HostArray, k: HostArray, v: HostArray) -> Running:
+    def begin(self, plan: Plan, *shards: HostArray) -> Running:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
-        group, gpu = self._group, self._gpu
+        group = self._group
         loaded = next(each for each in self._loaded if each.digest == plan.engine_digest)
         shapes = network_of(plan.strategy).shapes(plan.problem, group.size, group.rank)
-        buffers = {}
-        rows = {"query": shapes.q, "key": shapes.kv, "value": shapes.kv}
-        for (name, count), host in zip(rows.items(), (q, k, v), strict=True):
-            buffers[name] = gpu.buffer(count * _row_size(host))
-            gpu.upload(host, buffers[name])
-        buffers["output"] = gpu.buffer(buffers["query"].size)
-        keys = np.array([shapes.keys], np.int64)
-        return Running(plan, loaded, shapes, len(q), buffers, keys, q.dtype)
+        spec, query = loaded.spec, shards[0]
+        inputs = {
+            "query": (shapes.q, spec.q_heads, spec.head_dim),
+            "key": (shapes.kv, spec.kv_heads, spec.head_dim),
+            "value": (shapes.kv, spec.kv_heads, spec.head_dim),
+        }
+        output = Result("output", inputs["query"], query.shape, query.dtype)
+        keys = {"keys": shapes.keys} if spec.takes_keys else {}
+        return self._begin(loaded.engine, inputs, shards, keys, (output,))
 
-    def enqueue(self, running: Running) -> None:
-        """Collective. Bind the buffers and enqueue."""
-        engine, spec, shapes = running.loaded.engine, running.loaded.spec, running.shapes
-        for name, rows, heads in (
-            ("query", shapes.q, spec.q_heads),
-            ("key", shapes.kv, spec.kv_heads),
-            ("value", shapes.kv, spec.kv_heads),
-        ):
-            engine.set_input(name, running.buffers[name].address, (rows, heads, spec.head_dim))
-        if spec.takes_keys:
-            engine.set_host_input("keys", running.keys)
-        engine.set_output("output", running.buffers["output"].address)
-        self._gpu.uploads_before_compute()
-        before = self._gpu.mark()
-        engine.enqueue(self._gpu.stream)
-        running.marks = (before, self._gpu.mark())
-
-    def collect(self, running: Running) -> TensorRTDownload:
-        """Start bringing the output of an enqueued item to the host."""
-        spec, buffers, marks = running.loaded.spec, running.buffers, running.marks
-        assert marks is not None
-        shape = (running.rows, spec.q_heads, spec.head_dim)
-        output, arrived = self._gpu.download(buffers["output"], shape, running.dtype, marks[1])
-
-        def finished() -> None:
-            self._timings["compute"] += self._gpu.seconds(*marks)
-            for buffer in buffers.values():
-                self._gpu.give_back(buffer)
-
-        return TensorRTDownload(output, arrived, finished)
+    def collect(self, running: Running) -> EngineDownload:
+        """Start bringing the output ``[Sq, Nq, H]`` to the host; its LSE is NaN."""
+        download = super().collect(running)
+        (output,) = download.arrays
+        return replace(download, arrays=(output, np.full(output.shape[:2], np.nan, np.float32)))
 
     def describe(self) -> Mapping[str, str]:
         """The GPU, the library, the engines."""
         engines = ", ".join(loaded.digest[:12] for loaded in self._loaded)
-        return {**self._room.describe(), "engines": engines}
-
-    def timings(self) -> Mapping[str, float]:
-        """Seconds of the engines; what they spend on exchange is part of ``compute``."""
-        return dict(self._timings)
-
-    def close(self) -> None:
-        """Collective. Release everything, in order."""
-        self._loaded.clear()
-        self._room.close()
-
-    def abort(self) -> None:
-        """Let go without waiting for any other rank."""
-        self._room.abort()
-
-
-def _row_size(host: HostArray) -> int:
-    """Bytes of one token."""
-    return int(host.shape[1] * host.shape[2] * host.itemsize)
+        return {**self._runtime.describe(), "engines": engines}
 
 
 def open_tensorrt(group: Group, *, engine: str = "") -> TensorRTBackend:
@@ -267,7 +192,7 @@ def open_tensorrt(group: Group, *, engine: str = "") -> TensorRTBackend:
         TensorRT, CUDA or NCCL is missing on some rank; or the engine file is refused.
 
     """
-    backend = TensorRTBackend(open_room(group), Cache.default())
+    backend = TensorRTBackend(open_runtime(group), Cache.default())
     if engine:
         backend.take_engine(Path(engine))
     return backend

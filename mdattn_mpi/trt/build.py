@@ -16,7 +16,7 @@ Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile = dict[str, Range]
 
 
-class Made(NamedTuple):
+class BuiltEngine(NamedTuple):
     """A serialized engine and its manifest; whether it lay in the cache."""
 
     engine: bytes | memoryview
@@ -24,17 +24,17 @@ class Made(NamedTuple):
     cached: bool = False
 
 
-def make_attention(library: Library, spec: EngineSpec, sm: SM, cache: Cache | None) -> Made:
+def make_attention(library: Library, spec: EngineSpec, sm: SM, cache: Cache | None) -> BuiltEngine:
     """Take the engine of `spec` from `cache`, or build it and put it there."""
     key = cache_key(library, spec.digest, sm)
     found = cache.get(key) if cache else None
     if found is not None:
-        return Made(*found, cached=True)
+        return BuiltEngine(*found, cached=True)
     engine = build_attention(library, spec, sm)
     manifest = describe_attention(engine, library, sm, spec)
     if cache:
         cache.put(key, engine, manifest)
-    return Made(engine, manifest)
+    return BuiltEngine(engine, manifest)
 
 
 def cache_key(library: Library, network: str, sm: SM) -> str:

@@ -1,4 +1,4 @@
-"""One engine at run time: deserialize, hand over the communicator, bind, enqueue.
+"""One engine at run time: deserialize, connect, bind, enqueue.
 
 All calls to TensorRT's runtime are here, in the order that multi-device execution asks for:
 communicator on all ranks at once, then shapes and addresses, then the enqueue.
@@ -68,18 +68,18 @@ class Engine:
 
     @uncollected()
     def connect(self, pointer: int) -> None:
-        """Collective. Hand over the NCCL communicator at `pointer`; returns when all ranks have.
+        """Collective. Give it the NCCL communicator at `pointer`; returns when all ranks have.
 
         Raises
         ------
         DeviceError
-            TensorRT took it not.
+            TensorRT refused it.
 
         """
         self._log.clear()
         if not self._context.set_communicator(communicator_capsule(pointer)):
             raise self._log.error(
-                "TensorRT took no communicator",
+                "TensorRT refused the NCCL communicator",
                 fix="let TensorRT find the libnccl.so.2 that nccl4py loads: put its folder first "
                 "in LD_LIBRARY_PATH",
             )
@@ -109,15 +109,22 @@ class Engine:
         Raises
         ------
         RejectedError
-            Neither BF16 nor FP16.
+            None that a file can hold.
 
         """
         found = self._engine.get_tensor_dtype(name)
         api = self._library.api
-        known = {api.bfloat16: np.dtype(bfloat16), api.float16: np.dtype(np.float16)}
+        known = {
+            api.bfloat16: np.dtype(bfloat16),
+            api.float16: np.dtype(np.float16),
+            api.float32: np.dtype(np.float32),
+            api.int64: np.dtype(np.int64),
+            api.int32: np.dtype(np.int32),
+        }
         if found not in known:
             raise RejectedError(
-                f"{name!r} of the engine is {found}", fix="export the model in BF16 or FP16"
+                f"{name!r} of the engine is {found}",
+                fix="export the model with inputs and outputs in BF16, FP16, FP32, INT64 or INT32",
             )
         dtype: np.dtype[Any] = known[found]
         return dtype
@@ -165,7 +172,7 @@ class Engine:
         self._log.clear()
 
     def close(self) -> None:
-        """Let go: context before engine before runtime."""
+        """Release it: context before engine before runtime."""
         for part in ("_context", "_engine", "_runtime"):
             if hasattr(self, part):
                 delattr(self, part)

@@ -1,50 +1,25 @@
-"""The engine of a model, one sequence at a time: each rank brings its tokens of every input."""
+"""The engine of a model as an executor: each rank brings its tokens of every input."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
+from typing import cast
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
 from mdattn_mpi.partition import equal_shards, shard_length
-from mdattn_mpi.problem import DTypeName, Span
-from mdattn_mpi.trt.engine import Engine
-from mdattn_mpi.trt.engine_room import EngineRoom
-from mdattn_mpi.trt.gpu import Buffer, HostArray
-from mdattn_mpi.trt.store import Manifest
+from mdattn_mpi.problem import ModelPlan, ModelProblem, StrategyName, TensorSpec
+from mdattn_mpi.trt.gpu import HostArray
+from mdattn_mpi.trt.runtime import EngineExecutor, Result, Running, Runtime
 
 
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output of a model: its shape for a whole sequence, -1 for the tokens."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: np.dtype[Any]
-    axis: int
-
-    @property
-    def dtype_name(self) -> DTypeName:
-        """Its dtype, as a problem names it."""
-        return "float16" if self.dtype == np.float16 else "bfloat16"
-
-    def with_tokens(self, tokens: int) -> tuple[int, ...]:
-        """Put a number of tokens into the shape."""
-        return (*self.shape[: self.axis], tokens, *self.shape[self.axis + 1 :])
-
-
-class Model:
-    """A loaded model engine of one group.
+class Model(EngineExecutor):
+    """Collective. A model's engine, loaded on the ranks of one group.
 
     Parameters
     ----------
-    room
+    runtime
         Where it is loaded.
     path
         The engine's file.
@@ -54,7 +29,7 @@ class Model:
     manifest
         How it is sharded, and what for.
     inputs, outputs
-        The tensors that are bound; `keys` and its like are filled in here.
+        The tensors that are bound, -1 in place of the tokens; `keys` and its like are not.
 
     Raises
     ------
@@ -63,41 +38,44 @@ class Model:
 
     """
 
-    def __init__(self, room: EngineRoom, path: Path) -> None:
-        made = room.share_file(path)
-        if made.manifest.spec:
+    def __init__(self, runtime: Runtime, path: Path) -> None:
+        super().__init__(runtime)
+        built = runtime.share_file(path)
+        self.manifest = built.manifest
+        if self.manifest.spec:
             raise RejectedError(
                 "this is an engine of plain attention, not of a model",
                 file=str(path),
                 fix="leave --bind out",
             )
-        self.manifest: Manifest = made.manifest
-        self._room = room
-        self._engine: Engine = room.load(made)
+        self._engine = runtime.load(built)
         names = self._engine.inputs
         counts = {name: self.manifest.sharding.counts_keys(name) for name in names}
         self._numbers = {name: kind for name, kind in counts.items() if kind}
         self.inputs = self._tensors(name for name in names if name not in self._numbers)
         self.outputs = self._tensors(self._engine.outputs)
 
-    def _tensors(self, names: Any) -> tuple[Tensor, ...]:
+    def _tensors(self, names: Iterable[str]) -> tuple[TensorSpec, ...]:
         return tuple(self._tensor(name) for name in names)
 
-    def _tensor(self, name: str) -> Tensor:
+    def _tensor(self, name: str) -> TensorSpec:
         axis = self.manifest.axes.get(name)
         if axis is None:
             raise RejectedError(
                 f"{name!r} has no dim that counts tokens; only such tensors can be bound",
                 fix="make it a constant of the model",
             )
-        shape = tuple(
-            -1 if position == axis else max(1, dim)  # other dynamic dims were built as 1
-            for position, dim in enumerate(self._engine.declared_shape(name))
-        )
-        return Tensor(name, shape, self._engine.dtype(name), axis)
+        shape = [max(1, dim) for dim in self._engine.declared_shape(name)]  # -1 was built as 1
+        shape[axis] = -1
+        if any(dim != 1 for dim in shape[:axis]):
+            raise RejectedError(
+                f"{name!r} is {shape}: its tokens aren't one run of bytes",
+                fix="export the model with tokens first, or with a batch of 1",
+            )
+        return TensorSpec(name, tuple(shape), self._engine.dtype(name).name, axis)
 
-    def shards(self, tokens: int) -> tuple[Span, ...]:
-        """Tell which tokens of a sequence each rank brings and gets.
+    def plan(self, problem: ModelProblem) -> ModelPlan:
+        """Refuse what the engine can't do.
 
         Raises
         ------
@@ -105,85 +83,46 @@ class Model:
             ``ring`` takes equal shards only.
 
         """
-        ranks = self.manifest.ranks
-        if self.manifest.strategy == "ring" and tokens % ranks:
+        manifest = self.manifest
+        if manifest.strategy == "ring" and problem.tokens % manifest.ranks:
             raise RejectedError(
-                f"{tokens} tokens on {ranks} ranks: TensorRT's multi-device attention takes equal "
-                "shards",
+                f"{problem.tokens} tokens on {manifest.ranks} ranks: TensorRT's multi-device "
+                "attention takes equal shards",
                 fix="shard the model with -s allgather or -s ulysses",
             )
-        return equal_shards(tokens, ranks)
+        why = f"engine {manifest.sha256[:12]}, {manifest.strategy} on {manifest.ranks} ranks"
+        strategy = cast(StrategyName, manifest.strategy)
+        return ModelPlan(problem, strategy, manifest.ranks, manifest.sha256, (why,))
 
-    def run(self, tokens: int, given: Mapping[str, HostArray]) -> dict[str, HostArray]:
-        """Collective. Run one sequence; waits for the result.
+    def begin(self, plan: ModelPlan, *shards: HostArray) -> Running:
+        """Start the upload of the rank's shards, filled up to what the engine takes."""
+        tokens, rank = plan.problem.tokens, self._group.rank
+        length = shard_length(tokens, plan.ranks)
+        own = len(equal_shards(tokens, plan.ranks)[rank])
+        inputs = {tensor.name: tensor.with_tokens(length) for tensor in self.inputs}
+        values = {KEYS: tokens, CAUSAL_KEYS: (rank + 1) * length}
+        numbers = {name: values[kind] for name, kind in self._numbers.items()}
+        results = tuple(
+            Result(
+                tensor.name,
+                tensor.with_tokens(length),
+                tensor.with_tokens(own),
+                self._engine.dtype(tensor.name),
+            )
+            for tensor in self.outputs
+        )
+        return self._begin(self._engine, inputs, shards, numbers, results)
 
-        Parameters
-        ----------
-        tokens
-            Of the whole sequence.
-        given
-            This rank's shard of every input.
-
-        Returns
-        -------
-        This rank's shard of every output.
-
-        """
-        engine, gpu, rank = self._engine, self._room.gpu, self._room.group.rank
-        own = len(self.shards(tokens)[rank])
-        length = shard_length(tokens, self.manifest.ranks)
-        buffers: dict[str, Buffer] = {}
-        for tensor in self.inputs:
-            shape = tensor.with_tokens(length)
-            buffers[tensor.name] = gpu.buffer(_size(shape, tensor.dtype))
-            gpu.upload(_filled(given[tensor.name], shape), buffers[tensor.name])
-            engine.set_input(tensor.name, buffers[tensor.name].address, shape)
-        numbers = self._bind_numbers(tokens, length)
-        for tensor in self.outputs:
-            shape = engine.output_shape(tensor.name)
-            if shape != tensor.with_tokens(length):
+    def _check(self, running: Running) -> None:
+        """Make sure that as many tokens come out as went in."""
+        for result in running.results:
+            shape = self._engine.output_shape(result.name)
+            if shape != result.shape:
                 raise DeviceError(
-                    f"{tensor.name!r} comes as {list(shape)}, for {length} tokens a rank",
+                    f"{result.name!r} comes as {list(shape)}, not as {list(result.shape)}",
                     fix="the number of tokens must go through the model unchanged",
                 )
-            buffers[tensor.name] = gpu.buffer(_size(shape, tensor.dtype))
-            engine.set_output(tensor.name, buffers[tensor.name].address)
-        gpu.uploads_before_compute()
-        engine.enqueue(gpu.stream)
-        outputs = {
-            tensor.name: self._fetch(tensor, buffers, length, own) for tensor in self.outputs
-        }
-        for buffer in buffers.values():
-            gpu.give_back(buffer)
-        del numbers  # until here the engine may read them
-        return outputs
 
-    def _bind_numbers(self, tokens: int, length: int) -> dict[str, npt.NDArray[np.int64]]:
-        values = {KEYS: tokens, CAUSAL_KEYS: (self._room.group.rank + 1) * length}
-        numbers = {name: np.array([values[kind]], np.int64) for name, kind in self._numbers.items()}
-        for name, number in numbers.items():
-            self._engine.set_host_input(name, number)
-        return numbers
-
-    def _fetch(
-        self, tensor: Tensor, buffers: Mapping[str, Buffer], length: int, own: int
-    ) -> HostArray:
-        gpu = self._room.gpu
-        shape = tensor.with_tokens(length)
-        array, arrived = gpu.download(buffers[tensor.name], shape, tensor.dtype, gpu.mark())
-        arrived.sync()
-        index = (slice(None),) * tensor.axis + (slice(own),)
-        return array[index]
-
-
-def _size(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    return int(np.prod(shape)) * dtype.itemsize
-
-
-def _filled(array: HostArray, shape: tuple[int, ...]) -> HostArray:
-    """Put zeros behind the tokens of a shard that is shorter than the others."""
-    if array.shape == shape:
-        return array
-    filled = np.zeros(shape, array.dtype)
-    filled[tuple(slice(count) for count in array.shape)] = array
-    return filled
+    def describe(self) -> Mapping[str, str]:
+        """The GPU, the library, the engine."""
+        return {**self._runtime.describe(), "engine": self.manifest.sha256[:12]}

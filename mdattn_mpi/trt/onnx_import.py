@@ -18,7 +18,7 @@ from mdattn_mpi.onnx.model import (
 )
 from mdattn_mpi.onnx.sharding import Sharding, read_sharding
 from mdattn_mpi.partition import shard_length
-from mdattn_mpi.trt.build import Made, Profile, build_network
+from mdattn_mpi.trt.build import BuiltEngine, Profile, build_network
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, uncollected
 from mdattn_mpi.trt.store import describe_model
@@ -132,7 +132,9 @@ def profile_of(network: Any, sharding: Sharding, tokens: tuple[int, int]) -> Pro
 
 
 @uncollected()
-def build_model(library: Library, path: Path, ranks: int, tokens: tuple[int, int], sm: SM) -> Made:
+def build_model(
+    library: Library, path: Path, ranks: int, tokens: tuple[int, int], sm: SM
+) -> BuiltEngine:
     """Build the engine of a sharded model.
 
     Raises
@@ -154,4 +156,4 @@ def build_model(library: Library, path: Path, ranks: int, tokens: tuple[int, int
     profile = profile_of(network, sharding, tokens)
     engine = build_network(library, builder, network, log, sm, profile, path.name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return Made(engine, describe_model(engine, library, sm, sharding, model=digest))
+    return BuiltEngine(engine, describe_model(engine, library, sm, sharding, model=digest))

@@ -239,7 +239,7 @@ def check_fits(manifest: Manifest, library: Library, sm: SM | None, ranks: int, 
         raise RejectedError(
             f"the engine is for {manifest.ranks} ranks, this group has {ranks}",
             file=file,
-            fix=f"start {manifest.ranks} ranks, or build it with -n {ranks}",
+            fix=f"use --group-size {manifest.ranks}, or build it with -n {ranks}",
         )
     if sm is not None and manifest.sm != sm:
         raise DeviceError(

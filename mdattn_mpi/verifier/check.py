@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mdattn_mpi.dataset import Dataset, Entry, Item, Output, open_dataset
+from mdattn_mpi.dataset import Dataset, Entry, Item, ModelItem, Output, open_dataset
 from mdattn_mpi.dataset.index import patterns_of, select_items
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.problem import Span
@@ -128,6 +128,12 @@ def open_input(
         It can't be opened, or it is another one; with `other` its content may differ.
 
     """
+    if any(isinstance(item, ModelItem) for item in output.items):
+        raise RejectedError(
+            "holds what a model gave; only attention can be verified",
+            fix="look for damage with `mdattn inspect --check`",
+            file=output.path,
+        )
     dataset = open_dataset(
         path,
         select=str(output.attributes.get("items", "*")),
@@ -156,7 +162,8 @@ def pair(output: Output, dataset: Dataset, patterns: str) -> list[tuple[Item, It
         Nothing matches, or an item isn't in the dataset, or is another problem there.
 
     """
-    chosen = select_items(output.items, patterns_of(patterns), output.path)
+    items = [item for item in output.items if isinstance(item, Item)]
+    chosen = select_items(items, patterns_of(patterns), output.path)
     inputs = {item.name: item for item in dataset.items}
     for item in chosen:
         other = inputs.get(item.name)
@@ -193,7 +200,7 @@ def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Ch
     source = Source(
         item.problem,
         lambda tensor, spans: dataset.read(given, tensor, spans),  # type: ignore[arg-type]
-        lambda result, spans: output.read(item, result, spans),  # type: ignore[arg-type]
+        lambda result, spans: output.read(item, result, spans),
         output.lse,
     )
     backend = choice.backend or str(output.attributes.get("backend", ""))

@@ -1,7 +1,8 @@
 """What the documentation tells people to type works.
 
 Commands are the lines with a prompt, ``$ ``, in blocks marked ``console`` or ``sh``. Those of one
-document run in their order, in one folder that holds the sample as data/.
+document run in their order, in one folder that holds the sample as data/, and as programs the
+blocks marked ``python`` whose first line names a file, ``# example.py``.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ DOCUMENTS = sorted(
     for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data/*.md"))
 )
 BLOCK = re.compile(r"^ *```(?:console|sh)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+PROGRAM = re.compile(r"^```python\n# (\w+\.py)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 COMMAND = re.compile(r"^ *\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
 
 # Why a command isn't run here, by what is in it. The first that matches counts.
@@ -88,6 +90,9 @@ def test_commands_of(document, tmp_path, record_property):
     if not here:
         pytest.skip(f"none of its {len(found)} commands can run here")
     shutil.copytree(ROOT / "data", tmp_path / "data")
+    for name, program in PROGRAM.findall((ROOT / document).read_text("utf-8")):
+        assert any(name in command for command in here), f"nothing runs {name}"
+        (tmp_path / name).write_text(program)
     for command in here:
         print(f"$ {command}\n{run(command, tmp_path)}")
 
@@ -122,3 +127,9 @@ $ not this
 def test_a_command_that_fails_is_reported_with_what_it_printed(tmp_path):
     with pytest.raises(AssertionError, match=r"\$ mdattn inspect nowhere\.h5(.|\n)*exit code 2"):
         run("mdattn inspect nowhere.h5", tmp_path)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/library.md"])
+def test_every_program_that_people_copy_is_run(document):
+    text = (ROOT / document).read_text("utf-8")
+    assert len(PROGRAM.findall(text)) == text.count("```python") > 0

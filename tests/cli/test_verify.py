@@ -39,11 +39,12 @@ def overwrite(files, name, spans, value, *, result="output", committed=False):
     """Put `value` there; with `committed`, the ledger's checksums fit."""
     with open_output(files.output, writable=True) as output:
         item = output.item(name)
-        region = output._region(item, result)
+        region = output.regions(item)[result]
         array = np.full((1, *region.shape[1:]), value, region.dtype)
         for span in spans:
             for row in range(span.start, span.stop):
-                os.pwrite(output._fd, array.tobytes(), region.offset + row * region.token_bytes)
+                ((offset, _),) = region.runs([Span(row, row + 1)])
+                os.pwrite(output._fd, array.tobytes(), offset)
         if committed:
             entry = output.ledger.entry(item)
             crc32s = [output.checksum(item, spans) for spans in entry.shards]
@@ -81,7 +82,7 @@ def test_plausible_zeros(files, capsys):
 
 def test_bytes_that_changed_after_they_were_written(files, capsys):
     with open_output(files.output) as output:
-        offset = output._region(output.item("plain"), "output").offset
+        offset = output.regions(output.item("plain"))["output"].offset
     with open(files.output, "r+b") as raw:
         raw.seek(offset + 150 * 4 * 32 * 2 + 1)  # row 150 is in the shard of rank 1
         byte = raw.read(1)[0]
@@ -126,7 +127,7 @@ def change(files, change):
         )
         change(array)
         crc32s = [
-            output.write(item, spans, take(array, spans), take(lse, spans))
+            output.write(item, spans, {"output": take(array, spans), "lse": take(lse, spans)})
             for spans in entry.shards
         ]
         output.ledger.commit(item, crc32s, entry.strategy, entry.shards)
@@ -282,7 +283,7 @@ def test_sixteen_bit_weights_are_allowed_to_a_gpu_only(tmp_path, capsys):
         out = (right.astype(float) * (1 + noise)).astype(right.dtype)
         item = output.item("plain")
         shards = ((Span(0, 300),),)
-        output.ledger.commit(item, [output.write(item, shards[0], out)], "ring", shards)
+        output.ledger.commit(item, [output.write(item, shards[0], {"output": out})], "ring", shards)
     assert verify(files) == 1
     assert verify(files, "--backend", "cuda") == 0
 

@@ -121,7 +121,7 @@ def make_corpus() -> None:
     with open_output(CORPUS / "output.h5", writable=True) as output:
         item, whole = output.items[0], [Span(0, 6)]
         out, lse = (np.ones_like(output.read(item, name)) for name in ("output", "lse"))
-        crc32 = output.write(item, whole, out, lse)
+        crc32 = output.write(item, whole, {"output": out, "lse": lse})
         output.ledger.commit(item, [crc32], "ring", [whole])
         output.ledger.fail(output.items[1], "no")
     np.savez_compressed(CORPUS / "a.npz", **tensors)

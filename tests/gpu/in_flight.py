@@ -245,12 +245,20 @@ class Case:
             self.right.append(library.array(right))
         library.numbers(self.right)  # they are there, whichever stream reads them
 
-    def wrong(self, strategy: StrategyName, where: Context, calls: int, *, shift: int = 0) -> int:
+    def wrong(
+        self,
+        strategy: StrategyName,
+        where: Context,
+        calls: int,
+        *,
+        shift: int = 0,
+        keep: bool = False,
+    ) -> int:
         """Collective. Call, and count on this rank what is wrong.
 
-        `shift` compares with what is right for other inputs.
+        `shift` compares with what is right for other inputs; `keep` keeps the outputs.
         """
-        library, errors = self.library, []
+        library, errors, kept = self.library, [], []
         for call in range(calls):
             number = call % SETS
             with where():
@@ -264,7 +272,10 @@ class Case:
                 library.spoil(*arrays)
                 del arrays
                 errors.append(library.error(out, self.right[(number + shift) % SETS]))
-                library.spoil(out)
+                if keep:
+                    kept.append(out)
+                else:
+                    library.spoil(out)
                 del out
         return int((~(library.numbers(errors) <= self.tolerance)).sum())  # NaN is wrong
 
@@ -294,6 +305,7 @@ def check(world: World, calls: int, reference: Reference, tolerance: dict[str, f
         shares = [TOKENS // world.size] * world.size
         shares[0] += TOKENS - sum(shares)
         case = Case(world, library, shares, reference, tolerance[kind.dtype])
+        wrong += _controls(world, case)
         for strategy, (name, where) in itertools.product(STRATEGIES, library.streams().items()):
             wrong += _say(
                 world, f"{kind.name}, {strategy}, {name}", calls, case.wrong(strategy, where, calls)
@@ -302,17 +314,20 @@ def check(world: World, calls: int, reference: Reference, tolerance: dict[str, f
         for strategy in STRATEGIES:
             found = empty.wrong(strategy, contextlib.nullcontext, SETS)
             wrong += _say(world, f"{kind.name}, {strategy}, ranks without tokens", SETS, found)
-        wrong += _controls(world, case)
     return wrong
 
 
 def _controls(world: World, case: Case) -> int:
-    """Collective. Try what must come out wrong; count what doesn't."""
+    """Collective. Try what must come out wrong; count what doesn't.
+
+    Outputs are kept: memory that comes back from the caller waits for the caller's stream before it
+    is written, and that hides a missing wait.
+    """
     name, where = next(iter(case.library.streams().items()))
     found = [("other inputs' results", case.wrong("ring", where, SETS, shift=1))]
     if case.library.name != "jax":  # which offers no way not to wait
         with without_waiting():
-            found.append(("no wait for the caller", case.wrong("ring", where, 5 * SETS)))
+            found.append(("no wait for the caller", case.wrong("ring", where, 5 * SETS, keep=True)))
     blind = 0
     for control, wrong in found:
         total = sum(world.allgather(wrong))

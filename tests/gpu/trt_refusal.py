@@ -20,8 +20,8 @@ from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import build_attention
 from mdattn_mpi.trt.choice import spec_for
 from mdattn_mpi.trt.engine import CAPSULE, Engine, communicator_capsule
-from mdattn_mpi.trt.engine_room import open_room
 from mdattn_mpi.trt.library import find_library, show_sm, visible_sm
+from mdattn_mpi.trt.runtime import open_runtime
 
 PROBLEM = AttentionProblem(4096, 4096, 8, 2, 128, 128, "bfloat16", "upper_left")
 ELSEWHERE = (8, 9)
@@ -38,7 +38,7 @@ def main() -> int:
     sm = visible_sm()
     assert sm is not None, "there is no GPU here"
     say(f"{library}; SM {show_sm(sm)}; can run {library.capabilities(sm).strategies()}")
-    room = open_room(world)
+    room = open_runtime(world)
     backend = TensorRTBackend(room, cache=None)
     say(f"GPU and communicator are open: {room.describe()}")
     say(f"NCCL: {loaded_nccl()}")

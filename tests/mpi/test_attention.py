@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, get_args
 
 import ml_dtypes
@@ -27,12 +30,12 @@ PROBLEMS = [
 ]
 
 
-def shards_of(problem: AttentionProblem, world: Any, order: Any) -> tuple[Any, ...]:
+def shards_of(problem: AttentionProblem, world: Any, order: Any, seed: int = 5) -> tuple[Any, ...]:
     spans = [
         mdattn_mpi.shard_spans(tokens, world.rank, world.size, order)
         for tokens in (problem.q_tokens, problem.kv_tokens, problem.kv_tokens)
     ]
-    inputs = random_inputs(problem, seed=5)
+    inputs = random_inputs(problem, seed)
     right = attention(problem, *inputs)
     return (
         [take(array, span) for array, span in zip(inputs, spans, strict=True)],
@@ -127,6 +130,10 @@ def test_all_ranks_raise_the_same_when_one_has_it_wrong(world: Any) -> None:
             mdattn_mpi.attention(world.comm, *inputs_for(world, **changes))
     for message, options in {
         "causal is 'left'": {"causal": "left"},
+        'causal is True.*Fix: write causal="upper_left"': {"causal": True},
+        'causal is False.*Fix: write causal="none"': {"causal": False},
+        "scale is 'half'": {"scale": "half"},
+        "deadline is '-1'": {"deadline": -1},
         "scale is 0": {"scale": 0},
         "scale is nan": {"scale": float("nan")},
         "strategy is 'star'": {"strategy": "star"},
@@ -182,6 +189,154 @@ def test_a_rank_without_memory_takes_nobody_down_and_the_next_call_works(world: 
         assert_close(problem, out, lse, right)
 
 
+@on_ranks(1, 2, 4)
+def test_calls_of_one_object_in_flight(world: Any) -> None:
+    """Three calls with other contents, waited for in another order than they were started in."""
+    problem = AttentionProblem(61, 83, 4, 2, 16, 24, "bfloat16", "lower_right")
+    for strategy in get_args(StrategyName):
+        calls = [shards_of(problem, world, "zigzag", seed) for seed in range(3)]
+        made = mdattn_mpi.Attention(
+            world.comm, *calls[0][0], causal="lower_right", scale=np.float32(problem.scale),
+            strategy=strategy, order="zigzag", return_lse=True,
+        )  # fmt: skip
+        assert strategy in repr(made)
+        started = [made.start(*shards) for shards, _ in calls]
+        assert_close(problem, *started[1].wait(), calls[1][1])
+        assert_close(problem, *made.wait(), calls[0][1])
+        outputs = made.wait()
+        assert_close(problem, *outputs, calls[2][1])
+        with pytest.raises(AssertionError):  # the others' results would be noticed
+            assert_close(problem, *outputs, calls[0][1])
+        for again in (made.wait, started[0].wait):
+            with pytest.raises(RejectedError, match=r"no call is under way|was waited for before"):
+                again()
+
+
+@on_ranks(2)
+def test_calls_of_two_objects_and_attention_between_them(world: Any) -> None:
+    first, second, third = (AttentionProblem(40 + 9 * n, 51, 2, 1, 8, 8) for n in range(3))
+    inputs = [shards_of(problem, world, "contiguous") for problem in (first, second, third)]
+    a, b = (mdattn_mpi.Attention(world.comm, *shards, return_lse=True) for shards, _ in inputs[:2])
+    b.start(*inputs[1][0])
+    a.start(*inputs[0][0])
+    between = mdattn_mpi.attention(world.comm, *inputs[2][0], return_lse=True)
+    assert_close(third, *between, inputs[2][1])
+    assert_close(first, *a.wait(), inputs[0][1])
+    assert_close(second, *b.wait(), inputs[1][1])
+
+
+@on_ranks(2)
+def test_equal_shapes_are_planned_once(world: Any) -> None:
+    """As long as they are equal on all ranks: a rank whose own are the same hears of the others."""
+    import mdattn_mpi.strategies
+
+    problem, longer = AttentionProblem(33, 40, 2, 2, 8, 8), AttentionProblem(33, 47, 2, 2, 8, 8)
+    shards, right = shards_of(problem, world, "contiguous")
+    q, k, v = random_inputs(longer, 5)
+    tokens = slice(0, 20) if world.rank == 0 else slice(20, 47)
+    own = slice(0, 17) if world.rank == 0 else slice(17, 33)
+    plans, choose = [0], mdattn_mpi.strategies.choose
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        plans[0] += 1
+        return choose(*arguments, **options)
+
+    mdattn_mpi.strategies.choose = counted
+    try:
+        for count in (1, 1, 2, 2):
+            if count == 2:  # rank 0 has what it had before
+                shards = [q[own], k[tokens], v[tokens]]
+                right = [array[own] for array in attention(longer, q, k, v)]
+                problem = longer
+            out, lse = mdattn_mpi.attention(world.comm, *shards, return_lse=True)
+            assert_close(problem, out, lse, right)
+            assert plans[0] == count
+        made = mdattn_mpi.Attention(world.comm, *shards)
+        for _ in range(3):
+            made.start(*shards)
+            assert made.wait().tobytes() == out.tobytes()
+        assert plans[0] == 3
+    finally:
+        mdattn_mpi.strategies.choose = choose
+
+
+@on_ranks(3)
+def test_other_arrays_than_it_was_made_for_are_refused_by_all(world: Any) -> None:
+    problem = AttentionProblem(30, 30, 2, 2, 8, 8)
+    shards, right = shards_of(problem, world, "contiguous")
+    made = mdattn_mpi.Attention(world.comm, *shards, return_lse=True)
+    under_way = made.start(*shards)
+    one_less = [array[1:] for array in shards] if world.rank == 1 else shards
+    half = [array.astype(np.float16) for array in shards] if world.rank == 1 else shards
+    for wrong, what in ((one_less, r"bfloat16 \(9, 2, 8\)"), (half, r"float16 \(10, 2, 8\)")):
+        with pytest.raises(RejectedError, match=rf"rank 1: q, k, v are {what}.*was made for bfl"):
+            made.start(*wrong)
+    assert_close(problem, *under_way.wait(), right)  # a call that was under way goes on
+    made.start(*shards)
+    assert_close(problem, *made.wait(), right)
+
+
+@on_ranks(2)
+def test_ranks_that_wait_for_different_calls_are_told(world: Any) -> None:
+    shards, right = shards_of(problem := AttentionProblem(8, 8, 2, 2, 8, 8), world, "contiguous")
+    made = mdattn_mpi.Attention(world.comm, *shards, return_lse=True)
+    calls = [made.start(*shards) for _ in range(2)]
+    with pytest.raises(DisagreementError, match=r"call \(\d+ on rank 0, \d+ on rank 1\)"):
+        calls[world.rank].wait()
+    for dead in (calls[0].wait, lambda: made.start(*shards)):
+        with pytest.raises(RejectedError, match=r"can't be used any more.*Fix: make another"):
+            dead()
+    again = mdattn_mpi.Attention(world.comm, *shards, return_lse=True)
+    again.start(*shards)
+    assert_close(problem, *again.wait(), right)
+
+
+@on_ranks(2)
+def test_what_is_no_communicator_gets_a_sentence(world: Any) -> None:
+    from mpi4py import MPI
+
+    shards = inputs_for(world)
+    half = world.comm.Split(world.rank)
+    between = half.Create_intercomm(0, world.comm, 1 - world.rank)
+    for comm, what in (
+        (None, "comm is None"),
+        (0, "comm is a int"),
+        (MPI, "comm is a module"),
+        (MPI.COMM_NULL, "comm is MPI.COMM_NULL"),
+        (between, "comm is an intercommunicator"),
+    ):
+        for call in (mdattn_mpi.attention, mdattn_mpi.Attention):
+            with pytest.raises(RejectedError, match=f"{what}.*Fix: "):
+                call(comm, *shards)
+    between.Free()
+    half.Free()
+
+
+@pytest.mark.skipif(find_spec("torch") is None, reason="needs PyTorch; see test_arrays.py too")
+@on_ranks(1, 2)
+def test_tensors_of_pytorch(world: Any) -> None:
+    if find_spec("torch") is None:
+        return  # ranks run what pytest skips
+    torch = import_module("torch")
+    for problem in PROBLEMS:
+        shards, right = shards_of(problem, world, "contiguous")
+        kind = getattr(torch, problem.dtype)
+        tensors = [torch.from_numpy(array.view(np.int16)).view(kind) for array in shards]
+        strided = [tensor.permute(1, 0, 2).contiguous().permute(1, 0, 2) for tensor in tensors]
+        for given in (tensors, strided):
+            out, lse = mdattn_mpi.attention(
+                world.comm, *given, causal=problem.causal, return_lse=True
+            )
+            assert (out.dtype, lse.dtype) == (kind, torch.float32)
+            values = out.view(torch.int16).numpy().view(shards[0].dtype)
+            assert_close(problem, values, lse.numpy(), right)
+    tensors[0].requires_grad_()
+    with pytest.raises(RejectedError, match="there is no backward pass"):
+        mdattn_mpi.attention(world.comm, *tensors)
+    with torch.no_grad():
+        assert mdattn_mpi.attention(world.comm, *tensors).shape == out.shape
+
+
 PROGRAM = """
 import numpy as np
 from mpi4py import MPI
@@ -207,3 +362,46 @@ if comm.rank == 0:
 def test_an_ordinary_mpi_program() -> None:
     """MPI is the program's own: initialized and finalized by mpi4py, as ever."""
     assert mpirun(2, ["-c", PROGRAM], check=True).stdout.strip() == "good"
+
+
+LATE = """
+import os, sys, time
+import numpy as np
+from mpi4py import MPI
+import mdattn_mpi
+
+comm, folder = MPI.COMM_WORLD, sys.argv[1]
+q = np.ones((4, 2, 8), np.float16)
+made = mdattn_mpi.Attention(comm, q, q, q{argument})
+call = made.start(q, q, q)
+if comm.rank == 1:
+    time.sleep(1000)
+try:
+    {act}
+except mdattn_mpi.InterruptedJobError as error:
+    with open(os.path.join(folder, str(comm.rank)), "w") as file:
+        file.write(str(error))
+    time.sleep(1.0)  # the launcher ends all with the first: let the other one write too
+    os._exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize(
+    ("act", "what"),
+    [
+        ("call.wait()", "wait"),
+        ("made.start(q, q, q)", "start"),
+        ("mdattn_mpi.attention(comm, q, q, q{argument})", "attention"),
+    ],
+)
+def test_a_rank_that_never_comes_is_named(tmp_path: Path, act: str, what: str) -> None:
+    by_variable = what == "start"
+    argument = "" if by_variable else ", deadline=np.float32(1.5)"
+    program = LATE.format(act=act.format(argument=argument), argument=argument)
+    env = {"MDATTN_DEADLINE": "1.5" if by_variable else "1000"}
+    done = mpirun(3, ["-c", program, str(tmp_path)], env=env)
+    assert done.returncode == 75, done.stderr
+    said = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert set(said) == {"0", "2"}, done.stderr
+    for text in said.values():
+        assert f"rank 1 never reached {what} (waited 1.5 s)" in text

@@ -87,11 +87,11 @@ def test_a_host_is_cut_off(two: Hosts, data: Path, tmp_path: Path) -> None:
 
 
 def ranks_of(mark: str) -> list[int]:
-    """The processes of a run that compute, and their watchdogs; a guard waits for mpirun."""
+    """The processes of a run that compute, and their watchdogs; a reaper waits for mpirun."""
     return [
         pid
         for pid, name in processes(mark).items()
-        if name != "mdattn-guard"
+        if name != "mdattn-reaper"
         and b"mdattn_mpi\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
         and b"--host" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]

@@ -99,7 +99,7 @@ def test_what_fails_on_one_rank_fails_on_all_alike(world: World) -> None:
     for refuses, told in (
         ("deserialize", "can't load the engine on a GPU of SM 12.0"),
         ("context", "can't make an execution context"),
-        ("communicator", "took no communicator"),
+        ("communicator", "refused the NCCL communicator"),
     ):
         backend = DoubleBackend(world, library())
         if world.rank == 1:

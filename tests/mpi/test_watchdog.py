@@ -62,7 +62,7 @@ def test_a_lost_rank_ends_the_job_and_is_named(tmp_path: Path, kind: str, phase:
     assert what in note["what"]
     assert (note["rank"], note["phase"], note["item"]) == (lost, phase, item)
     assert done.returncode == code, done.stderr
-    assert done.stderr.count(death_note.paragraph(note)) == 1
+    assert done.stderr.count(death_note.message(note)) == 1
     assert done.stderr.count("mdattn: rank") == 1
     assert (note["done"], note["total"]) == (3 if phase == "end" else 1, 3)
     assert {other["rank"] for other in note["waited"]} == {0, 1, 2} - {lost}
@@ -78,10 +78,11 @@ def test_before_there_is_a_run_folder_it_ends_all_the_same(
     # MPI itself takes a while to start on a busy machine.
     done = job(tmp_path, 2, "--deadline", "8", "--chaos", f"{kind}@{phase}::1")
     assert done.returncode == SAID[kind][1], done.stderr
-    assert SAID[kind][0] in done.stderr
+    said = " ".join(done.stderr.split())
+    assert SAID[kind][0] in said
     # No rank can read here what another one does: who waits for a sleeper may be the first to end.
     lost = "[01]" if (kind, phase) == ("sleep", "start") else "1"
-    assert re.search(f"rank {lost} of 2", done.stderr)
+    assert re.search(f"rank {lost} of 2", said)
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -224,8 +225,59 @@ sys.exit(watch(main))
 def test_an_error_that_all_agreed_on_is_printed_once_and_is_no_death(tmp_path: Path) -> None:
     done = mpirun(3, ["-c", LEFT_ALONE.format(folder=str(tmp_path))])
     assert done.returncode == 2
-    assert done.stderr.count("mdattn: error: rank 1: no such thing. Fix: bring it") == 1
+    assert done.stderr.count("mdattn: error: rank 1: no such thing. Fix: bring it\n") == 1
     assert death_note.read(tmp_path) is None
+
+
+RAISES = """
+import logging, os, sys
+from mdattn_mpi.errors import LOGGER
+from mdattn_mpi.lockstep import watch
+def go_wrong():
+    return {{}}["no such key"]
+def main():
+    from mdattn_mpi.lockstep import start, together
+    world = start()
+    world.board.attach({folder!r}, world.rank, world.size)
+    if {logged}:
+        LOGGER.addHandler(logging.FileHandler(os.path.join({folder!r}, f"log-{{world.rank}}")))
+    act = go_wrong if world.rank == 1 else dict
+    {way}
+    world.barrier()
+sys.exit(watch(main))
+"""
+
+
+@pytest.mark.parametrize("way", ["together(world, 'plan', act)", "act()"])
+def test_an_exception_of_one_rank_is_shown_once_and_its_log_has_the_traceback(
+    tmp_path: Path, way: str
+) -> None:
+    done = mpirun(2, ["-c", RAISES.format(folder=str(tmp_path), way=way, logged=True)])
+    assert done.returncode == 4
+    said = " ".join(done.stderr.split())
+    assert said.count("KeyError: 'no such key'") == 1
+    assert "rank 1" in said
+    assert "Traceback" not in said
+    if way == "act()":  # the other rank is in a barrier, and hears nothing
+        assert "raised KeyError" in (death_note.read(tmp_path) or {})["what"]
+    else:
+        assert "mdattn: error: rank 1: KeyError: 'no such key' (<string>, line " in said
+        assert "a bug in mdattn_mpi" in said
+        assert max(map(len, done.stderr.splitlines())) <= 80
+        assert death_note.read(tmp_path) is None
+    logs = [(tmp_path / f"log-{rank}").read_text() for rank in range(2)]
+    assert logs[0] == ""
+    assert "Traceback" in logs[1]
+    assert "in go_wrong" in logs[1]
+
+
+def test_a_bug_before_there_is_a_log_shows_its_traceback(tmp_path: Path) -> None:
+    way = "together(world, 'plan', act)"
+    done = mpirun(2, ["-c", RAISES.format(folder=str(tmp_path), way=way, logged=False)])
+    assert done.returncode == 4
+    assert done.stderr.count("Traceback") >= 1
+    assert done.stderr.count("in go_wrong") == 1
+    assert done.stderr.count("mdattn: error: rank 1: KeyError") == 1
 
 
 def test_a_job_that_loses_nobody_says_nothing(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def strike(data: Path, out: Path, ranks: int, deadline: float, spec: str) -> Out
         return Outcome(False, not left, float("nan"))
     named = (note["phase"], note["item"], note["rank"]) == (phase, item, int(rank))
     if not named:
-        print(f"{spec}: {death_note.paragraph(note)}\n{said}", file=sys.stderr)
+        print(f"{spec}: {death_note.message(note)}\n{said}", file=sys.stderr)
     struck = note["time"] - note["seconds"]
     return Outcome(named, not left, ended - struck - (deadline if kind in DEADLINED else 0.0))
 

@@ -60,9 +60,10 @@ def finished(
         for item in output.items:
             out, sums = attention(item.problem, *inputs[item.name][1])
             out, sums = out.astype(DTYPES[item.problem.dtype]), sums.astype(np.float32)
+            arrays = {"output": out, "lse": sums} if lse else {"output": out}
             shards = partition(item.problem, strategy, ranks).query
             crc32s = [
-                output.write(item, spans, take(out, spans), take(sums, spans) if lse else None)
+                output.write(item, spans, {name: take(a, spans) for name, a in arrays.items()})
                 for spans in shards
             ]
             output.ledger.commit(item, crc32s, strategy, shards)

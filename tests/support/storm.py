@@ -99,7 +99,7 @@ def wait(process: Popen[str], out: Path, draw: random.Random, seconds: float) ->
 
 def strike(process: Popen[str], target: str, draw: random.Random) -> None:
     """Kill -9 what `target` names, if it is there yet or still."""
-    by_kind: dict[str, list[int]] = {"rank": [], "watchdog": [], "guard": [], "mpirun": []}
+    by_kind: dict[str, list[int]] = {"rank": [], "watchdog": [], "reaper": [], "mpirun": []}
     for pid, name in processes(mark_of(process)).items():
         kind = name.removeprefix("mdattn-") if name.startswith("mdattn-") else "rank"
         by_kind["mpirun" if name.startswith(("prte", "mpirun")) else kind].append(pid)

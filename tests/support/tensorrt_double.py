@@ -21,11 +21,11 @@ import numpy as np
 from mdattn_mpi.onnx.model import attribute_of
 from mdattn_mpi.onnx.sharding import read_sharding
 from mdattn_mpi.trt.backend import TensorRTBackend
-from mdattn_mpi.trt.build import Made
-from mdattn_mpi.trt.engine_room import EngineRoom
+from mdattn_mpi.trt.build import BuiltEngine
 from mdattn_mpi.trt.gpu import Buffer
 from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import define
+from mdattn_mpi.trt.runtime import Runtime
 from mdattn_mpi.trt.spec import EngineSpec
 from mdattn_mpi.trt.store import describe_attention
 from tests.support.network_interpreter import MpiRanks, interpret, recorded
@@ -275,7 +275,7 @@ class HostCommunicator:
         self._tape.note("communicator.abort")
 
 
-class DoubleRoom(EngineRoom):
+class DoubleRuntime(Runtime):
     """An engine room in which nothing but the runtime and the GPU is a double."""
 
     def __init__(self, world: Any, real: Library, sm: tuple[int, int] = (12, 0)) -> None:
@@ -296,7 +296,7 @@ class DoubleBackend(TensorRTBackend):
     """The backend, with engines that the double can run."""
 
     def __init__(self, world: Any, real: Library, sm: tuple[int, int] = (12, 0)) -> None:
-        room = DoubleRoom(world, real, sm)
+        room = DoubleRuntime(world, real, sm)
         self.tape, self.nccl, self.gpu = room.tape, room.nccl, room.memory
         self.built: list[EngineSpec] = []
         super().__init__(room, cache=None)
@@ -305,6 +305,6 @@ class DoubleBackend(TensorRTBackend):
         def build() -> Any:
             self.built.append(spec)
             engine = json.dumps(spec.facts()).encode()
-            return Made(engine, describe_attention(engine, self._library, self.gpu.sm, spec))
+            return BuiltEngine(engine, describe_attention(engine, self._library, self.gpu.sm, spec))
 
         return build

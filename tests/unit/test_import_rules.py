@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A room may import itself, errors, problem and what stands here (a module and all below it).
 ROOMS: dict[str, set[str]] = {
-    "__init__": {"library"},
+    "__init__": {"library", "dataset"},
     "__main__": {"cli", "lockstep"},
     "errors": set(),
     "problem": set(),
@@ -111,11 +111,12 @@ def name_of(file: Path) -> str:
     return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def imports_of(module: str, source: str) -> Iterator[Import]:
-    """All imports but those for type checkers alone; `import_module("x")` counts too."""
+def imports_of(module: str, source: str, *, for_types: bool = False) -> Iterator[Import]:
+    """All imports, `import_module("x")` too, but those for type checkers alone if not wanted."""
 
     def visit(node: ast.AST, eager: bool) -> Iterator[Import]:
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        typing = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        if isinstance(node, ast.If) and typing and not for_types:
             children: list[ast.AST] = list(node.orelse)
         else:
             children = list(ast.iter_child_nodes(node))
@@ -160,6 +161,65 @@ def violations(imports: list[Import]) -> list[str]:
         elif top in ONLY and not within(found.module, ONLY[top]):
             wrong.append(str(found))
     return wrong
+
+
+def circles(imports: list[Import]) -> set[frozenset[str]]:
+    """Modules that import each other, directly or by way of others, in whatever way they do."""
+    modules = {found.module for found in imports}
+    graph: dict[str, set[str]] = {module: set() for module in (*modules, "__init__")}
+    for found in imports:
+        package, _, target = found.target.partition(".")
+        while target and target not in modules:  # a name in a module
+            target = target.rpartition(".")[0]
+        if package == "mdattn_mpi":
+            graph[found.module].add(target or "__init__")
+
+    def reached(start: str) -> set[str]:
+        seen: set[str] = set()
+        todo = [start]
+        while todo:
+            new = graph[todo.pop()] - seen
+            seen |= new
+            todo += new
+        return seen
+
+    reach = {module: reached(module) for module in graph}
+    return {
+        frozenset(other for other in reach[module] if module in reach[other])
+        for module in graph
+        if module in reach[module]
+    }
+
+
+def test_no_modules_import_each_other() -> None:
+    """Lazy imports and those for type checkers count: who reads one module must read the other."""
+    imports = [
+        found
+        for file in FILES
+        for found in imports_of(name_of(file), file.read_text(), for_types=True)
+    ]
+    assert circles(imports) == set()
+
+
+@pytest.mark.parametrize(
+    "back",
+    [
+        "from mdattn_mpi import b",
+        "from mdattn_mpi.b import name",
+        "def f():\n    import mdattn_mpi.b",
+        "if TYPE_CHECKING:\n    from mdattn_mpi.b import Name",
+        "from mdattn_mpi.c import x",
+    ],
+)
+def test_a_circle_is_found(back: str) -> None:
+    sources = {"a": back, "b": "from mdattn_mpi import a", "c": "from mdattn_mpi.b import y"}
+    imports = [
+        found
+        for module, source in sources.items()
+        for found in imports_of(module, source, for_types=True)
+    ]
+    assert any({"a", "b"} <= circle for circle in circles(imports))
+    assert not circles([found for found in imports if found.module != "a"])
 
 
 def test_every_room_has_its_rules() -> None:

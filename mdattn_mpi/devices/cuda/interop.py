@@ -205,12 +205,14 @@ class Interop:
         self._gpu = gpu
         self._libraries: dict[str, Library] = {}
         self._hidden: dict[str, HiddenCaller] = {}
+        self._kind: type = object  # of what was adopted last
         self._caller: Caller | None = None
         self._lent: list[tuple[Caller, Storage]] = []
 
     def adopt(self, array: Any) -> DeviceArray:
         """Take an array of another library as it is."""
-        caller = self._caller = self._caller_of(type(array))
+        self._kind = type(array)
+        caller = self._caller = self._caller_of(self._kind)
         (address, shape, strides, dtype, owner), arrived = caller.view(array)
         storage = Storage(address, owner=owner)
         storage.wrote(arrived)
@@ -218,15 +220,16 @@ class Interop:
         return DeviceArray(storage, shape, dtype, strides)
 
     def hand_over(self, array: DeviceArray) -> Any:
-        """Give an array to the library that an array was last adopted from.
+        """Give an array to the library that an array was last adopted from, in its stream of now.
 
         All that was adopted so far is its own again.
         """
-        caller, storage = self._caller, array.storage
-        assert caller is not None, "nobody to give it to"
+        caller, storage = self._caller_of(self._kind), array.storage
+        self._caller = caller
         caller.wait(storage.written)  # first, for it comes after most of what was lent
         for lender, lent in self._lent:
-            lender.give_back(lent)
+            for each in {lender, caller}:
+                each.give_back(lent)
         self._lent.clear()
         storage.consumers += [queue for queue in caller.readers if queue not in storage.consumers]
         return caller.library.from_dlpack(Exported(self._gpu, array, caller))

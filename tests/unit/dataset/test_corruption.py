@@ -52,7 +52,10 @@ def output(dataset: Path) -> Path:
             shape = (problem.q_tokens, problem.q_heads, problem.v_head_dim)
             out = draw.standard_normal(shape).astype(opened.read(item, "output", ()).dtype)
             sums = draw.standard_normal(shape[:2]).astype(np.float32)
-            crc32s = [opened.write(item, s, take(out, s), take(sums, s)) for s in shards]
+            crc32s = [
+                opened.write(item, s, {"output": take(out, s), "lse": take(sums, s)})
+                for s in shards
+            ]
             opened.ledger.commit(item, crc32s, "ring", shards)
     return path
 
@@ -213,7 +216,7 @@ class TestExchanged:
             item = opened.items[1]
             out, sums = opened.read(item, "output"), opened.read(item, "lse")
             tokens = [Span(0, item.problem.q_tokens)]
-            opened.write(item, tokens, np.ascontiguousarray(out[::-1]), sums)
+            opened.write(item, tokens, {"output": np.ascontiguousarray(out[::-1]), "lse": sums})
         assert look_at_output(str(path))[1] == ["item1"]
         assert mdattn(["inspect", str(path), "--check"]) == 1
         assert mdattn(["inspect", str(path)]) == 0

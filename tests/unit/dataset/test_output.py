@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mdattn_mpi.dataset import Output, create_output, open_dataset, open_output
+from mdattn_mpi.dataset import ModelItem, Output, create_output, open_dataset, open_output
 from mdattn_mpi.errors import MdattnError, OutputError, RejectedError
 from mdattn_mpi.partition import partition
-from mdattn_mpi.problem import Span
+from mdattn_mpi.problem import ModelProblem, Span, TensorSpec
 from tests.support.dataset_files import random_tensors, same_bits, write_dataset
 from tests.support.group import take
 
@@ -57,6 +57,11 @@ def random_results(output: Output, name: str) -> tuple[Any, Any]:
     return out, draw.integers(0, 1 << 32, shape[:2], np.uint32).view(np.float32)
 
 
+def results(out: Any, sums: Any, lse: bool = True) -> dict[str, Any]:
+    """What a rank gives to `Output.write`."""
+    return {"output": out, "lse": sums} if lse else {"output": out}
+
+
 @settings(max_examples=25, deadline=None)
 @given(ranks=st.integers(1, 50), strategy=st.sampled_from(["ring", "ulysses"]), lse=st.booleans())
 def test_shards_make_the_whole(
@@ -73,7 +78,7 @@ def test_shards_make_the_whole(
             crc32s = []
             for spans in shards:
                 part, part_sums = take(out, spans), take(sums, spans)
-                crc32s.append(output.write(item, spans, part, part_sums if lse else None))
+                crc32s.append(output.write(item, spans, results(part, part_sums, lse)))
                 wanted = zlib.crc32(part.tobytes() + (part_sums.tobytes() if lse else b""))
                 assert crc32s[-1] == wanted == output.checksum(item, spans)
             output.sync()
@@ -108,7 +113,7 @@ def test_large_shards_and_several_writers(tmp_path: Path) -> None:
 
     def rank(spans: Any) -> int:
         with open_output(path, writable=True) as own:
-            return own.write(own.item("a"), spans, take(out, spans), take(sums, spans))
+            return own.write(own.item("a"), spans, results(take(out, spans), take(sums, spans)))
 
     with ThreadPoolExecutor(4) as ranks:
         crc32s = list(ranks.map(rank, shards))
@@ -123,7 +128,7 @@ def test_strided_results_are_written_in_order(data: Path) -> None:
         item = output.item("a")
         out, sums = random_results(output, "a")
         swapped = np.ascontiguousarray(out.swapaxes(0, 1)).swapaxes(0, 1)
-        output.write(item, [Span(0, 37)], swapped, sums)
+        output.write(item, [Span(0, 37)], results(swapped, sums))
         assert same_bits(output.read(item, "output"), out)
 
 
@@ -133,7 +138,6 @@ def test_wrong_arrays_are_noticed(data: Path) -> None:
         out, sums = random_results(output, "a")
         spans = [Span(0, 37)]
         for bad_out, bad_sums in (
-            (out, None),
             (out[:-1], sums),
             (out.view(np.uint16), sums),
             (out[:, :, :-1], sums),
@@ -141,9 +145,13 @@ def test_wrong_arrays_are_noticed(data: Path) -> None:
             (out, sums.view(np.int32)),
         ):
             with pytest.raises(ValueError, match=r"lse|want"):
-                output.write(item, spans, bad_out, bad_sums)
+                output.write(item, spans, {"output": bad_out, "lse": bad_sums})
+        with pytest.raises(ValueError, match=r"want \['output', 'lse'\], got \['output'\]"):
+            output.write(item, spans, {"output": out})
+        with pytest.raises(ValueError, match=r"got .*'other'"):
+            output.write(item, spans, {**results(out, sums), "other": sums})
         with pytest.raises(ValueError, match="not within"):
-            output.write(item, [Span(1, 38)], out, sums)
+            output.write(item, [Span(1, 38)], results(out, sums))
         assert not output.read(item, "output").view(np.uint16).any()
 
 
@@ -171,7 +179,7 @@ def test_a_disk_that_fails(data: Path, monkeypatch: pytest.MonkeyPatch, call: st
             lambda: output.ledger.fail(item, "no"),
         ]
         if call == "pwrite":
-            attempts.append(lambda: output.write(item, [Span(0, 37)], out, sums))
+            attempts.append(lambda: output.write(item, [Span(0, 37)], results(out, sums)))
         else:
             attempts.append(output.sync)
         for attempt in attempts:
@@ -183,6 +191,102 @@ def test_a_disk_that_fails(data: Path, monkeypatch: pytest.MonkeyPatch, call: st
         assert output.ledger.state(item) == "todo"
 
 
+OUTPUTS = (
+    TensorSpec("states", (1, 21, 3), "bfloat16", 1),
+    TensorSpec("embedding", (3, 2), "float32", None),
+    TensorSpec("ids", (21,), "int64"),
+)
+
+
+class TestModel:
+    """Outputs of a model's engine: any dtype, and tensors that only the first rank writes."""
+
+    shards = ((Span(0, 8),), (Span(8, 16),), (Span(16, 21),))
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        items = [ModelItem(name, n, ModelProblem(21, OUTPUTS)) for n, name in enumerate("ab")]
+        create_output(tmp_path / "out.h5", items, ranks=3)
+        return tmp_path / "out.h5"
+
+    def fill(self, path: Path) -> dict[str, Any]:
+        """Write and commit item b as three ranks; what was written."""
+        draw = np.random.default_rng()
+        whole = {
+            "states": draw.standard_normal((1, 21, 3)).astype(ml_dtypes.bfloat16),
+            "embedding": draw.standard_normal((3, 2)).astype(np.float32),
+            "ids": draw.integers(-(1 << 60), 1 << 60, 21),
+        }
+        with open_output(path, writable=True) as output:
+            item, crc32s = output.item("b"), []
+            for rank, (span,) in enumerate(self.shards):
+                part = {"states": whole["states"][:, span.slice], "ids": whole["ids"][span.slice]}
+                if rank == 0:
+                    part["embedding"] = whole["embedding"]
+                crc32s.append(output.write(item, (span,), part))
+            output.sync()
+            output.ledger.commit(item, crc32s, "allgather", self.shards)
+        return whole
+
+    def test_shards_make_the_whole(self, path: Path) -> None:
+        whole = self.fill(path)
+        with open_output(path) as output:
+            assert [item.problem for item in output.items] == [ModelProblem(21, OUTPUTS)] * 2
+            assert [entry.state for entry in output.ledger.entries()] == ["todo", "done"]
+            item = output.item("b")
+            for name, array in whole.items():
+                assert same_bits(output.read(item, name), array)
+            some = output.read(item, "states", [Span(20, 21), Span(3, 5)])
+            assert same_bits(some, whole["states"][:, [20, 3, 4]])
+            assert output.damaged(item) == ()
+            assert not output.lse
+        with h5py.File(path) as file:
+            assert np.array_equal(file["items/b/ids"][:], whole["ids"])
+            assert np.array_equal(file["items/b/embedding"][:], whole["embedding"])
+
+    @pytest.mark.parametrize(
+        ("tensor", "at", "rank"), [("states", 20, 2), ("ids", 9, 1), ("embedding", 0, 0)]
+    )
+    def test_a_changed_byte_is_found_in_its_rank(
+        self, path: Path, tensor: str, at: int, rank: int
+    ) -> None:
+        self.fill(path)
+        with open_output(path, writable=True) as output:
+            item = output.item("b")
+            ((offset, _), *_) = output.regions(item)[tensor].runs([Span(at, at + 1)])
+            byte = os.pread(output._fd, 1, offset)
+            os.pwrite(output._fd, bytes([byte[0] ^ 1]), offset)
+            assert output.damaged(item) == (rank,)
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "{",
+            "[]",
+            '{"tokens": 21}',
+            '{"tokens": 21, "outputs": {"ids": {"shape": [21], "dtype": "int64"}}}',
+            '{"tokens": 21, "outputs": {"ids": {"shape": [20], "dtype": "i8", "token_dim": 0}}}',
+            '{"tokens": 21, "outputs": {"x": {"shape": [2, 21], "dtype": "i8", "token_dim": 1}}}',
+            '{"tokens": 21, "outputs": {"x": {"shape": [-1], "dtype": "i8", "token_dim": null}}}',
+            '{"tokens": 21, "outputs": {"x": {"shape": [21], "dtype": "no", "token_dim": 0}}}',
+            '{"tokens": 21, "outputs": {"ids": {"shape": [21], "dtype": "<i8", "token_dim": 7}}}',
+            '{"tokens": "n", "outputs": {}}',
+        ],
+    )
+    def test_descriptions_that_make_no_sense(self, path: Path, text: str) -> None:
+        with h5py.File(path, "a") as file:
+            file["items/a"].attrs["tensors"] = text
+        with pytest.raises(RejectedError, match="its tensors is"):
+            open_output(path)
+
+    def test_another_dtype_than_described(self, path: Path) -> None:
+        with h5py.File(path, "a") as file:
+            del file["items/a/ids"]
+            file["items/a/ids"] = np.zeros(21, ">i8")
+        with pytest.raises(RejectedError, match=r"want int64 \[21\], contiguous"):
+            open_output(path)
+
+
 class TestResume:
     """The same job goes on; another one is refused, with what changed."""
 
@@ -190,9 +294,8 @@ class TestResume:
 
     def check(self, data: Path, ranks: int = 3, allow: bool = False, **options: str) -> None:
         with open_dataset(data) as dataset, open_output(data.with_name("out.h5")) as output:
-            output.check_resume(
-                dataset, {**self.options, **options}, ranks=ranks, allow_change=allow
-            )
+            given = {**dataset.identity, **self.options, **options, "ranks": ranks}
+            output.check_resume(dataset.items, given, allow_change=allow)
 
     def test_the_same(self, data: Path) -> None:
         made(data, **self.options)
@@ -233,7 +336,7 @@ class TestResume:
     def test_other_items(self, data: Path) -> None:
         made(data, **self.options)
         write_dataset(data, {"a": random_tensors()})
-        with pytest.raises(RejectedError, match="its items, or their shapes"):
+        with pytest.raises(RejectedError, match="its items, or what is to be computed"):
             self.check(data, allow=True)
 
 

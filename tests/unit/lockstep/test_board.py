@@ -1,5 +1,6 @@
 """The board's page and its file."""
 
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -9,20 +10,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdattn_mpi.lockstep import board
-from mdattn_mpi.lockstep.board import ENDED, PAGE, Board, BoardFile, Record
+from mdattn_mpi.lockstep.board import Board, BoardFile
+from mdattn_mpi.lockstep.record import ENDED, MAGIC, PAGE, Page, Record
 
 names = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
 
 
 def test_a_page_says_what_was_stored() -> None:
     page = Board()
-    page.identify(job=2**64 - 1, rank=3, size=5, group=-7, device="cuda:3")
+    page.identify(job=2**63 - 1, rank=3, size=5, group=-7, device="cuda:3")
     page.enter("read", "item/Ä", 2.5)
     page.wait()
     page.progress(3, 9)
     page.progress(4, 9)
     record = page.record()
-    assert (record.job, record.rank, record.size, record.group) == (2**64 - 1, 3, 5, -7)
+    assert (record.job, record.rank, record.size, record.group) == (2**63 - 1, 3, 5, -7)
     assert (record.phase, record.item, record.device) == ("read", "item/Ä", "cuda:3")
     assert (record.agreements, record.phases, record.waiting) == (1, 2, True)
     assert record.deadline - record.since == pytest.approx(2.5, abs=1e-6)
@@ -80,13 +82,13 @@ def test_long_and_foreign_names_do_no_harm(phase: str, item: str, device: str) -
     assert (record.rank, record.size) == (1, 2)
     assert record.deadline - record.since == pytest.approx(1, abs=1e-6)
     assert (item * 100).startswith(record.item.rstrip("\ufffd"))
-    assert len(page.page) == PAGE
+    assert Record.decode(bytes(page.page)) == record
 
 
 @given(st.binary(max_size=2 * PAGE))
 def test_what_is_no_page_is_none(raw: bytes) -> None:
     assert Record.decode(raw) is None
-    assert Record.decode(b"mdboard1" + raw[: PAGE - 9]) is None
+    assert Record.decode(MAGIC + raw[: ctypes.sizeof(Page) - 9]) is None
 
 
 def test_records_of_earlier_runs_are_left_out(tmp_path: Path) -> None:
@@ -104,12 +106,12 @@ def test_records_of_earlier_runs_are_left_out(tmp_path: Path) -> None:
     assert (tmp_path / "board").stat().st_size == 4 * PAGE
 
 
-def test_a_bulletin_is_for_its_own_run_only(tmp_path: Path) -> None:
+def test_a_loss_is_announced_to_its_own_run_only(tmp_path: Path) -> None:
     file = BoardFile(tmp_path)
-    assert not file.lost(7)
-    file.announce(7, 3)
-    assert file.lost(7)
-    assert not file.lost(8)
+    assert not file.is_lost(7)
+    file.announce_loss(7)
+    assert file.is_lost(7)
+    assert not file.is_lost(8)
 
 
 def test_the_process_has_one_board() -> None:

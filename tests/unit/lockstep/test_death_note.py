@@ -6,8 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mdattn_mpi.lockstep import Board, Launcher, death_note
-from mdattn_mpi.lockstep.board import ENDED, Record
-from mdattn_mpi.lockstep.watchdog import BY_MPI, first_lost
+from mdattn_mpi.lockstep.board import Record
 
 
 def record(rank: int, **changes: object) -> Record:
@@ -27,60 +26,21 @@ def note(**changes: object) -> death_note.Note:
     return {**made, **changes}
 
 
-def test_the_dead_are_judged_by_the_clock() -> None:
-    first = record(2, fault="x", fault_time=10.0, agreements=9)
-    later = record(0, fault="y", fault_time=10.5, agreements=3)
-    assert first_lost([later, first, record(1)]) is first
-
-
-def test_a_death_explains_errors_of_mpi() -> None:
-    noticed = record(0, fault=f"{BY_MPI}: no such process", fault_time=5.0)
-    dead = record(1, fault="was killed", fault_time=5.1)
-    assert first_lost([noticed, dead]) is dead
-    assert first_lost([noticed, record(1)]) is noticed
-
-
-def test_a_death_explains_lateness() -> None:
-    late = record(0, fault="x", fault_time=5.0, late=True)
-    dead = record(1, fault="y", fault_time=6.0)
-    assert first_lost([late, dead]) is dead
-
-
-def test_the_late_are_judged_by_progress() -> None:
-    behind = record(3, agreements=4, phases=9)
-    waits = record(0, agreements=4, phases=10, fault="late", late=True)
-    further = record(1, agreements=5, phases=9)
-    assert first_lost([waits, further, behind]) is behind
-
-
-def test_equal_progress_is_decided_by_who_is_stopped_and_who_waits() -> None:
-    stopped = record(2, process_state="T", waiting=True)
-    assert first_lost([record(0), record(1), stopped]) is stopped
-    busy = record(1)
-    assert first_lost([record(0, waiting=True), record(2, waiting=True), busy]) is busy
-
-
-def test_ranks_of_other_groups_and_those_that_are_done_are_not_behind() -> None:
-    own = record(0, agreements=7, phases=7)
-    other = record(1, agreements=2, group=1)
-    done = record(2, agreements=1, state=ENDED)
-    assert first_lost([own, other, done]) is own
-
-
-def test_the_paragraph_says_everything() -> None:
-    text = death_note.paragraph(note())
+def test_the_message_says_everything_in_short_lines() -> None:
+    message = death_note.message(note())
+    text = " ".join(message.split())
     for part in (
         "rank 1 of 4", "n17", "4711", "device cpu", "killed by signal 9", "'enqueue'", "'item-2'",
         "ranks 0, 2 in agree 'item-2'", "rank 3 in enqueue 'item-3'", "2 of 9 items", "mdattn run",
     ):  # fmt: skip
         assert part in text
-    assert "\n" not in text
+    assert max(map(len, message.splitlines())) <= 80
     assert "in foo()" in death_note.page(note())
 
 
 def test_many_waiting_ranks_are_counted() -> None:
-    waited = note()["waited"][:1] * 300
-    text = death_note.paragraph(note(waited=waited))
+    waited = [{**note()["waited"][0], "rank": rank} for rank in range(0, 600, 2)]
+    text = death_note.message(note(waited=waited))
     assert "and 292 more" in text
     assert len(text) < 1000
 

@@ -5,16 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mdattn_mpi.lockstep import Board, death_note
-from mdattn_mpi.lockstep.board import EPOCH_BITS, BoardFile, Record, pid_namespace
+from mdattn_mpi.lockstep.board import BoardFile, pid_namespace
 from mdattn_mpi.lockstep.process import process_state
-from mdattn_mpi.lockstep.watchdog import Excuse, Scribe, within
+from mdattn_mpi.lockstep.publisher import Publisher, within_patience
 
 FRAME = """
 import os, signal, sys, threading, time
@@ -57,8 +56,8 @@ def test_an_agreed_error_is_printed_and_is_no_death(tmp_path: Path) -> None:
 FAULTS = {
     "os.kill(os.getpid(), 9)": (75, "killed by signal 9 (SIGKILL)"),
     "os.abort()": (75, "killed by signal 6 (SIGABRT)"),
-    "os._exit(0)": (75, "exited with code 0 and without a word"),
-    "os._exit(3)": (75, "exited with code 3 and without a word"),
+    "os._exit(0)": (75, "exited with code 0 without leaving the job"),
+    "os._exit(3)": (75, "exited with code 3 without leaving the job"),
     "sys.exit(0)": (75, "called sys.exit(0)"),
     "raise ValueError('odd')": (4, "raised ValueError: odd"),
     "raise ItemError('bad', item='x')": (1, "raised ItemError: item 'x': bad"),
@@ -79,14 +78,16 @@ def test_a_death_is_noted(tmp_path: Path, fault: str) -> None:
     assert done.returncode == code, done.stderr
     assert note is not None
     assert what in note["what"]
-    assert done.stderr == death_note.paragraph(note) + "\n"
+    assert done.stderr == death_note.message(note) + "\n"
     assert (note["rank"], note["phase"]) == (0, "write" if "write" in fault else "read")
     if "sleep" in fault or "raise" in fault:
         assert "<string>" in note["stack"]
 
 
 def test_a_failure_before_the_world_needs_no_note(tmp_path: Path) -> None:
-    body = "from mdattn_mpi.lockstep.board import RUNNING; board().page[992] = RUNNING; sys.exit(7)"
+    body = (
+        "from mdattn_mpi.lockstep.record import RUNNING; board().page.state = RUNNING; sys.exit(7)"
+    )
     assert run(tmp_path, body).returncode == 7
     assert death_note.read(tmp_path) is None
 
@@ -153,59 +154,21 @@ def test_watching_needs_no_mpi_and_no_numpy() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
 
 
-def waiting(rank: int, **changes: object) -> Record:
-    page = Board()
-    page.identify(job=1, rank=rank, size=3)
-    page.enter("agree")
-    page.wait()
-    return replace(page.record(), **changes)  # type: ignore[arg-type]
-
-
-def test_who_waits_for_a_busy_rank_is_excused() -> None:
-    own, busy = waiting(0, agreements=5), waiting(1, agreements=4)
-    assert Excuse().holds(own, [own, busy])
-    assert not Excuse().holds(busy, [own, busy])
-    assert not Excuse().holds(own, [own, replace(busy, group=1)])
-    assert not Excuse().holds(own, [own, replace(busy, fault="dead")])
-    assert not Excuse().holds(replace(own, waiting=False, phase="read"), [own, busy])
-    assert not Excuse().holds(own, [own, replace(busy, agreements=5, phases=own.phases)])
-    elsewhere = replace(busy, group=1)
-    later = replace(own, agreements=(1 << EPOCH_BITS) + 1)
-    assert Excuse().holds(later, [later, elsewhere])  # all groups come before what follows them
-    assert not Excuse().holds(elsewhere, [later, elsewhere])
-
-
-def test_a_rank_that_nobody_watches_any_more_is_no_excuse(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    own, busy = waiting(0, agreements=5), waiting(1, agreements=4, beats=3)
-    excuse = Excuse()
-    assert excuse.holds(own, [busy])
-    now += 9
-    assert excuse.holds(own, [busy])
-    assert excuse.holds(own, [replace(busy, beats=4)])
-    now += 9
-    assert excuse.holds(own, [replace(busy, beats=4)])
-    now += 9
-    assert not excuse.holds(own, [replace(busy, beats=4)])
-
-
 def test_files_that_hang_are_not_waited_for() -> None:
-    assert within(0.05, lambda: time.sleep(5)) is None
-    assert within(5, lambda: 7) == 7
+    assert within_patience(lambda: time.sleep(5), 0.05) is None
+    assert within_patience(lambda: 7, 5) == 7
 
     def fail() -> None:
         raise OSError
 
-    assert within(5, fail) is None
+    assert within_patience(fail, 5) is None
 
 
 def published(folder: Path, rank: int, watchdog_pid: int, namespace: int) -> Board:
     """The board of one rank of two, of whose page the run folder has a copy."""
     board = Board()
-    board.watchdog_pid = watchdog_pid
-    board._pid_namespace = namespace
     board.attach(folder, rank, 2)
+    board.identify(watchdog_pid=watchdog_pid, pid_namespace=namespace)
     board.started()
     BoardFile(folder).publish(bytes(board.page), rank, 2)
     return board
@@ -218,6 +181,6 @@ def test_a_watchdog_that_was_gone_before_it_was_met(tmp_path: Path, same_contain
     gone.wait()
     own = published(tmp_path, 0, os.getpid(), pid_namespace())
     published(tmp_path, 1, gone.pid, pid_namespace() + (not same_container))
-    scribe = Scribe(own, os.getpid())
-    scribe.look()
-    assert (scribe.vanished is not None) == same_container
+    publisher = Publisher(own, os.getpid())
+    publisher.look()
+    assert (publisher.vanished is not None) == same_container

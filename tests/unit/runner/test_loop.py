@@ -7,10 +7,11 @@ from typing import Any, cast
 
 import pytest
 
-from mdattn_mpi.errors import ItemError, OutputError
+from mdattn_mpi.errors import ItemError, MdattnError, OutputError
 from mdattn_mpi.lockstep import Board, Deadlines
 from mdattn_mpi.lockstep.agreement import Agreement
-from mdattn_mpi.runner.loop import Files, Loop, Work
+from mdattn_mpi.runner.loop import Files, Loop
+from mdattn_mpi.runner.work import Enqueued, Read, Task, Written
 
 
 class Alone:
@@ -25,31 +26,45 @@ class Alone:
             raise error
         return Agreement(stop, () if checksum is None else (checksum,), refused)
 
+    def bcast_bytes(self, data: bytes | None, root: int) -> bytes:
+        assert data is not None
+        assert root == 0
+        return data
 
-class Idle:
-    """A backend that computes nothing."""
+
+class Executor:
+    """Computes nothing, and keeps to the order of its calls."""
+
+    name = "none"
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
 
     def begin(self, plan: Any, *shards: Any) -> str:
-        return "begun"
+        assert shards == ("q", "k", "v")
+        self.calls.append(f"begin {plan.digest}")
+        return str(plan.digest)
 
-    def enqueue(self, running: str) -> None: ...
+    def enqueue(self, running: str) -> None:
+        self.calls.append(f"enqueue {running}")
 
     def collect(self, running: str) -> str:
-        return "result"
+        self.calls.append(f"collect {running}")
+        return running
 
 
-def items(count: int) -> Iterator[Work]:
+def items(count: int) -> Iterator[Task]:
     for index in range(count):
-        item = SimpleNamespace(name=f"item-{index}", index=index, problem=SimpleNamespace(flops=1))
+        item = SimpleNamespace(name=f"item-{index}", index=index, problem=SimpleNamespace(work=1))
         plan = SimpleNamespace(digest=index, facts=dict)
-        yield Work(cast(Any, item), cast(Any, plan), (), (), None)
+        yield Task(cast(Any, item), cast(Any, plan), (), (), ())
 
 
 class Run:
     """A loop over `count` items that ran to its end; what it did is in the attributes.
 
     A stop is asked for from agreement number `stop_from` on. Items in `bad` can't be read, those in
-    `unwritten` not be written.
+    `unwritten` not be written; those in `spoiled` came out so that they may not be.
     """
 
     def __init__(
@@ -58,37 +73,48 @@ class Run:
         stop_from: float = float("inf"),
         bad: Collection[int] = (),
         unwritten: Collection[int] = (),
+        spoiled: Collection[int] = (),
     ) -> None:
         agreements = itertools.count()
-        self.bad, self.unwritten = bad, unwritten
+        self.bad, self.unwritten, self.spoiled = bad, unwritten, spoiled
+        self.told: list[MdattnError] = []
         self.committed: list[str] = []
         self.failed: list[str] = []
+        self.executor = Executor()
         self.loop = Loop(
             cast(Any, Alone()),
-            cast(Any, Idle()),
+            cast(Any, self.executor),
             Files(
                 read=self.read,
                 write=self.write,
-                commit=lambda work, checksums: self.committed.append(work.item.name),
+                commit=self.commit,
                 fail=lambda item, why: self.failed.append(item.name),
             ),
             board=Board(),
             deadlines=Deadlines(),
             wants_to_stop=lambda: next(agreements) >= stop_from,
-            finished=lambda work: None,
-            failed=lambda item, failure: None,
+            finished=lambda task: None,
+            failed=lambda item, error: self.told.append(error),
         )
         self.loop.run(items(count))
 
-    def read(self, work: Work) -> Any:
-        if work.item.index in self.bad:
+    def read(self, task: Task, room: Any) -> Read:
+        if task.item.index in self.bad:
             raise ItemError("not a number")
-        return "q", "k", "v"
+        return Read(task, cast(Any, ("q", "k", "v")))
 
-    def write(self, work: Work) -> int:
-        if work.item.index in self.unwritten:
+    def write(self, enqueued: Enqueued) -> Written:
+        index = enqueued.task.item.index
+        assert cast(Any, enqueued.download) == str(index)
+        if index in self.unwritten:
             raise OutputError("disk full")
-        return 7
+        if index in self.spoiled:
+            raise ItemError("came out as NaN")
+        return Written(enqueued.task, 7 + index)
+
+    def commit(self, task: Task, checksums: list[int]) -> None:
+        self.committed.append(task.item.name)
+        assert checksums == [7 + task.item.index]
 
 
 def committed(count: int, stop_from: float) -> tuple[list[str], bool]:
@@ -139,3 +165,23 @@ def test_an_item_that_cannot_be_written_ends_the_loop(unwritten: int, bad: Colle
         bad = ()
     with pytest.raises(OutputError, match="disk full"):
         Run(5, bad=bad, unwritten=[unwritten])
+
+
+@pytest.mark.parametrize("bad", [(), (1,), (4,)])
+@pytest.mark.parametrize("spoiled", [(0,), (2, 3), (4,), range(5)])
+def test_an_item_that_came_out_wrong_fails_alone(
+    spoiled: Collection[int], bad: Collection[int]
+) -> None:
+    """It is noticed three items later, on the way to the file; the others are committed."""
+    run = Run(5, bad=bad, spoiled=spoiled)
+    lost = {*spoiled, *bad}
+    assert sorted(run.failed) == [f"item-{index}" for index in sorted(lost)]
+    assert run.committed == [name for name in names(5) if name not in run.failed]
+    assert {error.item for error in run.told} == set(run.failed)
+
+
+def test_an_item_begins_before_the_one_ahead_of_it_computes() -> None:
+    calls = Run(3).executor.calls
+    assert [call for call in calls if not call.startswith("collect")] == [
+        "begin 0", "begin 1", "enqueue 0", "begin 2", "enqueue 1", "enqueue 2",
+    ]  # fmt: skip

@@ -13,11 +13,12 @@ from mdattn_mpi.runner.pipeline import ReadAhead, WriteBehind
 def test_reading_is_one_task_ahead_and_in_order() -> None:
     started: list[int] = []
 
-    def read(task: int) -> int:
+    def read(task: int, room: list[int]) -> int:
+        assert room == [task]
         started.append(task)
         return task * 10
 
-    reads = ReadAhead(range(4), read)
+    reads = ReadAhead(range(4), lambda task: [task], read)
     seen = []
     for task, future in reads:
         seen.append(future.result())
@@ -27,10 +28,10 @@ def test_reading_is_one_task_ahead_and_in_order() -> None:
 
 
 def test_reading_carries_on_after_an_error() -> None:
-    def read(task: int) -> int:
+    def read(task: int, room: None) -> int:
         return 12 // task
 
-    reads = ReadAhead([0, 3], read)
+    reads = ReadAhead([0, 3], lambda task: None, read)
     (_, bad), (_, good) = reads
     with pytest.raises(ZeroDivisionError):
         bad.result()
@@ -39,19 +40,19 @@ def test_reading_carries_on_after_an_error() -> None:
 
 
 def test_writing_stays_behind_and_gives_results_in_order() -> None:
-    writes = WriteBehind(lambda number: number * number, lag=2)
+    writes: WriteBehind[str, int, int] = WriteBehind(lambda number: number * number, lag=2)
     assert writes.oldest(drain=True) is None
     for number in range(3):
         assert writes.oldest() is None
-        writes.put(number)
+        writes.put(str(number), number)
     found = []
     while oldest := writes.oldest(drain=True):
         found.append((oldest[0], oldest[1].result()))
-    assert found == [(0, 0), (1, 1), (2, 4)]
+    assert found == [("0", 0), ("1", 1), ("2", 4)]
     writes.close(wait=True)
 
 
-def test_an_errand_comes_after_what_was_put_before_and_tells_its_error() -> None:
+def test_another_call_comes_after_what_was_put_before_and_tells_its_error() -> None:
     gate = threading.Event()
     order: list[str] = []
 
@@ -59,13 +60,13 @@ def test_an_errand_comes_after_what_was_put_before_and_tells_its_error() -> None
         gate.wait(10)
         order.append(name)
 
-    def errand(name: str) -> None:
+    def commit(name: str) -> None:
         order.append(name)
         raise OSError(name)
 
-    writes = WriteBehind(write)
-    writes.put("shard")
-    writes.errand(errand, "commit")
+    writes: WriteBehind[str, str, None] = WriteBehind(write)
+    writes.put("task", "shard")
+    writes.run(commit, "commit")
     writes.check()  # not done yet: nothing to say
     gate.set()
     with pytest.raises(OSError, match="commit"):
@@ -82,9 +83,9 @@ def test_closing_without_waiting_drops_what_has_not_begun() -> None:
         gate.wait(10)
         done.append(number)
 
-    writes = WriteBehind(write)
+    writes: WriteBehind[int, int, None] = WriteBehind(write)
     for number in range(3):
-        writes.put(number)
+        writes.put(number, number)
     time.sleep(0.05)
     writes.close(wait=False)
     gate.set()

@@ -32,14 +32,18 @@ def owners(ranks: int) -> tuple[tuple[Span], ...]:
     return tuple((Span(start, stop),) for start, stop in pairwise(ends))
 
 
-def call(device: CudaDevice, plan: Plan, arrays: list[Tensor]) -> Any:
-    """One call as `library.attention` makes it; the caller waits for nothing."""
+def call(device: CudaDevice, plan: Plan, arrays: list[Tensor], moves: Callable[[], None]) -> Any:
+    """One call as `library.attention` makes it; the caller waits for nothing.
+
+    `moves` comes between the start and the wait.
+    """
     adopted = [device.adopt(array) for array in arrays]
     steps = STRATEGIES[plan.strategy](device, plan, *adopted)
     next(steps)
     try:
         next(steps)
     except StopIteration as end:
+        moves()
         out, lse = (device.hand_over(array) for array in end.value)
     for array in arrays:
         array.overwrite()
@@ -64,6 +68,11 @@ def a_side_stream(caller: Caller, number: int) -> None:
     caller.current = caller.machine.streams[caller.sides[number % 2]]
 
 
+def move(caller: Caller) -> None:
+    """Go on in another stream."""
+    caller.current = Stream(caller.machine)
+
+
 PATTERNS = (default_stream, a_side_stream, a_stream_a_call)
 
 
@@ -76,6 +85,7 @@ def attend(
     hides: bool = False,
     stride: int = 1,
     transfer: str = "copy",
+    moves: bool = False,
 ) -> bool:
     """Call again and again on all ranks; tell whether all results are right."""
     machine = Machine(seed)
@@ -97,7 +107,8 @@ def attend(
         found = []
         for number, arrays in enumerate(inputs):
             pattern(caller, number)
-            found.append(call(device, plan, early.pop(0) if hides else produce(arrays)))
+            given = early.pop(0) if hides else produce(arrays)
+            found.append(call(device, plan, given, lambda: move(caller) if moves else None))
         return found
 
     with known(callers):
@@ -120,6 +131,12 @@ def test_a_caller_waits_for_nothing(
 ) -> None:
     for seed in range(2):
         assert attend(strategy, ranks, seed, pattern=pattern)
+
+
+@pytest.mark.parametrize("strategy", NAMES)
+def test_a_caller_that_waits_in_another_stream_than_it_started_in(strategy: StrategyName) -> None:
+    for seed in range(4):
+        assert attend(strategy, 2, seed, moves=True)
 
 
 @pytest.mark.parametrize("strategy", NAMES)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mdattn_mpi.runner.progress import duration
-from mdattn_mpi.runner.report import PHASES, rank_times, time_table, write_summary
+from mdattn_mpi.runner.folder import PHASES, rank_times, time_table, write_summary
+from mdattn_mpi.runner.progress import duration, wrapped
 
 
 @pytest.mark.parametrize(
@@ -51,3 +51,12 @@ def test_a_summary_is_replaced_whole(tmp_path: Path) -> None:
         path = write_summary(tmp_path, {"number": number})
     assert json.loads(path.read_text()) == {"number": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_lines_are_wrapped_between_words_and_tables_stay() -> None:
+    path = "/a/very-long/path" * 8
+    text = f"mdattn: {'word ' * 40}\n{'name':<30}{'1.0 s':>20}\nmdattn: summary in {path}"
+    lines = wrapped(text).splitlines()
+    assert all(len(line) <= 80 or line.strip() == path for line in lines)
+    assert f"{'name':<30}{'1.0 s':>20}" in lines
+    assert lines[-1].strip() == path

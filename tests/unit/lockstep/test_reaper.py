@@ -1,4 +1,4 @@
-"""The guard: an mpirun that hangs after a lost job is killed, and nothing else is."""
+"""The reaper: an mpirun that hangs after a lost job is killed, and nothing else is."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from pathlib import Path
 
 import pytest
 
-from mdattn_mpi.lockstep import guard
+from mdattn_mpi.lockstep import reaper
 from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.launcher import Launcher
 from mdattn_mpi.lockstep.process import Process
 
-# A launcher that starts a watchdog, which posts a guard and dies; "other" is one more process.
+# A launcher that starts a watchdog, which posts a reaper and dies; "other" is one more process.
 LAUNCHER = """
 import mmap, os, sys, time
-from mdattn_mpi.lockstep import guard
-from mdattn_mpi.lockstep.board import PAGE, Board
+from mdattn_mpi.lockstep import reaper
+from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.process import Process
+from mdattn_mpi.lockstep.record import PAGE
 
 launcher, folder, other, ended = Process.look(os.getpid()), *sys.argv[1:]
-board = Board(memoryview(mmap.mmap(-1, PAGE)))
+board = Board(mmap.mmap(-1, PAGE))
 board.attach(folder, 0, 2)
 if float(other) and os.fork() == 0:
     time.sleep(float(other))
@@ -35,7 +36,7 @@ if os.fork() == 0:
     watchdog = os.getpid()
     standing = os.fork()
     if standing == 0:
-        guard.stand(launcher, watchdog, board, patience=0.5)
+        reaper.wait_and_reap(launcher, watchdog, board, patience=0.5)
         os._exit(0)
     print(standing, flush=True)
     sys.stdin.readline()
@@ -53,7 +54,7 @@ Lost = tuple[int, float, subprocess.Popen[str]]
 
 @contextmanager
 def lost(folder: Path, after: str, *, other: float = 0, ended: str = "") -> Iterator[Lost]:
-    """A launcher whose watchdog has just died; the guard's pid and the time go with it."""
+    """A launcher whose watchdog has just died; the reaper's pid and the time go with it."""
     code = LAUNCHER.replace("{after}", after)
     command = [sys.executable, "-c", code, str(folder), str(other), ended]
     pipe = subprocess.PIPE
@@ -106,7 +107,7 @@ def test_one_that_is_stopped_is_left_alone(tmp_path: Path) -> None:
         assert gone(standing, 10)
 
 
-def test_one_that_ends_takes_the_guard_with_it(tmp_path: Path) -> None:
+def test_one_that_ends_takes_the_reaper_with_it(tmp_path: Path) -> None:
     with lost(tmp_path, ENDS) as (standing, _, process):
         assert process.wait(30) == 0
         assert gone(standing, 10)
@@ -131,15 +132,17 @@ def test_after_a_world_that_was_left_in_order_nobody_is_killed(tmp_path: Path) -
         (Launcher(), "bash"),
     ],
 )
-def test_no_guard_is_posted(launched: Launcher, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_reaper_is_posted(
+    launched: Launcher, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Process, "look", lambda pid: Process(pid, name, "S", 1, 7))
-    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a guard was posted"))
-    guard.post(launched, Board())
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a reaper was posted"))
+    reaper.post(launched, Board())
 
 
 def test_a_process_is_told_from_a_later_one_of_the_same_pid() -> None:
     own = Process.look(os.getpid())
     assert own is not None
     assert (own.pid, own.parent, own.is_alive) == (os.getpid(), os.getppid(), True)
-    assert not guard.outlives_its_ranks(own._replace(start=own.start + 1), patience=0.0)
+    assert not reaper.outlives_its_ranks(own._replace(start=own.start + 1), patience=0.0)
     assert Process.look(2**22 + 1) is None

@@ -1,19 +1,24 @@
-"""Where a group's engines are shared, loaded and connected: library, GPUs, communicator."""
+"""Engines at run time: shared by a group, loaded, connected; what executors have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
+from math import prod
 from pathlib import Path
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from mdattn_mpi.devices.nccl import loaded_nccl
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import Group, together
-from mdattn_mpi.trt.build import Made
+from mdattn_mpi.trt.build import BuiltEngine
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.engine import Engine
-from mdattn_mpi.trt.gpu import CudaGpu, Gpu
+from mdattn_mpi.trt.gpu import Buffer, CudaGpu, Gpu, HostArray
 from mdattn_mpi.trt.library import (
     INSTALL,
     Library,
@@ -37,11 +42,11 @@ class Communicator(Protocol):
         ...
 
     def abort(self) -> None:
-        """Let go without waiting for any other rank."""
+        """Release it; wait for no other rank."""
         ...
 
 
-class EngineRoom:
+class Runtime:
     """The ranks of a group, one a GPU, and what their engines need.
 
     Parameters
@@ -70,15 +75,15 @@ class EngineRoom:
         self._nccl = nccl
         self._engines: list[Engine] = []
 
-    def share(self, phase: str, make: Callable[[], Made]) -> Made:
+    def share(self, phase: str, make: Callable[[], BuiltEngine]) -> BuiltEngine:
         """Collective. Make an engine on rank 0 and give it to all; its failure is everyone's."""
         group = self.group
         made = together(group, phase, lambda: make() if group.rank == 0 else None)
         listed = group.bcast_bytes(made.manifest.to_json() if made else None)
         engine = group.bcast_large(made.engine if made else None)
-        return Made(engine, Manifest.from_json(listed, Path(phase)))
+        return BuiltEngine(engine, Manifest.from_json(listed, Path(phase)))
 
-    def share_file(self, path: Path) -> Made:
+    def share_file(self, path: Path) -> BuiltEngine:
         """Collective. Read an engine on rank 0 and give it to all; refuse one that doesn't fit.
 
         Raises
@@ -91,12 +96,12 @@ class EngineRoom:
         def fits() -> None:
             check_fits(made.manifest, self.library, self.gpu.sm, self.group.size, str(path))
 
-        made = self.share("engine file", lambda: Made(*read_engine(path)))
+        made = self.share("engine file", lambda: BuiltEngine(*read_engine(path)))
         together(self.group, "engine fits", fits)
         return made
 
-    def load(self, made: Made) -> Engine:
-        """Collective. Deserialize on all ranks, then hand the communicator over on all at once.
+    def load(self, made: BuiltEngine) -> Engine:
+        """Collective. Deserialize on all ranks, then connect all at once.
 
         Raises
         ------
@@ -140,11 +145,129 @@ class EngineRoom:
         self.gpu.close()
 
     def abort(self) -> None:
-        """Let go of the communicator, so that nothing on the GPU waits for a rank that is gone."""
+        """Abort the communicator, so that nothing on the GPU waits for a rank that is gone."""
         self._communicator.abort()
 
 
-def open_room(group: Group) -> EngineRoom:
+@dataclass(frozen=True)
+class EngineDownload:
+    """Outputs on their way to the host."""
+
+    arrays: tuple[HostArray, ...]
+    events: tuple[Any, ...]
+    finished: Callable[[], None]
+
+    def wait(self) -> tuple[HostArray, ...]:
+        """Return the arrays; any thread may call."""
+        for event in self.events:
+            event.sync()
+        self.finished()
+        return self.arrays
+
+
+class Result(NamedTuple):
+    """An output of an engine: its shape there, and that of the rank's own rows, the first."""
+
+    name: str
+    shape: tuple[int, ...]
+    own: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+@dataclass
+class Running:
+    """An item between `begin` and `collect`."""
+
+    engine: Engine
+    shapes: Mapping[str, tuple[int, ...]]  # of the inputs, as the engine takes them
+    numbers: dict[str, npt.NDArray[np.int64]]  # inputs on the host, read until the engine is done
+    results: tuple[Result, ...]
+    buffers: dict[str, Buffer]  # of inputs and results
+    marks: tuple[Any, Any] | None = None
+
+
+class EngineExecutor:
+    """What executors of attention and of models have in common: an engine's way with an item."""
+
+    name = "tensorrt"
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._group = runtime.group
+        self._gpu = runtime.gpu
+        self._timings = {"compute": 0.0, "exchange": 0.0, "merge": 0.0}
+
+    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
+        """An array for `begin`, with undefined contents."""
+        return np.empty(shape, dtype)
+
+    def _begin(
+        self,
+        engine: Engine,
+        shapes: Mapping[str, tuple[int, ...]],
+        shards: Sequence[HostArray],
+        numbers: Mapping[str, int],
+        results: tuple[Result, ...],
+    ) -> Running:
+        """Start the upload of the rank's shards, filled up to the shapes that the engine takes."""
+        buffers = {}
+        for (name, shape), shard in zip(shapes.items(), shards, strict=True):
+            buffers[name] = self._gpu.buffer(prod(shape) * shard.itemsize)
+            self._gpu.upload(shard, buffers[name])
+        for result in results:
+            buffers[result.name] = self._gpu.buffer(prod(result.shape) * result.dtype.itemsize)
+        held = {name: np.array([number], np.int64) for name, number in numbers.items()}
+        return Running(engine, shapes, held, results, buffers)
+
+    def enqueue(self, running: Running) -> None:
+        """Collective. Bind the buffers and enqueue."""
+        engine, buffers = running.engine, running.buffers
+        for name, shape in running.shapes.items():
+            engine.set_input(name, buffers[name].address, shape)
+        for name, number in running.numbers.items():
+            engine.set_host_input(name, number)
+        self._check(running)
+        for result in running.results:
+            engine.set_output(result.name, buffers[result.name].address)
+        self._gpu.uploads_before_compute()
+        before = self._gpu.mark()
+        engine.enqueue(self._gpu.stream)
+        running.marks = (before, self._gpu.mark())
+
+    def _check(self, running: Running) -> None:
+        """Look at what comes out, now that the inputs are bound."""
+
+    def collect(self, running: Running) -> EngineDownload:
+        """Start bringing the rank's own rows of every result to the host."""
+        buffers, marks = running.buffers, running.marks
+        assert marks is not None
+        arrived = [
+            self._gpu.download(buffers[result.name], result.own, result.dtype, marks[1])
+            for result in running.results
+        ]
+
+        def finished() -> None:
+            self._timings["compute"] += self._gpu.seconds(*marks)
+            for buffer in buffers.values():
+                self._gpu.give_back(buffer)
+
+        arrays, events = zip(*arrived, strict=True)
+        return EngineDownload(arrays, events, finished)
+
+    def timings(self) -> Mapping[str, float]:
+        """Seconds of the engines; what they spend on exchange is part of ``compute``."""
+        return dict(self._timings)
+
+    def close(self) -> None:
+        """Collective. Release everything, in order."""
+        self._runtime.close()
+
+    def abort(self) -> None:
+        """Abort the communicator; wait for no other rank."""
+        self._runtime.abort()
+
+
+def open_runtime(group: Group) -> Runtime:
     """Collective. Open TensorRT, a GPU and an NCCL communicator on every rank.
 
     Raises
@@ -158,7 +281,7 @@ def open_room(group: Group) -> EngineRoom:
     # nccl4py first: TensorRT then finds its libnccl.so.2 already in the process.
     together(group, "nccl4py", _import_nccl)
     communicator = _open_nccl(group)
-    return EngineRoom(group, library, gpu, communicator)
+    return Runtime(group, library, gpu, communicator)
 
 
 def _open_gpu(local_rank: int, local_size: int) -> CudaGpu:

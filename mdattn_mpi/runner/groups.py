@@ -1,38 +1,41 @@
-"""This rank's groups: one for each queue of the schedule, with its engine and its plans."""
+"""This rank's groups: one for each queue of the schedule, with its executor and its plans."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from mdattn_mpi.backends import Backend
+from mdattn_mpi.backends import Executor
+from mdattn_mpi.dataset import AnyItem
 from mdattn_mpi.devices.presence import gpu_memory
-from mdattn_mpi.lockstep import Board, Group, World
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.lockstep import Board, Group, World, together
 from mdattn_mpi.lockstep.counter import SharedCounter
-from mdattn_mpi.problem import Plan
+from mdattn_mpi.problem import AnyPlan, digest_of
 from mdattn_mpi.runner.schedule import Schedule
 
-NOBODY = -1
+NO_ITEM = -1
 USABLE = 0.8  # of a GPU's memory; of the host's, half: the files' pages want some too
 
 
 @dataclass
-class Team:
+class JobGroup:
     """The ranks that do one queue's items together with this rank."""
 
     queue: int
     group: Group
-    backend: Backend
+    executor: Executor
     complete: bool  # the world's last ranks may be too few; they leave the queue out
     name: int  # by which the board tells groups apart
-    plans: dict[str, Plan] = field(default_factory=dict)
+    plans: dict[str, AnyPlan] = field(default_factory=dict)
 
     def join(self, board: Board) -> None:
         """Say that this rank works in this group now; all its ranks count from the same number."""
         board.join(self.name, counted=(self.queue + 1) << 32)
 
-    def turns(
+    def take(
         self, schedule: Schedule, counter: SharedCounter | None, enter: Callable[[], None]
     ) -> Iterator[int]:
         """Collective in the group. Take items of this queue until there are none.
@@ -45,18 +48,46 @@ class Team:
         items = schedule.items(self.queue, counter.take)
         while True:
             enter()
-            mine = next(items, NOBODY) if self.group.rank == 0 else NOBODY
+            mine = next(items, NO_ITEM) if self.group.rank == 0 else NO_ITEM
             item = int(self.group.bcast_bytes(str(mine).encode()))
-            if item == NOBODY:
+            if item == NO_ITEM:
                 return
             yield item
 
+    def plan(self, items: Sequence[AnyItem], choose: Callable[[Any], AnyPlan], file: str) -> None:
+        """Collective in the group. Choose a plan for each problem that `items` pose.
 
-def open_teams(
-    world: World, schedule: Schedule, open_one: Callable[[Group], Backend]
-) -> list[Team]:
-    """Collective. Make the groups of all queues and open their backends."""
-    teams = []
+        Raises
+        ------
+        RejectedError
+            One of them can't be done; says which item of `file`.
+
+        """
+
+        def plan() -> dict[str, AnyPlan]:
+            chosen: dict[Any, AnyPlan] = {}
+            for item in items:
+                if item.problem not in chosen:
+                    try:
+                        chosen[item.problem] = choose(item.problem)
+                    except RejectedError as error:
+                        error.item, error.file = item.name, file
+                        raise
+            return {item.name: chosen[item.problem] for item in items}
+
+        self.plans = together(
+            self.group,
+            "plan",
+            plan,
+            lambda plans: {"plans": digest_of({n: p.digest for n, p in plans.items()})},
+        )
+
+
+def open_groups(
+    world: World, schedule: Schedule, open_one: Callable[[Group], Executor]
+) -> list[JobGroup]:
+    """Collective. Make the groups of all queues and open their executors."""
+    groups = []
     for number, queue in enumerate(schedule.queues):
         place = schedule.place(world.rank)
         index = place // queue.size
@@ -64,8 +95,8 @@ def open_teams(
         group = world if alone else world.split(index, place)
         complete = schedule.group(queue.size, world.rank) is not None
         name = number << 20 | index
-        teams.append(Team(number, group, open_one(group), complete, name))
-    return teams
+        groups.append(JobGroup(number, group, open_one(group), complete, name))
+    return groups
 
 
 def memory_of_a_rank(backend: str, world: World) -> int:

@@ -1,11 +1,11 @@
-"""A guard over the launcher, for when it doesn't end after its ranks have.
+"""A process that kills the launcher when it doesn't end after its ranks have.
 
 Open MPI's mpirun may wait for ever once its last rank is dead: seldom (once in some 550 kill storms
 here) its PMIx server, while it is torn down, waits for a lock that nobody gives back (Open MPI
 5.0.11, seen in a debugger). It holds the allocation then, and nothing of ours is left that could
-say so. So the first rank of a node has a guard: a process without files, asleep until the watchdog
+say so. So the first rank of a node has a reaper: a process without files, asleep until the watchdog
 is gone. If the rank had not left the world in order by then, and mpirun is still there long after
-the last process that it started, the guard kills it.
+the last process that it started, the reaper kills it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from contextlib import suppress
 from pathlib import Path
 
 from mdattn_mpi.lockstep import death_note
-from mdattn_mpi.lockstep.board import ENDED, Board
+from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.launcher import Launcher
 from mdattn_mpi.lockstep.process import Process, name_this, set_death_signal
+from mdattn_mpi.lockstep.record import ENDED
 
-PATIENCE = 20.0  # seconds; an mpirun that is well ends a fraction of one after its last rank
+PATIENCE = 20.0  # seconds; an mpirun in order ends a fraction of one after its last rank
 ONE_JOB = frozenset({"mpirun", "mpiexec", "orterun", "prterun"})  # other daemons outlive their jobs
 _LOOK = 0.1
-_GONE = signal.SIGRTMIN + 8  # the kernel's word that the watchdog is gone
+_GONE = signal.SIGRTMIN + 8  # sent by the kernel when the watchdog is gone
 
 
 def post(launched: Launcher, board: Board) -> None:
-    """Fork the guard of this process's launcher, where that is Open MPI's and this the first rank.
+    """Fork the reaper of this process's launcher, where that is Open MPI's and this the first rank.
 
-    Must be called before a thread exists. The guard never returns from here.
+    Must be called before a thread exists. The reaper never returns from here.
     """
     if launched.speaks != "Open MPI" or launched.local_rank > 0:
         return
@@ -40,17 +41,19 @@ def post(launched: Launcher, board: Board) -> None:
     watchdog = os.getpid()
     if os.fork() == 0:
         try:
-            stand(launcher, watchdog, board)
+            wait_and_reap(launcher, watchdog, board)
         finally:
             os._exit(0)
 
 
-def stand(launcher: Process, watchdog: int, board: Board, patience: float = PATIENCE) -> None:
-    """Sleep until the process `watchdog` is gone; then see to it that the launcher goes too."""
-    os.setsid()  # signals to the group of a rank are not for the guard
+def wait_and_reap(
+    launcher: Process, watchdog: int, board: Board, patience: float = PATIENCE
+) -> None:
+    """Sleep until the process `watchdog` is gone; then make sure that the launcher ends too."""
+    os.setsid()  # signals to the group of a rank are not for the reaper
     signal.pthread_sigmask(signal.SIG_SETMASK, signal.valid_signals())
-    name_this("mdattn-guard")
-    _let_go_of_files()
+    name_this("mdattn-reaper")
+    _close_files()
     set_death_signal(_GONE)
     while os.getppid() == watchdog:
         signal.sigwait({_GONE})
@@ -83,7 +86,7 @@ def _has_children(launcher: Process) -> bool:
     return any(found.is_alive and found.parent == launcher.pid for found in everyone if found)
 
 
-def _let_go_of_files() -> None:
+def _close_files() -> None:
     """Hold no end of a pipe: a launcher waits for the end of its ranks' output."""
     for number in map(int, os.listdir("/proc/self/fd")):
         with suppress(OSError):  # that of the list itself

@@ -1,0 +1,374 @@
+"""The call, and the object that plans once for many calls."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack
+from typing import Any, Literal, NamedTuple
+
+from mdattn_mpi.errors import MdattnError, RejectedError
+from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
+from mdattn_mpi.library.options import Options
+from mdattn_mpi.library.session import Session, check_comm, session_of
+from mdattn_mpi.library.spans import Order, owners_of
+from mdattn_mpi.problem import (
+    AttentionProblem,
+    Causal,
+    Partition,
+    Plan,
+    StrategyName,
+    digest_of,
+)
+
+
+def attention(
+    comm: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    *,
+    causal: Causal = "none",
+    scale: float | None = None,
+    strategy: Literal["auto"] | StrategyName = "auto",
+    order: Order = "contiguous",
+    return_lse: bool = False,
+    deadline: float | None = None,
+) -> Any:
+    """Collective. Attend to a sequence that the ranks of `comm` hold together.
+
+    What was planned is kept for the next call with the same shapes and options.
+
+    Parameters
+    ----------
+    comm
+        An mpi4py intracommunicator. The first call duplicates it.
+    q, k, v
+        This rank's shards, ``[Sq, Nq, H]``, ``[Skv, Nkv, H]`` and ``[Skv, Nkv, Hv]``, all bfloat16
+        (`ml_dtypes.bfloat16` in NumPy) or all float16: NumPy arrays, PyTorch tensors on the CPU, or
+        arrays on the GPU of the rank's local rank that offer DLPack. A rank may hold no token.
+    causal
+        ``none``, ``upper_left`` or ``lower_right``, of the whole sequence.
+    scale
+        What scores are multiplied with; by default 1/√H.
+    strategy
+        ``ring``, ``allgather``, ``ulysses``, or ``auto``, which picks one of them.
+    order
+        Which tokens the shards are. ``contiguous``: in rank order, any number on each rank.
+        ``zigzag``: those that `shard_spans` gives, which balances the work under a causal mask.
+    return_lse
+        Return the natural logarithm of each row's softmax denominator too.
+    deadline
+        Seconds to wait for ranks that don't come; by default the environment variable
+        ``MDATTN_DEADLINE``, else 600.
+
+    Returns
+    -------
+    out
+        ``[Sq, Nq, Hv]`` for this rank's query tokens, in the dtype of `q`; 0 where no key is seen.
+        As `q` is: a NumPy array, a PyTorch tensor, or on the GPU an array that offers DLPack.
+    lse
+        ``[Sq, Nq]`` float32, only with `return_lse`; −∞ where no key is seen, and infinite where
+        float32 doesn't hold it.
+
+    Raises
+    ------
+    RejectedError
+        Arrays, options or sizes that can't be. The same error on all ranks, unless it is `comm`
+        that can't be.
+    DisagreementError
+        Ranks differ in heads, dtype or options. The same error on all ranks.
+    DeviceError
+        A rank has no memory for its buffers, for example. The same error on all ranks.
+    InterruptedJobError
+        Some ranks didn't come before the deadline; on the others, naming them.
+
+    """
+    options = Options(causal, scale, strategy, order, return_lse)
+    request = _agree_on(comm, (q, k, v), options, deadline)
+    made = request.session.made.get(request.key) or Attention._made_for(request)
+    return made._begin(request.shards).wait()
+
+
+class Attention:
+    """Attention made once for shapes and options, for any number of calls.
+
+    Making it is collective, and so are `start` and `Call.wait`: all ranks make the same calls in
+    the same order. Two calls and more may be under way at a time: the transfers of one then run
+    while another one computes.
+
+    Parameters
+    ----------
+    comm, causal, scale, strategy, order, return_lse, deadline
+        As in `attention`.
+    q, k, v
+        Arrays of the shapes and dtype that all calls will bring, in the place where they will be.
+        Their contents are not looked at.
+
+    Raises
+    ------
+    MdattnError
+        As `attention` does.
+
+    """
+
+    _session: Session
+    _plan: Plan
+    _expected: str
+    _started: deque[Call]
+
+    def __init__(
+        self,
+        comm: Any,
+        q: Any,
+        k: Any,
+        v: Any,
+        *,
+        causal: Causal = "none",
+        scale: float | None = None,
+        strategy: Literal["auto"] | StrategyName = "auto",
+        order: Order = "contiguous",
+        return_lse: bool = False,
+        deadline: float | None = None,
+    ) -> None:
+        options = Options(causal, scale, strategy, order, return_lse)
+        self._set_up(_agree_on(comm, (q, k, v), options, deadline))
+
+    @classmethod
+    def _made_for(cls, request: _Request) -> Attention:
+        """Collective. One for what all ranks ask for, kept for the next time."""
+        made = cls.__new__(cls)
+        made._set_up(request)
+        request.session.remember(request.key, made)
+        return made
+
+    def _set_up(self, request: _Request) -> None:
+        """Collective. Plan; all that is collective and the same for every call is done here."""
+        from mdattn_mpi.lockstep import together
+
+        session, shards = request.session, request.shards
+        self._session = session
+        self._expected = _kind(shards)
+        self._started = deque()
+        with session.left_if_alone(), session.device(shards.backend) as device:
+            self._plan = together(
+                session.world, "plan", lambda: _plan_for(request, device), Plan.facts
+            )
+
+    def __repr__(self) -> str:
+        """What it computes, and how."""
+        return f"<Attention: {self._plan.problem}; {self._plan.strategy}, {self._plan.ranks} ranks>"
+
+    def start(self, q: Any, k: Any, v: Any) -> Call:
+        """Collective. Start a call; it needn't be waited for before the next is started.
+
+        Parameters
+        ----------
+        q, k, v
+            This rank's shards, of the shapes and the dtype that this was made for. They are not
+            to be written before the call has been waited for.
+
+        Returns
+        -------
+        Call
+            Its `wait` gives the output; so does `wait` here, for one call after the other.
+
+        Raises
+        ------
+        RejectedError
+            A rank's arrays are others than this was made for. The same error on all ranks, and no
+            call has started.
+        DeviceError
+            A rank has no memory for its buffers, for example. The same error on all ranks.
+        InterruptedJobError
+            Some ranks didn't come before the deadline; on the others, naming them.
+
+        """
+        self._session.check_open()
+        error = None
+        try:
+            shards = shards_of(q, k, v)
+            self._check(shards)
+        except Exception as wrong:  # all ranks must hear of it
+            error = MdattnError.wrap(wrong, rank=self._session.world.rank)
+        with self._session.left_if_alone():
+            self._session.agree("start", self._plan.facts, self._plan.digest, error=error)
+        call = self._begin(shards)
+        self._started.append(call)
+        return call
+
+    def wait(self) -> Any:
+        """Collective. Return the output of the oldest call that hasn't been waited for.
+
+        See `Call.wait`.
+        """
+        if not self._started:
+            raise RejectedError("no call is under way", fix="call start(q, k, v) before wait()")
+        return self._started[0].wait()
+
+    def _check(self, shards: Shards) -> None:
+        found = _kind(shards)
+        if found != self._expected:
+            raise RejectedError(
+                f"q, k, v are {found}; this Attention was made for {self._expected}",
+                fix="make another one for other shapes, or call attention()",
+            )
+
+    def _begin(self, shards: Shards) -> Call:
+        """Collective. Start a call with arrays that were agreed on."""
+        call = Call(self, shards)
+        call._begin()
+        return call
+
+
+class Call:
+    """One attention under way; `Attention.start` makes it."""
+
+    def __init__(self, made: Attention, shards: Shards) -> None:
+        self._made = made
+        self._shards = shards
+        self._number = made._session.number_of_call()
+        self._open = ExitStack()  # the device, until the call has been waited for
+        self._device: Any = None
+        self._steps: Generator[None, None, tuple[Any, Any]]
+        self._result: tuple[Any, Any] | None = None
+
+    def _begin(self) -> None:
+        """Collective. Post the first transfers; nobody computes before all have their buffers."""
+        from mdattn_mpi.strategies import STRATEGIES
+
+        session, plan = self._made._session, self._made._plan
+        error = None
+        with session.left_on_error():
+            session.under_way.append(self)
+            try:
+                device = self._device = self._open.enter_context(session.device(plan.backend))
+                q, k, v = map(device.adopt, self._shards[:3])
+                # Where nothing else is under way it hides its gathering behind itself.
+                early = {"head_start": device.head_start(plan.problem)}
+                options = early if plan.strategy == "allgather" else {}
+                self._steps = STRATEGIES[plan.strategy](device, plan, q, k, v, **options)
+                next(self._steps)
+            except Exception as wrong:  # all ranks must hear of it
+                error = MdattnError.wrap(wrong, rank=session.world.rank)
+            session.agree("enqueue", plan.facts, plan.digest, error=error)
+            if plan.backend == "cuda":  # beside its host; a CPU computes while it is waited for
+                self._compute()
+
+    def _compute(self) -> None:
+        try:
+            next(self._steps)
+        except StopIteration as end:
+            self._result = end.value
+
+    def wait(self) -> Any:
+        """Collective. Return the output, or output and LSE, as `attention` does.
+
+        Raises
+        ------
+        RejectedError
+            It was waited for before, or another call on its communicator has failed since.
+        DisagreementError
+            Other ranks wait for another call, or start one. The same error on all ranks.
+        InterruptedJobError
+            Some ranks didn't come before the deadline; on the others, naming them.
+
+        """
+        session, plan = self._made._session, self._made._plan
+        if self not in session.under_way:
+            raise RejectedError(
+                "this call was waited for before", fix="keep what wait() returns; it gives it once"
+            )
+        session.check_open()
+        with session.left_on_error():
+            if self._result is None:
+                facts = {"call": self._number}
+                session.agree("wait", lambda: facts, digest_of(facts))
+                self._compute()
+            assert self._result is not None
+            results = self._result if plan.lse else self._result[:1]
+            given = [self._shards.give(self._device.hand_over(result)) for result in results]
+            self._open.close()
+        session.under_way.remove(self)
+        if self in self._made._started:
+            self._made._started.remove(self)
+        del self._shards, self._steps, self._result
+        return tuple(given) if plan.lse else given[0]
+
+
+class _Request(NamedTuple):
+    """A call, or the making of an `Attention`, as all ranks have agreed on it."""
+
+    session: Session
+    shards: Shards
+    options: Options
+    tokens: Sequence[tuple[int, int]]  # of query and of key and value, on each rank
+    key: Any  # the same on all ranks; others have others
+
+
+def _agree_on(
+    comm: Any, arrays: Sequence[Any], options: Options, deadline: float | None
+) -> _Request:
+    """Collective. Check this rank's arguments, and that all ranks were called alike."""
+    check_comm(comm)
+    from mdattn_mpi.lockstep.arrival import DEFAULT, call_deadline
+
+    error: MdattnError | None = None
+    shards, facts, seconds = None, dict[str, Any](), DEFAULT
+    try:
+        seconds = call_deadline(deadline)
+        options = options.checked()
+        shards = shards_of(*arrays)
+        facts = {
+            **options._asdict(),
+            "dtype": shards.dtype,
+            "backend": shards.backend,
+            "heads and head dims of q, k, v": [shape[1:] for shape in shards.shapes],
+        }
+    except Exception as wrong:  # all ranks must hear of it
+        error = MdattnError.wrap(wrong)
+    session = session_of(comm, seconds)
+    if error:
+        error.rank = session.world.rank
+    digest = digest_of(facts)
+    with session.left_if_alone():
+        agreed = session.agree(
+            "attention", lambda: facts, digest, error=error, word=shards.tokens if shards else 0
+        )
+    assert shards
+    tokens = [tokens_of(number) for number in agreed.checksums]
+    return _Request(session, shards, options, tokens, (digest, agreed.checksums))
+
+
+def _plan_for(request: _Request, device: Any) -> Plan:
+    from mdattn_mpi.strategies import choose
+
+    shards, options = request.shards, request.options
+    query, kv = zip(*request.tokens, strict=True)
+    problem = AttentionProblem(
+        q_tokens=sum(query),
+        kv_tokens=sum(kv),
+        q_heads=shards.q.shape[1],
+        kv_heads=shards.k.shape[1],
+        head_dim=shards.q.shape[2],
+        v_head_dim=shards.v.shape[2],
+        dtype=shards.dtype,
+        causal=options.causal,
+        scale=options.scale,  # type: ignore[arg-type]
+    )
+    owners = Partition(
+        query=owners_of("query", query, options.order), kv=owners_of("kv", kv, options.order)
+    )
+    device.check(problem)
+    strategy, reasons = choose(
+        problem, device.ranks, options.strategy, device.costs(), batch=False, owners=owners
+    )
+    lse = options.return_lse
+    return Plan(
+        problem, strategy, device.ranks, shards.backend, lse, partition=owners, reasons=reasons
+    )
+
+
+def _kind(shards: Shards) -> str:
+    """What calls of one `Attention` have in common, such as ``bfloat16 (4, 2, 8), … on cpu``."""
+    return f"{shards.dtype} {', '.join(map(str, shards.shapes))} on {shards.backend}"

@@ -1,0 +1,49 @@
+"""What callers say of the attention that they want, checked."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, get_args
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.library.spans import Order, check_order
+from mdattn_mpi.problem import STRATEGY_NAMES, Causal, StrategyName, scale_of
+
+
+class Options(NamedTuple):
+    """What is to be computed of the arrays, and how; as the caller says it."""
+
+    causal: Causal
+    scale: float | None
+    strategy: Literal["auto"] | StrategyName
+    order: Order
+    return_lse: bool
+
+    def checked(self) -> Options:
+        """Return the same with a plain number as scale.
+
+        Raises
+        ------
+        RejectedError
+            A value that can't be; says what to write instead.
+
+        """
+        check_order(self.order)
+        _check_causal(self.causal)
+        if self.strategy not in ("auto", *STRATEGY_NAMES):
+            raise RejectedError(
+                f"strategy is {self.strategy!r}", fix=f"use auto, {', '.join(STRATEGY_NAMES)}"
+            )
+        scale = None if self.scale is None else scale_of(self.scale)
+        return self._replace(scale=scale, return_lse=bool(self.return_lse))
+
+
+def _check_causal(causal: object) -> None:
+    allowed = get_args(Causal)
+    if isinstance(causal, str) and causal in allowed:
+        return
+    fix = f"use {', '.join(allowed)}"
+    if isinstance(causal, bool):
+        fix = f'write causal="{"upper_left" if causal else "none"}"'
+        if causal:
+            fix += " (query i sees keys 0 to i), or lower_right, where both ends meet"
+    raise RejectedError(f"causal is {causal!r}", fix=fix)

@@ -1,0 +1,232 @@
+"""Ranks that work together, and what they say to each other.
+
+Everything on the wire is a buffer or JSON bytes; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+
+from mdattn_mpi.errors import DisagreementError, ItemError, MdattnError
+from mdattn_mpi.lockstep.agreement import HEAD_WORDS, MASK, Agreement, Ballot, Step, differences
+from mdattn_mpi.lockstep.arrival import wait_for_all
+from mdattn_mpi.lockstep.board import Board
+from mdattn_mpi.lockstep.board import board as current_board
+from mdattn_mpi.lockstep.mpi import MPI
+from mdattn_mpi.problem import digest_of
+
+PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
+
+T = TypeVar("T")
+
+
+class Group:
+    """Ranks that work together.
+
+    Parameters
+    ----------
+    comm
+        The communicator of the group. Devices use it; the group itself talks over a copy.
+    board
+        Where this rank says that it waits; the process's own board by default.
+    deadline
+        Seconds to wait for the other ranks in `agree`, `barrier` and `allgather`, where no watchdog
+        ends a wait; None to wait as long as it takes.
+
+    Attributes
+    ----------
+    local_rank, local_size
+        Which of how many ranks of the job on this node, whatever group they work in.
+    cores
+        How many of the node's cores are this rank's own.
+
+    """
+
+    def __init__(
+        self, comm: MPI.Intracomm, board: Board | None = None, deadline: float | None = None
+    ) -> None:
+        self.comm = comm
+        self.control = comm.Dup()
+        self.deadline = deadline
+        self.board = board or current_board()
+        self.rank: int = comm.rank
+        self.size: int = comm.size
+        self.local_rank, self.local_size, self.cores = 0, 1, 1
+        self._ballot = Ballot(self.control)
+
+    def agree(
+        self,
+        step: Step,
+        *,
+        error: MdattnError | None = None,
+        refused: ItemError | None = None,
+        checksum: int | None = None,
+        stop: bool = False,
+    ) -> Agreement:
+        """Collective. Make sure that all ranks are about to do the same; a barrier that checks.
+
+        Parameters
+        ----------
+        step
+            What this rank is about to do.
+        error
+            What went wrong on this rank since the last agreement.
+        refused
+            What is wrong with the item that this step begins, and with nothing else; it doesn't
+            end the step.
+        checksum
+            32 bits for all the others; on all ranks or none.
+        stop
+            Whether this rank wants to stop.
+
+        Raises
+        ------
+        MdattnError
+            The error of the lowest rank that brought one; the same on all ranks.
+        DisagreementError
+            Ranks differ in what they are about to do; the same on all ranks.
+        InterruptedJobError
+            Ranks didn't come within the group's deadline; on those that did.
+
+        """
+        self._arrive(step.phase)
+        words = self._ballot.cast(step, error is not None, refused is not None, stop, checksum or 0)
+        high, low, failed, refusing, stops = words[:HEAD_WORDS]
+        if failed:
+            raise self._error_of(self.size - failed, error) from error
+        if high ^ low != MASK:
+            raise self._disagreement(step)
+        if refusing:
+            found = self._error_of(self.size - refusing, refused)
+            assert isinstance(found, ItemError)
+            refused = found
+        return Agreement(stops != 0, () if checksum is None else words[HEAD_WORDS:], refused)
+
+    def _arrive(self, phase: str) -> None:
+        """Collective. Say that this rank waits; where there is a deadline, wait for all with it."""
+        self.board.wait()
+        if self.deadline is not None:
+            wait_for_all(self.control, phase, self.deadline)
+
+    def _error_of(self, root: int, own: MdattnError | None) -> MdattnError:
+        """Collective. The error of rank `root`, on all ranks."""
+        data = own.to_json() if own and self.rank == root else None
+        error = MdattnError.from_json(self.bcast_bytes(data, root))
+        error.rank = root if error.rank is None else error.rank
+        error.agreed = True
+        return error
+
+    def _disagreement(self, step: Step) -> DisagreementError:
+        """Collective. Who differs in what, the same on all ranks."""
+        facts = {"item index": step.item_index, "phase": step.phase, **step.describe()}
+        error = DisagreementError(
+            differences(self.allgather(facts)),
+            fix="start all ranks with the same command, input files, options and software",
+        )
+        error.agreed = True
+        return error
+
+    def barrier(self) -> None:
+        """Collective. Wait until all ranks are here."""
+        self._arrive("barrier")
+        self.control.Barrier()
+
+    def bcast_bytes(self, data: bytes | None, root: int = 0) -> bytes:
+        """Collective. Give all ranks the root's `data`, of any length."""
+        received = self.bcast_large(data, root)
+        return received if isinstance(received, bytes) else bytes(received)
+
+    def bcast_large(self, data: bytes | memoryview | None, root: int = 0) -> bytes | memoryview:
+        """Collective. Give all ranks the root's `data`, of any length; one copy a rank, no more."""
+        length = np.array([len(data or b"")], np.int64)
+        self.control.Bcast(length, root)
+        # Not a bytearray: that writes zeros first, which takes longer than receiving.
+        received = data if self.rank == root else np.empty(int(length[0]), np.uint8).data
+        assert received is not None, "the root broadcasts nothing"
+        view = memoryview(received)
+        for start in range(0, len(view), PIECE):
+            self.control.Bcast([view[start : start + PIECE], MPI.BYTE], root)
+        return received
+
+    def gather_bytes(self, data: bytes) -> list[bytes] | None:
+        """Collective. Give rank 0 everybody's `data`, in rank order; None elsewhere."""
+        lengths = np.empty(self.size, np.int64)
+        self.control.Allgather(np.array([len(data)], np.int64), lengths)
+        if self.rank:
+            for start in range(0, len(data), PIECE):
+                self.control.Send([memoryview(data)[start : start + PIECE], MPI.BYTE], 0)
+            return None
+        gathered = [data]
+        for rank in range(1, self.size):
+            received = memoryview(bytearray(int(lengths[rank])))
+            for start in range(0, len(received), PIECE):
+                self.control.Recv([received[start : start + PIECE], MPI.BYTE], rank)
+            gathered.append(bytes(received))
+        return gathered
+
+    def allgather(self, own: Any) -> list[Any]:
+        """Collective. Give every rank what all have, as JSON says it, in rank order."""
+        if self.deadline is not None:
+            wait_for_all(self.control, "allgather", self.deadline)
+        gathered = self.gather_bytes(json.dumps(own, default=str).encode())
+        every = json.dumps([json.loads(each) for each in gathered]).encode() if gathered else None
+        found: list[Any] = json.loads(self.bcast_bytes(every))
+        return found
+
+    def split(self, color: int, key: int = 0) -> Group:
+        """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""
+        self.board.identify(group=color)
+        group = Group(cast(MPI.Intracomm, self.comm.Split(color, key)), self.board, self.deadline)
+        group.local_rank, group.local_size = self.local_rank, self.local_size
+        group.cores = self.cores
+        return group
+
+    def free(self) -> None:
+        """Collective. Give back the communicators of a group that `split` made."""
+        self._ballot.free()
+        self.control.Free()
+        self.comm.Free()
+
+
+def together(
+    group: Group,
+    phase: str,
+    action: Callable[[], T],
+    facts: Callable[[T], dict[str, Any]] = lambda _: {},
+) -> T:
+    """Collective. Do something on every rank; go on together, or raise the same error together.
+
+    Parameters
+    ----------
+    group
+        The ranks.
+    phase
+        What they do, in a word.
+    action
+        What each of them does; it may fail on some.
+    facts
+        Of what `action` returned, all that must be the same on every rank.
+
+    Raises
+    ------
+    MdattnError
+        Of the lowest rank that failed; the same on all ranks.
+    DisagreementError
+        The facts differ; the same on all ranks.
+
+    """
+    group.board.enter(phase)
+    error: MdattnError | None = None
+    found: dict[str, Any] = {}
+    value: T | None = None
+    try:
+        value = action()
+        found = facts(value)
+    except Exception as failure:
+        error = MdattnError.wrap(failure, rank=group.rank)
+    group.agree(Step(-1, phase, digest_of(found), lambda: found), error=error)
+    return value  # type: ignore[return-value]

@@ -1,0 +1,138 @@
+"""Attention as a kind of work: shards of query, key and value in, of the output and LSE out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
+from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset
+from mdattn_mpi.devices.cuda.choice import needs_no_plans
+from mdattn_mpi.estimate import PLAN, typical_costs
+from mdattn_mpi.lockstep import Group, World, together
+from mdattn_mpi.partition import partition_of
+from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
+from mdattn_mpi.runner.finite import check_finite, check_output, is_finite
+from mdattn_mpi.runner.groups import JobGroup, memory_of_a_rank, open_groups, smallest
+from mdattn_mpi.runner.job import Job
+from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.schedule import make_schedule
+from mdattn_mpi.runner.work import Shard, Task
+
+
+class Attention:
+    """Attention over every item of a dataset."""
+
+    def __init__(self, spec: JobSpec, dataset: Dataset) -> None:
+        self.spec = spec
+        self.dataset = dataset
+
+    def task(self, item: AnyItem, plan: AnyPlan, rank: int) -> Task:
+        """Say which tokens of query, key and value the rank reads, and which rows it writes."""
+        assert isinstance(plan, Plan)
+        owners, problem = partition_of(plan), plan.problem
+        query, kv = owners.query[rank], owners.kv[rank]
+        kv_rows = (problem.kv_tokens, problem.kv_heads)
+        shapes = (
+            (problem.q_tokens, problem.q_heads, problem.head_dim),
+            (*kv_rows, problem.head_dim),
+            (*kv_rows, problem.v_head_dim),
+        )
+        reads = tuple(
+            Shard(TensorSpec(name, shape, problem.dtype), spans)
+            for name, shape, spans in zip(TENSORS, shapes, (query, kv, kv), strict=True)
+        )
+        writes = tuple(Shard(tensor, query) for tensor in problem.outputs(self.spec.lse))
+        return Task(item, plan, owners.query, reads, writes)
+
+    def check(self, task: Task, shards: Sequence[HostArray]) -> None:
+        """Refuse NaN and infinity, unless they were asked for."""
+        if self.spec.nonfinite == "refuse":
+            spans = [shard.spans for shard in task.reads]
+            check_finite(shards, spans, self.dataset.path, task.item.name)
+
+    def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:
+        """Refuse an output that isn't finite, unless its input wasn't either and may pass."""
+        assert isinstance(task.item, Item)
+        assert isinstance(task.plan, Plan)
+        item, lse = task.item, arrays[1] if len(arrays) > 1 else None
+        check_output(
+            item,
+            task.writes[0].spans,
+            arrays[0],
+            lse,
+            backend=task.plan.backend,
+            may_be_nonfinite=lambda: (
+                self.spec.nonfinite == "pass" and not is_finite(self.dataset, item)
+            ),
+        )
+
+    def options(self) -> dict[str, str]:
+        """Strategy, items, LSE, layout, and what is ignored."""
+        spec = self.spec
+        return {
+            "strategy": spec.strategy,
+            "items": spec.items,
+            "lse": str(spec.lse).lower(),
+            "layout": spec.layout,
+            "ignore": ",".join(sorted(set(spec.ignore))),
+        }
+
+
+def open_attention(spec: JobSpec, world: World) -> Job:
+    """Collective. Open dataset and backends; plan every item, or refuse before any work."""
+
+    def dataset_facts(dataset: Dataset) -> dict[str, Any]:
+        return {"dataset": dataset.path, "digest": dataset.digest, "bytes": dataset.size}
+
+    dataset = together(
+        world,
+        "dataset",
+        lambda: open_dataset(
+            spec.data,
+            select=spec.items,
+            layout=spec.layout,
+            allow=spec.allow,
+            ignore=spec.ignore,
+        ),
+        dataset_facts,
+    )
+    name = backend_name(spec.backend, world)
+    memory = smallest(world, memory_of_a_rank(name, world))
+    plan = 0.0 if smallest(world, needs_no_plans(name, spec.kernel)) else PLAN
+    costs = typical_costs(name, memory, plan=plan)
+    problems = [item.problem for item in dataset.items]
+    schedule = together(
+        world,
+        "schedule",
+        lambda: make_schedule(problems, world.nodes, spec.group_size, costs),
+        lambda schedule: {"group sizes": schedule.signature},
+    )
+
+    def open_one(group: Group) -> Backend:
+        return open_backend(
+            name,
+            group,
+            threads=spec.threads,
+            transfer=spec.transfer,
+            kernel=spec.kernel,
+            engine=spec.engine,
+        )
+
+    groups = together(world, "backend", lambda: open_groups(world, schedule, open_one))
+    for group in groups:
+        if group.complete:
+            items = [dataset.items[item] for item in schedule.queues[group.queue].items]
+            plan_attention(spec, group, items)
+    return Job(spec, world, Attention(spec, dataset), dataset, dataset.items, schedule, groups)
+
+
+def plan_attention(spec: JobSpec, group: JobGroup, items: Sequence[Item]) -> None:
+    """Collective in the group. Let the backend prepare for all items at once, and plan each."""
+    backend = cast(Backend, group.executor)
+    together(
+        group.group,
+        "prepare",
+        lambda: backend.prepare([item.problem for item in items], spec.strategy),
+    )
+    group.plan(items, lambda p: backend.plan(p, spec.strategy, lse=spec.lse), spec.data)

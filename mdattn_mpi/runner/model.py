@@ -1,0 +1,203 @@
+"""A model's engine as a kind of work: its inputs and outputs are bound to datasets by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from mdattn_mpi.backends import HostArray
+from mdattn_mpi.dataset import AnyItem, ModelItem
+from mdattn_mpi.dataset.tensors import TensorFile, tensor_names
+from mdattn_mpi.errors import ItemError, RejectedError
+from mdattn_mpi.estimate import typical_costs
+from mdattn_mpi.lockstep import Group, World, together
+from mdattn_mpi.partition import equal_shards
+from mdattn_mpi.problem import AnyPlan, ModelPlan, ModelProblem, TensorSpec
+from mdattn_mpi.runner.finite import first_nonfinite
+from mdattn_mpi.runner.groups import JobGroup, open_groups
+from mdattn_mpi.runner.job import Job
+from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.runner.schedule import Queue, Schedule, make_schedule
+from mdattn_mpi.runner.work import Shard, Task
+from mdattn_mpi.trt.bindings import Binding, check_bindings, parse_bindings
+from mdattn_mpi.trt.model import Model
+from mdattn_mpi.trt.runtime import open_runtime
+
+
+class ModelWork:
+    """A model's engine over every item of a file.
+
+    Parameters
+    ----------
+    spec
+        The job.
+    inputs, outputs
+        The engine's tensors in its order, each under the name of its dataset, -1 for the tokens.
+    bindings
+        What ``--bind`` said, by the engine's names.
+    engine_digest
+        SHA-256 of the engine.
+
+    """
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        inputs: Sequence[TensorSpec],
+        outputs: Sequence[TensorSpec],
+        bindings: Mapping[str, Binding],
+        engine_digest: str,
+    ) -> None:
+        self.spec = spec
+        self.inputs = inputs
+        self.outputs = outputs
+        self.bindings = bindings
+        self.engine_digest = engine_digest
+
+    def problem(self, tokens: int) -> ModelProblem:
+        """Say what comes out for a sequence of so many tokens."""
+        return ModelProblem(tokens, tuple(_sized(tensor, tokens) for tensor in self.outputs))
+
+    def task(self, item: AnyItem, plan: AnyPlan, rank: int) -> Task:
+        """Say which tokens of every input the rank reads, and of every output it writes."""
+        assert isinstance(plan, ModelPlan)
+        tokens, shards = plan.problem.tokens, equal_shards(plan.problem.tokens, plan.ranks)
+        own = (shards[rank],)
+        reads = tuple(Shard(_sized(tensor, tokens), own) for tensor in self.inputs)
+        writes = tuple(
+            Shard(tensor, own, here=tensor.token_dim is not None or rank == 0)
+            for tensor in plan.problem.outputs
+        )
+        return Task(item, plan, tuple((span,) for span in shards), reads, writes)
+
+    def check(self, task: Task, shards: Sequence[HostArray]) -> None:
+        """Refuse NaN and infinity, unless they were asked for."""
+        self._check(task.item, task.reads, shards, "mend the input")
+
+    def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:
+        """Do the same with what came out."""
+        self._check(task.item, task.writes, arrays, "export the model in a wider dtype")
+
+    def _check(
+        self, item: AnyItem, shards: Sequence[Shard], arrays: Sequence[HostArray], fix: str
+    ) -> None:
+        if self.spec.nonfinite == "pass":
+            return
+        for shard, array in zip(shards, arrays, strict=True):
+            at = first_nonfinite(array)
+            if at is not None:
+                (span,) = shard.spans
+                raise ItemError(
+                    f"{shard.tensor.name} holds {array.reshape(-1)[at]} within tokens "
+                    f"{span.start} to {span.stop}",
+                    fix=f"{fix}, or take it as it is with --nonfinite pass",
+                    file=self.spec.data,
+                    item=item.name,
+                )
+
+    def options(self) -> dict[str, str]:
+        """Items, engine, and what is bound to what."""
+        paths = {name: binding.path for name, binding in sorted(self.bindings.items())}
+        return {
+            "items": self.spec.items,
+            "engine_sha256": self.engine_digest,
+            "bindings": json.dumps(paths),
+        }
+
+
+def _sized(tensor: TensorSpec, tokens: int) -> TensorSpec:
+    return replace(tensor, shape=tensor.with_tokens(tokens))
+
+
+def open_model(spec: JobSpec, world: World) -> Job:
+    """Collective. Open engine and inputs; plan every item, or refuse before any work.
+
+    The engine comes first: only it knows what is an input and what an output.
+    """
+    together(world, "options", lambda: _check_options(spec))
+    cut = together(world, "schedule", lambda: _one_size(spec, world))
+
+    def open_one(group: Group) -> Model:
+        return Model(open_runtime(group), Path(spec.engine))
+
+    groups = together(world, "engine", lambda: open_groups(world, cut, open_one))
+    try:
+        return _open(spec, world, cut, groups)
+    except BaseException:
+        for group in groups:
+            group.executor.abort()
+        raise
+
+
+def _check_options(spec: JobSpec) -> None:
+    if spec.backend not in ("auto", "tensorrt"):
+        raise RejectedError(f"-b {spec.backend} with --bind", fix="leave -b out: TensorRT runs it")
+    if spec.lse:
+        raise RejectedError("--lse with --bind", fix="bind an output of the model instead")
+    if spec.strategy != "auto":
+        raise RejectedError(
+            f"-s {spec.strategy} with --bind",
+            fix="leave -s out: the engine has been sharded for one strategy",
+        )
+    if spec.group_size == "auto":
+        raise RejectedError(
+            "--group-size auto with --bind",
+            fix="name the number of ranks that the engine was built for",
+        )
+
+
+def _one_size(spec: JobSpec, world: World) -> Schedule:
+    """Cut the world into groups of the size that was asked for; which items, is said later."""
+    schedule = make_schedule((), world.nodes, spec.group_size, typical_costs(Model.name))
+    size = world.size if spec.group_size == "all" else int(spec.group_size)
+    return replace(schedule, queues=(Queue(size, ()),))
+
+
+def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) -> Job:
+    """Collective. Bind the engine that the groups have loaded to the file."""
+    (group,) = groups
+    model = cast(Model, group.executor)
+    work = together(
+        world, "bindings", lambda: _bind(spec, model), lambda work: {"engine": work.engine_digest}
+    )
+    dataset = together(
+        world,
+        "dataset",
+        lambda: TensorFile(spec.data, work.inputs, select=spec.items, allow=spec.allow),
+        lambda data: {"dataset": data.path, "digest": data.digest, "bytes": data.size},
+    )
+    items = tuple(
+        ModelItem(name, index, work.problem(tokens))
+        for index, (name, tokens) in enumerate(dataset.tokens.items())
+    )
+    size = cut.queues[0].size
+    longest_first = sorted(range(len(items)), key=lambda number: -items[number].problem.tokens)
+    schedule = replace(cut, queues=(Queue(size, tuple(longest_first)),), sizes=(size,) * len(items))
+    group.plan(items, model.plan, spec.data)
+    return Job(spec, world, work, dataset, items, schedule, groups)
+
+
+def _bind(spec: JobSpec, model: Model) -> ModelWork:
+    bound = parse_bindings(spec.bind, model.manifest.axes)
+    check_bindings(
+        bound,
+        [tensor.name for tensor in model.inputs],
+        [tensor.name for tensor in model.outputs],
+        tensor_names(spec.data, spec.allow),
+        file=spec.data,
+    )
+    bindings = {binding.tensor: binding for binding in bound}
+
+    written = [bindings[tensor.name].path for tensor in model.outputs]
+    if len(set(written)) < len(written):
+        raise RejectedError("two outputs are bound to one dataset", fix="bind each to its own")
+
+    def renamed(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+        return tuple(replace(tensor, name=bindings[tensor.name].name) for tensor in tensors)
+
+    return ModelWork(
+        spec, renamed(model.inputs), renamed(model.outputs), bindings, model.manifest.sha256
+    )
