@@ -99,7 +99,7 @@ def open_attention(spec: JobSpec, world: World) -> Job:
     )
     name = backend_name(spec.backend, world)
     memory = smallest(world, memory_of_a_rank(name, world))
-    plan = 0.0 if smallest(world, needs_no_plans(name, spec.kernel)) else PLAN
+    plan = 0.0 if smallest(world, int(needs_no_plans(name, spec.kernel))) else PLAN
     costs = typical_costs(name, memory, plan=plan)
     problems = [item.problem for item in dataset.items]
     schedule = together(
