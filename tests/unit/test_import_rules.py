@@ -84,6 +84,7 @@ ONLY: dict[str, set[str]] = {
     "torch": {
         "bench.attention_cpu",
         "bench.attention_cuda",
+        "bench.kernels",
         "dataset.foreign.torch_file",
         "devices.cuda.interop",
     },
