@@ -41,7 +41,7 @@ FILE_BANDWIDTH = 2e9  # bytes/s of one rank, from and to the files
 BATCH = 2  # items of a batch that a rank holds at a time: one computes, the next is on its way
 
 PLAN = 0.04  # seconds of a plan of cuDNN, which FlashAttention does without
-PARTIALS = 4  # partial results of a row that `ring` holds at a time, in float32
+PARTIALS = 4  # of a GPU: one in which all are folded, two that wait for it, one under way
 
 TILE = 128  # query rows of one block of cuDNN's kernel
 # Seconds of attention a rank that make a head start worth it: 8k lost 0.1 ms by one, 16k won 0.06.
@@ -70,6 +70,8 @@ class Costs:
         Seconds that the first item of a shape takes besides, on every rank that computes it.
     memory
         Bytes that a rank may use for arrays, the smallest over the group; 0 where unknown.
+    partials
+        Partial results in float32 that `ring` holds of a row at a time, if there are as many ranks.
 
     """
 
@@ -81,6 +83,7 @@ class Costs:
     item: float = 0.0
     plan: float = 0.0
     memory: int = 0
+    partials: int = 1
 
 
 def gpu_costs(
@@ -101,6 +104,7 @@ def gpu_costs(
         item=2e-4,
         plan=plan,
         memory=memory,
+        partials=PARTIALS,
     )
 
 
@@ -177,7 +181,7 @@ def estimate(
         step = compute / ranks + costs.call
         merge = ranks * q_tokens * partial_row / costs.merge
         seconds = (ranks - 1) * max(step, hop) + step + merge
-        partials = min(ranks, PARTIALS) * q_tokens * partial_row
+        partials = min(ranks, costs.partials) * q_tokens * partial_row
         memory = held * (shards + min(2, ranks - 1) * kv_tokens * kv_row) + partials
         return Estimate(seconds, compute, (ranks - 1) * hop, merge, memory)
 
