@@ -31,12 +31,12 @@ MARK = "MDATTN_TEST_RUN"  # every process of one run carries the same value in i
 PATIENCE = 90.0  # seconds before a run counts as hung; a busy machine is slow, not wrong
 
 
-@functools.cache
 # Open MPI 5's mpirun may crash by itself in its PMIx server when ranks are killed, once in some
 # thousand runs: its exit code says nothing of ours then.
 CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)
 
 
+@functools.cache
 def launcher() -> tuple[str, ...]:
     """The mpirun of the MPI that mpi4py uses, with what a test machine needs."""
     beside = Path(sys.executable).parent / "mpirun"
