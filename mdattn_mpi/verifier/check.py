@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mdattn_mpi.dataset import Dataset, Entry, Item, ModelItem, Output, open_dataset
-from mdattn_mpi.dataset.index import patterns_of, select_items
+from mdattn_mpi.dataset.index import select_items
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.problem import Span
 from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_rows, judge
@@ -163,7 +163,7 @@ def pair(output: Output, dataset: Dataset, patterns: str) -> list[tuple[Item, It
 
     """
     items = [item for item in output.items if isinstance(item, Item)]
-    chosen = select_items(items, patterns_of(patterns), output.path)
+    chosen = select_items(items, patterns, output.path)
     inputs = {item.name: item for item in dataset.items}
     for item in chosen:
         other = inputs.get(item.name)
@@ -199,7 +199,7 @@ def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Ch
         return Finding(item, entry)
     source = Source(
         item.problem,
-        lambda tensor, spans: dataset.read(given, tensor, spans),  # type: ignore[arg-type]
+        lambda tensor, spans: dataset.read(given, tensor, spans),
         lambda result, spans: output.read(item, result, spans),
         output.lse,
     )
