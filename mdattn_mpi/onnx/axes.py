@@ -20,16 +20,16 @@ SMALL = 64  # initializers up to so many elements may be shapes
 Labels = dict[str, list[str | int]]  # of every dim of every input: a symbol, or its length
 
 
-class Place(NamedTuple):
+class TokenDim(NamedTuple):
     """The dim of a tensor that counts tokens, and the sequence whose tokens they are."""
 
     sequence: str
     dim: int
 
 
-def token_places(
+def token_dims(
     model: Any, attentions: Sequence[Any], named: Mapping[str, int]
-) -> dict[str, list[Place]]:
+) -> dict[str, list[TokenDim]]:
     """Find the dims that count tokens in each input: as named, or as the attentions tell.
 
     Parameters
@@ -50,7 +50,7 @@ def token_places(
     labels = {value.name: labels_of(value) for value in graph_inputs(model)}
     if named:
         found = _named(labels, named)
-        arriving = _sequences(labels, _token_dims(model, labels, attentions))
+        arriving = _sequences(labels, _attention_dims(model, labels, attentions))
         found = {symbol: found.get(arriving.get(symbol, ""), to) for symbol, to in found.items()}
     else:
         labels, found = _found(model, labels, attentions)
@@ -61,7 +61,7 @@ def token_places(
             fix="name it for every input that has one: --shard INPUT:DIM",
         )
     return {
-        name: [Place(found[label], dim) for dim, label in enumerate(dims) if label in found]
+        name: [TokenDim(found[label], dim) for dim, label in enumerate(dims) if label in found]
         for name, dims in labels.items()
     }
 
@@ -99,12 +99,12 @@ def _found(
     """Follow symbols to the attentions: the model's own; else one a length; else one a dim."""
     by_length = _with_symbols(labels, lambda name, dim, length: f"{length}_tokens")
     by_dim = _with_symbols(labels, lambda name, dim, length: f"{name}_dim{dim}")
-    if found := _sequences(labels, _token_dims(model, labels, attentions)):
+    if found := _sequences(labels, _attention_dims(model, labels, attentions)):
         return labels, found
-    found = _sequences(by_length, _token_dims(model, by_length, attentions))
+    found = _sequences(by_length, _attention_dims(model, by_length, attentions))
     if found and all(sum(label in found for label in dims) < 2 for dims in by_length.values()):
         return by_length, found
-    if found := _sequences(by_dim, _token_dims(model, by_dim, attentions)):
+    if found := _sequences(by_dim, _attention_dims(model, by_dim, attentions)):
         fixed = {  # dims of one length count the same tokens
             by_dim[name][dim]: f"{length}_tokens"
             for name, dims in labels.items()
@@ -112,7 +112,7 @@ def _found(
             if isinstance(length, int)
         }
         return by_dim, {symbol: fixed.get(symbol, name) for symbol, name in found.items()}
-    lengths = [[f"{d}_tokens" for d in dims] for dims in _token_dims(model, labels, attentions)]
+    lengths = [[f"{d}_tokens" for d in dims] for dims in _attention_dims(model, labels, attentions)]
     if found := _sequences(by_length, lengths):
         return by_length, found
     symbols = {label for dims in labels.values() for label in dims if isinstance(label, str)}
@@ -127,7 +127,7 @@ def _with_symbols(labels: Labels, symbol: Callable[[str, int, int], str]) -> Lab
     }
 
 
-def _token_dims(
+def _attention_dims(
     model: Any, labels: Labels, attentions: Sequence[Any]
 ) -> list[list[str | int | None]]:
     """Return what counts the tokens of queries, keys and values of each attention.
@@ -175,12 +175,12 @@ def infer_shapes(model: Any, strict_mode: bool = False) -> Any:
     try:
         return infer(model, strict_mode=strict_mode, data_prop=True).graph
     except Exception as error:
-        told = str(error)
-    stops = re.findall(r"\(op_type:(\w+), node name: (.*?)\): (?:\[\w+\] )?(.*)", told)
+        text = str(error)
+    stops = re.findall(r"\(op_type:(\w+), node name: (.*?)\): (?:\[\w+\] )?(.*)", text)
     first = [stop for stop in stops if "instead is null" not in stop[2]]
     if strict_mode and stops and not first:
         return infer_shapes(model)  # only for want of what an unknown operator makes
-    kind, name, why = first[0] if first else ("", "", " ".join(told.split()))
+    kind, name, why = first[0] if first else ("", "", " ".join(text.split()))
     named = f"node {name!r} ({kind})" if name else f"a node {kind}" if kind else "the model"
     raise RejectedError(
         f"{named} doesn't take every number of tokens: {why}",

@@ -18,20 +18,11 @@ NOTE = "mdattn"
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a network is shared by ranks.
-
-    Parameters
-    ----------
-    strategy, ranks
-        As everywhere.
-    axes
-        The dim that counts tokens, for each input and output that has one.
-
-    """
+    """How a network is shared by ranks."""
 
     strategy: str
     ranks: int
-    axes: dict[str, int]
+    axes: dict[str, int]  # the dim that counts tokens, of each input and output that has one
 
     def counts_keys(self, tensor: str) -> str | None:
         """Tell which of `KEYS` and `CAUSAL_KEYS` an input is; None for a tensor of the model."""

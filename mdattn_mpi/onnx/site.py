@@ -25,17 +25,6 @@ def mask_of(node: Any) -> str:
 class Site:
     """One attention node, about to be shared.
 
-    Parameters
-    ----------
-    node
-        ``Attention`` or ``TRT_Attention``; it is changed.
-    tokens
-        Where the tokens are in the model.
-    ranks
-        How many share it.
-    suffix
-        Of the inputs that count its keys, in a model that collects several sequences.
-
     Raises
     ------
     RejectedError

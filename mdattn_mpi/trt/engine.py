@@ -14,6 +14,7 @@ import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.trt.build import BuiltEngine
 from mdattn_mpi.trt.library import SM, Library, Log, show_sm, uncollected
 
 CAPSULE = b"ncclComm_t"
@@ -30,15 +31,6 @@ def communicator_capsule(pointer: int) -> Any:
 class Engine:
     """A deserialized engine with one execution context.
 
-    Parameters
-    ----------
-    library
-        The TensorRT that is to run it.
-    serialized
-        The engine, already checked against its manifest.
-    sm
-        Of this rank's GPU, for the message.
-
     Raises
     ------
     DeviceError
@@ -47,12 +39,13 @@ class Engine:
     """
 
     @uncollected()
-    def __init__(self, library: Library, serialized: bytes | memoryview, sm: SM) -> None:
+    def __init__(self, library: Library, built: BuiltEngine, sm: SM) -> None:
+        self.manifest = built.manifest
         self._library = library
         self._log = Log(library)
         self._sm = sm
         self._runtime = library.api.Runtime(self._log.sink)
-        self._engine = self._runtime.deserialize_cuda_engine(serialized)
+        self._engine = self._runtime.deserialize_cuda_engine(built.engine)
         if self._engine is None:
             raise self._cannot_run("TensorRT can't load the engine")
         self._context = self._engine.create_execution_context()

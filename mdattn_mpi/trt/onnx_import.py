@@ -21,7 +21,7 @@ from mdattn_mpi.partition import shard_length
 from mdattn_mpi.trt.build import BuiltEngine, Profile, build_network
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, uncollected
-from mdattn_mpi.trt.store import describe_model
+from mdattn_mpi.trt.store import describe
 
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
@@ -156,4 +156,4 @@ def build_model(
     profile = profile_of(network, sharding, tokens)
     engine = build_network(library, builder, network, log, sm, profile, path.name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return BuiltEngine(engine, describe_model(engine, library, sm, sharding, model=digest))
+    return BuiltEngine(engine, describe(engine, library, sm, sharding, digest))

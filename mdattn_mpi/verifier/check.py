@@ -22,7 +22,7 @@ Verdict = Literal["right", "wrong", "not judged", "unfinished"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class ItemReport:
     """What was found out about one item."""
 
     item: Item
@@ -179,7 +179,7 @@ def pair(output: Output, dataset: Dataset, patterns: str) -> list[tuple[Item, It
 
 
 @dataclass(frozen=True)
-class Choice:
+class Options:
     """What to look at, and how strictly.
 
     ``rows`` are those drawn at random, beside the telling ones; None means all. ``backend`` is what
@@ -191,33 +191,35 @@ class Choice:
     backend: str | None = None
 
 
-def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Choice) -> Finding:
+def check(
+    output: Output, dataset: Dataset, items: tuple[Item, Item], options: Options
+) -> ItemReport:
     """Verify one item, given as the output and as the dataset number it."""
     item, given = items
     entry = output.ledger.entry(item)
     if entry.state != "done":
-        return Finding(item, entry)
+        return ItemReport(item, entry)
     source = Source(
         item.problem,
         lambda tensor, spans: dataset.read(given, tensor, spans),  # type: ignore[arg-type]
         lambda result, spans: output.read(item, result, spans),
         output.lse,
     )
-    backend = choice.backend or str(output.attributes.get("backend", ""))
+    backend = options.backend or str(output.attributes.get("backend", ""))
     try:
         seen = survey(source, entry.shards)
-        found = judge(source, _rows(item, entry, choice), rounding_of(backend))
+        found = judge(source, _rows(item, entry, options), rounding_of(backend))
     except (ItemError, OutputError) as error:
-        return Finding(item, entry, fault=str(error))
-    return Finding(item, entry, found, seen)
+        return ItemReport(item, entry, fault=str(error))
+    return ItemReport(item, entry, found, seen)
 
 
-def _rows(item: Item, entry: Entry, choice: Choice) -> Array:
-    if choice.rows is None:
+def _rows(item: Item, entry: Entry, options: Options) -> Array:
+    if options.rows is None:
         return np.arange(item.problem.q_tokens)
     borders = [span.start for span in chain(*entry.shards)]
-    seed = (choice.seed, zlib.crc32(item.name.encode()))
-    return choose_rows(item.problem, borders, choice.rows, seed)
+    seed = (options.seed, zlib.crc32(item.name.encode()))
+    return choose_rows(item.problem, borders, options.rows, seed)
 
 
 def _holds(spans: Sequence[Span], row: int) -> bool:
