@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.axes import infer_shapes, labels_of, skeleton
 from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of, operator, reads
+from mdattn_mpi.onnx.shapes import infer_shapes, labels_of
 
 SCALES = ("Mul", "Div", "Cast")
 MASKS = ("Add", "Where")
@@ -59,7 +59,7 @@ class _Links:
         self._makers = {name: node for node in self._nodes for name in node.output}
         self._outputs = {value.name for value in model.graph.output}
         self._weights = {tensor.name for tensor in model.graph.initializer}
-        graph = infer_shapes(skeleton(model))
+        graph = infer_shapes(model, {})
         self.shapes = {value.name: labels_of(value) for value in (*graph.input, *graph.value_info)}
 
     def maker(self, tensor: str) -> Any:

@@ -11,8 +11,9 @@ from math import isqrt
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.axes import TokenDim, infer_shapes, skeleton
-from mdattn_mpi.onnx.model import constant_of, name_of
+from mdattn_mpi.onnx.axes import TokenDim
+from mdattn_mpi.onnx.model import constant_of, graph_inputs, name_of
+from mdattn_mpi.onnx.shapes import infer_shapes, labels_of
 
 Shape = tuple[int, ...]
 Probe = tuple[int, int]  # two numbers of tokens
@@ -151,29 +152,25 @@ def _infer(
     number: int,
     others: Sequence[int] = (),
 ) -> Any:
-    """Infer the types of all tensors for one number of tokens.
+    """Infer the shapes of all tensors for one number of tokens.
 
     Other symbols count 1, as in an engine that is built of the model; or each one of `others`, and
     then a node that these don't fit is passed over.
     """
-    traced = skeleton(model)
     lengths: dict[str, int] = {}
-    for value in traced.graph.input:
-        for dim, size in enumerate(value.type.tensor_type.shape.dim):
-            sequence = next((p.sequence for p in places.get(value.name, ()) if p.dim == dim), None)
-            if sequence is not None:
-                size.dim_value = probes[sequence][number]
-            elif not size.HasField("dim_value"):
-                symbol = size.dim_param or f"{value.name} {dim}"
+    dims = {value.name: labels_of(value) for value in graph_inputs(model)}
+    for name, labels in dims.items():
+        for place in places.get(name, ()):
+            labels[place.dim] = probes[place.sequence][number]
+        for dim, label in enumerate(labels):
+            if isinstance(label, str):
                 unused = others[len(lengths) % len(others)] if others else 1
-                size.dim_value = lengths.setdefault(symbol, unused)
-    for value in traced.graph.output:
-        value.type.tensor_type.ClearField("shape")
+                labels[dim] = lengths.setdefault(label, unused)
     try:
-        return infer_shapes(traced, strict_mode=not others)
+        return infer_shapes(model, dims, strict=not others)
     except RejectedError:
         if others:
-            return traced.graph
+            return infer_shapes(model, {})
         raise
 
 
