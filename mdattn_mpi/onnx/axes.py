@@ -83,24 +83,23 @@ def _named(labels: Labels, named: Mapping[str, int]) -> dict[str | int, str]:
 def _found(
     model: Any, labels: Labels, attentions: Sequence[Any]
 ) -> tuple[Labels, dict[str | int, str]]:
-    """Follow symbols to the attentions: the model's own; else one a length; else one a dim."""
-    by_length = _with_symbols(labels, lambda name, dim, length: f"{length}_tokens")
-    by_dim = _with_symbols(labels, lambda name, dim, length: f"{name}_dim{dim}")
-    if found := _sequences(labels, _attention_dims(model, labels, attentions)):
+    """Follow symbols to the attentions: the model's own; else lengths; else a symbol a dim."""
+    arriving = _attention_dims(model, labels, attentions)
+    if found := _sequences(labels, arriving):
         return labels, found
-    found = _sequences(by_length, _attention_dims(model, by_length, attentions))
-    if found and all(sum(label in found for label in dims) < 2 for dims in by_length.values()):
-        return by_length, found
-    if found := _sequences(by_dim, _attention_dims(model, by_dim, attentions)):
-        fixed = {  # dims of one length count the same tokens
-            by_dim[name][dim]: f"{length}_tokens"
-            for name, dims in labels.items()
-            for dim, length in enumerate(dims)
-            if isinstance(length, int)
-        }
-        return by_dim, {symbol: fixed.get(symbol, name) for symbol, name in found.items()}
-    lengths = [[f"{d}_tokens" for d in dims] for dims in _attention_dims(model, labels, attentions)]
-    if found := _sequences(by_length, lengths):
+    by_length = _with_symbols(labels, lambda name, dim, length: f"{length}_tokens")
+    found = _sequences(by_length, [[f"{dim}_tokens" for dim in three] for three in arriving])
+    if not found or any(sum(dim in found for dim in dims) > 1 for dims in by_length.values()):
+        by_dim = _with_symbols(labels, lambda name, dim, length: f"{name}_dim{dim}")
+        if apart := _sequences(by_dim, _attention_dims(model, by_dim, attentions)):
+            fixed = {  # dims of one length count the same tokens
+                by_dim[name][dim]: f"{length}_tokens"
+                for name, dims in labels.items()
+                for dim, length in enumerate(dims)
+                if isinstance(length, int)
+            }
+            return by_dim, {symbol: fixed.get(symbol, name) for symbol, name in apart.items()}
+    if found:
         return by_length, found
     symbols = {label for dims in labels.values() for label in dims if isinstance(label, str)}
     return labels, {symbol: symbol for symbol in symbols if len(symbols) == 1}
