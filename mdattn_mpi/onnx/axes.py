@@ -27,14 +27,7 @@ def token_dims(
 ) -> dict[str, list[TokenDim]]:
     """Find the dims that count tokens in each input: as named, or as the attentions tell.
 
-    Parameters
-    ----------
-    model
-        The model.
-    attentions
-        Its attention nodes.
-    named
-        What the user said: dims by input. Others with the same symbol go with them.
+    Where dims are named, other inputs with the same symbol go with them.
 
     Raises
     ------

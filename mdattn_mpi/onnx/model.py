@@ -20,14 +20,7 @@ ATTENTION = ("Attention", "TRT_Attention")
 
 
 def import_onnx() -> Any:
-    """Import the package `onnx`.
-
-    Raises
-    ------
-    RejectedError
-        It isn't installed.
-
-    """
+    """Import the package `onnx`, or raise RejectedError."""
     try:
         import onnx
     except ImportError as error:

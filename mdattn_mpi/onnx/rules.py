@@ -32,14 +32,7 @@ EXTRA_INPUTS = {3: "a mask", 4: "past keys", 5: "past values", 6: "a count of ke
 
 
 def check(node: Any, tokens: Tokens) -> None:
-    """Make sure that a node which reads tokens, or a shape made of their number, treats them alike.
-
-    Raises
-    ------
-    RejectedError
-        It doesn't, or isn't known to.
-
-    """
+    """Refuse a node that reads tokens, or a shape made of their number, and may mix them."""
     kind = operator(node)
     if kind not in RULES:
         raise tokens.refuse(node, "isn't known to treat every token alike")
@@ -216,14 +209,7 @@ def rotary(node: Any, tokens: Tokens) -> Dims:
 
 
 def check_attention(node: Any, tokens: Tokens) -> None:
-    """Make sure that an attention's queries, keys and values lie where it can be shared.
-
-    Raises
-    ------
-    RejectedError
-        It has inputs or outputs beyond; or the tokens lie elsewhere.
-
-    """
+    """Refuse an attention with further inputs, or whose tokens lie where it can't be shared."""
     if tokens.nested:
         raise tokens.refuse(node, "is an attention in a branch")
     places = [tokens.place(name) for name in node.input[:3]]

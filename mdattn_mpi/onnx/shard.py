@@ -148,14 +148,7 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
 
 
 def _left_alone(node: Any, tokens: Tokens) -> str:
-    """Say why an attention is left as it is: each rank has all keys of its queries.
-
-    Raises
-    ------
-    RejectedError
-        It counts its queries from the first of the sequence.
-
-    """
+    """Say why an attention is left as it is; refuse one that counts queries from the first."""
     if tokens.place(node.input[1]):
         return f"{name_of(node)}: the tokens are its batch; left as it is"
     mask = mask_of(node)

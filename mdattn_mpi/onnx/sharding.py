@@ -44,14 +44,7 @@ def write_sharding(model: Any, sharding: Sharding) -> None:
 
 
 def read_sharding(model: Any, path: Path) -> Sharding:
-    """Read what `write_sharding` noted.
-
-    Raises
-    ------
-    RejectedError
-        Nothing was noted, or something else.
-
-    """
+    """Read what `write_sharding` noted; refuse a model without it."""
     notes = [entry.value for entry in model.metadata_props if entry.key == NOTE]
     try:
         fields = json.loads(notes[-1])

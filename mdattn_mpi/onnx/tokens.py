@@ -122,14 +122,7 @@ class Tokens:
 
 
 def trace_tokens(model: Any, places: Mapping[str, Sequence[TokenDim]]) -> Tokens:
-    """Find where the tokens are in a model.
-
-    Parameters
-    ----------
-    model
-        Without external data.
-    places
-        The dims that count tokens, for each input.
+    """Find where the tokens are in a model, given the dims that count them in each input.
 
     Raises
     ------

@@ -77,14 +77,7 @@ class TensorRTBackend(EngineExecutor):
                     self._runtime.load(self._runtime.share("build engine", self._builder(spec)))
 
     def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
-        """Collective. Choose strategy and engine; build one where `prepare` made none.
-
-        Raises
-        ------
-        RejectedError, DeviceError
-            With the reason and what can do it.
-
-        """
+        """Collective. Choose strategy and engine; build one where `prepare` built none."""
         if lse:
             raise RejectedError(
                 "TensorRT's attention gives no log-sum-exp", fix="leave --lse out, or use -b cuda"

@@ -30,14 +30,7 @@ class Binding:
 
 
 def parse_bindings(texts: Sequence[str], axes: Mapping[str, int]) -> tuple[Binding, ...]:
-    """Read what ``--bind`` takes.
-
-    Parameters
-    ----------
-    texts
-        ``TENSOR=items/*/DATASET[:DIM]`` each.
-    axes
-        The token dim of each tensor, from the engine's manifest.
+    """Read what ``--bind`` takes; `axes` has the token dims that the engine's manifest tells.
 
     Raises
     ------
@@ -81,14 +74,7 @@ def check_bindings(
     *,
     file: str = "",
 ) -> None:
-    """Hold bindings against an engine's tensors and the datasets that every item of a file has.
-
-    Raises
-    ------
-    RejectedError
-        A name that matches nothing; a tensor without a binding.
-
-    """
+    """Hold bindings against an engine's tensors and the datasets that every item of a file has."""
     needed, given = list(inputs), list(outputs)
     bound = {binding.tensor for binding in bindings}
     there = set(datasets)

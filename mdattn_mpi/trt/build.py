@@ -83,14 +83,7 @@ def build_network(
     ranges: Profile,
     what: str,
 ) -> bytes:
-    """Build any network for GPUs of `sm`, with one optimization profile.
-
-    Raises
-    ------
-    DeviceError
-        TensorRT built nothing; its last words are in the message.
-
-    """
+    """Build any network for GPUs of `sm`, with one optimization profile, or raise DeviceError."""
     log.clear()
     config = builder.create_builder_config()
     _set_target(library, config, sm)

@@ -51,14 +51,7 @@ def choose(
 
 
 def check_target(library: Library, strategy: str, ranks: int, sm: SM) -> None:
-    """Refuse a GPU on which an engine of `strategy` couldn't run, before anything is built.
-
-    Raises
-    ------
-    DeviceError
-        Naming the SM, the library and what would work.
-
-    """
+    """Refuse a GPU on which an engine of `strategy` couldn't run, before anything is built."""
     can = library.capabilities(sm)
     if can.strategies and (strategy in can.strategies or ranks == 1):
         return
@@ -77,14 +70,7 @@ def _what_works(library: Library, can: Capabilities, sm: SM) -> str:
 
 
 def refuse_everywhere(problem: AttentionProblem) -> None:
-    """Raise for what TensorRT's attention layer can't express under any strategy.
-
-    Raises
-    ------
-    RejectedError
-        Value heads of another dim than query and key; queries that see no key.
-
-    """
+    """Raise for what TensorRT's attention layer can't express under any strategy."""
     if problem.v_head_dim != problem.head_dim:
         raise RejectedError(
             f"value heads of {problem.v_head_dim} under query heads of {problem.head_dim}: "
@@ -102,14 +88,7 @@ def refuse_everywhere(problem: AttentionProblem) -> None:
 def spec_for(
     problems: Sequence[AttentionProblem], strategy: StrategyName, ranks: int
 ) -> tuple[EngineSpec, ...]:
-    """Cover `problems` with as few engines as possible: one a kind, whatever the lengths.
-
-    Raises
-    ------
-    RejectedError
-        The strategy can't do one of them with TensorRT; see the network's ``refuse``.
-
-    """
+    """Cover `problems` with as few engines as possible: one a kind, whatever the lengths."""
     network = NETWORKS[strategy]
     shapes: dict[Any, list[Shapes]] = {}
     for problem in problems:

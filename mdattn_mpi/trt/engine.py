@@ -10,7 +10,6 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 from mdattn_mpi.errors import DeviceError, RejectedError
@@ -61,14 +60,7 @@ class Engine:
 
     @uncollected()
     def connect(self, pointer: int) -> None:
-        """Collective. Give it the NCCL communicator at `pointer`; returns when all ranks have.
-
-        Raises
-        ------
-        DeviceError
-            TensorRT refused it.
-
-        """
+        """Collective. Give it the NCCL communicator at `pointer`; returns when all ranks have."""
         self._log.clear()
         if not self._context.set_communicator(communicator_capsule(pointer)):
             raise self._log.error(
@@ -97,14 +89,7 @@ class Engine:
         return tuple(self._engine.get_tensor_shape(name))
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Return the dtype of a tensor.
-
-        Raises
-        ------
-        RejectedError
-            None that a file can hold.
-
-        """
+        """Return the dtype of a tensor; refuse one that a file can't hold."""
         found = self._engine.get_tensor_dtype(name)
         api = self._library.api
         known = {
@@ -122,29 +107,16 @@ class Engine:
         dtype: np.dtype[Any] = known[found]
         return dtype
 
-    def set_input(self, name: str, address: int, shape: tuple[int, ...]) -> None:
-        """Bind an input to device memory at `address`."""
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Say how large an input is."""
         self._check(self._context.set_input_shape(name, shape), f"input {name!r} of shape {shape}")
-        self._check(self._context.set_tensor_address(name, address), f"the address of {name!r}")
 
-    def set_host_input(self, name: str, values: npt.NDArray[np.int64]) -> None:
-        """Bind a shape input, which stays on the host; `values` must outlive the enqueue."""
-        address = values.ctypes.data
-        self._check(self._context.set_tensor_address(name, address), f"the values of {name!r}")
-
-    def set_output(self, name: str, address: int) -> None:
-        """Bind an output to device memory at `address`."""
+    def bind(self, name: str, address: int) -> None:
+        """Bind a tensor to memory, which must outlive the enqueue: shape inputs on the host."""
         self._check(self._context.set_tensor_address(name, address), f"the address of {name!r}")
 
     def output_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of an output, once all inputs are bound.
-
-        Raises
-        ------
-        RejectedError
-            Some input isn't bound.
-
-        """
+        """Return the shape of an output; refuse to while an input isn't bound."""
         missing = self._context.infer_shapes()
         if missing:
             raise RejectedError(

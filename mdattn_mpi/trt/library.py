@@ -90,14 +90,7 @@ def visible_sm() -> SM | None:
 
 
 def parse_sm(text: str) -> SM:
-    """Read ``9.0``, ``90`` or ``sm_90``.
-
-    Raises
-    ------
-    RejectedError
-        None of these.
-
-    """
+    """Read ``9.0``, ``90`` or ``sm_90``; refuse anything else."""
     digits = text.lower().removeprefix("sm").removeprefix("_").replace(".", "")
     if not digits.isdecimal() or not 2 <= len(digits) <= 3:
         raise RejectedError(f"{text!r} is no compute capability", fix="write it like 8.9 or 12.0")
@@ -199,12 +192,6 @@ def check_one_nccl(found: Sequence[str]) -> None:
     """Refuse a process in which TensorRT and nccl4py would talk to different libraries.
 
     A communicator of one NCCL means nothing to another.
-
-    Raises
-    ------
-    DeviceError
-        NCCL isn't loaded, or more than once.
-
     """
     if len(found) == 1:
         return

@@ -68,14 +68,7 @@ class Model(EngineExecutor):
         return TensorSpec(name, tuple(shape), self._engine.dtype(name).name, axis)
 
     def plan(self, problem: ModelProblem) -> ModelPlan:
-        """Refuse what the engine can't do.
-
-        Raises
-        ------
-        RejectedError
-            ``ring`` takes equal shards only.
-
-        """
+        """Refuse unequal shards under ``ring``: its engine takes no others."""
         manifest = self.manifest
         if manifest.strategy == "ring" and problem.tokens % manifest.ranks:
             raise RejectedError(

@@ -69,12 +69,6 @@ def check_rank_counts(api: Any, network: Any, declared: Mapping[str, int], path:
     """Make sure that each attention of a parsed network has the rank count it was to have.
 
     The parser ignores what it doesn't know. One that it left at 1 is set here.
-
-    Raises
-    ------
-    RejectedError
-        An attention is missing, or has another count.
-
     """
     found = attentions(api, network)
     if len(found) != len(declared):

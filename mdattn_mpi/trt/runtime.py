@@ -81,14 +81,7 @@ class Runtime:
         return BuiltEngine(engine, Manifest.from_json(listed, Path(phase)))
 
     def share_file(self, path: Path) -> BuiltEngine:
-        """Collective. Read an engine on rank 0 and give it to all; refuse one that doesn't fit.
-
-        Raises
-        ------
-        RejectedError, DeviceError
-            See `store.read_engine` and `store.check_fits`.
-
-        """
+        """Collective. Read an engine on rank 0 and give it to all; refuse one that doesn't fit."""
 
         def fits() -> None:
             check_fits(built.manifest, self.library, self.gpu.sm, self.group.size, str(path))
@@ -221,12 +214,13 @@ class EngineExecutor:
         """Collective. Bind the buffers and enqueue."""
         engine, buffers = execution.engine, execution.buffers
         for name, shape in execution.shapes.items():
-            engine.set_input(name, buffers[name].address, shape)
-        for name, number in execution.host_inputs.items():
-            engine.set_host_input(name, number)
+            engine.set_shape(name, shape)
+            engine.bind(name, buffers[name].address)
+        for name, values in execution.host_inputs.items():
+            engine.bind(name, values.ctypes.data)
         self._check(execution)
         for result in execution.results:
-            engine.set_output(result.name, buffers[result.name].address)
+            engine.bind(result.name, buffers[result.name].address)
         self._gpu.uploads_before_compute()
         before = self._gpu.mark()
         engine.enqueue(self._gpu.stream)

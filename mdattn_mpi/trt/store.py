@@ -50,14 +50,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes, path: Path) -> Manifest:
-        """Decode; `path` is for the message.
-
-        Raises
-        ------
-        RejectedError
-            Not a manifest.
-
-        """
+        """Decode; `path` is for the message."""
         try:
             fields = json.loads(data)
             found = (fields.pop("format"), fields.pop("format_version"))
@@ -181,14 +174,7 @@ def _read(path: Path, what: str, fix: str, most: int = -1) -> bytes:
 
 
 def check_fits(manifest: Manifest, library: Library, sm: SM | None, ranks: int, file: str) -> None:
-    """Refuse an engine of another library, another number of ranks or another GPU.
-
-    Raises
-    ------
-    RejectedError, DeviceError
-        With both values.
-
-    """
+    """Refuse an engine of another library, another number of ranks or another GPU."""
     built_by = f"{manifest.flavour} {manifest.version}"
     if built_by != str(library):
         raise RejectedError(
