@@ -13,7 +13,6 @@ import numpy as np
 from mdattn_mpi.dataset import Dataset, Entry, Item, ModelItem, Output, open_dataset
 from mdattn_mpi.dataset.index import patterns_of, select_items
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
-from mdattn_mpi.problem import Span
 from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_rows, judge
 from mdattn_mpi.verifier.survey import Survey, survey
 from mdattn_mpi.verifier.tolerance import rounding_of
@@ -50,8 +49,8 @@ class ItemReport:
 
     def owner(self, row: int) -> int:
         """The rank that wrote a query row."""
-        owners = (rank for rank, spans in enumerate(self.entry.shards) if _holds(spans, row))
-        return next(owners)
+        shards = enumerate(self.entry.shards)
+        return next(r for r, spans in shards for span in spans if span.start <= row < span.stop)
 
     def complaints(self) -> Iterator[str]:
         """Say what is wrong, one sentence each."""
@@ -220,10 +219,6 @@ def _rows(item: Item, entry: Entry, options: Options) -> Array:
     borders = [span.start for span in chain(*entry.shards)]
     seed = (options.seed, zlib.crc32(item.name.encode()))
     return choose_rows(item.problem, borders, options.rows, seed)
-
-
-def _holds(spans: Sequence[Span], row: int) -> bool:
-    return any(span.start <= row < span.stop for span in spans)
 
 
 def _plain(number: float | None) -> float | None:
