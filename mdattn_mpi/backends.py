@@ -238,8 +238,9 @@ def open_backend(
 
         return StrategyBackend("cuda", open_cuda(group, transfer=transfer, kernel=kernel))
     if name == "tensorrt":
-        from mdattn_mpi.trt.backend import open_tensorrt
+        from mdattn_mpi.trt.backend import TensorRTBackend
+        from mdattn_mpi.trt.runtime import open_runtime
+        from mdattn_mpi.trt.store import Cache
 
-        backend: Backend = open_tensorrt(group, engine=engine)
-        return backend
+        return TensorRTBackend(open_runtime(group), Cache.default(), engine)
     raise RejectedError(f"backend {name!r}", fix="use cpu, cuda, tensorrt or auto")

@@ -82,14 +82,14 @@ def main(arguments: argparse.Namespace) -> int:
     sm = target_of(library, arguments.sm)
     began = perf_counter()
     if arguments.onnx:
-        made, how = _model(arguments, library, sm)
+        built, how = _model(arguments, library, sm)
     else:
-        made, how = _attention(arguments, library, sm)
-    write_engine(Path(arguments.output), made.engine, made.manifest)
+        built, how = _attention(arguments, library, sm)
+    write_engine(Path(arguments.output), built.engine, built.manifest)
     if arguments.json:
-        print(made.manifest.to_json().decode())
+        print(built.manifest.to_json().decode())
     else:
-        print(_line(arguments, made.manifest, f"{how} in {perf_counter() - began:.2f} s"))
+        print(_line(arguments, built.manifest, f"{how} in {perf_counter() - began:.2f} s"))
     return 0
 
 
@@ -122,14 +122,14 @@ def target_of(library: Library, named: str | None) -> SM:
 
 def _attention(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[BuiltEngine, str]:
     from mdattn_mpi.trt.build import BuiltEngine, make_attention
-    from mdattn_mpi.trt.store import Cache, describe_attention
+    from mdattn_mpi.trt.store import Cache, describe
 
     spec = spec_of(arguments, library, sm)
     if arguments.adopt:
         engine = _adopted(arguments.adopt)
-        return BuiltEngine(engine, describe_attention(engine, library, sm, spec)), "adopted"
-    made = make_attention(library, spec, sm, None if arguments.no_cache else Cache.default())
-    return made, "from the cache" if made.cached else "built"
+        return BuiltEngine(engine, describe(engine, library, sm, spec)), "adopted"
+    built = make_attention(library, spec, sm, None if arguments.no_cache else Cache.default())
+    return built, "from the cache" if built.cached else "built"
 
 
 def _adopted(path: str) -> bytes:

@@ -103,7 +103,7 @@ def _dataset_item(dataset: Dataset, item: Item, check: bool) -> dict[str, Any]:
         tensors[name] = {
             "shape": list(data.storage.shape),
             "layout": data.layout,
-            "encoding": data.stored.encoding,
+            "encoding": data.encoding,
             "storage": str(data.storage),
             "crc32": data.crc32,
         }
@@ -123,10 +123,10 @@ def _dataset_item(dataset: Dataset, item: Item, check: bool) -> dict[str, Any]:
 
 def _describe_output(arguments: argparse.Namespace) -> dict[str, Any]:
     from mdattn_mpi.dataset import open_output
-    from mdattn_mpi.dataset.index import patterns_of, select_items
+    from mdattn_mpi.dataset.index import select_items
 
     with open_output(arguments.path) as output:
-        chosen = select_items(output.items, patterns_of(arguments.items), output.path)
+        chosen = select_items(output.items, arguments.items, output.path)
         items = [_output_item(output, item, arguments.check) for item in chosen]
         return {
             "path": output.path,

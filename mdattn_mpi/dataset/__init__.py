@@ -14,6 +14,8 @@ from mdattn_mpi.dataset.ledger import Entry, Ledger
 from mdattn_mpi.dataset.making import DatasetWriter, create_dataset
 from mdattn_mpi.dataset.output import Output, open_output
 from mdattn_mpi.dataset.reader import Dataset, open_dataset
+from mdattn_mpi.dataset.scanner import scan_file
+from mdattn_mpi.dataset.tensors import TensorFile
 from mdattn_mpi.dataset.writer import create_output
 
 __all__ = [
@@ -30,9 +32,11 @@ __all__ = [
     "Output",
     "State",
     "Tensor",
+    "TensorFile",
     "create_dataset",
     "create_output",
     "numpy_dtype",
     "open_dataset",
     "open_output",
+    "scan_file",
 ]

@@ -14,7 +14,6 @@ from itertools import product
 from math import prod
 from typing import Any
 
-import h5py
 import numpy as np
 
 from mdattn_mpi.dataset.positioned import read_exactly
@@ -33,11 +32,15 @@ class Filter:
     name: str
 
 
-DECODED_HERE = (h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32)
+DEFLATE, SHUFFLE, FLETCHER32 = 1, 2, 3  # HDF5's numbers
+DECODED_HERE = (DEFLATE, SHUFFLE, FLETCHER32)
+
+
+CHUNK = np.dtype([("offset", "<u8"), ("size", "<u4"), ("mask", "<u4")])  # of a table of chunks
 
 
 def read_chunks(
-    dataset: Any,
+    table: Array,
     fd: int,
     chunk: Sequence[int],
     filters: Sequence[Filter],
@@ -48,8 +51,9 @@ def read_chunks(
 
     Parameters
     ----------
-    dataset
-        h5py's low-level dataset: it knows where the chunks are.
+    table
+        Where the chunks are, of dtype `CHUNK` and the shape of their grid; ``mask`` has a bit for
+        each filter that was left out.
     fd
         The file.
     chunk, filters
@@ -69,12 +73,13 @@ def read_chunks(
     """
     nbytes = prod(chunk) * out.itemsize
     for corner in _corners(chunk, start, out.shape):
-        about = dataset.get_chunk_info_by_coord(corner)
-        if about.byte_offset is None or about.size > 2 * nbytes + 1024:
-            raise ValueError(f"chunk {corner} claims {about.size} bytes at {about.byte_offset}")
-        raw = np.empty(about.size, np.uint8)
-        read_exactly(fd, about.byte_offset, raw)
-        content = _decoded(raw, filters, about.filter_mask, nbytes)
+        place = tuple(at // step for at, step in zip(corner, chunk, strict=True))
+        offset, size, mask = table[place].item()
+        if size > 2 * nbytes + 1024:
+            raise ValueError(f"chunk {corner} claims {size} bytes at {offset}")
+        raw = np.empty(size, np.uint8)
+        read_exactly(fd, offset, raw)
+        content = _decoded(raw, filters, mask, nbytes)
         block = content.view(out.dtype).reshape(chunk)
         source, target = [], []
         for at, step, first, count in zip(corner, chunk, start, out.shape, strict=True):
@@ -103,9 +108,9 @@ def _decoded(raw: Array, filters: Sequence[Filter], mask: int, nbytes: int) -> A
         if mask >> position & 1:
             continue
         step = filters[position]
-        if step.code == h5py.h5z.FILTER_DEFLATE:
+        if step.code == DEFLATE:
             content = _inflated(content, nbytes + CHECKSUM_BYTES * len(filters))
-        elif step.code == h5py.h5z.FILTER_SHUFFLE:
+        elif step.code == SHUFFLE:
             content = _unshuffled(content, step.values[0] if step.values else 2)
         else:
             content = _checked(content)

@@ -14,7 +14,6 @@ from mdattn_mpi.dataset.hdf5 import Node, Value
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
-    MAX_ITEMS,
     RANK_SPANS,
     REASON_BYTES,
     AnyItem,
@@ -23,9 +22,7 @@ from mdattn_mpi.dataset.layout import (
     item_name_fault,
     shown,
 )
-from mdattn_mpi.dataset.ledger import Ledger
 from mdattn_mpi.dataset.positioned import Region
-from mdattn_mpi.dataset.tensors import find_region
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, ModelProblem, TensorSpec
 
@@ -36,16 +33,16 @@ _ANEW = "start anew: --overwrite"
 
 @dataclass(frozen=True)
 class Contents:
-    """Items in the order of the ledger, where their tensors lie, and the ledger."""
+    """Items in the order of the ledger, and where their tensors and the ledger's columns lie."""
 
     items: tuple[AnyItem, ...]
     regions: list[dict[str, Region]]
-    ledger: Ledger
+    ledger: dict[str, Region]
     lse: bool
 
 
-def contents_of(root: Node, fd: int) -> Contents:
-    """Look at everything in an output, whose file is open as `fd`.
+def contents_of(root: Node) -> Contents:
+    """Look at everything in an output.
 
     Raises
     ------
@@ -57,7 +54,7 @@ def contents_of(root: Node, fd: int) -> Contents:
     group, book = root.child(ITEMS), root.child(LEDGER)
     if group is None or book is None:
         raise reject(f"has no group /{ITEMS} or no group /{LEDGER}", _ANEW)
-    found = [_item(group, name) for name in group.names(MAX_ITEMS)]
+    found = [_item(group, name) for name in group.names()]
     found.sort(key=lambda pair: pair[0].index)
     items = tuple(item for item, _ in found)
     regions = [results for _, results in found]
@@ -68,17 +65,8 @@ def contents_of(root: Node, fd: int) -> Contents:
     }
     if len(lse) > 1:
         raise reject("some of its items have an lse and some don't", _ANEW)
-    ledger_regions = _ledger_regions(book, len(items))
-    _check_apart(
-        root, [*ledger_regions.values(), *(r for found in regions for r in found.values())]
-    )
-    ledger = Ledger(
-        path=root.file.path,
-        fd=fd,
-        items=items,
-        width=ledger_regions["crc32"].shape[1],
-        offsets={name: region.offset for name, region in ledger_regions.items()},
-    )
+    ledger = _ledger_regions(book, len(items))
+    _check_apart(root, [region for each in (ledger, *regions) for region in each.values()])
     return Contents(items, regions, ledger, lse == {True})
 
 
@@ -100,7 +88,7 @@ def _item(group: Node, name: str) -> tuple[AnyItem, dict[str, Region]]:
         make = _attention_problem
         item = Item(name, index, _from_json(node, "problem", make))
         outputs = item.problem.outputs(lse=node.child("lse") is not None)
-    return item, {tensor.name: find_region(node, tensor, _ANEW) for tensor in outputs}
+    return item, {tensor.name: node.region(tensor, _ANEW) for tensor in outputs}
 
 
 def describe(item: AnyItem) -> dict[str, Value]:
@@ -154,7 +142,7 @@ def _ledger_regions(book: Node, items: int) -> dict[str, Region]:
     shape = crc32.storage().shape if crc32 is not None and crc32.is_dataset else ()
     width = shape[1] if len(shape) == 2 else 0
     return {
-        name: find_region(book, TensorSpec(name, shape, dtype, None), _ANEW)
+        name: book.region(TensorSpec(name, shape, dtype, None), _ANEW)
         for name, shape, dtype in (
             ("state", (items,), "uint8"),
             ("crc32", (items, width), "uint32"),

@@ -7,12 +7,10 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import numpy as np
-
-from mdattn_mpi.dataset.dtypes import NUMPY, Stored, stored_as
-from mdattn_mpi.dataset.hdf5 import File, Node, Storage
+from mdattn_mpi.dataset.dtypes import NUMPY
+from mdattn_mpi.dataset.hdf5 import File, Node
 from mdattn_mpi.dataset.layout import (
     DATASET_FORMAT,
     ITEMS,
@@ -21,55 +19,18 @@ from mdattn_mpi.dataset.layout import (
     TENSORS,
     VERSION,
     AnyItem,
-    Layout,
     Tensor,
     batch_item_name,
     item_name_fault,
     natural_order,
     shown,
 )
+from mdattn_mpi.dataset.tensors import TensorData
 from mdattn_mpi.dataset.unknown import misplaced_in, refuse_unknown, unknown_in
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
 
 T = TypeVar("T", bound=AnyItem)
-
-
-@dataclass(frozen=True)
-class TensorData:
-    """One tensor of one item: what it looks like and where it lies."""
-
-    tokens: int
-    heads: int
-    head_dim: int
-    layout: Layout
-    stored: Stored
-    storage: Storage
-    node: Node
-    position: int | None = None  # in the batch dim
-    crc32: int | None = None  # of the whole dataset, where its writer has noted it
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The NumPy dtype."""
-        return NUMPY[self.stored.dtype]
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of one token over all heads."""
-        return self.heads * self.head_dim * 2
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of this item's part."""
-        return self.tokens * self.token_bytes
-
-    @property
-    def offset(self) -> int | None:
-        """Where this item's part begins in the file; None when only HDF5 can read it."""
-        if self.storage.offset is None:
-            return None
-        return self.storage.offset + (self.position or 0) * self.nbytes
 
 
 @dataclass(frozen=True)
@@ -114,7 +75,7 @@ def patterns_of(select: str) -> list[str]:
     return patterns
 
 
-def select_items(items: Sequence[T], patterns: Sequence[str], file: str) -> list[T]:
+def select_items(items: Sequence[T], select: str, file: str) -> list[T]:
     """Choose the items whose names match.
 
     Raises
@@ -124,7 +85,7 @@ def select_items(items: Sequence[T], patterns: Sequence[str], file: str) -> list
 
     """
     names = {item.name for item in items}
-    chosen = chosen_names(names, patterns, file)
+    chosen = chosen_names(names, patterns_of(select), file)
     return [item for item in items if item.name in chosen]
 
 
@@ -154,9 +115,9 @@ def _no_match(pattern: str, names: Sequence[str], file: str) -> RejectedError:
 
 
 def find_entries(
-    file: File, patterns: Sequence[str], layout: str, ignore: Collection[str] = ()
+    file: File, layout: str, ignore: Collection[str] = ()
 ) -> tuple[list[Entry], list[RejectedError]]:
-    """Look at the items that `patterns` match; return the good ones and what is wrong with others.
+    """Look at the selected items; return the good ones and what is wrong with others.
 
     Raises
     ------
@@ -164,18 +125,18 @@ def find_entries(
         The file is no dataset, or a pattern matches nothing.
 
     """
-    root = file.root
+    root, patterns = file.root, patterns_of(file.select)
     check_format(root, DATASET_FORMAT)
     group = root.child(ITEMS)
     if group is None or not group.is_group:
         raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
     refuse_unknown((*misplaced_in(root), *misplaced_in(group)), ignore, file.path)
     default = layout if layout != "auto" else str(root.attribute("layout") or "token_major")
-    names = sorted(group.names(MAX_ITEMS), key=natural_order)
+    names = sorted(group.names(), key=natural_order)
     found: list[tuple[str, Entry]] = []
     faults: dict[str, RejectedError] = {}
     for name in names:
-        if not any(_may_match(name, pattern) for pattern in patterns):
+        if not any(may_match(name, pattern) for pattern in patterns):
             continue
         try:
             found += [(name, e) for e in _entries(group, name, layout, default, ignore)]
@@ -195,7 +156,7 @@ def find_entries(
     )
 
 
-def _may_match(name: str, pattern: str) -> bool:
+def may_match(name: str, pattern: str) -> bool:
     """Whether `pattern` may match the item, or an entry of its batch dim."""
     literal = pattern.split("*")[0].split("?")[0].split("[")[0]
     batch = batch_item_name(name, 0)[:-1]
@@ -275,42 +236,40 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
             f"{tensor} has shape {list(storage.shape)}",
             "use [S, N, H], or [B, S, N, H] for B items",
         )
-    with node.file.guard(node.path):
-        stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
+    stored = storage.stored
     if isinstance(stored, str):
         raise reject(
-            f"{tensor} holds {stored}; only BF16 and FP16 can be read", _fix_of(stored, item.file)
+            f"{tensor} holds {stored}; only BF16 and FP16 can be read",
+            _fix_of(stored, item.file.path),
         )
     if not stored.little_endian:
-        raise reject(f"{tensor} is big-endian", f"rewrite it: {_convert(item.file)}")
+        raise reject(f"{tensor} is big-endian", f"rewrite it: {_convert(item.file.path)}")
     first, second, head_dim = storage.shape[-3:]
-    tokens, heads = (first, second) if layout == "token_major" else (second, first)
+    shape = (first, second, head_dim) if layout == "token_major" else (second, first, head_dim)
     return TensorData(
-        tokens,
-        heads,
-        head_dim,
-        "token_major" if layout == "token_major" else "head_major",
-        stored,
-        storage,
+        shape,
+        NUMPY[stored.dtype],
         node,
+        storage,
+        layout="token_major" if layout == "token_major" else "head_major",
         crc32=crc32,
     )
 
 
-def _fix_of(stored: str, file: File) -> str:
+def _fix_of(stored: str, path: str) -> str:
     """What makes numbers readable that aren't BF16 or FP16; see `stored_as` for the words."""
     if stored.startswith("a 16-bit integer"):
         return (
             "if these are the bits of BF16, give it the attribute dtype='bfloat16', or rewrite "
-            f"it: {_convert(file)} --bits bf16"
+            f"it: {_convert(path)} --bits bf16"
         )
     if stored in ("a float of 4 bytes", "a float of 8 bytes"):
-        return f"round it: {_convert(file)} --dtype bf16 (or fp16)"
+        return f"round it: {_convert(path)} --dtype bf16 (or fp16)"
     return "store BF16 or FP16"
 
 
-def _convert(file: File) -> str:
-    return f"mdattn convert {shlex.quote(file.path)} NEW.h5"
+def _convert(path: str) -> str:
+    return f"mdattn convert {shlex.quote(path)} NEW.h5"
 
 
 def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
@@ -326,27 +285,27 @@ def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
                 fix,
             )
 
-    same("dtypes", [d.stored.dtype for d in (query, key, value)], "store all three in one dtype")
+    same("dtypes", [d.dtype for d in (query, key, value)], "store all three in one dtype")
     batch = [d.storage.shape[:-3] for d in (query, key, value)]
     same("batch dims", [b[0] if b else "none" for b in batch], "give all three the same")
     shapes = f"key is {list(key.storage.shape)} and value {list(value.storage.shape)}"
-    if (key.tokens, key.heads) != (value.tokens, value.heads):
+    if key.shape[:2] != value.shape[:2]:
         raise reject(f"key and value disagree: {shapes}", "give both the same tokens and heads")
-    if query.head_dim != key.head_dim:
+    if query.shape[2] != key.shape[2]:
         raise reject(
-            f"head dims disagree: query {query.head_dim}, key {key.head_dim}",
+            f"head dims disagree: query {query.shape[2]}, key {key.shape[2]}",
             "give query and key the same head dim",
         )
     causal, scale = item.attribute("causal"), item.attribute("scale")
     try:
         return AttentionProblem(
-            q_tokens=query.tokens,
-            kv_tokens=key.tokens,
-            q_heads=query.heads,
-            kv_heads=key.heads,
-            head_dim=query.head_dim,
-            v_head_dim=value.head_dim,
-            dtype=query.stored.dtype,
+            q_tokens=query.shape[0],
+            kv_tokens=key.shape[0],
+            q_heads=query.shape[1],
+            kv_heads=key.shape[1],
+            head_dim=query.shape[2],
+            v_head_dim=value.shape[2],
+            dtype=query.dtype.name,
             causal=str(causal) if causal is not None else "none",  # type: ignore[arg-type]
             scale=scale,  # type: ignore[arg-type]
         )

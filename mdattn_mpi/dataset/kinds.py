@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import zipfile
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
+
+from mdattn_mpi.errors import RejectedError
 
 
 class Kind(NamedTuple):
@@ -26,7 +30,6 @@ UNKNOWN = Kind("of an unknown kind", _EXPORT)
 ZIP = Kind("a zip archive, but neither .npz nor .pt", _UNPACK)
 
 _STARTS = {
-    b"\x89HDF\r\n\x1a\n": HDF5,
     b"\x93NUMPY": NPY,
     b"\x80\x02": TORCH_OR_PICKLE,
     b"\x80\x03": TORCH_OR_PICKLE,
@@ -55,6 +58,8 @@ def kind_of(path: str) -> Kind:
     """
     with open(path, "rb") as file:
         start = file.read(512)
+        if _has_superblock(file):
+            return HDF5
     if not start:
         return Kind("empty", "copy it again, or make it anew")
     for magic, kind in _STARTS.items():
@@ -71,6 +76,17 @@ def kind_of(path: str) -> Kind:
     return UNKNOWN
 
 
+def _has_superblock(file: BinaryIO) -> bool:
+    """Whether a file is HDF5, maybe behind a user block: of 512 bytes, or 1024, 2048, …"""
+    at, size = 0, file.seek(0, os.SEEK_END)
+    while at < size:
+        file.seek(at)
+        if file.read(8) == b"\x89HDF\r\n\x1a\n":
+            return True
+        at = max(512, 2 * at)
+    return False
+
+
 def _kind_of_zip(path: str) -> Kind:
     """PyTorch and NumPy both write zip archives, with members of their own."""
     try:
@@ -81,3 +97,22 @@ def _kind_of_zip(path: str) -> Kind:
     if any(name.endswith("/data.pkl") or name == "data.pkl" for name in names):
         return TORCH
     return NPZ if all(name.endswith(".npy") for name in names) else ZIP
+
+
+def must_be_regular(path: str) -> None:
+    """Refuse a path that leads to no regular file: opening a pipe could wait for ever.
+
+    Raises
+    ------
+    RejectedError
+        It isn't there, or is something else.
+
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RejectedError(f"can't be opened: {reason}", fix="check the path", file=path) from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise RejectedError(f"is {kind}", fix="name a file", file=path)

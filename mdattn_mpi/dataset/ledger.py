@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -20,7 +20,7 @@ from mdattn_mpi.dataset.layout import (
     AnyItem,
     State,
 )
-from mdattn_mpi.dataset.positioned import read_exactly, write_exactly
+from mdattn_mpi.dataset.positioned import Region, read_exactly, write_exactly
 from mdattn_mpi.errors import OutputError, RejectedError
 from mdattn_mpi.problem import Span
 
@@ -51,8 +51,12 @@ class Ledger:
     path: str
     fd: int
     items: tuple[AnyItem, ...]  # in the order of the rows
-    width: int  # ranks that an item may have
-    offsets: dict[str, int]  # of each dataset of the ledger, in the file
+    columns: Mapping[str, Region]
+
+    @property
+    def width(self) -> int:
+        """How many ranks an item may have."""
+        return self.columns["crc32"].shape[1]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -131,7 +135,7 @@ class Ledger:
 
     def _write(self, item: AnyItem, name: str, row: np.ndarray[Any, Any]) -> None:
         try:
-            start = self.offsets[name] + self._rows[item.name] * row.nbytes
+            start = self.columns[name].offset + self._rows[item.name] * row.nbytes
             write_exactly(self.fd, start, row.tobytes())
         except OSError as error:
             raise self._failed(item, error) from error
@@ -166,7 +170,7 @@ class Ledger:
     def _column(self, name: str, start: int, stop: int, dtype: str, *row: int) -> Any:
         column = np.empty((stop - start, *row), dtype)
         try:
-            offset = self.offsets[name] + start * prod(row) * column.itemsize
+            offset = self.columns[name].offset + start * prod(row) * column.itemsize
             read_exactly(self.fd, offset, column)
         except OSError as error:
             raise RejectedError(

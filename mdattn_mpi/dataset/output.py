@@ -1,6 +1,6 @@
 """An output that is being written or read: shards, checksums, ledger.
 
-Opening it asks HDF5 for the offsets; from then on the file is bytes at known places, written by
+Opening it asks a scan for the offsets; from then on the file is bytes at known places, written by
 `os.pwrite` from all ranks at once.
 """
 
@@ -21,6 +21,7 @@ from mdattn_mpi.dataset.layout import (
     OUTPUT_FORMAT,
     AnyItem,
 )
+from mdattn_mpi.dataset.ledger import Ledger
 from mdattn_mpi.dataset.positioned import Region, read_exactly, write_exactly
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.problem import Span
@@ -57,7 +58,7 @@ class Output:
         self.path = path
         self.attributes = dict(attributes)
         self.items = contents.items
-        self.ledger = contents.ledger
+        self.ledger = Ledger(path, fd, contents.items, contents.ledger)
         self.lse = contents.lse
         self._fd = fd
         self._regions = contents.regions
@@ -74,6 +75,33 @@ class Output:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def allow_writing(self) -> None:
+        """Open the very same file for writing too.
+
+        Raises
+        ------
+        RejectedError
+            It can't be; the output is closed then.
+
+        """
+        looked_at, self._fd = self._fd, -1
+        try:
+            self._fd = self.ledger.fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+            same = os.path.sameopenfile(self._fd, looked_at)
+        except OSError as error:
+            raise RejectedError(
+                f"can't be opened for writing: {error.strerror}",
+                fix="check who may write it",
+                file=self.path,
+            ) from error
+        finally:
+            os.close(looked_at)
+        if not same:
+            self.close()
+            raise RejectedError(
+                "was replaced while it was opened", fix="run the same command again", file=self.path
+            )
 
     def item(self, name: str) -> AnyItem:
         """Find an item by its name.
@@ -286,8 +314,17 @@ class Output:
             ) from error
 
 
-def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
+def open_output(
+    path: str | os.PathLike[str], writable: bool = False, *, catalog: bytes | None = None
+) -> Output:
     """Open an output and check its structure.
+
+    Parameters
+    ----------
+    path, writable
+        The file, and whether shards will be written.
+    catalog
+        What `scan_file` returned for the same file on another rank; left out, it is looked at here.
 
     Raises
     ------
@@ -295,32 +332,15 @@ def open_output(path: str | os.PathLike[str], writable: bool = False) -> Output:
         It isn't one, it is damaged, or it can't be opened for writing.
 
     """
-    with File(path) as file:
-        root = file.root
-        check_format(root, OUTPUT_FORMAT)
-        attributes = root.attributes()
-        fd = _reopen(file, writable)
-        try:
-            return Output(file.path, fd, attributes, contents_of(root, fd))
-        except BaseException:
-            os.close(fd)
-            raise
+    with File(path, catalog=catalog) as file:
+        check_format(file.root, OUTPUT_FORMAT)
+        contents = contents_of(file.root)
+        output = Output(file.path, os.dup(file.fd), file.root.attributes(), contents)
+    if writable:
+        output.allow_writing()
+    return output
 
 
 def _brief(value: Value | None) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:20]}…"
-
-
-def _reopen(file: File, writable: bool) -> int:
-    """Open the very file that HDF5 has open, for writing too."""
-    try:
-        fd = os.open(file.path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
-    except OSError as error:
-        raise file.reject(
-            f"can't be opened for writing: {error.strerror}", "check who may write it"
-        ) from error
-    if not os.path.sameopenfile(fd, file.fd):
-        os.close(fd)
-        raise file.reject("was replaced while it was opened", "run the same command again")
-    return fd

@@ -1,6 +1,7 @@
-"""Reading named tensors of any dtype, ``/items/<name>/<tensor>``: what a model takes.
+"""The tensors of a file's items: where each lies, and how some of its tokens are read.
 
-A tensor lies in one run, and its tokens too: what `Region` says.
+What is contiguous is read with one `os.preadv` per span straight into the caller's array; chunks
+are read and decoded here; what only HDF5 can read is read by the child process that looks at files.
 """
 
 from __future__ import annotations
@@ -8,101 +9,180 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from math import prod
 from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import Stored, numpy_dtype, stored_as
-from mdattn_mpi.dataset.hdf5 import File, Node
-from mdattn_mpi.dataset.index import chosen_names, patterns_of
-from mdattn_mpi.dataset.layout import (
-    ITEMS,
-    MAX_ITEMS,
-    AnyItem,
-    item_name_fault,
-    natural_order,
-    shown,
-)
-from mdattn_mpi.dataset.positioned import Region, read_exactly
-from mdattn_mpi.errors import ItemError, RejectedError
-from mdattn_mpi.problem import Span, TensorSpec
+from mdattn_mpi.dataset.hdf5 import File, Node, Storage
+from mdattn_mpi.dataset.layout import AnyItem, Layout
+from mdattn_mpi.dataset.positioned import Region
+from mdattn_mpi.errors import ItemError
+from mdattn_mpi.problem import Span, digest_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SAMPLES = 4096  # blocks of the content that go into a digest, over all items
 SAMPLE_BYTES = 4096
-ANY = -1  # in a shape: the file decides
+SCRATCH_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorData:
+    """One tensor of one item; `shape` and `dtype` are those of an array of all of it.
+
+    `token_dim` is as in `Region`. Attention's tensors are ``[tokens, heads, head dim]``, whatever
+    the layout in the file.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    node: Node
+    storage: Storage
+    token_dim: int | None = 0
+    layout: Layout = "token_major"
+    position: int | None = None  # in the batch dim
+    crc32: int | None = None  # of the whole dataset, where its writer has noted it
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this item's part."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def encoding(self) -> str:
+        """How its BF16 is stored; empty where it is neither that nor FP16."""
+        stored = self.storage.stored
+        return "" if isinstance(stored, str) else stored.encoding
+
+    @property
+    def region(self) -> Region | None:
+        """Where this item's part lies in the file; None when it isn't in one run."""
+        if self.storage.offset is None:
+            return None
+        offset = self.storage.offset + (self.position or 0) * self.nbytes
+        return Region(offset, self.shape, self.dtype, self.token_dim)
+
+    def read(self, spans: Sequence[Span], out: Array) -> None:
+        """Fill a contiguous `out` with the tokens of `spans`, one span after the other."""
+        fd, region, done = self.node.file.fd, self.region, 0
+        if region is not None and self.layout == "token_major":
+            region.read(fd, spans, out)
+            return
+        for span in spans:
+            if span and region is None:
+                self._read_box(span, out[done : done + len(span)])
+            elif region is not None:
+                _read_by_head(fd, region, span, out[done : done + len(span)])
+            done += len(span)
+
+    def _read_box(self, span: Span, out: Array) -> None:
+        """Read a box of the dataset, whose dims may be in another order."""
+        start: tuple[int, ...] = (span.start, 0, 0)
+        if self.layout == "head_major":
+            start, out = (0, span.start, 0), out.swapaxes(0, 1)
+        if self.position is not None:
+            start, out = (self.position, *start), out[np.newaxis]
+        self.node.read_box(self.storage, start, out)
+
+    def samples(self, blocks: int) -> Iterator[Array]:
+        """Read runs of tokens all over the tensor; only its ends where reading is dear."""
+        if self.token_dim is None:  # any bytes will do
+            whole = replace(self, shape=(self.nbytes,), dtype=np.dtype("u1"), token_dim=0)
+            yield from whole.samples(blocks)
+            return
+        tokens = self.shape[self.token_dim]
+        size = max(1, SAMPLE_BYTES * tokens // max(1, self.nbytes))
+        if self.region is None:
+            size, blocks = 1, 2
+        size = tokens if blocks * size >= tokens else size
+        last, parts = tokens - size, max(1, blocks - 1)
+        for start in sorted({last * block // parts for block in range(blocks)}):
+            rest = self.shape[self.token_dim + 1 :]
+            out = np.empty((*self.shape[: self.token_dim], size, *rest), self.dtype)
+            self.read((Span(start, start + size),), out)
+            yield out
+
+
+def _read_by_head(fd: int, region: Region, span: Span, out: Array) -> None:
+    """Read one run a head and interleave them."""
+    tokens, heads, dim = region.shape
+    step = max(1, SCRATCH_BYTES // (dim * region.dtype.itemsize))
+    scratch = np.empty((min(step, len(span)), dim), region.dtype)
+    run = Region(region.offset, (tokens * heads, dim), region.dtype)
+    for head in range(heads):
+        for first in range(0, len(span), step):
+            part = scratch[: min(step, len(span) - first)]
+            start = head * tokens + span.start + first
+            run.read(fd, (Span(start, start + len(part)),), part)
+            out[first : first + len(part), head] = part
 
 
 class TensorFile:
-    """Some tensors of every selected item of a file, open for reading.
-
-    Parameters
-    ----------
-    path
-        The file.
-    tensors
-        What every item must have; -1 in place of the number of tokens.
-    select
-        Names or globs of items, separated by commas.
-    allow
-        Folders that links in the file may lead to.
+    """An open file of items with tensors, for reading; any thread may read.
 
     Attributes
     ----------
     path, size
         The file, and its bytes.
-    tokens
-        Of every selected item, by name, in natural order.
-
-    Raises
-    ------
-    RejectedError
-        An item lacks a tensor, or it isn't as it must be; nothing matches.
+    items
+        Those that are selected, in natural order of their names.
+    warnings
+        What costs time or may be a mistake, one sentence each.
 
     """
 
-    warnings = ()
-
     def __init__(
         self,
-        path: str,
-        tensors: Sequence[TensorSpec],
-        *,
-        select: str = "*",
-        allow: Sequence[str] = (),
+        file: File,
+        items: Sequence[AnyItem],
+        tensors: Mapping[str, Mapping[Any, TensorData]],
     ) -> None:
-        self.path = path
-        self._file = File(path, allow)
-        self.size = self._file.size
-        self._regions: dict[str, dict[str, Region]] = {}
-        self.tokens: dict[str, int] = {}
-        try:
-            for node in _items(self._file, select):
-                name = node.path.rpartition("/")[2]
-                try:
-                    found = {each.name: _input(node, each) for each in tensors}
-                    self.tokens[name] = _tokens(node, found)
-                except RejectedError as error:
-                    error.item = name
-                    raise
-                self._regions[name] = found
-            self._file.release()
-        except BaseException:
-            self._file.close()
-            raise
+        self._file = file
+        self.path = file.path
+        self.size = file.size
+        self.items: tuple[AnyItem, ...] = tuple(items)
+        self.warnings: tuple[str, ...] = ()
+        self._tensors = tensors
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def tensor(self, item: AnyItem, tensor: str) -> TensorData:
+        """Describe one tensor of an item."""
+        return self._tensors[item.name][tensor]
 
     def describe(self, item: AnyItem) -> str:
         """Say an item's shape as it was understood, in one sentence."""
         return str(item.problem)
 
-    def read(self, item: AnyItem, tensor: str, spans: Sequence[Span], *, out: Array) -> Array:
-        """Read the tokens of `spans` into `out`, one span after the other; any thread may call.
+    def read(
+        self, item: AnyItem, tensor: str, spans: Sequence[Span], *, out: Array | None = None
+    ) -> Array:
+        """Read the tokens of `spans`, one span after the other; all of what has no token dim.
 
-        A tensor without a token dim is read in whole.
+        Parameters
+        ----------
+        item, tensor
+            What to read: one of `items`, and the name of one of its tensors.
+        spans
+            Runs of tokens.
+        out
+            A contiguous array to read into. Of attention, ``[tokens, heads, head_dim]`` of the
+            item's dtype, whatever the layout in the file.
+
+        Returns
+        -------
+        numpy.ndarray
+            `out`, or a new array like it.
 
         Raises
         ------
@@ -110,43 +190,60 @@ class TensorFile:
             The file can't be read there.
 
         """
-        region = self._regions[item.name][tensor]
-        if out.shape != region.part(spans) or out.dtype != region.dtype:
-            raise ValueError(
-                f"out is {out.dtype}{list(out.shape)}, want {region.dtype}{region.part(spans)}"
-            )
-        with self._reading(item.name, tensor):
-            region.read(self._file.fd, spans, out)
+        data = self.tensor(item, tensor)
+        shape = Region(0, data.shape, data.dtype, data.token_dim).part(spans)
+        if out is None:
+            out = np.empty(shape, data.dtype)
+        elif out.shape != shape or out.dtype != data.dtype or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype}{list(out.shape)}, want {data.dtype}{list(shape)}")
+        with self._reading(item, tensor):
+            data.read(spans, out)
         return out
 
     @contextmanager
-    def _reading(self, item: str, tensor: str) -> Iterator[None]:
+    def _reading(self, item: AnyItem, tensor: str) -> Iterator[None]:
+        """Say of which item it is that something can't be read."""
         try:
             yield
-        except OSError as error:
+        except Exception as error:
             raise ItemError(
-                f"{tensor} can't be read: {error}",
-                fix="copy the file again",
-                file=self.path,
-                item=item,
+                f"{tensor} can't be read ({error})",
+                fix="check the file with `mdattn inspect --check`; copy it again",
+                file=self.tensor(item, tensor).node.file.path,
+                item=item.name,
             ) from error
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over samples of the file, of which at most 1 MiB is read.
+
+        Ranks compare it: those who see another file than the one that was looked at notice.
+        """
+        return self._file.fingerprint
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over shapes, dtypes and samples of the content, whatever the path."""
+        """SHA-256 over the items' layout and samples of their content, whatever the path.
+
+        At most `SAMPLES` blocks of the whole file are read: a change of a few numbers in a large
+        file may go unseen, a changed file of the same shapes won't.
+        """
         digest = hashlib.sha256()
+        problems = {item.problem: digest_of(asdict(item.problem)) for item in self.items}
         tensors = [
-            (item, name, region)
-            for item, regions in self._regions.items()
-            for name, region in regions.items()
+            (item, name, data)
+            for item in self.items
+            for name, data in self._tensors[item.name].items()
         ]
-        every, blocks = -(-len(tensors) // SAMPLES), max(1, SAMPLES // len(tensors))
-        for number, (item, name, region) in enumerate(tensors):
-            digest.update(json.dumps([item, name, region.shape, region.dtype.name]).encode())
+        every = -(-len(tensors) // SAMPLES)
+        blocks = max(1, SAMPLES // max(1, len(tensors)))
+        for number, (item, name, data) in enumerate(tensors):
+            facts = [item.name, problems[item.problem], name, data.layout, data.crc32]
+            digest.update(json.dumps(facts).encode())
             if number % every == 0:
                 with self._reading(item, name):
-                    for block in _samples(self._file.fd, region, blocks):
-                        digest.update(block.data)
+                    for block in data.samples(blocks):
+                        digest.update(block.view(np.uint8).data)
         return digest.hexdigest()
 
     @property
@@ -157,104 +254,3 @@ class TensorFile:
             "input_size": self.size,
             "input_digest": self.digest,
         }
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _samples(fd: int, region: Region, blocks: int) -> Iterator[Array]:
-    """Read blocks all over a tensor: all of it, where it is small."""
-    size = min(SAMPLE_BYTES, region.nbytes)
-    last = region.nbytes - size
-    for start in sorted({last * block // max(1, blocks - 1) for block in range(blocks)}):
-        block = np.empty(size, np.uint8)
-        read_exactly(fd, region.offset + start, block)
-        yield block
-
-
-def tensor_names(path: str, allow: Sequence[str] = ()) -> list[str]:
-    """List the tensors of a file's first item."""
-    with File(path, allow) as file:
-        first = next(_items(file, "*"))
-        return sorted(first.names(MAX_ITEMS)) if first.is_group else []
-
-
-def _items(file: File, select: str) -> Iterator[Node]:
-    """Find the items that are selected, in natural order."""
-    group = file.root.child(ITEMS)
-    if group is None or not group.is_group:
-        raise file.reject(f"has no group /{ITEMS}", "see docs/file-format.md")
-    chosen = chosen_names(set(group.names(MAX_ITEMS)), patterns_of(select), file.path)
-    for name in sorted(chosen, key=natural_order):
-        fault = item_name_fault(name)
-        node = group.child(name) if not fault else None
-        if node is None:
-            words = f"item {shown(name)!r}: its name {fault or 'leads nowhere'}"
-            raise file.reject(words, "rename it")
-        yield node
-
-
-def _input(item: Node, tensor: TensorSpec) -> Region:
-    region = find_region(item, tensor, "store what the model takes, contiguous: h5repack -l CONTI")
-    if 0 in region.shape:
-        raise item.file.reject(f"{tensor.name} has shape {list(region.shape)}", "store some tokens")
-    return region
-
-
-def _tokens(item: Node, found: dict[str, Region]) -> int:
-    """Count the tokens of an item, on which all its tensors agree."""
-    lengths = {
-        name: region.shape[region.token_dim]
-        for name, region in found.items()
-        if region.token_dim is not None
-    }
-    if len(set(lengths.values())) != 1:
-        told = ", ".join(f"{name} has {count}" for name, count in lengths.items()) or "no tensor"
-        raise item.file.reject(f"tokens disagree: {told}", "give all the same number")
-    return next(iter(lengths.values()))
-
-
-def find_region(parent: Node, tensor: TensorSpec, fix: str) -> Region:
-    """Find a contiguous dataset of just this shape and dtype, inside this file.
-
-    Raises
-    ------
-    RejectedError
-        It isn't there, or not like that.
-
-    """
-    reject = parent.file.reject
-    node = parent.child(tensor.name)
-    if node is None or not node.is_dataset or node.file is not parent.file:
-        raise reject(f"{parent.path} has no dataset {tensor.name!r}", fix)
-    storage, dtype = node.storage(), numpy_dtype(tensor.dtype)
-    with node.file.guard(node.path):
-        stored = node.id.get_type()
-        found = stored_as(stored, lambda: str(node.attribute("dtype") or ""))
-        if isinstance(found, Stored):
-            name: str = found.dtype
-            same = name == dtype.name and found.little_endian
-        else:
-            name, same = found, stored.dtype == dtype.newbyteorder("<")
-    fits = len(storage.shape) == len(tensor.shape) and all(
-        want in (ANY, have) for want, have in zip(tensor.shape, storage.shape, strict=True)
-    )
-    if storage.offset is None or not fits or not same:
-        raise reject(
-            f"{node.path} is {name} {list(storage.shape)}, {storage}; "
-            f"want {dtype.name} {_extents(tensor)}, contiguous",
-            fix,
-        )
-    return Region(storage.offset, storage.shape, dtype, tensor.token_dim)
-
-
-def _extents(tensor: TensorSpec) -> str:
-    """For example ``[tokens, 1, 128]``."""
-    return f"[{', '.join('tokens' if dim == ANY else str(dim) for dim in tensor.shape)}]"

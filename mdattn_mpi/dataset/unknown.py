@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 
 from mdattn_mpi.dataset.hdf5 import Node
-from mdattn_mpi.dataset.layout import ITEM_ATTRIBUTES, MAX_NODES, TENSOR_ATTRIBUTES, shown
+from mdattn_mpi.dataset.layout import ITEM_ATTRIBUTES, TENSOR_ATTRIBUTES, shown
 from mdattn_mpi.errors import RejectedError
 
 # Written by libraries of their own accord, or text for people: nothing that attention could obey.
@@ -34,7 +34,7 @@ def unknown_in(group: Node, tensors: Collection[str]) -> Iterator[tuple[str, str
     for name in group.attribute_names():
         if name not in HARMLESS and name not in ITEM_ATTRIBUTES:
             yield name, f"attribute {shown(name)}"
-    for name in group.names(MAX_NODES):
+    for name in group.names():
         if name not in tensors:
             if not _is_dimension_scale(group, name):
                 yield name, f"dataset {shown(name)}"

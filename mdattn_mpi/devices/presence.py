@@ -51,18 +51,18 @@ def gpu_memory() -> int:
     return min(sizes)
 
 
-def gpu_sm() -> tuple[int, int]:
-    """Return the compute capability of the first visible GPU; (0, 0) without one."""
-    driver = libcuda()
-    if driver is None or gpu_count() < 1:
-        return 0, 0
-    device, numbers = ctypes.c_int(0), []
-    driver.cuDeviceGet(ctypes.byref(device), 0)
-    for attribute in (75, 76):  # major and minor
-        number = ctypes.c_int(0)
-        driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
-        numbers.append(number.value)
-    return numbers[0], numbers[1]
+def gpu_attribute(ordinal: int, which: int) -> int:
+    """Ask the driver for one of ``CU_DEVICE_ATTRIBUTE_…`` of a visible GPU; 0 if it can't tell."""
+    driver, device, value = libcuda(), ctypes.c_int(0), ctypes.c_int(0)
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), ordinal):
+        return 0
+    driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
+    return value.value
+
+
+def gpu_sm(ordinal: int) -> tuple[int, int]:
+    """Compute capability of a visible GPU."""
+    return gpu_attribute(ordinal, 75), gpu_attribute(ordinal, 76)
 
 
 def _importable(module: str) -> bool:

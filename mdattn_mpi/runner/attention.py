@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
-from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset
+from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset, scan_file
 from mdattn_mpi.devices.cuda.choice import needs_no_plans
 from mdattn_mpi.estimate import PLAN, typical_costs
 from mdattn_mpi.lockstep import Group, World, together
@@ -14,7 +14,7 @@ from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
 from mdattn_mpi.runner.finite import check_finite, check_output, is_finite
 from mdattn_mpi.runner.groups import JobGroup, memory_of_a_rank, open_groups, smallest
-from mdattn_mpi.runner.job import Job
+from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import make_schedule
 from mdattn_mpi.runner.work import Shard, Task
@@ -83,8 +83,11 @@ def open_attention(spec: JobSpec, world: World) -> Job:
     """Collective. Open dataset and backends; plan every item, or refuse before any work."""
 
     def dataset_facts(dataset: Dataset) -> dict[str, Any]:
-        return {"dataset": dataset.path, "digest": dataset.digest, "bytes": dataset.size}
+        return {"dataset": dataset.path, "digest": dataset.fingerprint, "bytes": dataset.size}
 
+    catalog = scan_once(
+        world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
+    )
     dataset = together(
         world,
         "dataset",
@@ -94,6 +97,7 @@ def open_attention(spec: JobSpec, world: World) -> Job:
             layout=spec.layout,
             allow=spec.allow,
             ignore=spec.ignore,
+            catalog=catalog,
         ),
         dataset_facts,
     )

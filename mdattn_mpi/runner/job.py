@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mdattn_mpi.backends import Executor
-from mdattn_mpi.dataset import AnyItem, Output
+from mdattn_mpi.dataset import AnyItem, Output, TensorFile
 from mdattn_mpi.errors import ItemError
-from mdattn_mpi.lockstep import World
+from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.problem import AnyPlan
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.progress import wrapped
 from mdattn_mpi.runner.schedule import Schedule
-from mdattn_mpi.runner.work import Data, Kind
+from mdattn_mpi.runner.work import Kind
 
 
 @dataclass
@@ -25,7 +25,7 @@ class Job:
     spec: JobSpec
     world: World
     kind: Kind
-    dataset: Data
+    dataset: TensorFile
     items: Sequence[AnyItem]
     schedule: Schedule
     groups: list[JobGroup]  # one a queue of the schedule
@@ -46,6 +46,12 @@ class Job:
     def plans(self) -> dict[str, AnyPlan]:
         """Of all items that this rank's groups may do; on rank 0, of all items."""
         return {name: plan for group in self.groups for name, plan in group.plans.items()}
+
+
+def scan_once(world: World, phase: str, scan: Callable[[], bytes]) -> bytes:
+    """Collective. Look at a file on rank 0, and give its catalog to all ranks."""
+    catalog = together(world, phase, lambda: scan() if world.rank == 0 else None)
+    return world.bcast_bytes(catalog)
 
 
 def add_seconds(sums: dict[str, float], more: Mapping[str, float]) -> None:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import cast
 
 from mdattn_mpi.backends import HostArray
-from mdattn_mpi.dataset import AnyItem, ModelItem
-from mdattn_mpi.dataset.tensors import TensorFile, tensor_names
+from mdattn_mpi.dataset import AnyItem, scan_file
+from mdattn_mpi.dataset.hdf5 import File
+from mdattn_mpi.dataset.named import open_tensors, tensor_names
 from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, together
@@ -18,7 +19,7 @@ from mdattn_mpi.partition import equal_shards
 from mdattn_mpi.problem import AnyPlan, ModelPlan, ModelProblem, TensorSpec
 from mdattn_mpi.runner.finite import first_nonfinite
 from mdattn_mpi.runner.groups import JobGroup, open_groups
-from mdattn_mpi.runner.job import Job
+from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import Queue, Schedule, make_schedule
 from mdattn_mpi.runner.work import Shard, Task
@@ -160,19 +161,23 @@ def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) ->
     """Collective. Bind the engine that the groups have loaded to the file."""
     (group,) = groups
     model = cast(Model, group.executor)
-    work = together(
-        world, "bindings", lambda: _bind(spec, model), lambda work: {"engine": work.engine_digest}
+    catalog = scan_once(
+        world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
     )
-    dataset = together(
+    file = together(
         world,
         "dataset",
-        lambda: TensorFile(spec.data, work.inputs, select=spec.items, allow=spec.allow),
-        lambda data: {"dataset": data.path, "digest": data.digest, "bytes": data.size},
+        lambda: File(spec.data, spec.allow, select=spec.items, catalog=catalog),
+        lambda file: {"dataset": file.path, "digest": file.fingerprint, "bytes": file.size},
     )
-    items = tuple(
-        ModelItem(name, index, work.problem(tokens))
-        for index, (name, tokens) in enumerate(dataset.tokens.items())
+    work = together(
+        world,
+        "bindings",
+        lambda: _bind(spec, model, tensor_names(file)),
+        lambda work: {"engine": work.engine_digest},
     )
+    dataset = together(world, "items", lambda: open_tensors(file, work.inputs, work.problem))
+    items = dataset.items
     size = cut.queues[0].size
     longest_first = sorted(range(len(items)), key=lambda number: -items[number].problem.tokens)
     schedule = replace(cut, queues=(Queue(size, tuple(longest_first)),), sizes=(size,) * len(items))
@@ -180,13 +185,13 @@ def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) ->
     return Job(spec, world, work, dataset, items, schedule, groups)
 
 
-def _bind(spec: JobSpec, model: Model) -> ModelWork:
+def _bind(spec: JobSpec, model: Model, names: Sequence[str]) -> ModelWork:
     bound = parse_bindings(spec.bind, model.manifest.axes)
     check_bindings(
         bound,
         [tensor.name for tensor in model.inputs],
         [tensor.name for tensor in model.outputs],
-        tensor_names(spec.data, spec.allow),
+        names,
         file=spec.data,
     )
     bindings = {binding.tensor: binding for binding in bound}

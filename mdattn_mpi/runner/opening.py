@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output
+from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output, scan_file
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
 from mdattn_mpi.runner.folder import LOGGER, open_log, provenance, run_folder
-from mdattn_mpi.runner.job import Job, say
+from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 
 KINDS = 6  # kinds of item that are described one by one
@@ -57,8 +57,8 @@ def open_files(job: Job) -> bool:
     do, and no place to say so but the terminal.
     """
     spec, world, items = job.spec, job.world, job.items
-    together(world, "output", lambda: _prepare_output(job) if world.rank == 0 else None)
-    job.output = together(world, "open output", lambda: _open_for(spec, items))
+    catalog = scan_once(world, "output", lambda: _made_output(job))
+    job.output = together(world, "open output", lambda: _open_for(job, catalog))
     left = _left(job.output, items)
     job.todo = [items[number] for number in left]
     if not left and _read_only(spec, world):
@@ -82,16 +82,19 @@ def open_files(job: Job) -> bool:
 
 def _left(output: Output, items: Sequence[AnyItem]) -> list[int]:
     """The positions of the items that aren't done."""
-    return [n for n, item in enumerate(items) if output.ledger.state(item) != "done"]
+    rows = zip(output.items, output.ledger.entries(), strict=True)
+    done = {item.name for item, entry in rows if entry.state == "done"}
+    return [n for n, item in enumerate(items) if item.name not in done]
 
 
-def _open_for(spec: JobSpec, items: Sequence[AnyItem]) -> Output:
-    """Open the output, for writing if anything is left to do."""
-    output = open_output(spec.output)
-    if not _left(output, items):
-        return output
-    output.close()
-    return open_output(spec.output, writable=True)
+def _open_for(job: Job, catalog: bytes) -> Output:
+    """Open the output, which must be this job's, for writing if anything is left to do."""
+    output = open_output(job.spec.output, catalog=catalog)
+    if job.world.rank == 0:
+        output.check_resume(job.items, _facts(job), allow_change=job.spec.allow_change)
+    if _left(output, job.items):
+        output.allow_writing()
+    return output
 
 
 def _read_only(spec: JobSpec, world: World) -> bool:
@@ -100,25 +103,27 @@ def _read_only(spec: JobSpec, world: World) -> bool:
     return world.bcast_bytes(b"%d" % writable if world.rank == 0 else None) == b"0"
 
 
-def _prepare_output(job: Job) -> None:
-    """Make a new output, or make sure that the one that is there belongs to this very job."""
-    spec = job.spec
-    facts = {
+def _facts(job: Job) -> dict[str, str | int]:
+    """What an output must say of its job."""
+    return {
         **job.dataset.identity,
         "backend": job.executor.name,
         **job.kind.options(),
         "group_size": job.schedule.signature,
         "ranks": job.schedule.largest,
     }
-    if Path(spec.output).exists() and not spec.overwrite:
-        with open_output(spec.output) as output:
-            output.check_resume(job.items, facts, allow_change=spec.allow_change)
-    else:
+
+
+def _made_output(job: Job) -> bytes:
+    """Make a new output, unless there is one; return its catalog."""
+    spec = job.spec
+    if spec.overwrite or not Path(spec.output).exists():
         create_output(
             spec.output,
             job.items,
             ranks=job.schedule.largest,
             lse=spec.lse,
-            attributes={**facts, **provenance(job.executor)},
+            attributes={**_facts(job), **provenance(job.executor)},
             overwrite=spec.overwrite,
         )
+    return scan_file(spec.output)

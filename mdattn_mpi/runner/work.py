@@ -93,28 +93,6 @@ class Written:
     checksum: int
 
 
-class Data(Protocol):
-    """An open file of inputs: a `Dataset`, or a `TensorFile`."""
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What costs time or may be a mistake, one sentence each."""
-        ...
-
-    @property
-    def identity(self) -> Mapping[str, str | int]:
-        """What an output remembers of its input."""
-        ...
-
-    def describe(self, item: Any) -> str:
-        """Say an item's shape as it was understood, in one sentence."""
-        ...
-
-    def read(self, item: Any, tensor: Any, spans: Sequence[Span], *, out: HostArray) -> HostArray:
-        """Read the tokens of `spans` into `out`; any thread may call. Raises `ItemError`."""
-        ...
-
-
 class Kind(Protocol):
     """A kind of work: which tensors of an item a rank reads and writes."""
 

@@ -202,7 +202,8 @@ def test_rows_that_cannot_be_judged_are_counted(files, capsys):
 def test_unfinished_items_are_named_and_may_be_let_pass(files, capsys):
     with open_output(files.output, writable=True) as output:
         output.ledger.fail(output.item("causal"), "the key holds 3 NaN")
-        os.pwrite(output._fd, b"\0", output.ledger.offsets["state"] + output.item("chunk").index)
+        states = output.ledger.columns["state"].offset
+        os.pwrite(output._fd, b"\0", states + output.item("chunk").index)
     assert verify(files) == 1
     shown = capsys.readouterr()
     assert shown.out.count(" unfinished\n") == 3

@@ -31,6 +31,11 @@ MARK = "MDATTN_TEST_RUN"  # every process of one run carries the same value in i
 PATIENCE = 90.0  # seconds before a run counts as hung; a busy machine is slow, not wrong
 
 
+# Open MPI 5's mpirun may crash by itself in its PMIx server when ranks are killed, once in some
+# thousand runs: its exit code says nothing of ours then.
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)
+
+
 @functools.cache
 def launcher() -> tuple[str, ...]:
     """The mpirun of the MPI that mpi4py uses, with what a test machine needs."""
@@ -178,6 +183,8 @@ def mpirun(
         left = orphans(mark)
         kill_all(mark)
     assert not left, f"mpirun -n {ranks} {list(argv)} left {left} behind\n{out}\n{err}"
+    if process.returncode in CRASHES and "PMIX ERROR" in err:
+        pytest.skip(f"mpirun itself crashed: {process.returncode}")
     if check and process.returncode:
         pytest.fail(f"mpirun -n {ranks} {list(argv)}: exit {process.returncode}\n{out}\n{err}")
     return CompletedProcess(process.args, process.returncode, out, err)

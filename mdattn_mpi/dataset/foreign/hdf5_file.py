@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
 
-import h5py
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import NUMPY, stored_as
-from mdattn_mpi.dataset.foreign.tensor import Array, ForeignFile, ForeignTensor, Slices
-from mdattn_mpi.dataset.hdf5 import File, Node
+from mdattn_mpi.dataset.dtypes import NUMPY
+from mdattn_mpi.dataset.foreign.tensor import Array, ForeignFile, ForeignTensor, Slices, is_tensor
+from mdattn_mpi.dataset.hdf5 import WHOLE_TREE, File, Node
 from mdattn_mpi.dataset.index import check_format
-from mdattn_mpi.dataset.layout import DATASET_FORMAT, MAX_LINK_DEPTH, MAX_NODES
+from mdattn_mpi.dataset.layout import DATASET_FORMAT, shown
 from mdattn_mpi.errors import RejectedError
 
 
-def read(file: File) -> ForeignFile:
-    """Walk all groups; a group that is met twice is left out. What can't be read has a fault."""
+def read(path: str, stack: ExitStack, allow: Sequence[str]) -> ForeignFile:
+    """List what a scan of the whole tree finds; what can't be read has a fault."""
+    file = stack.enter_context(File(path, allow, depth=WHOLE_TREE))
     found = ForeignFile({})
     if file.root.attribute("format") == DATASET_FORMAT:
         check_format(file.root, DATASET_FORMAT)
-    seen = set()
-    pending = [("", file.root, 0)]
+    pending = [("", file.root)]
     while pending:
-        path, node, depth = pending.pop()
+        name, node = pending.pop()
         if node.is_dataset:
             tensor = _hdf5_tensor(node)
             if tensor is None:
-                found.others[path] = None
+                found.others[name] = None
             else:
-                found.tensors[path] = tensor
-        elif node.is_group and node.address not in seen and depth < MAX_LINK_DEPTH:
-            seen.add(node.address)
-            found.groups[path] = node
-            names = node.names(MAX_NODES)
-            if len(names) + len(pending) + len(found.tensors) + len(found.others) > MAX_NODES:
-                raise file.reject(f"holds more than {MAX_NODES} objects", "split the file")
-            for name in names:
-                place = f"{path}/{name}".lstrip("/")
+                found.tensors[name] = tensor
+        elif node.is_group:
+            found.groups[name] = node
+            for below in node.names():
+                place = f"{name}/{below}".lstrip("/")
                 try:
-                    child = node.child(name)
+                    child = node.child(below)
                 except RejectedError as fault:
                     found.tensors[place] = _faulty(fault)
                     continue
                 if child is not None:
-                    pending.append((place, child, depth + 1))
+                    pending.append((place, child))
     return found
 
 
@@ -55,29 +51,24 @@ def _faulty(fault: RejectedError) -> ForeignTensor:
 def _hdf5_tensor(node: Node) -> ForeignTensor | None:
     try:
         storage = node.storage()
-        with node.file.guard(node.path):
-            stored = stored_as(node.id.get_type(), lambda: str(node.attribute("dtype") or ""))
-            if isinstance(stored, str):
-                raw = dtype = _numpy_dtype(node.id.get_type())
-            else:
-                dtype = NUMPY[stored.dtype]
-                raw = np.dtype("<u2" if stored.little_endian else ">u2")
     except RejectedError as fault:
         return _faulty(fault)
-    if dtype is None or raw is None:
+    if not isinstance(storage.stored, str):
+        dtype = NUMPY[storage.stored.dtype]
+        raw = np.dtype("<u2" if storage.stored.little_endian else ">u2")
+    elif storage.dtype is not None and is_tensor(storage.dtype):
+        raw = dtype = storage.dtype
+    else:
         return None
 
     def fetch(index: Slices) -> Array:
         runs = [part.indices(extent) for part, extent in zip(index, storage.shape, strict=True)]
         array = np.empty(tuple(stop - start for start, stop, _ in runs), raw)
-        with node.file.guard(node.path):
+        try:
             node.read_box(storage, tuple(start for start, *_ in runs), array)
+        except (OSError, ValueError) as error:
+            what = f"{shown(node.path)} can't be read ({error})"
+            raise node.file.reject(what, "copy the file again") from error
         return array if raw == dtype else array.astype("=u2").view(dtype)
 
     return ForeignTensor(storage.shape, dtype, fetch)
-
-
-def _numpy_dtype(stored: Any) -> np.dtype[Any] | None:
-    """Recognise IEEE floats of 32 and 64 bits and integers of 16, of either byte order."""
-    known = [np.dtype(order + name) for order in "<>" for name in ("f4", "f8", "u2", "i2")]
-    return next((dtype for dtype in known if stored.equal(h5py.h5t.py_create(dtype))), None)

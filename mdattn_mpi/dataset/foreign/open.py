@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
-import h5py
-
 from mdattn_mpi.dataset import kinds
 from mdattn_mpi.dataset.foreign import hdf5_file, numpy_files, safetensors_file, torch_file
 from mdattn_mpi.dataset.foreign.tensor import ForeignFile
-from mdattn_mpi.dataset.hdf5 import File, must_be_regular
 from mdattn_mpi.dataset.layout import shown
 from mdattn_mpi.errors import MdattnError, RejectedError
 
@@ -56,17 +53,17 @@ def open_foreign(path: str, stack: ExitStack, allow: Sequence[str] = ()) -> Fore
         The file is none of these, or damaged.
 
     """
-    must_be_regular(path)
+    kinds.must_be_regular(path)
     readers: Mapping[kinds.Kind, Callable[[], ForeignFile]] = {
         kinds.NPY: lambda: numpy_files.read_npy(path),
         kinds.NPZ: lambda: numpy_files.read_npz(path, stack),
         kinds.SAFETENSORS: lambda: safetensors_file.read(path),
         kinds.TORCH: lambda: torch_file.read(path, mapped=True),
         kinds.TORCH_OR_PICKLE: lambda: torch_file.read(path, mapped=False),
-        kinds.HDF5: lambda: hdf5_file.read(stack.enter_context(File(path, allow))),
+        kinds.HDF5: lambda: hdf5_file.read(path, stack, allow),
     }
     try:
-        kind = kinds.HDF5 if h5py.is_hdf5(path) else kinds.kind_of(path)
+        kind = kinds.kind_of(path)
         if kind in readers:
             return readers[kind]()
     except MdattnError:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from mdattn_mpi.devices.cuda.attention import AttentionCall, Engine
 from mdattn_mpi.devices.cuda.flash.engine import why_not
-from mdattn_mpi.devices.presence import gpu_sm
+from mdattn_mpi.devices.presence import gpu_count, gpu_sm
 from mdattn_mpi.errors import RejectedError
 
 KERNELS = ("auto", "cudnn", "flash")
@@ -117,6 +117,8 @@ class Chooser:
 
 def needs_no_plans(backend: str, kernel: str) -> bool:
     """Whether this rank's calls will need no plan by their lengths; its GPU needn't be open."""
-    sm = gpu_sm()
+    if backend != "cuda" or gpu_count() < 1:
+        return False
+    sm = gpu_sm(0)
     wanted = kernel == "flash" or (kernel == "auto" and sm[0] in GAIN)
-    return backend == "cuda" and wanted and not why_not(sm)
+    return wanted and not why_not(sm)

@@ -96,8 +96,8 @@ def test_every_97th_byte_of_the_data_of_a_dataset(dataset: Path, tmp_path: Path)
         for item in opened.items:
             for name in TENSORS:
                 data = opened.tensor(item, name)
-                assert data.offset is not None
-                for offset in range(data.offset, data.offset + data.nbytes, 97):
+                assert data.region is not None
+                for offset in range(data.region.offset, data.region.stop, 97):
                     with changed(file, offset):
                         assert opened.checksum(item, name) != data.crc32
                         changes += 1

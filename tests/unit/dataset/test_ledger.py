@@ -90,7 +90,7 @@ def test_the_state_is_written_last_and_after_a_sync(
     monkeypatch.setattr(os, "pwrite", pwrite)
     monkeypatch.setattr(os, "fdatasync", fdatasync)
     output.ledger.commit(output.items[0], [1, 2, 3], "ring", SHARDS)
-    state = output.ledger.offsets["state"]
+    state = output.ledger.columns["state"].offset
     assert calls[-3:] == ["sync", state, "sync"]
     assert state not in calls[:-3]
     assert len(calls) >= 3 + 4
@@ -143,7 +143,7 @@ def test_rows_that_make_no_sense_are_still_to_be_done(
 
 def test_one_flipped_bit_makes_nothing_done(output: Output) -> None:
     with open(output.path, "r+b") as file:
-        file.seek(output.ledger.offsets["state"])
+        file.seek(output.ledger.columns["state"].offset)
         file.write(b"\1\1\1\1")
     assert {entry.state for entry in fresh(output).entries()} == {"todo"}
 

@@ -343,9 +343,9 @@ class TestResume:
 class TestDamaged:
     """Outputs that were changed by hand, or on purpose."""
 
-    def refused(self, path: Path, said: str) -> None:
+    def refused(self, path: Path, said: str, writable: bool = False) -> None:
         with pytest.raises(RejectedError, match=said) as caught:
-            open_output(path)
+            open_output(path, writable)
         assert caught.value.file == str(path)
         assert caught.value.fix
 
@@ -450,7 +450,7 @@ class TestDamaged:
     def test_replaced_while_it_is_opened(self, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path = made(data)
         monkeypatch.setattr(os.path, "sameopenfile", lambda *_: False)
-        self.refused(path, "was replaced")
+        self.refused(path, "was replaced", writable=True)
 
 
 def test_reading_needs_no_permission_to_write(data: Path) -> None:

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from mdattn_mpi.dataset import AnyItem, ModelItem, Output, create_output, open_dataset, open_output
+from mdattn_mpi.dataset.hdf5 import File
+from mdattn_mpi.dataset.named import open_tensors
 from mdattn_mpi.dataset.tensors import TensorFile
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.lockstep import Board, Deadlines
@@ -23,7 +25,7 @@ from mdattn_mpi.runner.batch import files_of
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.loop import Loop
 from mdattn_mpi.runner.model import ModelWork
-from mdattn_mpi.runner.work import Data, Kind
+from mdattn_mpi.runner.work import Kind
 from tests.support.finished import attention, random_inputs, write_dataset
 from tests.unit.runner.test_loop import Alone
 
@@ -73,7 +75,7 @@ class Case:
     def __init__(
         self,
         kind: Kind,
-        data: Data,
+        data: TensorFile,
         items: Sequence[AnyItem],
         plan: Callable[[Any], Any],
         compute: Callable[..., Arrays],
@@ -138,16 +140,12 @@ def model_case(folder: Path) -> Case:
             file[f"items/i{n}/hidden"] = random.standard_normal((1, tokens, DIM), np.float32)
     spec = JobSpec(str(folder / "data.h5"), str(folder / "out.h5"), engine="e", bind=("b",))
     kind = ModelWork(spec, INPUTS, OUTPUTS, {}, "0")
-    data = TensorFile(str(folder / "data.h5"), INPUTS)
-    items = [
-        ModelItem(name, index, kind.problem(tokens))
-        for index, (name, tokens) in enumerate(data.tokens.items())
-    ]
+    data = open_tensors(File(folder / "data.h5"), INPUTS, kind.problem)
 
     def plan(problem: Any) -> ModelPlan:
         return ModelPlan(problem, "allgather", 1, "0")
 
-    return Case(kind, data, items, plan, lambda _, *arrays: model(*arrays))
+    return Case(kind, data, data.items, plan, lambda _, *arrays: model(*arrays))
 
 
 CASES = {"attention": attention_case, "model": model_case}
