@@ -331,6 +331,7 @@ class CudaDevice:
     def abort(self) -> None:
         """Let go without waiting for any other rank."""
         self._open = False
+        self._kernels.abort()
         if self._nccl is not None:
             self._nccl.abort()
 

@@ -219,6 +219,10 @@ class Kernels:
             found.append(call)
         self._launches.prepare(found)
 
+    def abort(self) -> None:
+        """Make no more calls ready; wait for nothing."""
+        self._launches.abort()
+
     def close(self) -> None:
         """Release the engines."""
         self._launches.close()

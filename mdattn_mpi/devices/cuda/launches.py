@@ -54,8 +54,12 @@ class Launches:
             if call not in self._ready and call not in self._coming:
                 self._coming[call] = self._thread.submit(self._make, call)
 
+    def abort(self) -> None:
+        """Drop what isn't begun; wait for nothing."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
     def close(self) -> None:
-        """Drop what isn't ready; release the engines."""
+        """Drop what isn't begun; release the engines."""
         self._thread.shutdown(cancel_futures=True)
         self._ready.clear()
         for engine in self.chooser.engines.values():
