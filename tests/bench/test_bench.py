@@ -133,13 +133,20 @@ def test_memory_of_a_rank(ranks: int) -> None:
 
 
 def test_the_whole_job_against_its_parts(tmp_path: Path) -> None:
-    options = f"--items 3 --length 96 --q-heads 4 --kv-heads 2 --head-dim 16 --folder {tmp_path}"
+    options = (
+        "--items 3 --lengths 96,64 --q-heads 4 --kv-heads 2 --head-dim 16 --group-sizes 1,auto "
+        f"--folder {tmp_path}"
+    )
     done = mpirun(
         2, ["-m", "mdattn_mpi", "bench", "job", "-b", "cpu", *options.split(), "--json"], check=True
     )
     found = json.loads(done.stdout)
     parts = {name: found["seconds"][name] for name in ("reading", "computing", "writing")}
     assert all(seconds > 0 for seconds in parts.values())
+    assert set(found["groups"]) == {"1", "auto"}
+    assert found["computing"] == pytest.approx(
+        found["seconds"]["computing"] / found["seconds"]["kernels"], rel=1e-6
+    )
     assert found["slowest"] == max(parts, key=parts.__getitem__)
     assert found["ratio"] == pytest.approx(
         found["seconds"]["whole job"] / max(parts.values()), rel=1e-6

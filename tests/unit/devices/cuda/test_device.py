@@ -247,6 +247,30 @@ def test_nothing_stays_in_use_after_a_batch() -> None:
         assert after <= 2 << 20
 
 
+def test_partial_results_wait_for_who_had_their_memory_before() -> None:
+    problem = AttentionProblem(64, 64, 2, 2, 32, 32, "float16")
+    q, k, v = random_inputs(problem, 1)
+    before = np.arange(q.size, dtype=np.float32).reshape(q.shape)  # as large as they are
+
+    def act(device: CudaDevice) -> Array:
+        arrays = [device.upload(array) for array in (q, k, v)]
+        accumulator = device.accumulator(arrays[0], 32, problem.scale, Span(0, 64))
+        earlier = device.upload(before)
+        place = earlier.address
+        download = device.download(earlier)
+        del earlier
+        for keys in (slice(0, 32), slice(32, 64)):
+            device.attend(accumulator, Span(0, 64), arrays[1][keys], arrays[2][keys], False)
+        assert accumulator.regions[0].wide is not None
+        assert accumulator.regions[0].wide.address == place
+        device.finish(accumulator)
+        found: Array = download.wait()[0]
+        return found
+
+    for seed in range(12):
+        np.testing.assert_array_equal(in_group(1, act, seed)[0], before)
+
+
 def test_pinned_memory_is_used_again() -> None:
     def act(device: CudaDevice) -> bool:
         first = device.host.empty((100, 3), np.dtype(np.float16))
