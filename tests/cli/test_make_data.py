@@ -46,7 +46,7 @@ def test_encodings_and_layouts(tmp_path: Path, encoding: str, layout: str) -> No
     path = made(tmp_path, f"--items 1 --encoding {encoding} --layout {layout}")
     with open_dataset(path) as dataset:
         data = dataset.tensor(dataset.items[0], "value")
-        assert (data.stored.encoding, data.layout) == (encoding, layout)
+        assert (data.encoding, data.layout) == (encoding, layout)
         assert dataset.checksum(dataset.items[0], "value") == data.crc32
 
 
