@@ -13,8 +13,9 @@ These steps are an `Executor`'s; a model's engine has them too.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -112,7 +113,15 @@ class StrategyBackend:
         self.device = device
 
     def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
-        """Do nothing: a device is ready for every problem."""
+        """Tell the device which calls will come; it needn't be asked twice about any problem."""
+        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies.rehearsal import rehearse
+
+        for problem in dict.fromkeys(problems):
+            with suppress(RejectedError):
+                plan = self.plan(problem, cast(Any, strategy), lse=False)
+                calls = rehearse(STRATEGIES[plan.strategy], plan, self.device.rank)
+                self.device.prepare(problem, calls)
 
     def plan(
         self, problem: AttentionProblem, strategy: StrategyName | Literal["auto"], *, lse: bool
@@ -120,8 +129,9 @@ class StrategyBackend:
         """Choose among ring, allgather and ulysses."""
         from mdattn_mpi.strategies import choose
 
-        self.device.check(problem)
+        kernel = self.device.check(problem)
         name, reasons = choose(problem, self.device.ranks, strategy, self.device.costs())
+        reasons = (*reasons, *kernel)
         return Plan(problem, name, self.device.ranks, self.name, lse, reasons=reasons)
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
@@ -188,7 +198,13 @@ def backend_name(name: str, group: Group) -> str:
 
 
 def open_backend(
-    name: str, group: Group, *, threads: int = 0, transfer: str = "auto", engine: str = ""
+    name: str,
+    group: Group,
+    *,
+    threads: int = 0,
+    transfer: str = "auto",
+    kernel: str = "auto",
+    engine: str = "",
 ) -> Backend:
     """Collective. Open the backend that the user named for this group of ranks.
 
@@ -201,6 +217,8 @@ def open_backend(
         Threads a rank on the CPU; 0 takes the rank's share of its node's cores.
     transfer
         How GPUs exchange shards; see `devices.cuda`.
+    kernel
+        What attends on GPUs: auto, cudnn or flash; see `devices.cuda`.
     engine
         A serialized TensorRT engine to use instead of building one.
 
@@ -218,7 +236,7 @@ def open_backend(
     if name == "cuda":
         from mdattn_mpi.devices.cuda.open import open_cuda
 
-        return StrategyBackend("cuda", open_cuda(group, transfer=transfer))
+        return StrategyBackend("cuda", open_cuda(group, transfer=transfer, kernel=kernel))
     if name == "tensorrt":
         from mdattn_mpi.trt.backend import TensorRTBackend
         from mdattn_mpi.trt.runtime import open_runtime

@@ -16,7 +16,7 @@ from itertools import count
 from math import prod
 from typing import Any, Literal, NamedTuple
 
-from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.devices.protocol import NO_ROWS, Message
 from mdattn_mpi.partition import partition_of, token_count
 from mdattn_mpi.problem import Plan, Span
 
@@ -162,7 +162,9 @@ class Tracer:
         """See `protocol.Device`."""
         self.verbs.append(Wait(tuple(parcel.storage for parcel in transfer.receives)))
 
-    def accumulator(self, q: Shape, v_head_dim: int, scale: float) -> _Accumulator:
+    def accumulator(
+        self, q: Shape, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+    ) -> _Accumulator:
         """See `protocol.Device`."""
         rows, heads = q.shape[:2]
         return _Accumulator(

@@ -51,6 +51,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--group-size", metavar="P", help="ranks that share an item: all (default), auto, a number")
     add("--threads", type=int, metavar="N", help="CPU threads a rank (default: its share of cores)")
     add("--transfer", metavar="HOW", help="between GPUs: auto (default), copy, nccl")
+    add("--kernel", metavar="NAME", help="attention on GPUs: auto (default), cudnn, flash")
     add("--engine", metavar="FILE", help="a serialized TensorRT engine to run")
     bind = "bind a model's input or output to a dataset: hidden=items/*/hidden:0"
     add("--bind", action="append", metavar="TENSOR=PATH", help=bind)

@@ -30,6 +30,7 @@ class Array(Protocol):
 
 
 A = TypeVar("A", bound=Array)
+NO_ROWS = Span(0, 0)
 
 
 class Message(NamedTuple):
@@ -41,6 +42,17 @@ class Message(NamedTuple):
 
 class Transfer(Protocol):
     """Messages under way; keeps the arrays alive until it is waited for."""
+
+
+class Rehearsed(NamedTuple):
+    """A call of `Device.attend` that is going to come; `merged` as its accumulator was told."""
+
+    rows: int
+    keys: int
+    q_heads: int
+    kv_heads: int
+    causal: bool
+    merged: bool
 
 
 class Accumulator(Protocol):
@@ -82,8 +94,14 @@ class Device(Protocol[A]):
         """Let everything that follows see what `transfer` received."""
         ...
 
-    def accumulator(self, q: A, v_head_dim: int, scale: float) -> Accumulator:
-        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`, if any."""
+    def accumulator(
+        self, q: A, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+    ) -> Accumulator:
+        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`, if any.
+
+        Rows that more than one `attend` will add to had better be in `merged`: their results are
+        kept as exactly as the device can until they are merged. A call has rows in it or outside.
+        """
         ...
 
     def attend(self, accumulator: Accumulator, rows: Span, k: A, v: A, causal: bool) -> None:

@@ -7,7 +7,8 @@ from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
 from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset, scan_file
-from mdattn_mpi.estimate import typical_costs
+from mdattn_mpi.devices.cuda.choice import needs_no_plans
+from mdattn_mpi.estimate import PLAN, typical_costs
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
@@ -101,7 +102,9 @@ def open_attention(spec: JobSpec, world: World) -> Job:
         dataset_facts,
     )
     name = backend_name(spec.backend, world)
-    costs = typical_costs(name, smallest(world, memory_of_a_rank(name, world)))
+    memory = smallest(world, memory_of_a_rank(name, world))
+    plan = 0.0 if smallest(world, int(needs_no_plans(name, spec.kernel))) else PLAN
+    costs = typical_costs(name, memory, plan=plan)
     problems = [item.problem for item in dataset.items]
     schedule = together(
         world,
@@ -112,7 +115,12 @@ def open_attention(spec: JobSpec, world: World) -> Job:
 
     def open_one(group: Group) -> Backend:
         return open_backend(
-            name, group, threads=spec.threads, transfer=spec.transfer, engine=spec.engine
+            name,
+            group,
+            threads=spec.threads,
+            transfer=spec.transfer,
+            kernel=spec.kernel,
+            engine=spec.engine,
         )
 
     groups = together(world, "backend", lambda: open_groups(world, schedule, open_one))

@@ -51,9 +51,11 @@ def attend(
     )
     yield
 
-    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
     all_k, all_v = wholes
     query, own = owners.query[device.rank], owners.kv[device.rank]
+    last = token_count(query)
+    early = Span(max(0, last - head_start), last)
+    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, early)
 
     def attend_to(rows: Span, keys: Sequence[Span], k: A, v: A) -> None:
         """Let some of the rank's rows see `keys`, which `k` and `v` hold one after the other."""
@@ -61,8 +63,6 @@ def attend(
             run = block.kv.slice
             device.attend(accumulator, block.q.shift(rows.start), k[run], v[run], block.causal)
 
-    last = token_count(query)
-    early = Span(max(0, last - head_start), last)
     attend_to(early, own, k, v)
     device.wait(gathering)
     for rest in _complement(own, problem.kv_tokens):

@@ -11,7 +11,7 @@ from collections.abc import Generator
 
 from mdattn_mpi.devices.protocol import A, Device, Message, Transfer
 from mdattn_mpi.partition import blocks, partition_of, token_count
-from mdattn_mpi.problem import Plan
+from mdattn_mpi.problem import Plan, Span
 
 
 def attend(device: Device[A], plan: Plan, q: A, k: A, v: A) -> Generator[None, None, tuple[A, A]]:
@@ -41,7 +41,8 @@ def attend(device: Device[A], plan: Plan, q: A, k: A, v: A) -> Generator[None, N
     coming = pass_on(0, k, v) if ranks > 1 else None
     yield
 
-    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
+    merged = Span(0, token_count(owners.query[rank]) if ranks > 1 else 0)
+    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, merged)
     for step in range(ranks):
         shard = owners.kv[(rank - step) % ranks]
         for block in blocks(owners.query[rank], shard, problem.diagonal):

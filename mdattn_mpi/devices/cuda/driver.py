@@ -63,6 +63,10 @@ class Gpu:
         # Making an event takes longer than recording it: those that nobody looks at serve again.
         self._idle: tuple[list[Any], list[Any]] = ([], [])
 
+    def use(self) -> None:
+        """Make it current in this thread."""
+        self._device.set_current()
+
     # -- memory ------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> int:
