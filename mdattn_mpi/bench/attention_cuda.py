@@ -12,7 +12,6 @@ a stream of items they run while the item before computes.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -69,7 +68,7 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
     results = []
     for problem in problems:
         sides = measure(world, device, problem, arguments.rounds, rivals)
-        if sides:
+        if world.rank == 0:
             results.append({**asdict(problem), "sides": sides})
             if not arguments.json:
                 print(_lines(problem, sides, world.size), flush=True)
@@ -89,7 +88,7 @@ def measure(
     rounds: int,
     rivals: Rivals | None,
 ) -> dict[str, dict[str, Any]]:
-    """Collective. Time all sides in turn; rank 0 gets milliseconds and errors by name."""
+    """Collective. Time all sides in turn; milliseconds and errors by name."""
     import torch
 
     inputs = Inputs(problem, seed=17)
@@ -107,10 +106,7 @@ def measure(
         calls = max(2, min(40, int(SECONDS / expected)))
         side.times += side.run(calls)
     own = {side.name: {"ms": side.milliseconds, "error": side.error} for side in sides}
-    gathered = world.gather_bytes(json.dumps(own).encode())
-    every = [json.loads(each) for each in gathered or ()]
-    if not every:
-        return {}
+    every = world.allgather(own)
     return {
         name: {
             **{kind: max(each[name][kind] for each in every) for kind in kinds},

@@ -336,8 +336,8 @@ def _agree_on(
             "attention", lambda: facts, digest, error=error, word=shards.tokens if shards else 0
         )
     assert shards
-    tokens = [tokens_of(number) for number in agreed.checksums]
-    return _Request(session, shards, options, tokens, (digest, agreed.checksums))
+    tokens = [tokens_of(number) for number in agreed.words]
+    return _Request(session, shards, options, tokens, (digest, agreed.words))
 
 
 def _plan_for(request: _Request, device: Any) -> Plan:

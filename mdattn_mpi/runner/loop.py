@@ -124,7 +124,7 @@ class Loop:
             ahead, behind = self._take(), self._oldest(drain=drain)
             agreement = self._agree(ahead, behind, self._ledger_error())
             if behind is not None:
-                self._finish(behind, agreement.checksums)
+                self._finish(behind, agreement.words)
             if ahead is None:
                 return None  # a wish to stop that comes now finds nothing to stop
             if agreement.refused is not None:
@@ -154,7 +154,7 @@ class Loop:
         try:
             return Outcome(task, future.result())
         except Exception as error:
-            failure = MdattnError.wrap(error, item=task.item.name, rank=self.group.rank)
+            failure = MdattnError.wrap(error, item=task.item.name, rank=self.group.world_rank)
             return Outcome(task, error=failure)
 
     def _ledger_error(self, *, drain: bool = False) -> MdattnError | None:
@@ -179,7 +179,7 @@ class Loop:
             step_of(ahead.task if ahead else None, behind.task if behind else None),
             error=_failure(behind) or error or _failure(ahead),
             refused=ahead.bad_item if ahead else None,
-            checksum=_checksum(behind) if behind else None,
+            word=_checksum(behind) if behind else None,
             stop=self.wants_to_stop(),
         )
 
