@@ -157,30 +157,15 @@ class Group:
             self.control.Bcast([view[start : start + PIECE], MPI.BYTE], root)
         return received
 
-    def gather_bytes(self, data: bytes) -> list[bytes] | None:
-        """Collective. Give rank 0 everybody's `data`, in rank order; None elsewhere."""
-        lengths = np.empty(self.size, np.int64)
-        self.control.Allgather(np.array([len(data)], np.int64), lengths)
-        if self.rank:
-            for start in range(0, len(data), PIECE):
-                self.control.Send([memoryview(data)[start : start + PIECE], MPI.BYTE], 0)
-            return None
-        gathered = [data]
-        for rank in range(1, self.size):
-            received = memoryview(bytearray(int(lengths[rank])))
-            for start in range(0, len(received), PIECE):
-                self.control.Recv([received[start : start + PIECE], MPI.BYTE], rank)
-            gathered.append(bytes(received))
-        return gathered
-
     def allgather(self, own: Any) -> list[Any]:
         """Collective. Give every rank what all have, as JSON says it, in rank order."""
         if self.deadline is not None:
             wait_for_all(self.control, "allgather", self.deadline)
-        gathered = self.gather_bytes(json.dumps(own, default=str).encode())
-        every = json.dumps([json.loads(each) for each in gathered]).encode() if gathered else None
-        found: list[Any] = json.loads(self.bcast_bytes(every))
-        return found
+        data, lengths = json.dumps(own, default=str).encode(), np.empty(self.size, np.int64)
+        self.control.Allgather(np.array([len(data)], np.int64), lengths)
+        gathered = np.empty(lengths.sum(), np.uint8)
+        self.control.Allgatherv([data, MPI.BYTE], [gathered, (lengths, None), MPI.BYTE])
+        return [json.loads(bytes(each)) for each in np.split(gathered, lengths.cumsum()[:-1])]
 
     def split(self, color: int, key: int = 0) -> Group:
         """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""

@@ -79,7 +79,7 @@ def watched_folder(spec: JobSpec, world: World) -> Iterator[None]:
         yield
     except MdattnError as error:
         if error.agreed and not isinstance(error, InternalError):  # its traceback lies there
-            _leave_no_trace(spec, world, made)
+            _remove_empty_run(spec, world, made)
         raise
     finally:
         if lock is not None:
@@ -119,14 +119,14 @@ def _lock(folder: Path) -> int | None:
         return lock
 
 
-def _leave_no_trace(spec: JobSpec, world: World, made: bool) -> None:
+def _remove_empty_run(spec: JobSpec, world: World, made: bool) -> None:
     """Collective. Remove a folder that was made for nothing."""
-    forsaken = not Path(spec.output).exists()
-    if forsaken:
+    refused = not Path(spec.output).exists()
+    if refused:
         world.board.detach()
         _close_log()
     world.barrier()
-    if made and forsaken:
+    if made and refused:
         shutil.rmtree(run_folder(spec), ignore_errors=True)
 
 

@@ -102,7 +102,7 @@ def open_groups(
     """
     groups = []
     for number, queue in enumerate(schedule.queues):
-        place = schedule.place(world.rank)
+        place = schedule.order.index(world.rank)
         index = place // queue.size
         alone = queue.size == world.size and schedule.order == tuple(range(world.size))
         group = world if alone else world.split(index, place)
