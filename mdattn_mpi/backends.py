@@ -12,7 +12,7 @@ These steps are an `Executor`'s; a model's engine has them too.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.lockstep import Group
+from mdattn_mpi.lockstep import Group, gather_together, together
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 
 HostArray = npt.NDArray[Any]
@@ -181,20 +181,30 @@ class StrategyBackend:
         self.device.abort()
 
 
-def _why_not_cuda(group: Group) -> str:
-    """Collective. Say why `cuda` can't be used on all ranks; empty when it can."""
-    from mdattn_mpi.devices.presence import why_no_cuda
-
-    answers = group.gather_bytes(why_no_cuda().encode())
-    refusals = [f"rank {rank}: {no.decode()}" for rank, no in enumerate(answers or ()) if no]
-    return group.bcast_bytes("; ".join(refusals[:1]).encode() if group.rank == 0 else None).decode()
-
-
 def backend_name(name: str, group: Group) -> str:
     """Collective. What `name` stands for: ``auto`` is cuda where all ranks have it, else cpu."""
+    from mdattn_mpi.devices.presence import why_no_cuda
+
     if name != "auto":
         return name
-    return "cpu" if _why_not_cuda(group) else "cuda"
+    return "cpu" if any(gather_together(group, "backend", why_no_cuda)) else "cuda"
+
+
+# Imports may fail on some ranks: apart from the opening, which is collective.
+
+
+def _import_cuda() -> Callable[..., Any]:
+    from mdattn_mpi.devices.cuda.open import open_cuda
+
+    return open_cuda
+
+
+def _import_tensorrt() -> Callable[[Group, str], Backend]:
+    from mdattn_mpi.trt.backend import TensorRTBackend
+    from mdattn_mpi.trt.runtime import open_runtime
+    from mdattn_mpi.trt.store import Cache
+
+    return lambda group, engine: TensorRTBackend(open_runtime(group), Cache.default(), engine)
 
 
 def open_backend(
@@ -234,13 +244,9 @@ def open_backend(
 
         return StrategyBackend("cpu", open_cpu(group, threads))
     if name == "cuda":
-        from mdattn_mpi.devices.cuda.open import open_cuda
-
+        open_cuda = together(group, "backend", _import_cuda)
         return StrategyBackend("cuda", open_cuda(group, transfer=transfer, kernel=kernel))
     if name == "tensorrt":
-        from mdattn_mpi.trt.backend import TensorRTBackend
-        from mdattn_mpi.trt.runtime import open_runtime
-        from mdattn_mpi.trt.store import Cache
-
-        return TensorRTBackend(open_runtime(group), Cache.default(), engine)
+        open_tensorrt = together(group, "backend", _import_tensorrt)
+        return open_tensorrt(group, engine)
     raise RejectedError(f"backend {name!r}", fix="use cpu, cuda, tensorrt or auto")

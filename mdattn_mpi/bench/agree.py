@@ -69,7 +69,7 @@ def _calls(world: World, rounds: int) -> dict[str, float]:
 
     def agree() -> None:
         for item in range(CALLS):
-            world.agree(Step(item, "begin", 0x123456789ABCDEF), checksum=item)
+            world.agree(Step(item, "begin", 0x123456789ABCDEF), word=item)
 
     def enter() -> None:
         for _ in range(CALLS):
@@ -99,7 +99,7 @@ def _steps(world: World, rounds: int) -> tuple[dict[str, float], float]:
             for name in PHASES:
                 clock.enter(name, "item-17", 1 << 20, MEANWHILE if name == "agree" else ())
                 if name == "agree":
-                    world.agree(Step(item, "begin", 0x123456789ABCDEF), checksum=item)
+                    world.agree(Step(item, "begin", 0x123456789ABCDEF), word=item)
                 elif name == "enqueue":
                     compute()
             world.board.progress(item, STEPS)

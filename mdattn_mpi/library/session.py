@@ -60,7 +60,7 @@ class Session:
 
         self._agreements += 1
         step = Step(self._agreements, phase, digest, facts)
-        return self.world.agree(step, error=error, checksum=word)
+        return self.world.agree(step, error=error, word=word)
 
     def number_of_call(self) -> int:
         """Number calls, alike on all ranks."""

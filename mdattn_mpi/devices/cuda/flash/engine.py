@@ -120,9 +120,7 @@ def refusal(call: AttentionCall) -> str:
     if -(-dims[1] // TILE_DIM) > -(-dims[0] // TILE_DIM):
         # The tile of the output takes the place of the queries' in shared memory: with H = 40 and
         # Hv = 256 it wrote beyond that (CUDA error 700 on an H100).
-        return (
-            f"head dims {dims[0]} and {dims[1]}: the values' must not be larger than the queries'"
-        )
+        return f"head dims {dims[0]} and {dims[1]}: the values' can't be larger than the queries'"
     if call.dtype not in ("bfloat16", "float16"):
         return f"dtype {call.dtype}: it takes bfloat16 and float16"
     return ""
