@@ -12,29 +12,18 @@ These steps are an `Executor`'s; a model's engine has them too.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
+from mdattn_mpi.devices.protocol import AnyDevice
+from mdattn_mpi.devices.protocol import Download as Download
+from mdattn_mpi.devices.protocol import HostArray as HostArray
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Group
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
-
-HostArray = npt.NDArray[Any]
-
-
-class Download(Protocol):
-    """Output shards on their way to the host."""
-
-    def wait(self) -> Sequence[HostArray]:
-        """Return the arrays, in the order of the outputs; any thread may call.
-
-        Of attention these are the output ``[Sq, Nq, Hv]`` and the LSE ``[Sq, Nq]``.
-        """
-        ...
 
 
 class Executor(Protocol):
@@ -107,7 +96,7 @@ class Running:
 class StrategyBackend:
     """Our own strategies over a device."""
 
-    def __init__(self, name: str, device: Any) -> None:
+    def __init__(self, name: str, device: AnyDevice) -> None:
         self.name = name
         self.device = device
 
@@ -126,8 +115,7 @@ class StrategyBackend:
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """Ask the device."""
-        found: HostArray = self.device.host_empty(shape, dtype)
-        return found
+        return self.device.host_empty(shape, dtype)
 
     def begin(self, plan: Plan, *shards: HostArray) -> Running:
         """Upload the shards and run the strategy up to its ``yield``."""
@@ -150,13 +138,13 @@ class StrategyBackend:
     def collect(self, running: Running) -> Download:
         """Start the download of output and LSE."""
         assert running.result is not None
-        download: Download = self.device.download(*running.result)
+        download = self.device.download(*running.result)
         running.result = None
         return download
 
     def describe(self) -> Mapping[str, str]:
         """Ask the device."""
-        return dict(self.device.describe())
+        return self.device.describe()
 
     def timings(self) -> Mapping[str, float]:
         """Ask the device."""

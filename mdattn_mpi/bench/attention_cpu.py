@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import geometric_mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import alternate, report
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, Span
+
+if TYPE_CHECKING:
+    from mdattn_mpi.devices.cpu.host import Array, HostDevice
 
 PAUSE = 0.01  # seconds between runs: PyTorch's threads spin for a while after they are done
 
@@ -122,7 +125,7 @@ def _but_mask(problem: AttentionProblem) -> str:
 
 
 def sides(
-    ours: Any, with_numpy_exp: Any, torch: Any, problem: AttentionProblem
+    ours: HostDevice, with_numpy_exp: HostDevice, torch: Any, problem: AttentionProblem
 ) -> dict[str, Callable[[], Any]]:
     """Functions that compute the same attention of the same random inputs, on devices and PyTorch.
 
@@ -149,7 +152,7 @@ def sides(
         for tensor in tensors
     )
 
-    def attend(device: Any) -> Any:
+    def attend(device: HostDevice) -> Array:
         accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
         device.attend(accumulator, Span(0, len(q)), k, v, problem.causal != "none")
         return device.finish(accumulator)[0]

@@ -10,7 +10,7 @@ takes longer than doing: `host_seconds`.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import prod
@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.partition import partition_of, token_count
 from mdattn_mpi.problem import Plan, Span
+from mdattn_mpi.strategies import Attend
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit number and of a float32
 
@@ -153,7 +154,9 @@ class Tracer:
             )
         )
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> Exchange:
+    def exchange(
+        self, send: Sequence[Message[Shape]], receive: Sequence[Message[Shape]]
+    ) -> Exchange:
         """See `protocol.Device`; arrival is what the simulation finds out."""
         self.verbs.append(exchange := Exchange(_parcels(send), _parcels(receive)))
         return exchange
@@ -199,15 +202,13 @@ class _Accumulator:
     calls: list[Span] = field(default_factory=list)
 
 
-def _parcels(messages: Sequence[Message]) -> tuple[Parcel, ...]:
+def _parcels(messages: Sequence[Message[Shape]]) -> tuple[Parcel, ...]:
     return tuple(
-        Parcel(message.peer, message.array.storage, message.array.nbytes)
-        for message in messages
-        if message.array.nbytes
+        Parcel(peer, array.storage, array.nbytes) for array, peer in messages if array.nbytes
     )
 
 
-def trace(plan: Plan, attend: Callable[..., Any], items: int = 1) -> list[list[Verb]]:
+def trace(plan: Plan, attend: Attend, items: int = 1) -> list[list[Verb]]:
     """Note what each rank does for a batch of `items` alike, the next always begun ahead."""
     owners, problem = partition_of(plan), plan.problem
     traces = []

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
+from mdattn_mpi.devices.protocol import AnyDevice
 from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
 from mdattn_mpi.library.options import Options
@@ -229,13 +231,13 @@ class Call:
         self._shards = shards
         self._number = made._session.number_of_call()
         self._open = ExitStack()  # the device, until the call has been waited for
-        self._device: Any = None
+        self._device: AnyDevice
         self._steps: Generator[None, None, tuple[Any, Any]]
         self._result: tuple[Any, Any] | None = None
 
     def _begin(self) -> None:
         """Collective. Post the first transfers; nobody computes before all have their buffers."""
-        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies import STRATEGIES, Attend, allgather
 
         session, plan = self._made._session, self._made._plan
         error = None
@@ -244,10 +246,10 @@ class Call:
             try:
                 device = self._device = self._open.enter_context(session.device(plan.backend))
                 q, k, v = map(device.adopt, self._shards[:3])
-                # Where nothing else is under way it hides its gathering behind itself.
-                early = {"head_start": device.head_start(plan.problem)}
-                options = early if plan.strategy == "allgather" else {}
-                self._steps = STRATEGIES[plan.strategy](device, plan, q, k, v, **options)
+                attend: Attend = STRATEGIES[plan.strategy]
+                if plan.strategy == "allgather":  # where it is alone it hides behind itself
+                    attend = partial(allgather.attend, head_start=device.head_start(plan.problem))
+                self._steps = attend(device, plan, q, k, v)
                 next(self._steps)
             except Exception as wrong:  # all ranks must hear of it
                 error = MdattnError.wrap(wrong, rank=session.world.rank)
@@ -340,7 +342,7 @@ def _agree_on(
     return _Request(session, shards, options, tokens, (digest, agreed.checksums))
 
 
-def _plan_for(request: _Request, device: Any) -> Plan:
+def _plan_for(request: _Request, device: AnyDevice) -> Plan:
     from mdattn_mpi.strategies import choose
 
     shards, options = request.shards, request.options
