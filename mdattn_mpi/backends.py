@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from mdattn_mpi.devices.protocol import AnyDevice
+from mdattn_mpi.devices.protocol import AnyDevice as AnyDevice
 from mdattn_mpi.devices.protocol import Download as Download
 from mdattn_mpi.devices.protocol import HostArray as HostArray
 from mdattn_mpi.errors import RejectedError

@@ -6,9 +6,8 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mdattn_mpi.devices.protocol import AnyDevice
 from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
 from mdattn_mpi.library.options import Options
@@ -22,6 +21,9 @@ from mdattn_mpi.problem import (
     StrategyName,
     digest_of,
 )
+
+if TYPE_CHECKING:
+    from mdattn_mpi.backends import AnyDevice
 
 
 def attention(

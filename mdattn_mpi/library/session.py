@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.errors import MdattnError, RejectedError
 
 if TYPE_CHECKING:
-    from mdattn_mpi.backends import StrategyBackend
-    from mdattn_mpi.devices.protocol import AnyDevice
+    from mdattn_mpi.backends import AnyDevice, StrategyBackend
     from mdattn_mpi.lockstep import Agreement, World
 
 KEPT = 256  # of what is remembered; the ranks forget in the same order

@@ -76,7 +76,7 @@ def normal(problem: AttentionProblem, sizes: tuple[float, float, float], seed: i
     return next(arrays), next(arrays), next(arrays)
 
 
-def problem_of(scale: float = 0.0, dtype: Any = "bfloat16", causal: Any = "none") -> Any:
+def problem_of(scale: Any = None, dtype: Any = "bfloat16", causal: Any = "none") -> Any:
     return AttentionProblem(70, 70, 4, 2, 16, 16, dtype, causal, scale)
 
 
