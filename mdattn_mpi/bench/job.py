@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from mdattn_mpi.bench.measure import on_all_ranks, report
+from mdattn_mpi.bench.measure import report
 from mdattn_mpi.bench.options import add_folder, add_shapes, one_problem
 from mdattn_mpi.problem import AttentionProblem
 
@@ -45,12 +45,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _run(world, arguments))
-
-
-def _run(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     from mdattn_mpi.lockstep import together
     from mdattn_mpi.runner.jobspec import JobSpec
 
@@ -73,7 +69,7 @@ def _run(world: World, arguments: argparse.Namespace) -> None:
             strategy=arguments.strategy,
             nonfinite="pass",
         )
-        seconds = _measure(world, spec)
+        seconds = _seconds(world, spec)
     finally:
         if world.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -109,7 +105,7 @@ def _make_dataset(path: Path, problem: AttentionProblem, count: int) -> None:
                     left -= min(left, block.size)
 
 
-def _measure(world: World, spec: JobSpec) -> dict[str, float]:
+def _seconds(world: World, spec: JobSpec) -> dict[str, float]:
     """Collective. Seconds of the whole job and of each part alone, the slowest rank's."""
     from mdattn_mpi.runner.batch import files_of, run_items
     from mdattn_mpi.runner.opening import open_files, open_job

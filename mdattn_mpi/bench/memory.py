@@ -13,7 +13,7 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.bench.measure import on_all_ranks, report
+from mdattn_mpi.bench.measure import report
 from mdattn_mpi.bench.options import add_shapes, one_problem
 from mdattn_mpi.problem import STRATEGY_NAMES
 
@@ -27,12 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shapes(parser, lengths=(131072,), q_heads=1, kv_heads=1)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _measure(world, arguments))
-
-
-def _measure(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     every = world.allgather(_peak(world, arguments))
     if world.rank == 0:
         rows = [("rank", "own K and V", "peak")] + [

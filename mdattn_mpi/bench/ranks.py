@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mdattn_mpi.bench.measure import alternate, on_all_ranks, report, versions
+from mdattn_mpi.bench.measure import alternate, report, versions
 from mdattn_mpi.bench.options import add_rounds, add_shapes, one_problem
 from mdattn_mpi.errors import RejectedError
 
@@ -50,12 +50,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _measure(world, arguments))
-
-
-def _measure(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     _refuse_bound_cores(world)
     alone = world.split(world.rank)
     speed = {

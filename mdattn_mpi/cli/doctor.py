@@ -1,4 +1,9 @@
-"""``mdattn doctor``: is this machine, and are these nodes, fit for the job?"""
+"""Look for what would go wrong before a job is started: one line a check, OK, WARN or FAIL, and the
+fix. Alone it looks at this machine; under the launcher of a job it tries all ranks together.
+
+  mdattn doctor
+  srun mdattn doctor --folder /scratch/me
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,6 @@ if TYPE_CHECKING:
     from mdattn_mpi.doctor.finding import Finding
     from mdattn_mpi.lockstep import World
 
-DESCRIPTION = """\
-Look for what would go wrong, before the GPUs are burnt: one line a check, OK, WARN or FAIL, and the
-fix. Alone it looks at this machine; under the launcher of a job it tries all the ranks together.
-
-  mdattn doctor
-  srun mdattn doctor --folder /scratch/me
-"""
-
 EPILOG = """\
 Exit codes: 0 all well; 1 there is a warning; 2 something won't work.
 """
@@ -28,18 +25,11 @@ Exit codes: 0 all well; 1 there is a warning; 2 something won't work.
 PATIENCE = 60.0  # seconds that a check may take
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "doctor",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("--folder", default=".", metavar="DIR", help="where the output will lie (default: here)")
     add("--json", action="store_true", help="print findings and facts as JSON")
-    return parser
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -11,15 +11,16 @@ it. `exchange` is the one exception: it returns at once, and what it receives ma
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-
-from mdattn_mpi.estimate import Costs
 from mdattn_mpi.problem import AttentionProblem, Span
 
-HostArray = npt.NDArray[Any]
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mdattn_mpi.estimate import Costs
+
+HostArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 class Array(Protocol):
