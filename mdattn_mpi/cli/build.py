@@ -48,7 +48,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="FILE.engine", required=True, help="FILE.engine.json goes beside")
     add("-n", "--ranks", type=int, metavar="P", required=True, help="ranks that run it together")
     add("-s", "--strategy", default="auto", metavar="NAME", help="auto, ring, allgather, ulysses")
-    add("-b", "--backend", default="tensorrt", choices=["tensorrt"], help="tensorrt")
     add("--sm", metavar="X.Y", help="the GPU to build for (default: the one that is here)")
     add("--items", default="*", metavar="PATTERN", help="only these items of DATA.h5")
     add("--tokens", metavar="A:B", help="with --onnx: tokens of the whole sequence")

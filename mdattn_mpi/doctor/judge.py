@@ -13,8 +13,7 @@ SHM = 64 * MIB  # a rank: what Open MPI and NCCL put there
 FILES = 256, 4  # for itself, and for each other rank
 ROOM = 10 << 30  # bytes free in the folder
 CLOCKS = 1.0  # seconds
-SLOW_MPI = 50e6  # bytes a second and rank
-SLOW_NCCL = 1e9
+SLOW = {"MPI": 50e6, "NCCL": 1e9}  # bytes a second and rank
 SLOW_FOLDER = 20e6
 QUIET = "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE"
 INTERFACES = "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES", "OMPI_MCA_btl_tcp_if_include"
@@ -354,21 +353,20 @@ CHECKS = (
 )  # fmt: skip
 
 
-def judge_rates(check: str, tries: Ranks, hosts: Sequence[str]) -> Finding:
-    """A collective that was tried: right everywhere, and not absurdly slow."""
-    wrong = AllRanks(tries, hosts).where(lambda found: not found["right"])
-    slow = SLOW_NCCL if "NCCL" in check else SLOW_MPI
-    rate = min(found["rate"] for found in tries)
-    return next(
-        find(
-            check,
+def judge_rates(library: str, tries: Ranks, hosts: Sequence[str]) -> Iterator[Finding]:
+    """Collectives that were tried: right everywhere, and not absurdly slow."""
+    for name in ("all-reduce", "all-to-all"):
+        found = [rank[name] for rank in tries]
+        wrong = AllRanks(found, hosts).where(lambda each: not each["right"])
+        rate = min(each["rate"] for each in found)
+        yield from find(
+            f"{name} {library}",
             (wrong, "FAIL", f"wrong values on {wrong}",
              "take these nodes out (sbatch --exclude) and tell the site"),
-            (rate < slow and len(tries) > 1, "WARN", f"{rate / 1e6:.3g} MB/s a rank",
+            (rate < SLOW[library] and len(tries) > 1, "WARN", f"{rate / 1e6:.3g} MB/s a rank",
              "check which network is used: jobs/mpi/ says how to choose"),
             fine=f"{rate / 1e9:.3g} GB/s a rank",
-        )
-    )  # fmt: skip
+        )  # fmt: skip
 
 
 def judge_folder(tries: Ranks, hosts: Sequence[str]) -> Iterator[Finding]:
