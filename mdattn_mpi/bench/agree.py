@@ -20,7 +20,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from mdattn_mpi.bench.measure import alternate, on_all_ranks, report, versions
+from mdattn_mpi.bench.measure import alternate, report, versions
 from mdattn_mpi.bench.options import add_rounds
 
 if TYPE_CHECKING:
@@ -36,12 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser, 400)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _measure(world, arguments))
-
-
-def _measure(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     calls = _calls(world, arguments.rounds)
     steps, watchdog = _steps(world, arguments.rounds)
     lockstep = steps["watched_step"] / steps["bare_step"] - 1

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
@@ -20,6 +21,9 @@ from mdattn_mpi.problem import (
     StrategyName,
     digest_of,
 )
+
+if TYPE_CHECKING:
+    from mdattn_mpi.backends import AnyDevice
 
 
 def attention(
@@ -222,13 +226,13 @@ class Call:
         self._shards = shards
         self._number = made._session.number_of_call()
         self._open = ExitStack()  # the device, until the call has been waited for
-        self._device: Any = None
+        self._device: AnyDevice
         self._steps: Generator[None, None, tuple[Any, Any]]
         self._result: tuple[Any, Any] | None = None
 
     def _begin(self) -> None:
         """Collective. Post the first transfers; nobody computes before all have their buffers."""
-        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies import STRATEGIES, Attend, allgather
 
         session, plan = self._made._session, self._made._plan
         error = None
@@ -237,10 +241,10 @@ class Call:
             try:
                 device = self._device = self._open.enter_context(session.device(plan.backend))
                 q, k, v = map(device.adopt, self._shards[:3])
-                # Where nothing else is under way it hides its gathering behind itself.
-                early = {"head_start": device.head_start(plan.problem)}
-                options = early if plan.strategy == "allgather" else {}
-                self._steps = STRATEGIES[plan.strategy](device, plan, q, k, v, **options)
+                attend: Attend = STRATEGIES[plan.strategy]
+                if plan.strategy == "allgather":  # where it is alone it hides behind itself
+                    attend = partial(allgather.attend, head_start=device.head_start(plan.problem))
+                self._steps = attend(device, plan, q, k, v)
                 next(self._steps)
             except Exception as wrong:  # all ranks must hear of it
                 error = MdattnError.wrap(wrong, rank=session.world.rank)

@@ -141,13 +141,13 @@ class HostDevice:
             _BlasLimit.release()
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time that the block takes to ``seconds[phase]``."""
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time that the block takes to ``seconds[part]``."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - start
+            self.seconds[part] += time.perf_counter() - start
 
 
 def processor() -> str:
