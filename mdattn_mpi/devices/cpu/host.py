@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
@@ -103,7 +103,7 @@ class HostDevice:
         """Refuse what this device can't do: nothing, on the host."""
         return ()
 
-    def prepare(self, problem: AttentionProblem, calls: Sequence[Rehearsed]) -> None:
+    def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
         """Do nothing: every call is ready."""
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
