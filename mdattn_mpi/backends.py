@@ -12,30 +12,19 @@ These steps are an `Executor`'s; a model's engine has them too.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from mdattn_mpi.devices.protocol import AnyDevice as AnyDevice
+from mdattn_mpi.devices.protocol import Download as Download
+from mdattn_mpi.devices.protocol import HostArray as HostArray
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.lockstep import Group
+from mdattn_mpi.lockstep import Group, gather_together, together
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
-
-HostArray = npt.NDArray[Any]
-
-
-class Download(Protocol):
-    """Output shards on their way to the host."""
-
-    def wait(self) -> Sequence[HostArray]:
-        """Return the arrays, in the order of the outputs; any thread may call.
-
-        Of attention these are the output ``[Sq, Nq, Hv]`` and the LSE ``[Sq, Nq]``.
-        """
-        ...
 
 
 class Executor(Protocol):
@@ -108,7 +97,7 @@ class Running:
 class StrategyBackend:
     """Our own strategies over a device."""
 
-    def __init__(self, name: str, device: Any) -> None:
+    def __init__(self, name: str, device: AnyDevice) -> None:
         self.name = name
         self.device = device
 
@@ -136,8 +125,7 @@ class StrategyBackend:
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """Ask the device."""
-        found: HostArray = self.device.host_empty(shape, dtype)
-        return found
+        return self.device.host_empty(shape, dtype)
 
     def begin(self, plan: Plan, *shards: HostArray) -> Running:
         """Upload the shards and run the strategy up to its ``yield``."""
@@ -160,13 +148,13 @@ class StrategyBackend:
     def collect(self, running: Running) -> Download:
         """Start the download of output and LSE."""
         assert running.result is not None
-        download: Download = self.device.download(*running.result)
+        download = self.device.download(*running.result)
         running.result = None
         return download
 
     def describe(self) -> Mapping[str, str]:
         """Ask the device."""
-        return dict(self.device.describe())
+        return self.device.describe()
 
     def timings(self) -> Mapping[str, float]:
         """Ask the device."""
@@ -181,20 +169,30 @@ class StrategyBackend:
         self.device.abort()
 
 
-def _why_not_cuda(group: Group) -> str:
-    """Collective. Say why `cuda` can't be used on all ranks; empty when it can."""
-    from mdattn_mpi.devices.presence import why_no_cuda
-
-    answers = group.gather_bytes(why_no_cuda().encode())
-    refusals = [f"rank {rank}: {no.decode()}" for rank, no in enumerate(answers or ()) if no]
-    return group.bcast_bytes("; ".join(refusals[:1]).encode() if group.rank == 0 else None).decode()
-
-
 def backend_name(name: str, group: Group) -> str:
     """Collective. What `name` stands for: ``auto`` is cuda where all ranks have it, else cpu."""
+    from mdattn_mpi.devices.presence import why_no_cuda
+
     if name != "auto":
         return name
-    return "cpu" if _why_not_cuda(group) else "cuda"
+    return "cpu" if any(gather_together(group, "backend", why_no_cuda)) else "cuda"
+
+
+# Imports may fail on some ranks: apart from the opening, which is collective.
+
+
+def _import_cuda() -> Callable[..., Any]:
+    from mdattn_mpi.devices.cuda.open import open_cuda
+
+    return open_cuda
+
+
+def _import_tensorrt() -> Callable[[Group, str], Backend]:
+    from mdattn_mpi.trt.backend import TensorRTBackend
+    from mdattn_mpi.trt.runtime import open_runtime
+    from mdattn_mpi.trt.store import Cache
+
+    return lambda group, engine: TensorRTBackend(open_runtime(group), Cache.default(), engine)
 
 
 def open_backend(
@@ -234,13 +232,9 @@ def open_backend(
 
         return StrategyBackend("cpu", open_cpu(group, threads))
     if name == "cuda":
-        from mdattn_mpi.devices.cuda.open import open_cuda
-
+        open_cuda = together(group, "backend", _import_cuda)
         return StrategyBackend("cuda", open_cuda(group, transfer=transfer, kernel=kernel))
     if name == "tensorrt":
-        from mdattn_mpi.trt.backend import TensorRTBackend
-        from mdattn_mpi.trt.runtime import open_runtime
-        from mdattn_mpi.trt.store import Cache
-
-        return TensorRTBackend(open_runtime(group), Cache.default(), engine)
+        open_tensorrt = together(group, "backend", _import_tensorrt)
+        return open_tensorrt(group, engine)
     raise RejectedError(f"backend {name!r}", fix="use cpu, cuda, tensorrt or auto")

@@ -243,8 +243,8 @@ def least_ranks(problem: AttentionProblem, costs: Costs) -> int | None:
 def head_start(problem: AttentionProblem, ranks: int, costs: Costs, multiprocessors: int) -> int:
     """Query rows whose attention to a GPU's own keys takes as long as gathering the others.
 
-    For an item that nothing else hides the transfer of; see `strategies.allgather`. None if it
-    is so short that the host would be late with the two calls more.
+    For an item that nothing else hides the transfer of; see `strategies.allgather`. 0 if it is
+    so short that asking for two calls more would take longer than they save.
     """
     if ranks == 1 or problem.flops / ranks / costs.flops < HEAD_START:
         return 0

@@ -27,7 +27,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.bench.measure import on_all_ranks, report
+from mdattn_mpi.bench.measure import report
 from mdattn_mpi.bench.options import add_folder, add_shapes, problems
 from mdattn_mpi.problem import AttentionProblem
 
@@ -57,12 +57,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_folder(parser)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _run(world, arguments))
-
-
-def _run(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     from mdattn_mpi.lockstep import together
     from mdattn_mpi.runner.jobspec import JobSpec
 
@@ -211,23 +207,14 @@ def _write(job: Job, files: Files) -> None:
     """Write and sync every shard, of made-up contents; the whole job overwrites them."""
     import numpy as np
 
+    from mdattn_mpi.devices.cpu.host import HostDownload
     from mdattn_mpi.runner.work import Enqueued
 
-    class Downloaded:
-        """A download that is there."""
-
-        def __init__(self, arrays: Sequence[HostArray]) -> None:
-            self.arrays = arrays
-
-        def wait(self) -> Sequence[HostArray]:
-            """Return the arrays."""
-            return self.arrays
-
     for task in _tasks(job, job.todo):
-        arrays = [np.empty(shard.shape, shard.dtype) for shard in task.writes]
+        arrays = tuple(np.empty(shard.shape, shard.dtype) for shard in task.writes)
         for array in arrays:
             array.view(np.uint16)[...] = 0x3F80
-        files.write(Enqueued(task, Downloaded(arrays)))
+        files.write(Enqueued(task, HostDownload(arrays)))
 
 
 def _in_memory(job: Job, files: Files) -> Files:

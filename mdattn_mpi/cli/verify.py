@@ -1,21 +1,5 @@
-"""``mdattn verify``: is an output right?"""
-
-from __future__ import annotations
-
-import argparse
-import textwrap
-from typing import TYPE_CHECKING, Any
-
-from mdattn_mpi.cli.options import add_ignore
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from mdattn_mpi.verifier.check import ItemReport
-
-DESCRIPTION = """\
-Compare an output with attention computed in float64 from the dataset, and the bytes of every shard
-with the checksum that its rank wrote down.
+"""Compare an output with attention computed in float64 from the dataset, and every shard's bytes
+with the checksum that its rank noted.
 
   mdattn verify out.h5 --data data.h5
 
@@ -31,20 +15,28 @@ an item of which none can is "not judged". One process does it, without MPI, on 
 still be written by others.
 """
 
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import TYPE_CHECKING
+
+from mdattn_mpi.cli.options import add_opening_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mdattn_mpi.verifier.check import ItemReport
+
+
 EPILOG = """\
 Exit codes: 0 everything is right; 1 something is wrong, couldn't be judged, or isn't finished
 (--partial lets that pass); 2 the files can't be used.
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "verify",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("output", metavar="OUT.h5", help="the output")
     add("--data", required=True, metavar="DATA.h5", help="the dataset that it was made from")
@@ -58,10 +50,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--partial", action="store_true", help="let it pass that items aren't finished")
     add("--other-data", action="store_true", help="compare even if the dataset's digest differs")
     add("-b", "--backend", metavar="NAME", help="what computed it, if not what the output names")
-    add("--allow", action="append", default=[], metavar="DIR", help="folder HDF5 links may lead to")
-    add_ignore(add)
+    add_opening_options(parser)
     add("--json", action="store_true", help="print what was found as JSON")
-    return parser
 
 
 def _count(text: str) -> int:
@@ -100,7 +90,7 @@ def _reports(arguments: argparse.Namespace) -> Iterator[ItemReport]:
         open_input(
             output,
             arguments.data,
-            allow=arguments.allow,
+            allow=arguments.allow or (),
             ignore=arguments.ignore or (),
             other=arguments.other_data,
         ) as dataset,

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from typing import Any, Literal
@@ -35,12 +35,11 @@ WHOLE_TREE = 16  # levels of a file of unknown structure
 
 @dataclass(frozen=True)
 class Storage:
-    """Where the elements of a dataset are. `offset` is None when they aren't in one run."""
+    """How the elements of a dataset are stored; many datasets have one `Storage` in common."""
 
     shape: tuple[int, ...]
     itemsize: int
     kind: Literal["contiguous", "compact", "chunked", "virtual", "external"]
-    offset: int | None = None
     chunk: tuple[int, ...] = ()
     filters: tuple[Filter, ...] = ()
     stored: Stored | str = ""  # how it holds BF16 or FP16, or what it holds instead
@@ -262,7 +261,7 @@ class Node:
         return {name: v for name, v in values.items() if not isinstance(v, dict | list)}
 
     def storage(self) -> Storage:
-        """Say where a dataset's elements are, with every claim of the header checked.
+        """Say how a dataset's elements are stored; the scan has checked every claim.
 
         Raises
         ------
@@ -273,8 +272,13 @@ class Node:
         """
         self._check(self._found["d"])
         form: Storage = self._main.forms[self._found["d"]]
-        offset = self._found.get("o")
-        return form if offset is None else replace(form, offset=offset)
+        return form
+
+    @property
+    def offset(self) -> int | None:
+        """Where a dataset's elements begin in its file; None when they aren't in one run."""
+        offset: int | None = self._found.get("o")
+        return offset
 
     def region(self, tensor: TensorSpec, fix: str) -> Region:
         """Find a contiguous dataset of just this shape and dtype in this group and file.
@@ -300,14 +304,14 @@ class Node:
         fits = len(storage.shape) == len(tensor.shape) and all(
             want in (ANY, have) for want, have in zip(tensor.shape, storage.shape, strict=True)
         )
-        if storage.offset is None or not fits or not same:
+        if node.offset is None or not fits or not same:
             wanted = ", ".join("tokens" if dim == ANY else str(dim) for dim in tensor.shape)
             raise self.file.reject(
                 f"{node.path} is {name} {list(storage.shape)}, {storage}; "
                 f"want {dtype.name} [{wanted}], contiguous",
                 fix,
             )
-        return Region(storage.offset, storage.shape, dtype, tensor.token_dim)
+        return Region(node.offset, storage.shape, dtype, tensor.token_dim)
 
     def read_box(self, storage: Storage, start: Sequence[int], out: np.ndarray[Any, Any]) -> None:
         """Read the box of `out`'s shape that begins at `start`, bit by bit as it is stored.
@@ -346,7 +350,6 @@ def _storage(form: dict[str, Any], types: Sequence[dict[str, Any]]) -> Storage:
         tuple(form["shape"]),
         form["itemsize"],
         form["kind"],
-        None,
         tuple(form.get("chunk", ())),
         tuple(Filter(code, tuple(v), name) for code, v, name in form.get("filters", ())),
         stored if isinstance(stored, str) else Stored(*stored),

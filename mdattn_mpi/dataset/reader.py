@@ -65,13 +65,13 @@ class Dataset(TensorFile):
 
         """
         data = self.tensor(item, tensor)
-        if data.storage.offset is None:
+        if data.node.offset is None:
             return None
         crc32 = 0
         for start in range(0, data.storage.nbytes, SCRATCH_BYTES):
             block = np.empty(min(SCRATCH_BYTES, data.storage.nbytes - start), np.uint8)
             with self._reading(item, tensor):
-                read_exactly(data.node.file.fd, data.storage.offset + start, block)
+                read_exactly(data.node.file.fd, data.node.offset + start, block)
             crc32 = zlib.crc32(block.data, crc32)
         return crc32
 

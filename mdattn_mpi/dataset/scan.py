@@ -13,6 +13,7 @@ where a link led there; or ``fault``: what is wrong with it, and the fix.
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import mmap
@@ -145,12 +146,11 @@ class Scan:
 
     def _type(self, node: Object, dtype: object) -> int:
         """What the elements are: an index into ``types``."""
-        stored = node.id.get_type()
-        key = (stored.encode(), str(dtype))
+        key = (node.type.encode(), str(dtype))
         if key not in self._types:
-            found = stored_as(stored, lambda: str(dtype))
+            found = stored_as(node.type, lambda: str(dtype))
             self._types[key] = len(self._types)
-            self._catalog["types"].append({"stored": found, "numpy": _numpy_name(stored)})
+            self._catalog["types"].append({"stored": found, "numpy": _numpy_name(node.type)})
         return self._types[key]
 
     def _form(self, form: Record, stored: int) -> int:
@@ -255,6 +255,7 @@ def serve(allow: Sequence[str], page: mmap.mmap, requests: io.BufferedReader, an
 def main() -> None:
     """Take the page for marks and the allowed folders from the command line."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    gc.disable()  # looking for cycles among many new objects takes as long as making them
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)  # meant for the rank; we end with our standard input
     signal.signal(signal.SIGPROF, signal.SIG_DFL)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Any
 
@@ -141,6 +141,11 @@ class Object:
         self.id = id
         self.path = path
 
+    @cached_property
+    def type(self) -> Any:
+        """What the elements of a dataset are."""
+        return self.id.get_type()
+
     def links(self, limit: int) -> dict[str, int]:
         """List the children's names, unsorted, and of which kind each link is.
 
@@ -223,10 +228,10 @@ class Object:
             dtype = _dtype_of(stored.encode())
             size = found.get_storage_size()
             if dtype is not None and size <= min(MAX_ATTRIBUTE_BYTES, self.source.size):
-                count = prod(found.shape) if dtype.hasobject else size // dtype.itemsize
-                if count == 1:
+                if (prod(found.shape) == 1) if dtype.hasobject else size == dtype.itemsize:
                     return _read_one(found, stored, dtype)
-                if dtype.kind in "iu" and count <= MAX_NUMBERS and len(found.shape) == 1:
+                numbered = dtype.kind in "iu" and size <= MAX_NUMBERS * dtype.itemsize
+                if numbered and len(found.shape) == 1:
                     numbers = np.empty(found.shape, dtype)
                     found.read(numbers)
                     return [int(number) for number in numbers]
@@ -266,7 +271,7 @@ class Object:
             if external:
                 self._check_external(created, external)
         shape = [int(n) for n in self.id.get_space().get_simple_extent_dims()]
-        form: Record = {"shape": shape, "itemsize": int(self.id.get_type().get_size())}
+        form: Record = {"shape": shape, "itemsize": int(self.type.get_size())}
         if offset is not None:
             return {**form, "kind": "contiguous"}, {"o": self._fits(form, int(offset))}
         if layout == h5py.h5d.CHUNKED:
@@ -369,10 +374,10 @@ class Object:
 
     def read_box(self, start: Sequence[int], count: Sequence[int]) -> Array:
         """Read a box as it is stored: there is nothing to convert."""
-        stored, space = self.id.get_type(), self.id.get_space()
-        box = np.empty(prod(count), np.dtype((np.void, stored.get_size())))
+        space = self.id.get_space()
+        box = np.empty(prod(count), np.dtype((np.void, self.type.get_size())))
         space.select_hyperslab(tuple(start), tuple(count))
-        self.id.read(h5py.h5s.create_simple((box.size,)), space, box, stored)
+        self.id.read(h5py.h5s.create_simple((box.size,)), space, box, self.type)
         return box
 
 

@@ -62,9 +62,9 @@ class TensorData:
     @property
     def region(self) -> Region | None:
         """Where this item's part lies in the file; None when it isn't in one run."""
-        if self.storage.offset is None:
+        if self.node.offset is None:
             return None
-        offset = self.storage.offset + (self.position or 0) * self.nbytes
+        offset = self.node.offset + (self.position or 0) * self.nbytes
         return Region(offset, self.shape, self.dtype, self.token_dim)
 
     def read(self, spans: Sequence[Span], out: Array) -> None:

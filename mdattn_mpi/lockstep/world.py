@@ -137,8 +137,8 @@ def share_of_cores(allowed: Sequence[str], nodes: Sequence[str], rank: int) -> i
         The rank whose cores are counted.
 
     """
-    rivals = list(zip(nodes, allowed, strict=True)).count((nodes[rank], allowed[rank]))
-    return max(1, len(allowed[rank].split()) // rivals)
+    sharing = list(zip(nodes, allowed, strict=True)).count((nodes[rank], allowed[rank]))
+    return max(1, len(allowed[rank].split()) // sharing)
 
 
 def leave(board: Board) -> None:

@@ -82,7 +82,7 @@ class Loop:
         self.wants_to_stop = wants_to_stop
         self.finished = finished
         self.failed = failed
-        self.tell_all = board.on_enter is not None  # faults on purpose want every phase
+        self.every_phase = board.on_enter is not None  # faults on purpose want every phase
         self.stopped = False
         self.work = 0  # of the item in hand
 
@@ -121,10 +121,11 @@ class Loop:
     def _advance(self, *, drain: bool = False) -> Begun | None:
         """Agree on what was written and on what comes next: commit the one, begin the other."""
         while True:
-            ahead, behind = self._take(), self._oldest(drain=drain)
+            ahead = self._outcome("read", None if self.stopped else next(self.reads, None))
+            behind = self._outcome("write", self.writes.oldest(drain=drain))
             agreement = self._agree(ahead, behind, self._ledger_error())
             if behind is not None:
-                self._finish(behind, agreement.checksums)
+                self._finish(behind, agreement.words)
             if ahead is None:
                 return None  # a wish to stop that comes now finds nothing to stop
             if agreement.refused is not None:
@@ -136,25 +137,17 @@ class Loop:
                 assert ahead.stage is not None
                 return self._begin(ahead.stage)
 
-    def _take(self) -> Outcome[Read] | None:
-        """Wait for the next item's shards."""
-        return self._outcome("read", None if self.stopped else next(self.reads, None))
-
-    def _oldest(self, *, drain: bool) -> Outcome[Written] | None:
-        """Wait until the oldest item under way is written, if it is its turn."""
-        return self._outcome("write", self.writes.oldest(drain=drain))
-
     def _outcome(self, phase: str, ready: tuple[Task, Future[S]] | None) -> Outcome[S] | None:
         """Wait for a thread. What went wrong on this rank goes into the next agreement."""
         if ready is None:
             return None
         task, future = ready
-        if self.tell_all or not future.done():
+        if self.every_phase or not future.done():
             self.clock.enter(phase, task.item.name, task.item.problem.work)
         try:
             return Outcome(task, future.result())
         except Exception as error:
-            failure = MdattnError.wrap(error, item=task.item.name, rank=self.group.rank)
+            failure = MdattnError.wrap(error, item=task.item.name, rank=self.group.world_rank)
             return Outcome(task, error=failure)
 
     def _ledger_error(self, *, drain: bool = False) -> MdattnError | None:
@@ -179,7 +172,7 @@ class Loop:
             step_of(ahead.task if ahead else None, behind.task if behind else None),
             error=_failure(behind) or error or _failure(ahead),
             refused=ahead.bad_item if ahead else None,
-            checksum=_checksum(behind) if behind else None,
+            word=_checksum(behind) if behind else None,
             stop=self.wants_to_stop(),
         )
 
@@ -201,9 +194,9 @@ class Loop:
         if BAD in checksums:
             root = checksums.index(BAD)
             own = behind.error.to_json() if behind.error and root == self.group.rank else None
-            told = MdattnError.from_json(self.group.bcast_bytes(own, root))
-            assert isinstance(told, ItemError)
-            self._fail(task.item, told)
+            error = MdattnError.from_json(self.group.bcast_bytes(own, root))
+            assert isinstance(error, ItemError)
+            self._fail(task.item, error)
             return
         if self.group.rank == 0:
             self.writes.run(self.files.commit, task, list(checksums))

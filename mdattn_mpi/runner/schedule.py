@@ -15,7 +15,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from itertools import pairwise
 from math import gcd
 
@@ -56,14 +56,6 @@ class Schedule:
     sizes: tuple[int, ...]
     reasons: tuple[str, ...]
 
-    @cached_property
-    def _places(self) -> dict[int, int]:
-        return {rank: place for place, rank in enumerate(self.order)}
-
-    def place(self, rank: int) -> int:
-        """Where `rank` stands in `order`."""
-        return self._places[rank]
-
     @property
     def signature(self) -> str:
         """What a resumed job must have in common with the one before it."""
@@ -91,7 +83,7 @@ class Schedule:
 
         None where the world's last ranks are too few for such a group: they leave that queue out.
         """
-        start = self.place(rank) // size * size
+        start = self.order.index(rank) // size * size
         return self.order[start : start + size] if start + size <= len(self.order) else None
 
     def items(self, queue: int, take: Take) -> Iterator[int]:

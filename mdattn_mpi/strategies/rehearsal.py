@@ -38,7 +38,7 @@ class Rehearsal:
     def copy(self, source: Shape, target: Shape) -> None:
         """Do nothing."""
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> None:
+    def exchange(self, send: Sequence[Message[Any]], receive: Sequence[Message[Any]]) -> None:
         """Do nothing."""
 
     def wait(self, transfer: None) -> None:

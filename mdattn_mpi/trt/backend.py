@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from mdattn_mpi.errors import MdattnError, RejectedError
+from mdattn_mpi.lockstep import together
 from mdattn_mpi.partition import equal_partition
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 from mdattn_mpi.trt.build import BuiltEngine, make_attention
@@ -67,14 +68,27 @@ class TensorRTBackend(EngineExecutor):
             A build that failed, or an engine that some rank can't load.
 
         """
+        specs = together(
+            self._group,
+            "choose engines",
+            lambda: self._specs(problems, strategy),
+            lambda specs: {"engines": [str(spec) for spec in specs]},
+        )
+        for spec in specs:
+            if not self._named and self._find(spec) is None:
+                self._runtime.load(self._runtime.share("build engine", self._builder(spec)))
+
+    def _specs(self, problems: Iterable[AttentionProblem], strategy: str) -> list[EngineSpec]:
+        """What the engines for `problems` must take; ranks with other libraries differ in it."""
         chosen: dict[StrategyName, list[AttentionProblem]] = {}
         for problem in dict.fromkeys(problems):
             with suppress(MdattnError):
                 chosen.setdefault(self._choose(problem, strategy)[0], []).append(problem)
-        for name, group in chosen.items():
-            for spec in spec_for(group, name, self._group.size):
-                if not self._named and self._find(spec) is None:
-                    self._runtime.load(self._runtime.share("build engine", self._builder(spec)))
+        return [
+            spec
+            for name, those in chosen.items()
+            for spec in spec_for(those, name, self._group.size)
+        ]
 
     def plan(self, problem: AttentionProblem, strategy: str, *, lse: bool) -> Plan:
         """Collective. Choose strategy and engine; build one where `prepare` built none."""

@@ -88,6 +88,11 @@ class Engine:
         """Return the shape of a tensor, -1 for a dynamic dim."""
         return tuple(self._engine.get_tensor_shape(name))
 
+    def extent(self, name: str, dim: int) -> tuple[int, int]:
+        """Return the shortest and the longest that a dim of an input may be."""
+        shortest, _, longest = self._engine.get_tensor_profile_shape(name, 0)
+        return shortest[dim], longest[dim]
+
     def dtype(self, name: str) -> np.dtype[Any]:
         """Return the dtype of a tensor; refuse one that a file can't hold."""
         found = self._engine.get_tensor_dtype(name)

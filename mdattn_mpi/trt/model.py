@@ -68,8 +68,19 @@ class Model(EngineExecutor):
         return TensorSpec(name, tuple(shape), self._engine.dtype(name).name, axis)
 
     def plan(self, problem: ModelProblem) -> ModelPlan:
-        """Refuse unequal shards under ``ring``: its engine takes no others."""
+        """Refuse lengths that the engine wasn't built for; ``ring`` takes equal shards only."""
         manifest = self.manifest
+        length = shard_length(problem.tokens, manifest.ranks)
+        for tensor in self.inputs:
+            assert tensor.token_dim is not None
+            shortest, longest = self._engine.extent(tensor.name, tensor.token_dim)
+            if not shortest <= length <= longest:
+                raise RejectedError(
+                    f"{problem.tokens} tokens are {length} a rank; the engine takes "
+                    f"{shortest} to {longest} a rank in {tensor.name!r}",
+                    fix="build it for more lengths (mdattn build --tokens), or leave the item out "
+                    "(--items)",
+                )
         if manifest.strategy == "ring" and problem.tokens % manifest.ranks:
             raise RejectedError(
                 f"{problem.tokens} tokens on {manifest.ranks} ranks: TensorRT's multi-device "

@@ -207,3 +207,21 @@ def test_an_engine_file_is_shared_checked_and_held_to(world: World, folder: Any)
     world.barrier()
     with pytest.raises(RejectedError, match="SHA-256"):
         DoubleBackend(world, real, engine=str(path))
+
+
+@on_ranks(2)
+def test_ranks_that_choose_other_engines_notice_before_one_is_built(world: World) -> None:
+    from mdattn_mpi.errors import DisagreementError, RejectedError
+    from tests.support.tensorrt_double import DoubleBackend
+
+    class Choosy(DoubleBackend):
+        def _choose(self, problem: Any, strategy: str) -> Any:
+            if world.rank == 1:
+                raise RejectedError("an older library")
+            return super()._choose(problem, strategy)
+
+    backend = Choosy(world, library())
+    with pytest.raises(DisagreementError, match="engines"):
+        backend.prepare(problems(), "allgather")
+    assert not backend.built
+    backend.close()

@@ -91,11 +91,11 @@ class Stream:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.queue: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+        self.queue: deque[tuple[Callable[[], bool], Callable[[], object]]] = deque()
         self.handle = len(machine.streams)
         machine.streams.append(self)
 
-    def push(self, act: Callable[[], None], ready: Callable[[], bool] = lambda: True) -> None:
+    def push(self, act: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> None:
         with self.machine.lock:
             self.queue.append((ready, act))
 
@@ -204,7 +204,8 @@ class FakeGpu:
         return self.machine.streams[handle]
 
     def view(self, array: Any, stream: Stream | None) -> View:
-        return array.view(stream)
+        found: View = array.view(stream)
+        return found
 
 
 class FakeLaunch(NamedTuple):

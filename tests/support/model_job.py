@@ -79,7 +79,7 @@ def main() -> int:
         def open_double(group: Any) -> DoubleRuntime:
             return DoubleRuntime(group, library())
 
-        module.open_runtime = open_double
+        module.open_runtime = open_double  # type: ignore[attr-defined]
         return work(arguments)
 
     run._work = with_doubles

@@ -141,6 +141,8 @@ class Double:
 class ModelEngine:
     """Stands for the engine of a model, and its context; "serialized" it is the ONNX file."""
 
+    longest = 1 << 20  # tokens a rank
+
     def __init__(self, double: Double, serialized: bytes) -> None:
         import onnx
 
@@ -180,6 +182,14 @@ class ModelEngine:
         (length,) = {shape[axes[each]] for each, shape in self._shapes.items()}
         places = enumerate(declared)
         return tuple(length if i == axes[name] else 1 if dim == -1 else dim for i, dim in places)
+
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        assert profile == 0
+        declared = tuple(self._tensors[name].shape)
+        return [
+            tuple(length if dim == -1 else dim for dim in declared)
+            for length in (1, self.longest, self.longest)
+        ]
 
     def set_communicator(self, capsule: Any) -> bool:
         self._double.tape.note("set_communicator")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
@@ -103,7 +103,7 @@ class HostDevice:
         """Refuse what this device can't do: nothing, on the host."""
         return ()
 
-    def prepare(self, problem: AttentionProblem, calls: Sequence[Rehearsed]) -> None:
+    def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
         """Do nothing: every call is ready."""
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
@@ -141,13 +141,13 @@ class HostDevice:
             _BlasLimit.release()
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time that the block takes to ``seconds[phase]``."""
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time that the block takes to ``seconds[part]``."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - start
+            self.seconds[part] += time.perf_counter() - start
 
 
 def processor() -> str:

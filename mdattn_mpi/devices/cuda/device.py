@@ -184,7 +184,9 @@ class CudaDevice:
 
     # -- messages ----------------------------------------------------------------------------------
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> Transfer:
+    def exchange(
+        self, send: Sequence[Message[DeviceArray]], receive: Sequence[Message[DeviceArray]]
+    ) -> Transfer:
         """Collective. Start sending and receiving; return once the hosts have spoken."""
         away, coming = _by_peer(send), _by_peer(receive)
         own, kept = away.pop(self._rank, []), coming.pop(self._rank, [])
@@ -336,7 +338,7 @@ class CudaDevice:
             self._nccl.abort()
 
 
-def _by_peer(messages: Sequence[Message]) -> dict[int, list[DeviceArray]]:
+def _by_peer(messages: Sequence[Message[DeviceArray]]) -> dict[int, list[DeviceArray]]:
     found: dict[int, list[DeviceArray]] = {}
     for array, peer in messages:
         if array.size:

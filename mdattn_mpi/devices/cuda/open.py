@@ -12,7 +12,7 @@ from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.memory import Memory
 from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
-from mdattn_mpi.lockstep import together
+from mdattn_mpi.lockstep import gather_together, together
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
@@ -213,14 +213,17 @@ def _check_alike(everyone: Sequence[Facts]) -> None:
 def _near(group: Group, gpu: Any, everyone: Sequence[Facts], transfer: str) -> list[int]:
     """Collective. Find the ranks that this one and that reach this one by copy engines."""
     own = everyone[group.rank]
-    reached = [
-        transfer != "nccl"
-        and rank != group.rank
-        and each["host"] == own["host"]
-        and bool(gpu.reaches(each["place"]))
-        for rank, each in enumerate(everyone)
-    ]
-    rows = group.allgather(reached)
+
+    def reached() -> list[bool]:
+        return [
+            transfer != "nccl"
+            and rank != group.rank
+            and each["host"] == own["host"]
+            and bool(gpu.reaches(each["place"]))
+            for rank, each in enumerate(everyone)
+        ]
+
+    rows = gather_together(group, "peers", reached)
     near = [rank for rank in range(group.size) if rows[group.rank][rank] and rows[rank][group.rank]]
     far = group.size * (group.size - 1) - sum(
         rows[a][b] and rows[b][a] for a in range(group.size) for b in range(group.size)

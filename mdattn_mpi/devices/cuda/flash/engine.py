@@ -19,6 +19,7 @@ PINNED = {"flash-attn-4": "4.0.0b36", "nvidia-cutlass-dsl": "4.8.1"}
 ALSO = ("apache-tvm-ffi", "quack-kernels")
 ARCHITECTURES = {9: "sm_90a"}
 LARGEST = 256  # head dim
+TILE_DIM = 16  # head dims are rounded up to multiples of it
 
 
 def why_not(sm: tuple[int, int]) -> str:
@@ -116,6 +117,10 @@ def refusal(call: AttentionCall) -> str:
     dims = (call.head_dim, call.v_head_dim)
     if any(dim % 8 or not 8 <= dim <= LARGEST for dim in dims):
         return f"head dims {dims[0]} and {dims[1]}: it takes multiples of 8 up to {LARGEST}"
+    if -(-dims[1] // TILE_DIM) > -(-dims[0] // TILE_DIM):
+        # The tile of the output takes the place of the queries' in shared memory: with H = 40 and
+        # Hv = 256 it wrote beyond that (CUDA error 700 on an H100).
+        return f"head dims {dims[0]} and {dims[1]}: the values' can't be larger than the queries'"
     if call.dtype not in ("bfloat16", "float16"):
         return f"dtype {call.dtype}: it takes bfloat16 and float16"
     return ""

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.open import open_cuda
-from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
@@ -343,8 +342,8 @@ def test_messages_that_do_not_match_are_an_error() -> None:
         like = device.upload(np.zeros((4, 1, 8), np.float16))
         peer = 1 - device.rank
         device.exchange(
-            [Message(like[0 : 2 + device.rank], peer)],
-            [Message(device.empty((2, 1, 8), like), peer)],
+            [(like[0 : 2 + device.rank], peer)],
+            [(device.empty((2, 1, 8), like), peer)],
         )
 
     with pytest.raises(DeviceError, match="expects 32 bytes where 48 come"):

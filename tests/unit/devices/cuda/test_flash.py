@@ -66,6 +66,9 @@ def test_why_it_can_not_be_used(
         ({"head_dim": 12}, "multiples of 8 up to 256"),
         ({"v_head_dim": 264}, "multiples of 8 up to 256"),
         ({"dtype": "float8"}, "bfloat16 and float16"),
+        ({"head_dim": 40, "v_head_dim": 256}, "can't be larger than the queries'"),
+        ({"head_dim": 64, "v_head_dim": 72}, "can't be larger than the queries'"),
+        ({"head_dim": 40, "v_head_dim": 48}, ""),  # the same tile
     ],
 )
 def test_what_its_kernel_can_not_do(change: dict[str, Any], why: str) -> None:
