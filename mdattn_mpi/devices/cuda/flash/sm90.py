@@ -69,10 +69,7 @@ def compile_kernel(key: KernelKey):
     Tensors have a batch dim of one before ours; the LSE is given as ``[1, heads, tokens]``, with
     the strides that it has.
     """
-    # FlashAttention picks tiles by the head dim of the query alone; a larger one of the values
-    # wouldn't fit into the registers of the tiles for small ones.
-    widest = max(key.head_dim, key.v_head_dim if key.v_head_dim > 128 else 0)
-    tile = _tile_size_fwd_sm90(widest, key.v_head_dim, key.causal, False)
+    tile = _tile_size_fwd_sm90(key.head_dim, key.v_head_dim, key.causal, False)
     kind = FlashAttentionForwardSm90 if key.out_dtype == key.dtype else Float32Output
     kernel = kind(
         TYPES[key.dtype],
