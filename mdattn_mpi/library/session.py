@@ -151,14 +151,7 @@ _left: list[Session] = []
 
 
 def session_of(comm: Any, seconds: float) -> Session:
-    """Collective on first use. The session that `comm` carries.
-
-    Parameters
-    ----------
-    comm
-        The caller's.
-    seconds
-        How long to wait for ranks, now and from now on.
+    """Collective on first use. The session that `comm` carries; ranks are waited for `seconds`.
 
     Raises
     ------

@@ -36,14 +36,8 @@ LOG_LINE = "%(asctime)s %(levelname)-7s %(message)s"
 
 PACKAGES = ("mdattn_mpi", "numpy", "h5py", "mpi4py", "ml_dtypes")
 
-PHASES = {
-    "read": "waiting for shards from the dataset",
-    "wait": "waiting for the other ranks",
-    "exchange": "waiting for transfers",
-    "compute": "computing",
-    "merge": "merging partial results",
-    "write": "waiting for shards of the output to be written",
-}
+# Where a rank's time goes: waiting for files and for the other ranks, transferring, computing.
+TIMES = ("read", "wait", "exchange", "compute", "merge", "write")
 
 
 def run_folder(spec: JobSpec) -> Path:
@@ -200,7 +194,7 @@ def time_table(ranks: Sequence[Mapping[str, Any]]) -> str:
     `ranks` holds for each rank ``host`` and ``seconds`` (of `rank_times`).
     """
     lines = [f"{'phase':<10}{'min':>10}{'mean':>10}{'max':>10}   slowest"]
-    for phase in PHASES:
+    for phase in TIMES:
         seconds = [rank["seconds"][phase] for rank in ranks]
         slowest = max(range(len(ranks)), key=seconds.__getitem__)
         mean = sum(seconds) / len(seconds)

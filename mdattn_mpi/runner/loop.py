@@ -36,14 +36,9 @@ class Outcome(Generic[S]):
     error: MdattnError | None = None
 
     @property
-    def bad_item(self) -> ItemError | None:
-        """What is wrong with this item and with nothing else."""
+    def refused(self) -> ItemError | None:
+        """What is wrong with this item and with nothing else; any other error ends the job."""
         return self.error if isinstance(self.error, ItemError) else None
-
-    @property
-    def failure(self) -> MdattnError | None:
-        """What ends the job."""
-        return None if isinstance(self.error, ItemError) else self.error
 
 
 @dataclass(frozen=True)
@@ -171,7 +166,7 @@ class Loop:
         return self.group.agree(
             step_of(ahead.task if ahead else None, behind.task if behind else None),
             error=_failure(behind) or error or _failure(ahead),
-            refused=ahead.bad_item if ahead else None,
+            refused=ahead.refused if ahead else None,
             word=_checksum(behind) if behind else None,
             stop=self.wants_to_stop(),
         )
@@ -209,7 +204,8 @@ class Loop:
 
 
 def _failure(outcome: Outcome[Any] | None) -> MdattnError | None:
-    return outcome.failure if outcome else None
+    """What ends the job."""
+    return outcome.error if outcome and not outcome.refused else None
 
 
 def _checksum(behind: Outcome[Written]) -> int:

@@ -31,17 +31,8 @@ from mdattn_mpi.trt.runtime import open_runtime
 class ModelWork:
     """A model's engine over every item of a file.
 
-    Parameters
-    ----------
-    spec
-        The job.
-    inputs, outputs
-        The engine's tensors in its order, each under the name of its dataset, -1 for the tokens.
-    bindings
-        What ``--bind`` said, by the engine's names.
-    engine_digest
-        SHA-256 of the engine.
-
+    `inputs` and `outputs` are the engine's tensors in its order, each under the name of its
+    dataset, -1 for the tokens; `bindings` is what ``--bind`` said, by the engine's own names.
     """
 
     def __init__(

@@ -197,7 +197,7 @@ def _auto(
     seconds: Time,
     costs: Costs,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Try each of `SHARES` on paper; take the one that ends first, small groups when in doubt."""
+    """Simulate each of `SHARES`; take the one that ends first, small groups when in doubt."""
     rungs, world = ladder(nodes), len(nodes)
     floors = [_floor(problem, rungs, costs) for problem in problems]
     order = _order(nodes)
@@ -272,16 +272,7 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def finish_times(schedule: Schedule, seconds: Time) -> list[float]:
-    """Play `schedule` on paper: when each rank (in `order`) has done its last item.
-
-    Parameters
-    ----------
-    schedule
-        What `make_schedule` returned.
-    seconds
-        How long an item takes on a group of so many ranks.
-
-    """
+    """Simulate `schedule`: when each rank (in `order`) has done its last item."""
     turns = [0] * len(schedule.queues)
 
     def take(queue: int) -> int:
