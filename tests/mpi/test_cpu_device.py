@@ -34,9 +34,9 @@ def test_everybody_with_everybody_in_order(world: Any) -> None:
             empty = [(np.zeros((0, 2, 3), dtype), peer) for peer in range(world.size)]
             transfer = device.exchange([*empty, *sent], [*received, *empty])
             device.wait(transfer)
-            for (peer, n), message in zip(everybody, received, strict=True):
+            for (peer, n), (array, _) in zip(everybody, received, strict=True):
                 expected = contents(peer, device.rank, n, dtype, tokens)
-                assert message.array.tobytes() == expected.tobytes()
+                assert array.tobytes() == expected.tobytes()
     assert device.seconds["exchange"] > 0
     device.close()
 

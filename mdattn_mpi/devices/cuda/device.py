@@ -27,6 +27,7 @@ from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
 from mdattn_mpi.estimate import Costs, gpu_costs, head_start
 from mdattn_mpi.problem import AttentionProblem, Span
 
+ALIGNED = 16  # bytes
 URGENT = 5  # as a stream; see `driver.Gpu.stream`
 
 
@@ -162,14 +163,15 @@ class CudaDevice:
         return Download(found, down.mark())
 
     def adopt(self, array: Any) -> DeviceArray:
-        """Take an array of another library on this GPU, by DLPack; copied only if it is strided.
+        """Take an array of another library on this GPU, by DLPack.
 
-        Who waits for whom is said in `interop`.
+        Copied only if it is strided, which messages can't be, or begins between multiples of 16
+        bytes, which kernels load at a time. Who waits for whom is said in `interop`.
         """
         adopted = self._interop.adopt(array)
-        if adopted.is_contiguous:
+        if adopted.is_contiguous and adopted.address % ALIGNED == 0:
             return adopted
-        own = self.memory.empty(adopted.shape, adopted.dtype)  # messages are contiguous
+        own = self.memory.empty(adopted.shape, adopted.dtype)
         self.copy(adopted, own)
         return own
 

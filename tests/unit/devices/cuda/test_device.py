@@ -525,3 +525,21 @@ def test_spans_without_a_result_are_found() -> None:
 
     assert complement([Span(2, 4), Span(6, 8)], 9) == [Span(0, 2), Span(4, 6), Span(8, 9)]
     assert complement([Span(0, 9)], 9) == []
+
+
+def test_an_array_that_begins_between_multiples_of_16_bytes_is_copied() -> None:
+    """Kernels load 16 bytes at a time."""
+    values = np.arange(33, dtype=np.float16).reshape(33, 1, 1)
+
+    def act(device: CudaDevice) -> NDArray[Any]:
+        device._interop.adopt = lambda array: array  # type: ignore[method-assign]
+        whole = device.upload(values)
+        assert device.adopt(whole) is whole
+        shifted = whole[slice(1, None)]
+        assert shifted.is_contiguous
+        adopted = device.adopt(shifted)
+        assert adopted.address % 16 == 0
+        return device.download(adopted).wait()[0]
+
+    (found,) = in_group(1, act)
+    assert np.array_equal(found, values[1:])
