@@ -234,7 +234,7 @@ def our_sides(
         found = end(begin(0))
         import torch
 
-        output = torch.from_dlpack(device.hand_over(found))
+        output = torch.from_dlpack(device.export(found))
         return Side(name, run, inputs.error(output, own, own))
 
     yield _alone(world, device, problem, inputs)
@@ -272,7 +272,7 @@ def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: 
         marks[-1].sync()
         return [later - earlier for earlier, later in pairwise(marks[1:])]
 
-    output = torch.from_dlpack(device.hand_over(call(0)))
+    output = torch.from_dlpack(device.export(call(0)))
     own = partition(problem, "ring", world.size).query[world.rank]
     return Side(ONE, run, inputs.error(output, (sequence,), own))
 

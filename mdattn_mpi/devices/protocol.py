@@ -162,7 +162,7 @@ class HostedDevice(Device[A, T, P], Protocol[A, T, P]):
         """Take an array of the caller's; copied only if it isn't contiguous."""
         ...
 
-    def hand_over(self, array: A) -> Any:
+    def export(self, array: A) -> Any:
         """Give an array to the caller; nothing is copied."""
         ...
 

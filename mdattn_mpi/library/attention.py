@@ -284,7 +284,7 @@ class Call:
                 self._compute()
             assert self._result is not None
             results = self._result if plan.lse else self._result[:1]
-            given = [self._shards.give(self._device.hand_over(result)) for result in results]
+            given = [self._shards.give(self._device.export(result)) for result in results]
             self._open.close()
         session.under_way.remove(self)
         if self in self._made._started:

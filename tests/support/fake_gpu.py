@@ -185,7 +185,7 @@ class FakeGpu:
     def reaches(self, place: str) -> bool:
         return True
 
-    def export(self, address: int) -> bytes:
+    def ipc_handle(self, address: int) -> bytes:
         return np.array([address] + [0] * 7, np.int64).tobytes()
 
     def open(self, handle: bytes) -> int:

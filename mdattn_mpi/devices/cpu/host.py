@@ -122,7 +122,7 @@ class HostDevice:
         """Take an array of the caller's as it is; copied only where it isn't contiguous."""
         return np.ascontiguousarray(array)
 
-    def hand_over(self, array: Array) -> Array:
+    def export(self, array: Array) -> Array:
         """Give an array to the caller."""
         return array
 
@@ -131,7 +131,7 @@ class HostDevice:
         return 0
 
     def abort(self) -> None:
-        """Let go without waiting for any other rank."""
+        """Release what can be released at once, waiting for no other rank."""
 
     def close(self) -> None:
         """End the threads and give BLAS back its own. Not needed at the end of a process."""

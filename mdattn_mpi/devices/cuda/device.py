@@ -175,9 +175,9 @@ class CudaDevice:
         self.copy(adopted, own)
         return own
 
-    def hand_over(self, array: DeviceArray) -> Any:
+    def export(self, array: DeviceArray) -> Any:
         """Give an array to the library that `adopt` was last given one of; nothing is copied."""
-        return self._interop.hand_over(array)
+        return self._interop.export(array)
 
     def mark(self) -> Any:
         """Record all kernels so far; marks give milliseconds by ``-`` once they are past."""
@@ -333,7 +333,7 @@ class CudaDevice:
         self.host.close()
 
     def abort(self) -> None:
-        """Let go without waiting for any other rank."""
+        """Release what can be released at once, waiting for no other rank."""
         self._open = False
         self._kernels.abort()
         if self._nccl is not None:

@@ -162,7 +162,7 @@ class Gpu:
             return True
         return bool(check(cu.cuDeviceCanAccessPeer(self.ordinal, other)))
 
-    def export(self, address: int) -> bytes:
+    def ipc_handle(self, address: int) -> bytes:
         """Make a handle by which another process can open an allocation."""
         return bytes(check(cu.cuIpcGetMemHandle(address)).reserved)
 
