@@ -12,29 +12,19 @@ These steps are an `Executor`'s; a model's engine has them too.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
-import numpy.typing as npt
 
+from mdattn_mpi.devices.protocol import AnyDevice as AnyDevice
+from mdattn_mpi.devices.protocol import Download as Download
+from mdattn_mpi.devices.protocol import HostArray as HostArray
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.lockstep import Group
+from mdattn_mpi.lockstep import Group, gather_together, together
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
-
-HostArray = npt.NDArray[Any]
-
-
-class Download(Protocol):
-    """Output shards on their way to the host."""
-
-    def wait(self) -> Sequence[HostArray]:
-        """Return the arrays, in the order of the outputs; any thread may call.
-
-        Of attention these are the output ``[Sq, Nq, Hv]`` and the LSE ``[Sq, Nq]``.
-        """
-        ...
 
 
 class Executor(Protocol):
@@ -107,12 +97,20 @@ class Running:
 class StrategyBackend:
     """Our own strategies over a device."""
 
-    def __init__(self, name: str, device: Any) -> None:
+    def __init__(self, name: str, device: AnyDevice) -> None:
         self.name = name
         self.device = device
 
     def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
-        """Do nothing: a device is ready for every problem."""
+        """Tell the device which calls will come; it needn't be asked twice about any problem."""
+        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies.rehearsal import rehearse
+
+        for problem in dict.fromkeys(problems):
+            with suppress(RejectedError):
+                plan = self.plan(problem, cast(Any, strategy), lse=False)
+                calls = rehearse(STRATEGIES[plan.strategy], plan, self.device.rank)
+                self.device.prepare(problem, calls)
 
     def plan(
         self, problem: AttentionProblem, strategy: StrategyName | Literal["auto"], *, lse: bool
@@ -120,14 +118,14 @@ class StrategyBackend:
         """Choose among ring, allgather and ulysses."""
         from mdattn_mpi.strategies import choose
 
-        self.device.check(problem)
+        kernel = self.device.check(problem)
         name, reasons = choose(problem, self.device.ranks, strategy, self.device.costs())
+        reasons = (*reasons, *kernel)
         return Plan(problem, name, self.device.ranks, self.name, lse, reasons=reasons)
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """Ask the device."""
-        found: HostArray = self.device.host_empty(shape, dtype)
-        return found
+        return self.device.host_empty(shape, dtype)
 
     def begin(self, plan: Plan, *shards: HostArray) -> Running:
         """Upload the shards and run the strategy up to its ``yield``."""
@@ -150,13 +148,13 @@ class StrategyBackend:
     def collect(self, running: Running) -> Download:
         """Start the download of output and LSE."""
         assert running.result is not None
-        download: Download = self.device.download(*running.result)
+        download = self.device.download(*running.result)
         running.result = None
         return download
 
     def describe(self) -> Mapping[str, str]:
         """Ask the device."""
-        return dict(self.device.describe())
+        return self.device.describe()
 
     def timings(self) -> Mapping[str, float]:
         """Ask the device."""
@@ -171,24 +169,40 @@ class StrategyBackend:
         self.device.abort()
 
 
-def _why_not_cuda(group: Group) -> str:
-    """Collective. Say why `cuda` can't be used on all ranks; empty when it can."""
-    from mdattn_mpi.devices.presence import why_no_cuda
-
-    answers = group.gather_bytes(why_no_cuda().encode())
-    refusals = [f"rank {rank}: {no.decode()}" for rank, no in enumerate(answers or ()) if no]
-    return group.bcast_bytes("; ".join(refusals[:1]).encode() if group.rank == 0 else None).decode()
-
-
 def backend_name(name: str, group: Group) -> str:
     """Collective. What `name` stands for: ``auto`` is cuda where all ranks have it, else cpu."""
+    from mdattn_mpi.devices.presence import why_no_cuda
+
     if name != "auto":
         return name
-    return "cpu" if _why_not_cuda(group) else "cuda"
+    return "cpu" if any(gather_together(group, "backend", why_no_cuda)) else "cuda"
+
+
+# Imports may fail on some ranks: apart from the opening, which is collective.
+
+
+def _import_cuda() -> Callable[..., Any]:
+    from mdattn_mpi.devices.cuda.open import open_cuda
+
+    return open_cuda
+
+
+def _import_tensorrt() -> Callable[[Group, str], Backend]:
+    from mdattn_mpi.trt.backend import TensorRTBackend
+    from mdattn_mpi.trt.runtime import open_runtime
+    from mdattn_mpi.trt.store import Cache
+
+    return lambda group, engine: TensorRTBackend(open_runtime(group), Cache.default(), engine)
 
 
 def open_backend(
-    name: str, group: Group, *, threads: int = 0, transfer: str = "auto", engine: str = ""
+    name: str,
+    group: Group,
+    *,
+    threads: int = 0,
+    transfer: str = "auto",
+    kernel: str = "auto",
+    engine: str = "",
 ) -> Backend:
     """Collective. Open the backend that the user named for this group of ranks.
 
@@ -201,6 +215,8 @@ def open_backend(
         Threads a rank on the CPU; 0 takes the rank's share of its node's cores.
     transfer
         How GPUs exchange shards; see `devices.cuda`.
+    kernel
+        What attends on GPUs: auto, cudnn or flash; see `devices.cuda`.
     engine
         A serialized TensorRT engine to use instead of building one.
 
@@ -216,12 +232,9 @@ def open_backend(
 
         return StrategyBackend("cpu", open_cpu(group, threads))
     if name == "cuda":
-        from mdattn_mpi.devices.cuda.open import open_cuda
-
-        return StrategyBackend("cuda", open_cuda(group, transfer=transfer))
+        open_cuda = together(group, "backend", _import_cuda)
+        return StrategyBackend("cuda", open_cuda(group, transfer=transfer, kernel=kernel))
     if name == "tensorrt":
-        from mdattn_mpi.trt.backend import open_tensorrt
-
-        backend: Backend = open_tensorrt(group, engine=engine)
-        return backend
+        open_tensorrt = together(group, "backend", _import_tensorrt)
+        return open_tensorrt(group, engine)
     raise RejectedError(f"backend {name!r}", fix="use cpu, cuda, tensorrt or auto")

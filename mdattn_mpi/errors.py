@@ -62,12 +62,9 @@ class MdattnError(Exception):
 
     def to_json(self) -> bytes:
         """Encode for the way to the other ranks."""
-        return json.dumps(
-            {"kind": type(self).__name__, "what": self.what, **self._where()}
-        ).encode()
-
-    def _where(self) -> dict[str, object]:
-        return {"fix": self.fix, "file": self.file, "item": self.item, "rank": self.rank}
+        names = ("what", "fix", "file", "item", "rank")
+        fields = {name: getattr(self, name) for name in names}
+        return json.dumps({"kind": type(self).__name__, **fields}).encode()
 
     @staticmethod
     def from_json(data: bytes) -> MdattnError:

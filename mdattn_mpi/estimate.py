@@ -40,6 +40,9 @@ FLOPS_PER_CORE = 6e10  # of a server's processor
 FILE_BANDWIDTH = 2e9  # bytes/s of one rank, from and to the files
 BATCH = 2  # items of a batch that a rank holds at a time: one computes, the next is on its way
 
+PLAN = 0.04  # seconds of a plan of cuDNN, which FlashAttention does without
+PARTIALS = 4  # of a GPU: one in which all are folded, two that wait for it, one under way
+
 TILE = 128  # query rows of one block of cuDNN's kernel
 # Seconds of attention a rank that make a head start worth it: 8k lost 0.1 ms by one, 16k won 0.06.
 HEAD_START = 5e-4
@@ -67,6 +70,8 @@ class Costs:
         Seconds that the first item of a shape takes besides, on every rank that computes it.
     memory
         Bytes that a rank may use for arrays, the smallest over the group; 0 where unknown.
+    partials
+        Partial results in float32 that `ring` holds of a row at a time, if there are as many ranks.
 
     """
 
@@ -78,9 +83,17 @@ class Costs:
     item: float = 0.0
     plan: float = 0.0
     memory: int = 0
+    partials: int = 1
 
 
-def gpu_costs(sm_major: int, multiprocessors: int, *, near: bool = True, memory: int = 0) -> Costs:
+def gpu_costs(
+    sm_major: int,
+    multiprocessors: int,
+    *,
+    near: bool = True,
+    memory: int = 0,
+    plan: float = PLAN,
+) -> Costs:
     """Costs of a GPU; `near` where all GPUs of its group reach each other by peer copies."""
     return Costs(
         flops=FLOPS_PER_MULTIPROCESSOR.get(sm_major, 2e12) * multiprocessors,
@@ -89,8 +102,9 @@ def gpu_costs(sm_major: int, multiprocessors: int, *, near: bool = True, memory:
         merge=2e12,
         call=1e-5,
         item=2e-4,
-        plan=0.04,  # of cuDNN: 33 to 45 ms
+        plan=plan,
         memory=memory,
+        partials=PARTIALS,
     )
 
 
@@ -107,9 +121,9 @@ def cpu_costs(memory: int = 0) -> Costs:
     )
 
 
-def typical_costs(backend: str, memory: int = 0) -> Costs:
+def typical_costs(backend: str, memory: int = 0, *, plan: float = PLAN) -> Costs:
     """Costs of a backend whose devices aren't open yet: an H100 or H200, or a core."""
-    return cpu_costs(memory) if backend == "cpu" else gpu_costs(9, 132, memory=memory)
+    return cpu_costs(memory) if backend == "cpu" else gpu_costs(9, 132, memory=memory, plan=plan)
 
 
 @dataclass(frozen=True)
@@ -167,7 +181,8 @@ def estimate(
         step = compute / ranks + costs.call
         merge = ranks * q_tokens * partial_row / costs.merge
         seconds = (ranks - 1) * max(step, hop) + step + merge
-        memory = held * (shards + min(2, ranks - 1) * kv_tokens * kv_row) + q_tokens * partial_row
+        partials = min(ranks, costs.partials) * q_tokens * partial_row
+        memory = held * (shards + min(2, ranks - 1) * kv_tokens * kv_row) + partials
         return Estimate(seconds, compute, (ranks - 1) * hop, merge, memory)
 
     if strategy == "allgather":
@@ -228,8 +243,8 @@ def least_ranks(problem: AttentionProblem, costs: Costs) -> int | None:
 def head_start(problem: AttentionProblem, ranks: int, costs: Costs, multiprocessors: int) -> int:
     """Query rows whose attention to a GPU's own keys takes as long as gathering the others.
 
-    For an item that nothing else hides the transfer of; see `strategies.allgather`. None if it
-    is so short that the host would be late with the two calls more.
+    For an item that nothing else hides the transfer of; see `strategies.allgather`. 0 if it is
+    so short that asking for two calls more would take longer than they save.
     """
     if ranks == 1 or problem.flops / ranks / costs.flops < HEAD_START:
         return 0

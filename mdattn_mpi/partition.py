@@ -82,16 +82,12 @@ def token_count(spans: Sequence[Span]) -> int:
     return sum(len(span) for span in spans)
 
 
-def pieces(spans: Sequence[Span]) -> tuple[tuple[Span, Span], ...]:
+@lru_cache(1 << 12)
+def pieces(spans: tuple[Span, ...]) -> tuple[tuple[Span, Span], ...]:
     """Pair each run of a shard with its place in the sequence: ``(local, tokens)``.
 
     Empty spans are left out; spans that continue the one before are joined to it.
     """
-    return _pieces(tuple(spans))
-
-
-@lru_cache(1 << 12)
-def _pieces(spans: tuple[Span, ...]) -> tuple[tuple[Span, Span], ...]:
     found: list[tuple[Span, Span]] = []
     local = 0
     for span in filter(len, spans):
@@ -118,7 +114,10 @@ class Block:
     causal: bool
 
 
-def blocks(query: Sequence[Span], kv: Sequence[Span], diagonal: int | None) -> tuple[Block, ...]:
+@lru_cache(1 << 12)  # the same few again and again, in items of one shape
+def blocks(
+    query: tuple[Span, ...], kv: tuple[Span, ...], diagonal: int | None
+) -> tuple[Block, ...]:
     """Cut "these queries against these keys" into rectangles that any kernel can run.
 
     Kernels know two masks, none and ``lower_right``; a shard's part of a causal mask is cut so
@@ -133,13 +132,6 @@ def blocks(query: Sequence[Span], kv: Sequence[Span], diagonal: int | None) -> t
         `AttentionProblem.diagonal`.
 
     """
-    return _blocks(tuple(query), tuple(kv), diagonal)
-
-
-@lru_cache(1 << 12)  # the same few again and again, in items of one shape
-def _blocks(
-    query: tuple[Span, ...], kv: tuple[Span, ...], diagonal: int | None
-) -> tuple[Block, ...]:
     if diagonal is None:
         q_rows, kv_rows = token_count(query), token_count(kv)
         return (Block(Span(0, q_rows), Span(0, kv_rows), False),) if q_rows and kv_rows else ()
@@ -192,7 +184,7 @@ class HeadShard:
 
 
 def head_shards(q_heads: int, kv_heads: int, ranks: int) -> tuple[HeadShard, ...]:
-    """Deal heads to ranks: whole kv heads while they last, then parts of their query groups.
+    """Give heads to ranks: whole kv heads while they last, then parts of their query groups.
 
     With at least as many kv heads as ranks, a rank gets whole groups (counts differ by one kv
     head at most). With fewer, each kv head is replicated on its share of the ranks, which split

@@ -9,8 +9,13 @@ from pathlib import Path
 from types import FrameType
 
 import pytest
+from hypothesis import settings
 
 TESTS = Path(__file__).parent
+# On a busy machine an example may take as long as it likes; the test has a timeout.
+settings.register_profile("mdattn", deadline=None)
+settings.load_profile("mdattn")
+
 ORDER = ("slurm", "mpi", "cli", "bench", "fuzz", "unit")
 
 

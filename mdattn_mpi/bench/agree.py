@@ -20,7 +20,7 @@ from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
-from mdattn_mpi.bench.measure import alternate, on_all_ranks, report, versions
+from mdattn_mpi.bench.measure import alternate, report, versions
 from mdattn_mpi.bench.options import add_rounds
 
 if TYPE_CHECKING:
@@ -36,12 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser, 400)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _measure(world, arguments))
-
-
-def _measure(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     calls = _calls(world, arguments.rounds)
     steps, watchdog = _steps(world, arguments.rounds)
     lockstep = steps["watched_step"] / steps["bare_step"] - 1
@@ -69,7 +65,7 @@ def _calls(world: World, rounds: int) -> dict[str, float]:
 
     def agree() -> None:
         for item in range(CALLS):
-            world.agree(Step(item, "begin", 0x123456789ABCDEF), checksum=item)
+            world.agree(Step(item, "begin", 0x123456789ABCDEF), word=item)
 
     def enter() -> None:
         for _ in range(CALLS):
@@ -99,7 +95,7 @@ def _steps(world: World, rounds: int) -> tuple[dict[str, float], float]:
             for name in PHASES:
                 clock.enter(name, "item-17", 1 << 20, MEANWHILE if name == "agree" else ())
                 if name == "agree":
-                    world.agree(Step(item, "begin", 0x123456789ABCDEF), checksum=item)
+                    world.agree(Step(item, "begin", 0x123456789ABCDEF), word=item)
                 elif name == "enqueue":
                     compute()
             world.board.progress(item, STEPS)

@@ -29,6 +29,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--transfer", default="auto", metavar="HOW", help="between GPUs: auto (default), copy, nccl"
     )
+    add("--kernel", default="auto", metavar="NAME", help="on GPUs: auto (default), cudnn, flash")
     add("--no-rivals", dest="rivals", action="store_false", help="GPUs: leave PyTorch out")
 
 

@@ -5,47 +5,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from statistics import geometric_mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import alternate, report
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, Span
 
+if TYPE_CHECKING:
+    from mdattn_mpi.devices.cpu.host import Array, HostDevice
+
 PAUSE = 0.01  # seconds between runs: PyTorch's threads spin for a while after they are done
 
 
-@dataclass(frozen=True)
-class Result:
-    """Medians in seconds; `ratio` is PyTorch's over ours.
-
-    ``numpy_exp`` is of our engine with NumPy's exp, whatever is installed.
-    """
-
-    problem: AttentionProblem
-    ours: float
-    theirs: float
-    numpy_exp: float
-
-    @property
-    def ratio(self) -> float:
-        """How many times faster ours is."""
-        return self.theirs / self.ours
-
-    @property
-    def exp_gain(self) -> float:
-        """How many times faster the exp that is used makes it than NumPy's."""
-        return self.numpy_exp / self.ours
-
-    def __str__(self) -> str:
-        gflops = self.problem.flops / 1e9
-        return (
-            f"{self.problem}: ours {self.ours * 1e3:.1f} ms ({gflops / self.ours:.0f} GFLOP/s), "
-            f"PyTorch {self.theirs * 1e3:.1f} ms ({gflops / self.theirs:.0f}), "
-            f"ratio {self.ratio:.2f}; exp gains {self.exp_gain:.2f}"
-        )
+Row = dict[str, Any]  # of a problem: its facts, medians in seconds, and what follows from them
 
 
 def main(problems: Sequence[AttentionProblem], rounds: int, *, as_json: bool) -> None:
@@ -57,35 +32,29 @@ def main(problems: Sequence[AttentionProblem], rounds: int, *, as_json: bool) ->
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
     devices = HostDevice(0, 1, threads), HostDevice(0, 1, threads, numpy_exp())
-    results = []
+    results: list[Row] = []
     for problem in problems:
-        kinds = sides(*devices, torch, problem)
-        took = alternate(kinds, rounds, before=partial(time.sleep, PAUSE))
-        results.append(Result(problem, **took))
+        took = alternate(sides(*devices, torch, problem), rounds, before=partial(time.sleep, PAUSE))
+        gains = {
+            "ratio": took["theirs"] / took["ours"],  # above 1, ours is faster
+            "exp_gain": took.pop("numpy_exp") / took["ours"],
+        }
+        results.append({**asdict(problem), **took, **gains})
         if not as_json:
-            print(results[-1], flush=True)
-    causal = causal_cost(results)
-    mean = geometric_mean(result.ratio for result in results)
-    exp_gain = geometric_mean(result.exp_gain for result in results)
+            print(_line(problem, results[-1]), flush=True)
     figures = {
-        "results": [
-            {
-                **asdict(r.problem),
-                "ours": r.ours,
-                "theirs": r.theirs,
-                "ratio": r.ratio,
-                "exp_gain": r.exp_gain,
-            }
-            for r in results
-        ],
-        "geometric_mean": mean,
-        "exp_gain": exp_gain,
-        "causal_cost": causal,
+        "results": results,
+        "geometric_mean": geometric_mean(row["ratio"] for row in results),
+        "exp_gain": geometric_mean(row["exp_gain"] for row in results),
+        "causal_cost": causal_cost(results),
     }
     rows = [
-        ("geometric mean of the ratios", f"{mean:.3f}"),
-        ("the same of our time with NumPy's exp over ours", f"{exp_gain:.3f}"),
-        *((f"our causal time / full, {where}", f"{cost:.2f}") for where, cost in causal.items()),
+        ("geometric mean of the ratios", f"{figures['geometric_mean']:.3f}"),
+        ("the same of our time with NumPy's exp over ours", f"{figures['exp_gain']:.3f}"),
+        *(
+            (f"our causal time / full, {where}", f"{cost:.2f}")
+            for where, cost in causal_cost(results).items()
+        ),
     ]
     facts = {
         "processor": processor(),
@@ -95,6 +64,15 @@ def main(problems: Sequence[AttentionProblem], rounds: int, *, as_json: bool) ->
         "rounds": str(rounds),
     }
     report(figures, rows, facts, as_json=as_json)
+
+
+def _line(problem: AttentionProblem, row: Row) -> str:
+    gflops = problem.flops / 1e9
+    return (
+        f"{problem}: ours {row['ours'] * 1e3:.1f} ms ({gflops / row['ours']:.0f} GFLOP/s), "
+        f"PyTorch {row['theirs'] * 1e3:.1f} ms ({gflops / row['theirs']:.0f}), "
+        f"ratio {row['ratio']:.2f}; exp gains {row['exp_gain']:.2f}"
+    )
 
 
 def _torch() -> Any:
@@ -107,22 +85,18 @@ def _torch() -> Any:
     return torch
 
 
-def causal_cost(results: Sequence[Result]) -> dict[str, float]:
+def causal_cost(results: Sequence[Row]) -> dict[str, float]:
     """Our time with a causal mask as a share of that without, for everything that has both."""
-    full = {_but_mask(r.problem): r.ours for r in results if r.problem.causal == "none"}
-    return {
-        where: r.ours / full[where]
-        for r in results
-        if r.problem.causal != "none" and (where := _but_mask(r.problem)) in full
-    }
-
-
-def _but_mask(problem: AttentionProblem) -> str:
-    return f"S={problem.q_tokens} H={problem.head_dim} {problem.dtype}"
+    ours: dict[bool, dict[str, float]] = {False: {}, True: {}}
+    for row in results:
+        where = f"S={row['q_tokens']} H={row['head_dim']} {row['dtype']}"
+        ours[row["causal"] != "none"][where] = row["ours"]
+    full, causal = ours[False], ours[True]
+    return {where: causal[where] / full[where] for where in causal if where in full}
 
 
 def sides(
-    ours: Any, with_numpy_exp: Any, torch: Any, problem: AttentionProblem
+    ours: HostDevice, with_numpy_exp: HostDevice, torch: Any, problem: AttentionProblem
 ) -> dict[str, Callable[[], Any]]:
     """Functions that compute the same attention of the same random inputs, on devices and PyTorch.
 
@@ -149,7 +123,7 @@ def sides(
         for tensor in tensors
     )
 
-    def attend(device: Any) -> Any:
+    def attend(device: HostDevice) -> Array:
         accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
         device.attend(accumulator, Span(0, len(q)), k, v, problem.causal != "none")
         return device.finish(accumulator)[0]

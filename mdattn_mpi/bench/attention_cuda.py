@@ -5,14 +5,14 @@ without it, whoever comes after a pause finds a cooler GPU and higher clocks. A 
 from the end of the one before it to its own end, by events on the GPU, the median over calls and
 rounds. For "one GPU" every GPU computes the whole item by itself, all at the same time. Of several
 ranks the slowest counts, on all sides alike: GPUs of one node differ by some percent. Inputs are
-random and rotate. A call of a lone item starts its transfers when the call before it has ended; in
-a stream of items they run while the item before computes.
+random and rotate. All sides but PyTorch's attend with the same kernel; what ``-s auto`` would take
+for a lone item is marked. A call of a lone item starts its transfers when the call before it has
+ended; in a stream of items they run while the item before computes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -64,15 +64,17 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
     from mdattn_mpi.devices.cuda.open import open_cuda
 
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    device = open_cuda(world, transfer=arguments.transfer, timings=False)
+    device = open_cuda(world, transfer=arguments.transfer, kernel=arguments.kernel, timings=False)
     rivals = Rivals(world, device) if arguments.rivals else None
     results = []
     for problem in problems:
         sides = measure(world, device, problem, arguments.rounds, rivals)
-        if sides:
-            results.append({**asdict(problem), "sides": sides})
+        kernel, auto = device.check(problem)[0], taken_by_auto(device, problem)
+        if world.rank == 0:
+            found = {**asdict(problem), "kernel": kernel, "auto": auto, "sides": sides}
+            results.append(found)
             if not arguments.json:
-                print(_lines(problem, sides, world.size), flush=True)
+                print(_lines(problem, found, world.size), flush=True)
     facts = {**device.describe(), **versions("torch"), "rounds": str(arguments.rounds)}
     if rivals:
         rivals.close()
@@ -82,6 +84,17 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
         report(figures, (), facts, as_json=arguments.json)
 
 
+def taken_by_auto(device: CudaDevice, problem: AttentionProblem) -> str:
+    """Return the side that ``-s auto`` takes for an item that stands alone."""
+    from mdattn_mpi.strategies import choose
+
+    if device.ranks == 1:
+        return ONE
+    name, _ = choose(problem, device.ranks, "auto", device.costs(), batch=False)
+    early = name == "allgather" and device.head_start(problem)
+    return f"{name}, head start" if early else name
+
+
 def measure(
     world: World,
     device: CudaDevice,
@@ -89,7 +102,7 @@ def measure(
     rounds: int,
     rivals: Rivals | None,
 ) -> dict[str, dict[str, Any]]:
-    """Collective. Time all sides in turn; rank 0 gets milliseconds and errors by name."""
+    """Collective. Time all sides in turn; milliseconds and errors by name."""
     import torch
 
     inputs = Inputs(problem, seed=17)
@@ -107,10 +120,7 @@ def measure(
         calls = max(2, min(40, int(SECONDS / expected)))
         side.times += side.run(calls)
     own = {side.name: {"ms": side.milliseconds, "error": side.error} for side in sides}
-    gathered = world.gather_bytes(json.dumps(own).encode())
-    every = [json.loads(each) for each in gathered or ()]
-    if not every:
-        return {}
+    every = world.allgather(own)
     return {
         name: {
             **{kind: max(each[name][kind] for each in every) for kind in kinds},
@@ -224,7 +234,7 @@ def our_sides(
         found = end(begin(0))
         import torch
 
-        output = torch.from_dlpack(device.hand_over(found))
+        output = torch.from_dlpack(device.export(found))
         return Side(name, run, inputs.error(output, own, own))
 
     yield _alone(world, device, problem, inputs)
@@ -262,7 +272,7 @@ def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: 
         marks[-1].sync()
         return [later - earlier for earlier, later in pairwise(marks[1:])]
 
-    output = torch.from_dlpack(device.hand_over(call(0)))
+    output = torch.from_dlpack(device.export(call(0)))
     own = partition(problem, "ring", world.size).query[world.rank]
     return Side(ONE, run, inputs.error(output, (sequence,), own))
 
@@ -352,15 +362,16 @@ class Rivals:
                 yield shards
 
 
-def _lines(problem: AttentionProblem, sides: dict[str, dict[str, Any]], ranks: int) -> str:
+def _lines(problem: AttentionProblem, result: dict[str, Any], ranks: int) -> str:
     """A table of one problem: milliseconds, share of ideal, against PyTorch's best, error."""
+    sides: dict[str, dict[str, Any]] = result["sides"]
     one = sides[ONE]
     theirs = min((sides[name]["ms"] for name in THEIRS if name in sides), default=float("nan"))
     rows = [("", "ms", "of ranks", "share of ideal", "PyTorch's / it", "error", "/ one GPU's")]
     for name, found in sides.items():
         rows.append(
             (
-                name,
+                f"auto: {name}" if name == result["auto"] else name,
                 f"{found['ms']:.3f}",
                 " ".join(f"{ms:.3f}" for ms in found["ms of ranks"]),
                 f"{one['ms'] / found['ms'] / (1 if name == ONE else ranks):.3f}",
@@ -369,4 +380,4 @@ def _lines(problem: AttentionProblem, sides: dict[str, dict[str, Any]], ranks: i
                 f"{found['error'] / one['error']:.3f}",
             )
         )
-    return "\n".join([str(problem), *table(rows), ""])
+    return "\n".join([str(problem), result["kernel"], *table(rows), ""])

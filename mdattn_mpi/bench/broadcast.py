@@ -13,7 +13,7 @@ import argparse
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.bench.measure import alternate, on_all_ranks, report, versions
+from mdattn_mpi.bench.measure import alternate, report, versions
 from mdattn_mpi.bench.options import add_rounds
 
 if TYPE_CHECKING:
@@ -26,12 +26,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _measure(world, arguments))
-
-
-def _measure(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     kinds = _kinds(world, arguments.mib << 20)
     seconds = alternate(kinds, arguments.rounds, before=world.control.Barrier, world=world)
     rates = {name: arguments.mib / 1024 / took for name, took in seconds.items()}

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 
 if TYPE_CHECKING:
-    from mdattn_mpi.lockstep import World
+    from mdattn_mpi.backends import Backend, HostArray
+    from mdattn_mpi.lockstep import Group, World
+    from mdattn_mpi.problem import AttentionProblem, Plan
 
 HERE = Path(__file__).parent
 
@@ -32,6 +34,47 @@ def on_all_ranks(measure: Callable[[World], None]) -> int:
         return 0
 
     return watch(run)
+
+
+class Side(NamedTuple):
+    """A group's CPU backend and plan; `random_shards` and `attend` use them."""
+
+    backend: Backend
+    plan: Plan
+    rank: int
+
+    @staticmethod
+    def open(group: Group, strategy: Any, threads: int, problem: AttentionProblem) -> Side:
+        """Collective. Open the backend with `threads` a rank, and plan."""
+        from mdattn_mpi.backends import open_backend
+
+        backend = open_backend("cpu", group, threads=threads)
+        return Side(backend, backend.plan(problem, strategy, lse=False), group.rank)
+
+    def random_shards(self) -> list[HostArray]:
+        """This rank's query, key and value; making them takes no other memory to speak of."""
+        import numpy as np
+
+        from mdattn_mpi.dataset import NUMPY, TENSORS
+        from mdattn_mpi.dataset.making import shapes
+        from mdattn_mpi.partition import partition_of, token_count
+
+        problem, owners = self.plan.problem, partition_of(self.plan)
+        random, shards = np.random.default_rng(self.rank), []
+        for tensor in TENSORS:
+            spans = (owners.query if tensor == "query" else owners.kv)[self.rank]
+            shape = (token_count(spans), *shapes(problem)[tensor][1:])
+            shards.append(np.empty(shape, NUMPY[problem.dtype]))
+            for start in range(0, shape[0], 1024):
+                some = shards[-1][start : start + 1024]
+                some[...] = random.standard_normal(some.shape, np.float32)
+        return shards
+
+    def attend(self, shards: Sequence[HostArray]) -> None:
+        """Collective. Attend once."""
+        running = self.backend.begin(self.plan, *shards)
+        self.backend.enqueue(running)
+        self.backend.collect(running).wait()
 
 
 def alternate(

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mdattn_mpi.bench.measure import on_all_ranks, report
+from mdattn_mpi.bench.measure import Side, report
 from mdattn_mpi.bench.options import add_shapes, one_problem
 from mdattn_mpi.problem import STRATEGY_NAMES
 
@@ -27,12 +27,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shapes(parser, lengths=(131072,), q_heads=1, kv_heads=1)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _measure(world, arguments))
-
-
-def _measure(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     every = world.allgather(_peak(world, arguments))
     if world.rank == 0:
         rows = [("rank", "own K and V", "peak")] + [
@@ -47,34 +43,14 @@ def _peak(world: World, arguments: argparse.Namespace) -> dict[str, int]:
     """Collective. Bytes of the rank's shards, and the peak of everything while it attends."""
     import tracemalloc
 
-    import numpy as np
-
-    from mdattn_mpi.backends import open_backend
-    from mdattn_mpi.dataset import NUMPY
-    from mdattn_mpi.partition import partition_of, token_count
-
     problem = replace(one_problem(arguments), q_tokens=world.size)
-    backend = open_backend("cpu", world, threads=1)
-    plan = backend.plan(problem, arguments.strategy, lse=False)
-    owners = partition_of(plan)
+    side = Side.open(world, arguments.strategy, 1, problem)
 
     def attend() -> int:
         """Attend to random shards; return their bytes."""
-        random = np.random.default_rng(world.rank)
-
-        def shard(spans: Any, heads: int) -> Any:
-            array = np.empty((token_count(spans), heads, problem.head_dim), NUMPY[problem.dtype])
-            for token in range(0, len(array), 1024):  # so that it takes no memory to speak of
-                some = array[token : token + 1024]
-                some[...] = random.standard_normal(some.shape, np.float32)
-            return array
-
-        q = shard(owners.query[world.rank], problem.q_heads)
-        k, v = (shard(owners.kv[world.rank], problem.kv_heads) for _ in range(2))
-        running = backend.begin(plan, q, k, v)
-        backend.enqueue(running)
-        backend.collect(running).wait()
-        return int(k.nbytes + v.nbytes)
+        shards = side.random_shards()
+        side.attend(shards)
+        return sum(shard.nbytes for shard in shards[1:])
 
     tracemalloc.start()  # NumPy reports its arrays
     before = tracemalloc.get_traced_memory()[0]
@@ -82,5 +58,5 @@ def _peak(world: World, arguments: argparse.Namespace) -> dict[str, int]:
     peak = tracemalloc.get_traced_memory()[1] - before
     tracemalloc.stop()
     world.barrier()
-    backend.close()
+    side.backend.close()
     return {"shards": shards, "peak": peak}

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.bench.measure import on_all_ranks, report, surroundings
+from mdattn_mpi.bench.measure import report, surroundings
 from mdattn_mpi.bench.options import add_shapes, numbers, problems
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, Plan
@@ -40,13 +40,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shapes(parser, lengths=(8192, 32768, 131072), causal="both")
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure what the file lacks, then predict."""
-    return on_all_ranks(lambda world: _main(world, arguments))
-
-
-def _main(world: World, arguments: argparse.Namespace) -> None:
-    from mdattn_mpi.bench.stopwatch import measure
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure what the file lacks, then predict."""
+    from mdattn_mpi.bench import stopwatch
     from mdattn_mpi.bench.timeline import calls, trace
     from mdattn_mpi.strategies import STRATEGIES
 
@@ -65,7 +61,7 @@ def _main(world: World, arguments: argparse.Namespace) -> None:
         for call in calls(trace(one, STRATEGIES[one.strategy]))
     }
     if missing := sorted(needed - timings.attend.keys()):
-        timings = measure(world, timings, missing)
+        timings = stopwatch.measure(world, timings, missing)
         _save(world, arguments.kernels, timings)
     if world.rank == 0:
         rows = [{**_predict(plan, timings), **measured.get(plan, {})} for plan in plans]

@@ -11,34 +11,18 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-from mdattn_mpi.bench.measure import alternate, on_all_ranks, report, versions
+from mdattn_mpi.bench.measure import Side, alternate, report, versions
 from mdattn_mpi.bench.options import add_rounds, add_shapes, one_problem
 from mdattn_mpi.errors import RejectedError
 
 if TYPE_CHECKING:
-    from mdattn_mpi.backends import Backend
     from mdattn_mpi.lockstep import Group, World
-    from mdattn_mpi.problem import AttentionProblem, Plan
+    from mdattn_mpi.problem import AttentionProblem
 
 NAP = 0.002  # seconds; ranks that have nothing to do must leave their core to the one that has
-
-
-class Side(NamedTuple):
-    """A group with its backend and shards, ready to attend."""
-
-    backend: Backend
-    plan: Plan
-    shards: Sequence[Any]
-
-    def attend(self) -> Any:
-        """Collective. Attend once."""
-        running = self.backend.begin(self.plan, *self.shards)
-        self.backend.enqueue(running)
-        return self.backend.collect(running).wait()
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,12 +34,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_rounds(parser)
 
 
-def main(arguments: argparse.Namespace) -> int:
-    """Measure on all ranks."""
-    return on_all_ranks(lambda world: _measure(world, arguments))
-
-
-def _measure(world: World, arguments: argparse.Namespace) -> None:
+def measure(world: World, arguments: argparse.Namespace) -> None:
+    """Collective. Measure; rank 0 prints."""
     _refuse_bound_cores(world)
     alone = world.split(world.rank)
     speed = {
@@ -86,45 +66,24 @@ def _compare(
     world: World, alone: Group, strategy: str, problem: AttentionProblem, rounds: int
 ) -> dict[str, float]:
     """Collective. Medians of both sides in seconds, until the last rank is done."""
-    together = _side(world, strategy, 1, problem)
-    single = _side(alone, "ring", world.size, problem)
+    together = Side.open(world, strategy, 1, problem)
+    single = Side.open(alone, "ring", world.size, problem)
+    part, whole = together.random_shards(), single.random_shards()
     meet = partial(_meet, world)
 
     def threads() -> None:
         if world.rank == 0:
-            single.attend()
+            single.attend(whole)
         meet()
 
     def ranks() -> None:
-        together.attend()
+        together.attend(part)
         meet()
 
     took = alternate({"ranks": ranks, "threads": threads}, rounds, before=meet, world=world)
     together.backend.close()
     single.backend.close()
     return {**took, "speed": took["threads"] / took["ranks"]}
-
-
-def _side(group: Group, strategy: Any, threads: int, problem: AttentionProblem) -> Side:
-    """Collective. The same random item whatever the group; a rank makes its own shard of it."""
-    import numpy as np
-
-    from mdattn_mpi.backends import open_backend
-    from mdattn_mpi.dataset import NUMPY, TENSORS
-    from mdattn_mpi.dataset.making import shapes
-    from mdattn_mpi.partition import partition_of
-
-    backend = open_backend("cpu", group, threads=threads)
-    plan = backend.plan(problem, strategy, lse=False)
-    owners = partition_of(plan)
-    shards = []
-    for number, tensor in enumerate(TENSORS):
-        random = np.random.default_rng(number)
-        whole = random.standard_normal(shapes(problem)[tensor], np.float32)
-        spans = (owners.query if tensor == "query" else owners.kv)[group.rank]
-        parts = [whole[span.slice] for span in spans]
-        shards.append(np.concatenate(parts).astype(NUMPY[problem.dtype]))
-    return Side(backend, plan, shards)
 
 
 def _meet(world: World) -> None:

@@ -18,6 +18,7 @@ from mdattn_mpi.bench.attention_cuda import SECONDS, pause
 
 if TYPE_CHECKING:
     from mdattn_mpi.bench.timeline import Call, Timings
+    from mdattn_mpi.devices.cuda.device import CudaDevice
     from mdattn_mpi.lockstep import World
 
 LINK_BYTES = 1 << 26
@@ -78,7 +79,7 @@ def _with_links(world: World, watch: Stopwatch, timings: Timings) -> Timings:
 class Stopwatch:
     """Times calls that end in an array, on a GPU: asking for them isn't doing them."""
 
-    def __init__(self, device: Any) -> None:
+    def __init__(self, device: CudaDevice) -> None:
         self.device = device
         self._lead = attention(device, _call(LEAD, LEAD))
         self._burst(self._lead, 1)
@@ -141,7 +142,7 @@ class Stopwatch:
         return perf_counter() - start
 
 
-def attention(device: Any, call: Call, times: int = 1) -> Callable[[], Any]:
+def attention(device: CudaDevice, call: Call, times: int = 1) -> Callable[[], Any]:
     """Attend `times` with all rows to random data, and finish."""
     from mdattn_mpi.problem import Span
 
@@ -158,7 +159,7 @@ def attention(device: Any, call: Call, times: int = 1) -> Callable[[], Any]:
     return once
 
 
-def copying(device: Any, nbytes: int = LINK_BYTES) -> Callable[[], Any]:
+def copying(device: CudaDevice, nbytes: int = LINK_BYTES) -> Callable[[], Any]:
     """Copy inside the device."""
     source = _random(device, (nbytes // 2, 1, 1))
     target = device.empty(source.shape, source)
@@ -170,16 +171,14 @@ def copying(device: Any, nbytes: int = LINK_BYTES) -> Callable[[], Any]:
     return once
 
 
-def exchanging(device: Any, nbytes: int) -> Callable[[], Any]:
+def exchanging(device: CudaDevice, nbytes: int) -> Callable[[], Any]:
     """Send a message to the next rank while one comes from the rank before; look at it."""
-    from mdattn_mpi.devices.protocol import Message
-
     there = _random(device, (nbytes // 2, 1, 1))
     here, seen = device.empty(there.shape, there), device.empty((1, 1, 1), there)
     after, before = (device.rank + 1) % device.ranks, (device.rank - 1) % device.ranks
 
     def once() -> Any:
-        device.wait(device.exchange([Message(there, after)], [Message(here, before)]))
+        device.wait(device.exchange([(there, after)], [(here, before)]))
         device.copy(here[:1], seen)  # the next message can't come before this
         return seen
 
@@ -246,7 +245,7 @@ def _call(rows: int, keys: int) -> Call:
     return Call(rows, keys, HEADS, HEADS, DIM, DIM, causal=False)
 
 
-def _random(device: Any, shape: tuple[int, ...]) -> Any:
+def _random(device: CudaDevice, shape: tuple[int, ...]) -> Any:
     import ml_dtypes
     import numpy as np
 

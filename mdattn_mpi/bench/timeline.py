@@ -10,15 +10,16 @@ takes longer than doing: `host_seconds`.
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from math import prod
 from typing import Any, Literal, NamedTuple
 
-from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.devices.protocol import NO_ROWS, Message
 from mdattn_mpi.partition import partition_of, token_count
 from mdattn_mpi.problem import Plan, Span
+from mdattn_mpi.strategies import Attend
 
 HALF, SINGLE = 2, 4  # bytes of a 16-bit number and of a float32
 
@@ -74,11 +75,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class Shape:
-    """An array without contents: a view of the storage numbered `storage`."""
+    """An array without contents: a view of the buffer numbered `buffer`."""
 
     shape: tuple[int, ...]
     itemsize: int
-    storage: int
+    buffer: int
 
     @property
     def nbytes(self) -> int:
@@ -91,7 +92,7 @@ class Shape:
             len(range(*part.indices(extent)))
             for part, extent in zip(parts, self.shape, strict=False)
         )
-        return Shape(cut + self.shape[len(cut) :], self.itemsize, self.storage)
+        return Shape(cut + self.shape[len(cut) :], self.itemsize, self.buffer)
 
 
 class Compute(NamedTuple):
@@ -105,10 +106,10 @@ class Compute(NamedTuple):
 
 
 class Parcel(NamedTuple):
-    """A message as one end posts it: `storage` is read by the sender, written by the receiver."""
+    """A message as one end posts it: `buffer` is read by the sender, written by the receiver."""
 
     peer: int
-    storage: int
+    buffer: int
     nbytes: int
 
 
@@ -138,7 +139,7 @@ class Tracer:
     _numbers: Any = field(default_factory=count)
 
     def array(self, shape: tuple[int, ...], itemsize: int = HALF) -> Shape:
-        """An array of its own storage."""
+        """An array of its own buffer."""
         return Shape(shape, itemsize, next(self._numbers))
 
     def empty(self, shape: tuple[int, ...], like: Shape) -> Shape:
@@ -148,21 +149,23 @@ class Tracer:
     def copy(self, source: Shape, target: Shape) -> None:
         """See `protocol.Device`."""
         self.verbs.append(
-            Compute(
-                "copy", (source.storage,), (target.storage,), None, source.nbytes + target.nbytes
-            )
+            Compute("copy", (source.buffer,), (target.buffer,), None, source.nbytes + target.nbytes)
         )
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> Exchange:
+    def exchange(
+        self, send: Sequence[Message[Shape]], receive: Sequence[Message[Shape]]
+    ) -> Exchange:
         """See `protocol.Device`; arrival is what the simulation finds out."""
         self.verbs.append(exchange := Exchange(_parcels(send), _parcels(receive)))
         return exchange
 
     def wait(self, transfer: Exchange) -> None:
         """See `protocol.Device`."""
-        self.verbs.append(Wait(tuple(parcel.storage for parcel in transfer.receives)))
+        self.verbs.append(Wait(tuple(parcel.buffer for parcel in transfer.receives)))
 
-    def accumulator(self, q: Shape, v_head_dim: int, scale: float) -> _Accumulator:
+    def accumulator(
+        self, q: Shape, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+    ) -> _Accumulator:
         """See `protocol.Device`."""
         rows, heads = q.shape[:2]
         return _Accumulator(
@@ -177,8 +180,8 @@ class Tracer:
             _, heads, dim = accumulator.q.shape
             call = Call(len(rows), k.shape[0], heads, k.shape[1], dim, v.shape[2], causal)
             accumulator.calls.append(rows)
-            storages = (accumulator.q.storage, k.storage, v.storage)
-            self.verbs.append(Compute("attend", storages, (accumulator.output.storage,), call))
+            buffers = (accumulator.q.buffer, k.buffer, v.buffer)
+            self.verbs.append(Compute("attend", buffers, (accumulator.output.buffer,), call))
 
     def finish(self, accumulator: _Accumulator) -> tuple[Shape, Shape]:
         """See `protocol.Device`: rows with one partial result need no merge."""
@@ -186,8 +189,8 @@ class Tracer:
         row = (output.nbytes + lse.nbytes) // max(1, output.shape[0])
         rows = sum(map(len, accumulator.calls))
         merged = rows + output.shape[0] if rows > output.shape[0] else 0
-        writes = (output.storage, lse.storage)
-        self.verbs.append(Compute("finish", (output.storage,), writes, None, merged * row))
+        writes = (output.buffer, lse.buffer)
+        self.verbs.append(Compute("finish", (output.buffer,), writes, None, merged * row))
         return output, lse
 
 
@@ -199,15 +202,13 @@ class _Accumulator:
     calls: list[Span] = field(default_factory=list)
 
 
-def _parcels(messages: Sequence[Message]) -> tuple[Parcel, ...]:
+def _parcels(messages: Sequence[Message[Shape]]) -> tuple[Parcel, ...]:
     return tuple(
-        Parcel(message.peer, message.array.storage, message.array.nbytes)
-        for message in messages
-        if message.array.nbytes
+        Parcel(peer, array.buffer, array.nbytes) for array, peer in messages if array.nbytes
     )
 
 
-def trace(plan: Plan, attend: Callable[..., Any], items: int = 1) -> list[list[Verb]]:
+def trace(plan: Plan, attend: Attend, items: int = 1) -> list[list[Verb]]:
     """Note what each rank does for a batch of `items` alike, the next always begun ahead."""
     owners, problem = partition_of(plan), plan.problem
     traces = []
@@ -262,7 +263,7 @@ def _asking(verb: Verb, rank: int, host: Mapping[str, float]) -> float:
 
 @dataclass
 class _Rank:
-    """Where one rank stands in virtual time; storages are ready, or free, from a time on."""
+    """Where one rank stands in virtual time; buffers are ready, or free, from a time on."""
 
     verbs: deque[Verb]
     clock: float = 0.0  # of the compute engine
@@ -272,7 +273,7 @@ class _Rank:
     ready: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     free: dict[int, float] = field(default_factory=lambda: defaultdict(float))
     coming: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # messages not yet
-    going: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # timed, by storage
+    going: dict[int, int] = field(default_factory=lambda: defaultdict(int))  # timed, by buffer
 
 
 class _Posted(NamedTuple):
@@ -325,23 +326,23 @@ def _blocked(rank: _Rank, verb: Verb) -> bool:
     """Whether a verb needs an array that still comes or goes, at a time that isn't known yet."""
     if isinstance(verb, Compute | Wait):
         reads = verb.reads if isinstance(verb, Compute) else verb.arrays
-        return any(rank.coming[storage] for storage in reads)
-    return any(rank.coming[parcel.storage] for parcel in verb.sends) or any(
-        rank.going[parcel.storage] for parcel in verb.receives
+        return any(rank.coming[buffer] for buffer in reads)
+    return any(rank.coming[parcel.buffer] for parcel in verb.sends) or any(
+        rank.going[parcel.buffer] for parcel in verb.receives
     )
 
 
 def _post(number: int, rank: _Rank, exchange: Exchange, posted: _Post) -> None:
     for parcel in exchange.sends:
-        rank.going[parcel.storage] += 1
-        posted[number, parcel.peer][0].append(_Posted(parcel, rank.ready[parcel.storage]))
+        rank.going[parcel.buffer] += 1
+        posted[number, parcel.peer][0].append(_Posted(parcel, rank.ready[parcel.buffer]))
     for parcel in exchange.receives:
-        rank.coming[parcel.storage] += 1
-        posted[parcel.peer, number][1].append(_Posted(parcel, rank.free[parcel.storage]))
+        rank.coming[parcel.buffer] += 1
+        posted[parcel.peer, number][1].append(_Posted(parcel, rank.free[parcel.buffer]))
 
 
 def _compute(rank: _Rank, verb: Compute, timings: Timings) -> None:
-    start = max([rank.clock, *(rank.ready[storage] for storage in verb.reads)])
+    start = max([rank.clock, *(rank.ready[buffer] for buffer in verb.reads)])
     if verb.call:
         busy = rank.attends and start == rank.clock
         alone = timings.attend[verb.call]
@@ -352,10 +353,10 @@ def _compute(rank: _Rank, verb: Compute, timings: Timings) -> None:
         seconds = timings.launch + verb.nbytes / timings.merge if verb.nbytes else 0.0
     rank.attends = verb.call is not None
     rank.clock = start + seconds
-    for storage in verb.reads:
-        rank.free[storage] = max(rank.free[storage], rank.clock)
-    for storage in verb.writes:
-        rank.ready[storage] = rank.clock
+    for buffer in verb.reads:
+        rank.free[buffer] = max(rank.free[buffer], rank.clock)
+    for buffer in verb.writes:
+        rank.ready[buffer] = rank.clock
 
 
 def _deliver(source: _Rank, target: _Rank, sent: _Posted, place: _Posted, timings: Timings) -> None:
@@ -364,7 +365,7 @@ def _deliver(source: _Rank, target: _Rank, sent: _Posted, place: _Posted, timing
     It passes both ports, each of which takes what comes in turn; one doesn't hold up the other.
     """
     start = max(sent.time, place.time)
-    nbytes, gone, got = sent.parcel.nbytes, sent.parcel.storage, place.parcel.storage
+    nbytes, gone, got = sent.parcel.nbytes, sent.parcel.buffer, place.parcel.buffer
     if source is target:
         end = start + nbytes / (timings.memory / 2)
     else:

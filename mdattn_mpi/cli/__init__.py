@@ -1,4 +1,4 @@
-"""The command line: one module a command, each with `add_parser` and `main`.
+"""The command line: one module a command, each with `add_options` and `main`.
 
 Only the module of the command that is named is imported.
 """
@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 
-from mdattn_mpi.errors import MdattnError
+from mdattn_mpi.cli.options import add_command
+from mdattn_mpi.errors import MdattnError, wrapped
 from mdattn_mpi.lockstep import launcher
 
 COMMANDS = {  # and what `mdattn --help` says of them
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except MdattnError as error:
-        print(f"mdattn: error: {error}", file=sys.stderr)
+        print(wrapped(f"mdattn: error: {error}"), file=sys.stderr)
         return error.exit_code
 
 
@@ -71,7 +72,7 @@ def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
     for name, about in COMMANDS.items():
         if name in wanted:
             command = import_module(f"mdattn_mpi.cli.{name.replace('-', '_')}")
-            command.add_parser(commands).set_defaults(main=command.main)
+            add_command(commands, name, command, about).set_defaults(main=command.main)
         else:
             commands.add_parser(name, help=about)
     return parser

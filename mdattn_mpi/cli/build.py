@@ -1,25 +1,4 @@
-"""``mdattn build``: make TensorRT engines ahead of a job."""
-
-from __future__ import annotations
-
-import argparse
-import logging
-from dataclasses import replace
-from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, cast
-
-from mdattn_mpi.errors import RejectedError
-
-if TYPE_CHECKING:
-    from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName
-    from mdattn_mpi.trt.build import BuiltEngine
-    from mdattn_mpi.trt.library import SM, Library
-    from mdattn_mpi.trt.spec import EngineSpec
-    from mdattn_mpi.trt.store import Manifest
-
-DESCRIPTION = """\
-Build a TensorRT engine that P ranks run together, and its manifest beside it.
+"""Build a TensorRT engine that P ranks run together, and its manifest beside it.
 
   mdattn build data.h5 -s allgather -n 4 -o attn.engine
   mdattn build --problem tokens=1000:131072,heads=32/8,head_dim=128 -s ulysses -n 4 -o attn.engine
@@ -31,6 +10,24 @@ full TensorRT needs the GPU. Jobs build what they need by themselves and keep it
 command is for building on another machine, and for models.
 """
 
+from __future__ import annotations
+
+import argparse
+import logging
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, cast
+
+from mdattn_mpi.errors import RejectedError
+
+if TYPE_CHECKING:
+    from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName
+    from mdattn_mpi.trt.build import BuiltEngine
+    from mdattn_mpi.trt.library import SM, Library
+    from mdattn_mpi.trt.spec import EngineSpec
+    from mdattn_mpi.trt.store import Manifest
+
 EPILOG = """\
 --problem takes NAME=VALUE pairs, separated by commas: tokens (or q_tokens and kv_tokens), a number
 or a range A:B; heads, as QUERY/KV; head_dim; dtype (bf16, fp16); causal (none, upper_left,
@@ -41,14 +38,8 @@ only for one whose origin you trust.
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "build",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("data", nargs="?", metavar="DATA.h5", help="build for the items of this dataset")
     add("--problem", metavar="NAME=VALUE,…", help="build for these shapes instead")
@@ -57,14 +48,12 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("-o", "--output", metavar="FILE.engine", required=True, help="FILE.engine.json goes beside")
     add("-n", "--ranks", type=int, metavar="P", required=True, help="ranks that run it together")
     add("-s", "--strategy", default="auto", metavar="NAME", help="auto, ring, allgather, ulysses")
-    add("-b", "--backend", default="tensorrt", choices=["tensorrt"], help="tensorrt")
     add("--sm", metavar="X.Y", help="the GPU to build for (default: the one that is here)")
     add("--items", default="*", metavar="PATTERN", help="only these items of DATA.h5")
     add("--tokens", metavar="A:B", help="with --onnx: tokens of the whole sequence")
     add("--no-cache", action="store_true", help="build even if the cache has it")
     add("--verbose", action="store_true", help="show TensorRT's whole log")
     add("--json", action="store_true", help="print the manifest")
-    return parser
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -82,14 +71,14 @@ def main(arguments: argparse.Namespace) -> int:
     sm = target_of(library, arguments.sm)
     began = perf_counter()
     if arguments.onnx:
-        made, how = _model(arguments, library, sm)
+        built, how = _model(arguments, library, sm)
     else:
-        made, how = _attention(arguments, library, sm)
-    write_engine(Path(arguments.output), made.engine, made.manifest)
+        built, how = _attention(arguments, library, sm)
+    write_engine(Path(arguments.output), built.engine, built.manifest)
     if arguments.json:
-        print(made.manifest.to_json().decode())
+        print(built.manifest.to_json().decode())
     else:
-        print(_line(arguments, made.manifest, f"{how} in {perf_counter() - began:.2f} s"))
+        print(_line(arguments, built.manifest, f"{how} in {perf_counter() - began:.2f} s"))
     return 0
 
 
@@ -122,14 +111,14 @@ def target_of(library: Library, named: str | None) -> SM:
 
 def _attention(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[BuiltEngine, str]:
     from mdattn_mpi.trt.build import BuiltEngine, make_attention
-    from mdattn_mpi.trt.store import Cache, describe_attention
+    from mdattn_mpi.trt.store import Cache, describe
 
     spec = spec_of(arguments, library, sm)
     if arguments.adopt:
         engine = _adopted(arguments.adopt)
-        return BuiltEngine(engine, describe_attention(engine, library, sm, spec)), "adopted"
-    made = make_attention(library, spec, sm, None if arguments.no_cache else Cache.default())
-    return made, "from the cache" if made.cached else "built"
+        return BuiltEngine(engine, describe(engine, library, sm, spec)), "adopted"
+    built = make_attention(library, spec, sm, None if arguments.no_cache else Cache.default())
+    return built, "from the cache" if built.cached else "built"
 
 
 def _adopted(path: str) -> bytes:

@@ -1,22 +1,4 @@
-"""``mdattn convert``: make a dataset of somebody else's file, or rewrite one of ours."""
-
-from __future__ import annotations
-
-import argparse
-from collections.abc import Iterator
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
-
-from mdattn_mpi.cli.options import DTYPES, add_ignore, add_writing_options
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from mdattn_mpi.dataset import Tensor
-    from mdattn_mpi.dataset.foreign.items import Reading, Source
-
-DESCRIPTION = """\
-Make a dataset of a .npz, .npy, .safetensors, .pt or HDF5 file; rewrite a dataset of ours as
+"""Make a dataset of a .npz, .npy, .safetensors, .pt or HDF5 file; rewrite a dataset of ours as
 contiguous, token-major data of 16 bits.
 
   mdattn convert qkv.safetensors data.h5 --query 'l.*.q' --key 'l.*.k' --value 'l.*.v'
@@ -33,16 +15,26 @@ and layout that the file states are kept; options overrule them.
 A .pt file is read by PyTorch's own reader for weights, which runs nothing of it.
 """
 
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.cli.options import DTYPES, add_opening_options, add_writing_options
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mdattn_mpi.dataset import Tensor
+    from mdattn_mpi.dataset.foreign.items import Reading, Source
+
 BLOCK_BYTES = 16 << 20
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "convert",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("source", nargs="+", metavar="IN", help="what to convert; several count as one")
     add("path", metavar="OUT.h5", help="the dataset to write")
@@ -59,10 +51,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     )
     add("--dtype", choices=DTYPES, help="round to this; needed when IN isn't 16-bit")
     add("--bits", choices=DTYPES, help="16-bit integers in IN are the bits of this")
-    add("--allow", action="append", default=[], metavar="DIR", help="folder that links may lead to")
-    add_ignore(add)
+    add_opening_options(parser)
     add_writing_options(parser)
-    return parser
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -119,7 +109,7 @@ def _sources(arguments: argparse.Namespace, stack: ExitStack) -> list[Source]:
     path = arguments.source[0]
     if patterns is None and format_of(path) == DATASET_FORMAT:
         patterns = OURS
-    file = open_files(arguments.source, stack, arguments.allow)
+    file = open_files(arguments.source, stack, arguments.allow or ())
     return find_sources(file, path, patterns, _reading(arguments))
 
 

@@ -1,4 +1,9 @@
-"""``mdattn doctor``: is this machine, and are these nodes, fit for the job?"""
+"""Look for what would go wrong before a job is started: one line a check, OK, WARN or FAIL, and the
+fix. Alone it looks at this machine; under the launcher of a job it tries all ranks together.
+
+  mdattn doctor
+  srun mdattn doctor --folder /scratch/me
+"""
 
 from __future__ import annotations
 
@@ -13,14 +18,6 @@ if TYPE_CHECKING:
     from mdattn_mpi.doctor.finding import Finding
     from mdattn_mpi.lockstep import World
 
-DESCRIPTION = """\
-Look for what would go wrong, before the GPUs are burnt: one line a check, OK, WARN or FAIL, and the
-fix. Alone it looks at this machine; under the launcher of a job it tries all the ranks together.
-
-  mdattn doctor
-  srun mdattn doctor --folder /scratch/me
-"""
-
 EPILOG = """\
 Exit codes: 0 all well; 1 there is a warning; 2 something won't work.
 """
@@ -28,18 +25,11 @@ Exit codes: 0 all well; 1 there is a warning; 2 something won't work.
 PATIENCE = 60.0  # seconds that a check may take
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "doctor",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("--folder", default=".", metavar="DIR", help="where the output will lie (default: here)")
     add("--json", action="store_true", help="print findings and facts as JSON")
-    return parser
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -68,7 +58,7 @@ def examine(arguments: argparse.Namespace) -> int:
             print(finding, flush=True)
     if world.rank == 0 and arguments.json:
         report(findings, facts, as_json=True)
-    return int(from_first(world, str(exit_code(findings))))
+    return exit_code(findings)
 
 
 def begin(arguments: argparse.Namespace) -> World | None:
@@ -103,7 +93,7 @@ def report(findings: list[Finding], facts: dict[str, Any], as_json: bool) -> Non
 
 
 def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Finding]:
-    """Collective. All findings, as they are made; `facts` is filled on rank 0, which has them."""
+    """Collective. All findings, as they are made, alike on all ranks; `facts` is filled."""
     from mdattn_mpi.doctor.facts import gather_facts
     from mdattn_mpi.doctor.judge import judge, judge_folder, judge_rates
     from mdattn_mpi.doctor.network import clock_offset, try_mpi
@@ -111,19 +101,12 @@ def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Fi
 
     offset = clock_offset(world)
     world.board.enter("doctor: facts")
-    ranks = together(world, {**gather_facts(folder), **place(world), "clock": offset})
+    ranks = world.allgather({**gather_facts(folder), **place(world), "clock": offset})
     facts["ranks"] = ranks
-    hosts = list(world.nodes)
-    if world.rank == 0:
-        yield from judge(ranks)
-    tries = together(world, try_mpi(world))
-    for name in ("all-reduce", "all-to-all"):
-        if world.rank == 0:
-            yield judge_rates(f"{name} MPI", [found[name] for found in tries], hosts)
+    yield from judge(ranks)
+    yield from judge_rates("MPI", world.allgather(try_mpi(world)), world.nodes)
     yield from nccl_findings(world, ranks)
-    shared = together(world, try_folder(world, folder))
-    if world.rank == 0:
-        yield from judge_folder(shared, hosts)
+    yield from judge_folder(world.allgather(try_folder(world, folder)), world.nodes)
 
 
 def place(world: World) -> dict[str, Any]:
@@ -141,17 +124,6 @@ def place(world: World) -> dict[str, Any]:
     }
 
 
-def together(world: World, mine: dict[str, Any]) -> list[dict[str, Any]]:
-    """Collective. What all ranks found, on rank 0; nothing elsewhere."""
-    gathered = world.gather_bytes(json.dumps(mine).encode())
-    return [json.loads(part) for part in gathered or ()]
-
-
-def from_first(world: World, text: str) -> str:
-    """Collective. What rank 0 says."""
-    return world.bcast_bytes(text.encode() if world.rank == 0 else None).decode()
-
-
 def nccl_findings(world: World, ranks: list[dict[str, Any]]) -> Iterator[Finding]:
     """Collective. The collectives over NCCL, where every rank has a GPU of its own."""
     from mdattn_mpi.devices.presence import gpu_count, why_no_cuda
@@ -159,24 +131,19 @@ def nccl_findings(world: World, ranks: list[dict[str, Any]]) -> Iterator[Finding
     from mdattn_mpi.doctor.judge import every_rank_has_a_gpu, judge_rates
     from mdattn_mpi.doctor.network import try_nccl
 
-    if from_first(world, "yes" if every_rank_has_a_gpu(ranks) else "no") == "no":
+    if not every_rank_has_a_gpu(ranks):
         return
-    missing = [rank["why"] for rank in together(world, {"why": why_no_cuda()}) if rank["why"]]
-    if missing:
-        yield Finding("NCCL", "WARN", missing[0], "install it: without, GPUs can't be used")
-    if from_first(world, "no" if missing else "yes") == "no":
+    if missing := next(filter(None, world.allgather(why_no_cuda())), ""):
+        yield Finding("NCCL", "WARN", missing, "install it: without, GPUs can't be used")
         return
     found: dict[str, Any]
     try:
         found = {**try_nccl(world, world.local_rank % gpu_count()), "error": ""}
     except Exception as error:
         found = {"error": f"{type(error).__name__}: {error}"}
-    tries = together(world, found)
-    failed = [rank["error"] for rank in tries if rank["error"]]
-    if failed:
-        yield Finding("NCCL", "FAIL", failed[0], "run again with NCCL_DEBUG=INFO")
-    elif world.rank == 0:
-        hosts = list(world.nodes)
-        yield Finding("NCCL", "OK", tries[0]["library"]["path"])
-        for name in ("all-reduce", "all-to-all"):
-            yield judge_rates(f"{name} NCCL", [rank[name] for rank in tries], hosts)
+    tries = world.allgather(found)
+    if failed := next(filter(None, (rank["error"] for rank in tries)), ""):
+        yield Finding("NCCL", "FAIL", failed, "run again with NCCL_DEBUG=INFO")
+        return
+    yield Finding("NCCL", "OK", tries[0]["library"]["path"])
+    yield from judge_rates("NCCL", tries, world.nodes)

@@ -1,4 +1,10 @@
-"""``mdattn inspect``: what a file holds, how it is stored, what is finished."""
+"""Say what a file holds. For a dataset: its items, how they are stored, and which of them can't be
+done. For an output: the state of every item. For any other HDF5, .npz, .npy,
+.safetensors or .pt file: the tensors that `mdattn convert` could take.
+
+  mdattn inspect data.h5
+  mdattn inspect out.h5 --check      read everything and compare it with the checksums
+"""
 
 from __future__ import annotations
 
@@ -8,32 +14,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.cli.options import add_ignore, printable
+from mdattn_mpi.cli.options import add_opening_options, printable
 
 if TYPE_CHECKING:
     from mdattn_mpi.dataset import AnyItem, Dataset, Item, Output
     from mdattn_mpi.dataset.foreign.tensor import ForeignTensor
 
-DESCRIPTION = """\
-Say what a file holds. For a dataset: its items, how they are stored, what that costs, and which of
-them can't be done. For an output: the state of every item. For any other HDF5, .npz, .npy,
-.safetensors or .pt file: the tensors that `mdattn convert` could take.
-
-  mdattn inspect data.h5
-  mdattn inspect out.h5 --check      read everything and compare it with the checksums
-"""
-
 EPILOG = "Exit codes: 0 all is well; 1 some items are bad, failed or damaged; 2 can't be read."
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "inspect",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("path", metavar="FILE", help="a dataset, an output, or somebody else's file")
     add("--items", default="*", metavar="PATTERN", help="only these: names or globs, with commas")
@@ -45,9 +36,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         default="auto",
         help="read a dataset as if it said so",
     )
-    add("--allow", action="append", default=[], metavar="DIR", help="folder that links may lead to")
-    add_ignore(add)
-    return parser
+    add_opening_options(parser)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -76,7 +65,7 @@ def _describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.path,
         select=arguments.items,
         layout=arguments.layout,
-        allow=arguments.allow,
+        allow=arguments.allow or (),
         ignore=arguments.ignore or (),
         keep_faults=True,
     ) as dataset:
@@ -157,7 +146,7 @@ def _describe_foreign(arguments: argparse.Namespace) -> dict[str, Any]:
     from mdattn_mpi.dataset.layout import natural_order, shown
 
     with ExitStack() as stack:
-        tensors = open_foreign(arguments.path, stack, arguments.allow).tensors
+        tensors = open_foreign(arguments.path, stack, arguments.allow or ()).tensors
         return {
             "path": arguments.path,
             "format": "foreign",

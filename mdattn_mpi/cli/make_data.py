@@ -1,4 +1,10 @@
-"""``mdattn make-data``: a synthetic dataset, the same for the same seed."""
+"""Write a dataset of normally distributed Q, K and V.
+
+  mdattn make-data data.h5 --items 4 --length 8192 --q-heads 8 --kv-heads 2
+
+The same arguments and seed give the same bytes. A tensor is drawn from a generator of its own, so
+the first items stay the same when there are more of them.
+"""
 
 from __future__ import annotations
 
@@ -13,25 +19,11 @@ if TYPE_CHECKING:
 
     from mdattn_mpi.dataset import Item
 
-DESCRIPTION = """\
-Write a dataset of normally distributed Q, K and V.
-
-  mdattn make-data data.h5 --items 4 --length 8192 --q-heads 8 --kv-heads 2
-
-The same arguments and seed give the same bytes. A tensor is drawn from a generator of its own, so
-the first items stay the same when there are more of them.
-"""
-
 BLOCK = 1 << 22  # numbers that are drawn at once
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "make-data",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("path", metavar="OUT.h5", help="the dataset to write")
     add("--items", type=int, default=4, metavar="N", help="how many (default 4)")
@@ -58,7 +50,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="default 0")
     add("--quiet", action="store_true", help="print nothing")
     add_writing_options(parser)
-    return parser
 
 
 def _range(text: str) -> tuple[int, int]:

@@ -1,11 +1,37 @@
-"""What several commands share: options, and text that is safe for a terminal."""
+"""What commands share: how they are declared, options, and text that is safe for a terminal."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import textwrap
+from types import ModuleType
+from typing import Any
 
 from mdattn_mpi.problem import DTYPES as DTYPES
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Fills paragraphs, but leaves those that are indented, examples, as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.strip("\n").split("\n\n")
+        return "\n\n".join(
+            part if part.startswith(" ") else textwrap.fill(part, width, break_on_hyphens=False)
+            for part in paragraphs
+        )
+
+
+def add_command(commands: Any, name: str, module: ModuleType, about: str) -> Any:
+    """Declare a command: its module's docstring is its help, its `add_options` adds the rest."""
+    parser = commands.add_parser(
+        name,
+        help=about,
+        description=module.__doc__,
+        epilog=getattr(module, "EPILOG", None),
+        formatter_class=_HelpFormatter,
+    )
+    module.add_options(parser)
+    return parser
 
 
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
@@ -33,9 +59,12 @@ def printable(value: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 
-def add_ignore(add: Callable[..., object]) -> None:
-    """Declare --ignore, for every command that opens a dataset."""
-    add(
+def add_opening_options(parser: argparse._ActionsContainer) -> None:
+    """Declare what every command that opens somebody's file takes: --allow, --ignore."""
+    parser.add_argument(
+        "--allow", action="append", metavar="DIR", help="folder that HDF5 links may lead to"
+    )
+    parser.add_argument(
         "--ignore",
         action="extend",
         type=_names,

@@ -1,14 +1,4 @@
-"""``mdattn run``: attention, or a model's engine, over every item, by all ranks together."""
-
-from __future__ import annotations
-
-import argparse
-from typing import Any
-
-from mdattn_mpi.cli.options import add_ignore
-
-DESCRIPTION = """\
-Compute exact attention over every item of a dataset, by all ranks together.
+"""Compute exact attention over every item of a dataset, by all ranks together.
 
   mpirun -n 4 mdattn run data.h5 -o out.h5
 
@@ -17,6 +7,13 @@ output. With --engine and --bind it is a model's engine that they run. The same 
 only what isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, and a death
 note if a rank is lost.
 """
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mdattn_mpi.cli.options import add_opening_options
 
 EPILOG = """\
 Signals: SIGTERM, SIGINT, SIGUSR1 or SIGUSR2 let the job finish and commit the item in hand, then
@@ -28,15 +25,9 @@ same command again.
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments; those left out come from the job file, then from `JobSpec`."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "run",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
-    )
+    parser.argument_default = argparse.SUPPRESS
     add = parser.add_argument
     add("data", nargs="?", metavar="DATA.h5", help="the dataset")
     add("-o", "--output", metavar="OUT.h5", help="the output; resumed when it is there")
@@ -51,6 +42,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--group-size", metavar="P", help="ranks that share an item: all (default), auto, a number")
     add("--threads", type=int, metavar="N", help="CPU threads a rank (default: its share of cores)")
     add("--transfer", metavar="HOW", help="between GPUs: auto (default), copy, nccl")
+    add("--kernel", metavar="NAME", help="attention on GPUs: auto (default), cudnn, flash")
     add("--engine", metavar="FILE", help="a serialized TensorRT engine to run")
     bind = "bind a model's input or output to a dataset: hidden=items/*/hidden:0"
     add("--bind", action="append", metavar="TENSOR=PATH", help=bind)
@@ -61,8 +53,7 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--lse", action="store_true", help="write the log-sum-exp of every row and head too")
     add("--layout", metavar="L", help="of the dataset: auto (default), token_major, head_major")
     add("--nonfinite", metavar="P", help="NaN or infinity in an item: refuse (default) it, or pass")
-    add("--allow", action="append", metavar="DIR", help="folder that HDF5 links may lead to")
-    add_ignore(add)
+    add_opening_options(what)
 
     again = parser.add_argument_group("again, and how long")
     add = again.add_argument
@@ -71,7 +62,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--deadline", type=duration, metavar="T", help="longest wait (default: scaled to the work)")
     add("--max-time", type=duration, metavar="T", help="stop after the item in hand when T is over")
     add("--chaos", help=argparse.SUPPRESS)
-    return parser
 
 
 def duration(text: str) -> float:

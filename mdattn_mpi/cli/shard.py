@@ -1,19 +1,4 @@
-"""``mdattn shard``: share an ONNX model by tokens."""
-
-from __future__ import annotations
-
-import argparse
-import json
-import logging
-import sys
-from pathlib import Path
-from typing import Any
-
-from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import STRATEGY_NAMES
-
-DESCRIPTION = """\
-Make an ONNX model that P ranks run together, each on its own tokens.
+"""Make an ONNX model that P ranks run together, each on its own tokens.
 
   mdattn shard block.onnx -n 4 -s ring -o sharded.onnx
   mdattn build --onnx sharded.onnx -n 4 --tokens 1024:65536 -o block.engine
@@ -28,14 +13,20 @@ The attentions tell which dims of the inputs count tokens. Where they can't, nam
   mdattn shard block.onnx -n 4 -s ulysses --shard hidden:1 --shard positions:1 -o sharded.onnx
 """
 
+from __future__ import annotations
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+import argparse
+import json
+import logging
+import sys
+from pathlib import Path
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.problem import STRATEGY_NAMES
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "shard",
-        description=DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("model", metavar="MODEL.onnx")
     add("-o", "--output", metavar="OUT.onnx", required=True, help="the sharded model")
@@ -49,7 +40,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
         help="the dim of an input that counts tokens (default: what the attentions tell)",
     )
     add("--json", action="store_true", help="print how it is sharded")
-    return parser
 
 
 def main(arguments: argparse.Namespace) -> int:

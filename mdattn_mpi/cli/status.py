@@ -1,4 +1,9 @@
-"""``mdattn status``: how a job is doing, asked from any shell that sees its files."""
+"""Say how the job that writes an output is doing, while it runs or after: items done and left,
+rate, time to go, what each rank is doing and since when, and the death note if a rank was lost.
+Reads files only; the job doesn't notice. Ages compare the clocks of two hosts.
+
+  mdattn status out.h5
+"""
 
 from __future__ import annotations
 
@@ -11,30 +16,15 @@ from mdattn_mpi.cli.options import printable
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.record import Record
 
-DESCRIPTION = """\
-Say how the job that writes an output is doing, while it runs or after: items done and left, rate,
-time to go, what each rank is doing and since when, and the death note if a rank was lost. Reads
-files only; the job doesn't notice. Ages compare the clocks of two hosts.
-
-  mdattn status out.h5
-"""
-
 EPILOG = "Exit codes: 0 answered; 2 no such output."
 
 SILENCE = 20.0  # seconds after which a job that says nothing is called silent
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "status",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     parser.add_argument("output", metavar="OUT.h5", help="what the job writes")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    return parser
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -1,4 +1,11 @@
-"""``mdattn submit``: write the batch script of a job, and hand it to Slurm."""
+"""Write the Slurm script of a job beside its output, submit it, and say how to watch it.
+
+  mdattn submit data.h5 -o out.h5 --nodes 2 --gpus-per-node 8 --time 04:00:00
+  mdattn submit *.h5 -o results/ --array 4 --nodes 1 --gpus-per-node 8     (4 files at a time)
+  mdattn submit data.h5 -o out.h5 --nodes 1 --gpus-per-node 8 --requeue --run -s ring --lse
+
+What follows --run goes to mdattn run. The same command again resumes.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
-
-DESCRIPTION = """\
-Write the Slurm script of a job beside its output, submit it, and say how to watch it.
-
-  mdattn submit data.h5 -o out.h5 --nodes 2 --gpus-per-node 8 --time 04:00:00
-  mdattn submit *.h5 -o results/ --array 4 --nodes 1 --gpus-per-node 8     (4 files at a time)
-  mdattn submit data.h5 -o out.h5 --nodes 1 --gpus-per-node 8 --requeue --run -s ring --lse
-
-What follows --run goes to mdattn run. The same command again resumes.
-"""
 
 EPILOG = """\
 Exit codes: 0 submitted (or shown); 2 refused, by mdattn or by Slurm.
@@ -36,14 +33,8 @@ _NAMES = ("account", "partition", "qos", "constraint", "reservation", "mpi")
 Lines = list[str]
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "submit",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("data", nargs="+", metavar="DATA.h5", help="the dataset; several with --array")
     add("-o", "--output", required=True, metavar="OUT", help="the output; a folder with --array")
@@ -76,7 +67,6 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--mpi", default="pmix", metavar="TYPE", help="of `srun --mpi=list` (default: pmix)")
     add("--doctor", action="store_true", help="check all nodes first; stop when one is unfit")
     add("--run", nargs=argparse.REMAINDER, default=[], help="all that follows goes to mdattn run")
-    return parser
 
 
 def _count(text: str) -> int:
@@ -174,8 +164,8 @@ def _check_run_options(options: list[str]) -> None:
         if any(ord(letter) < 32 or ord(letter) == 127 for letter in word):
             raise RejectedError(f"control characters in {word!r}", fix="leave them out")
     parser = Refusing(prog="mdattn run", add_help=False)
-    commands = parser.add_subparsers(parser_class=Refusing)
-    given = run.add_parser(commands).parse_args(options)
+    run.add_options(parser)
+    given = parser.parse_args(options)
     for name in ("data", "output"):
         if name in given:
             raise RejectedError(

@@ -1,21 +1,5 @@
-"""``mdattn verify``: is an output right?"""
-
-from __future__ import annotations
-
-import argparse
-import textwrap
-from typing import TYPE_CHECKING, Any
-
-from mdattn_mpi.cli.options import add_ignore
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from mdattn_mpi.verifier.check import Finding
-
-DESCRIPTION = """\
-Compare an output with attention computed in float64 from the dataset, and the bytes of every shard
-with the checksum that its rank wrote down.
+"""Compare an output with attention computed in float64 from the dataset, and every shard's bytes
+with the checksum that its rank noted.
 
   mdattn verify out.h5 --data data.h5
 
@@ -31,20 +15,28 @@ an item of which none can is "not judged". One process does it, without MPI, on 
 still be written by others.
 """
 
+from __future__ import annotations
+
+import argparse
+import textwrap
+from typing import TYPE_CHECKING
+
+from mdattn_mpi.cli.options import add_opening_options
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from mdattn_mpi.verifier.check import ItemReport
+
+
 EPILOG = """\
 Exit codes: 0 everything is right; 1 something is wrong, couldn't be judged, or isn't finished
 (--partial lets that pass); 2 the files can't be used.
 """
 
 
-def add_parser(commands: Any) -> argparse.ArgumentParser:
+def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    parser: argparse.ArgumentParser = commands.add_parser(
-        "verify",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
     add = parser.add_argument
     add("output", metavar="OUT.h5", help="the output")
     add("--data", required=True, metavar="DATA.h5", help="the dataset that it was made from")
@@ -58,10 +50,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     add("--partial", action="store_true", help="let it pass that items aren't finished")
     add("--other-data", action="store_true", help="compare even if the dataset's digest differs")
     add("-b", "--backend", metavar="NAME", help="what computed it, if not what the output names")
-    add("--allow", action="append", default=[], metavar="DIR", help="folder HDF5 links may lead to")
-    add_ignore(add)
+    add_opening_options(parser)
     add("--json", action="store_true", help="print what was found as JSON")
-    return parser
 
 
 def _count(text: str) -> int:
@@ -81,32 +71,32 @@ def main(arguments: argparse.Namespace) -> int:
         The files can't be used.
 
     """
-    findings = []
+    reports = []
     table = _Table(quiet=arguments.json)
-    for finding in _findings(arguments):
-        table.add(finding)
-        findings.append(finding)
-    _conclude(arguments, findings)
+    for report in _reports(arguments):
+        table.add(report)
+        reports.append(report)
+    _conclude(arguments, reports)
     return 0
 
 
-def _findings(arguments: argparse.Namespace) -> Iterator[Finding]:
+def _reports(arguments: argparse.Namespace) -> Iterator[ItemReport]:
     from mdattn_mpi.dataset import open_output
-    from mdattn_mpi.verifier.check import Choice, check, open_input, pair
+    from mdattn_mpi.verifier.check import Options, check, open_input, pair
 
-    choice = Choice(None if arguments.all else arguments.rows, arguments.seed, arguments.backend)
+    options = Options(None if arguments.all else arguments.rows, arguments.seed, arguments.backend)
     with (
         open_output(arguments.output) as output,
         open_input(
             output,
             arguments.data,
-            allow=arguments.allow,
+            allow=arguments.allow or (),
             ignore=arguments.ignore or (),
             other=arguments.other_data,
         ) as dataset,
     ):
         for items in pair(output, dataset, arguments.items):
-            yield check(output, dataset, items, choice)
+            yield check(output, dataset, items, options)
 
 
 class _Table:
@@ -117,65 +107,65 @@ class _Table:
         if not quiet:
             print(f"{'item':<28}{'rows':>7}{'error':>10}{'allowed':>10}{'used':>6}  shards")
 
-    def add(self, finding: Finding) -> None:
+    def add(self, report: ItemReport) -> None:
         """Print one item."""
         if self.quiet:
             return
-        name, found = finding.item.name, finding.judgement
+        name, found = report.item.name, report.judgement
         name = name if len(name) <= 27 else name[:26] + "…"
         line = f"{name:<28}"
         if found is not None:
-            ranks = finding.entry.ranks
+            ranks = report.entry.ranks
             used = max(found.used, found.lse_used or 0.0)
             share = f"{used:.0%}" if used < 9.995 else "> 9×"
-            good = ranks - len(finding.bad_shards)
+            good = ranks - len(report.bad_shards)
             line += f"{found.rows:>7}"
             measures = f"{found.error:>10.1e}{found.tolerance:>10.1e}{share:>6}"
             line += measures if found.judged else " " * len(measures)
             line += f"  {good}/{ranks}"
-        print(f"{line:<70} {finding.verdict}", flush=True)
-        for complaint in finding.complaints():
+        print(f"{line:<70} {report.verdict}", flush=True)
+        for complaint in report.complaints():
             lines = textwrap.wrap(complaint, 78, initial_indent="  ", subsequent_indent="    ")
             print(*lines, sep="\n", flush=True)
 
 
-def _conclude(arguments: argparse.Namespace, findings: list[Finding]) -> None:
+def _conclude(arguments: argparse.Namespace, reports: list[ItemReport]) -> None:
     from mdattn_mpi.errors import VerificationError
 
     count = {
-        verdict: sum(finding.verdict == verdict for finding in findings)
+        verdict: sum(report.verdict == verdict for report in reports)
         for verdict in ("right", "wrong", "not judged", "unfinished")
     }
     bad = count["wrong"] or count["not judged"] or (count["unfinished"] and not arguments.partial)
     if arguments.json:
-        _print_json(arguments, findings, count, exit_code=1 if bad else 0)
+        _print_json(arguments, reports, count, exit_code=1 if bad else 0)
     else:
         summary = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
-        print(f"{arguments.output}: {len(findings)} items, {summary}")
+        print(f"{arguments.output}: {len(reports)} items, {summary}")
     if count["wrong"]:
         raise VerificationError(
-            f"{count['wrong']} of {len(findings)} items are wrong",
+            f"{count['wrong']} of {len(reports)} items are wrong",
             fix="look for a failing disk or device (`mdattn doctor`), then run it again "
             "with --overwrite",
             file=arguments.output,
         )
     if count["not judged"]:
         raise VerificationError(
-            f"{count['not judged']} of {len(findings)} items could not be judged: no row that was "
+            f"{count['not judged']} of {len(reports)} items could not be judged: no row that was "
             "looked at has a finite input",
             fix="mend the dataset, and run without --nonfinite pass",
             file=arguments.output,
         )
     if bad:
         raise VerificationError(
-            f"{count['unfinished']} of {len(findings)} items aren't finished",
+            f"{count['unfinished']} of {len(reports)} items aren't finished",
             fix="run the same `mdattn run` again, or verify with --partial",
             file=arguments.output,
         )
 
 
 def _print_json(
-    arguments: argparse.Namespace, findings: list[Finding], count: dict[str, int], exit_code: int
+    arguments: argparse.Namespace, reports: list[ItemReport], count: dict[str, int], exit_code: int
 ) -> None:
     import json
 
@@ -185,6 +175,6 @@ def _print_json(
         "seed": arguments.seed,
         **{verdict.replace(" ", "_"): number for verdict, number in count.items()},
         "exit_code": exit_code,
-        "items": [finding.to_json() for finding in findings],
+        "items": [report.to_json() for report in reports],
     }
     print(json.dumps(facts, indent=1))

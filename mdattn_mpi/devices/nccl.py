@@ -111,7 +111,7 @@ class NcclComm:
         self._comm.destroy()
 
     def abort(self) -> None:
-        """Let go without waiting for any other rank."""
+        """Release what can be released at once, waiting for no other rank."""
         self._comm.abort()
 
     @property

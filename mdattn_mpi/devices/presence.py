@@ -51,6 +51,20 @@ def gpu_memory() -> int:
     return min(sizes)
 
 
+def gpu_attribute(ordinal: int, which: int) -> int:
+    """Ask the driver for one of ``CU_DEVICE_ATTRIBUTE_…`` of a visible GPU; 0 if it can't tell."""
+    driver, device, value = libcuda(), ctypes.c_int(0), ctypes.c_int(0)
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), ordinal):
+        return 0
+    driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
+    return value.value
+
+
+def gpu_sm(ordinal: int) -> tuple[int, int]:
+    """Compute capability of a visible GPU."""
+    return gpu_attribute(ordinal, 75), gpu_attribute(ordinal, 76)
+
+
 def _importable(module: str) -> bool:
     try:
         return find_spec(module) is not None

@@ -10,10 +10,17 @@ it. `exchange` is the one exception: it returns at once, and what it receives ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from mdattn_mpi.problem import Span
+from mdattn_mpi.problem import AttentionProblem, Span
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from mdattn_mpi.estimate import Costs
+
+HostArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 
 
 class Array(Protocol):
@@ -30,24 +37,24 @@ class Array(Protocol):
 
 
 A = TypeVar("A", bound=Array)
+T = TypeVar("T")  # messages under way, whose arrays it keeps alive until it is waited for
+P = TypeVar("P")  # the partial results of one query shard
+Message = tuple[A, int]  # an array on its way to a rank, or expected from it
+NO_ROWS = Span(0, 0)
 
 
-class Message(NamedTuple):
-    """An array on its way to `peer`, or expected from it."""
+class Rehearsed(NamedTuple):
+    """A call of `Device.attend` that is going to come; `merged` as its accumulator was told."""
 
-    array: Any
-    peer: int
-
-
-class Transfer(Protocol):
-    """Messages under way; keeps the arrays alive until it is waited for."""
-
-
-class Accumulator(Protocol):
-    """The partial results of one query shard; see `Device.attend`."""
+    rows: int
+    keys: int
+    q_heads: int
+    kv_heads: int
+    causal: bool
+    merged: bool
 
 
-class Device(Protocol[A]):
+class Device(Protocol[A, T, P]):
     """One rank's place in a group, and the arithmetic of its arrays."""
 
     @property
@@ -68,7 +75,7 @@ class Device(Protocol[A]):
         """Copy `source` into `target`; same shape, any strides; nothing to do for empty ones."""
         ...
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> Transfer:
+    def exchange(self, send: Sequence[Message[A]], receive: Sequence[Message[A]]) -> T:
         """Collective. Start sending and receiving; return at once.
 
         Messages between the same two ranks arrive in the order in which they were given. Arrays
@@ -78,15 +85,19 @@ class Device(Protocol[A]):
         """
         ...
 
-    def wait(self, transfer: Transfer) -> None:
+    def wait(self, transfer: T) -> None:
         """Let everything that follows see what `transfer` received."""
         ...
 
-    def accumulator(self, q: A, v_head_dim: int, scale: float) -> Accumulator:
-        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`, if any."""
+    def accumulator(self, q: A, v_head_dim: int, scale: float, merged: Span = NO_ROWS) -> P:
+        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`, if any.
+
+        Rows that more than one `attend` will add to had better be in `merged`: their results are
+        kept as exactly as the device can until they are merged. A call has rows in it or outside.
+        """
         ...
 
-    def attend(self, accumulator: Accumulator, rows: Span, k: A, v: A, causal: bool) -> None:
+    def attend(self, accumulator: P, rows: Span, k: A, v: A, causal: bool) -> None:
         """Add the attention of the query's `rows` to all of `k` and `v`.
 
         `causal` means ``lower_right``, with at least as many keys as rows. Query head ``n`` reads
@@ -94,10 +105,78 @@ class Device(Protocol[A]):
         """
         ...
 
-    def finish(self, accumulator: Accumulator) -> tuple[A, A]:
+    def finish(self, accumulator: P) -> tuple[A, A]:
         """Merge what `attend` added, in float32, rounded once.
 
         Returns the output ``[Sq, Nq, Hv]`` in the dtype of the query and the natural-log LSE
         ``[Sq, Nq]`` in float32. Rows that saw no key give 0 and −∞.
         """
         ...
+
+
+class Download(Protocol):
+    """Arrays on their way to the host."""
+
+    def wait(self) -> Sequence[HostArray]:
+        """Return the arrays, in the order in which they were asked for; any thread may call."""
+        ...
+
+
+class HostedDevice(Device[A, T, P], Protocol[A, T, P]):
+    """A device with a way from and to its host: what a backend and the library call need."""
+
+    @property
+    def seconds(self) -> Mapping[str, float]:
+        """Seconds spent so far in ``compute``, ``exchange`` and ``merge``."""
+        ...
+
+    def check(self, problem: AttentionProblem) -> tuple[str, ...]:
+        """Refuse what the device can't do, as a RejectedError; say what does it, and why."""
+        ...
+
+    def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
+        """Make ready for calls that are going to come."""
+        ...
+
+    def costs(self) -> Costs:
+        """Rough figures of the device, alike on all ranks."""
+        ...
+
+    def head_start(self, problem: AttentionProblem) -> int:
+        """Query rows for which `strategies.allgather` needn't wait."""
+        ...
+
+    def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
+        """An array with undefined contents that `upload` takes without waiting for it."""
+        ...
+
+    def upload(self, array: HostArray) -> A:
+        """Take an array from the host."""
+        ...
+
+    def download(self, *arrays: A) -> Download:
+        """Start bringing arrays to the host."""
+        ...
+
+    def adopt(self, array: Any) -> A:
+        """Take an array of the caller's; copied only if it isn't contiguous."""
+        ...
+
+    def export(self, array: A) -> Any:
+        """Give an array to the caller; nothing is copied."""
+        ...
+
+    def describe(self) -> Mapping[str, str]:
+        """The device and the libraries, with versions."""
+        ...
+
+    def close(self) -> None:
+        """Release everything, in order."""
+        ...
+
+    def abort(self) -> None:
+        """Release what would keep other ranks waiting; wait for none of them."""
+        ...
+
+
+AnyDevice = HostedDevice[Any, Any, Any]  # for those who don't ask whose arrays they pass on

@@ -1,12 +1,14 @@
-"""One line of the report."""
+"""One line of the report, and what it says of which ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Level = Literal["OK", "WARN", "FAIL"]
+Facts = dict[str, Any]  # of one rank
+Ranks = Sequence[Facts]
 
 NAME_WIDTH = 14
 
@@ -55,3 +57,60 @@ def who(ranks: Sequence[int], hosts: Sequence[str]) -> str:
     return (
         f"rank{'s' * (len(ranks) > 1)} {shown} ({', '.join(names[:3])}{', …' * (len(names) > 3)})"
     )
+
+
+Case = tuple[object, Level, str, str]  # whether it applies, how bad it is, what it is, the fix
+
+
+def find(check: str, *cases: Case, fine: str) -> Iterator[Finding]:
+    """The first case that applies; if none does, that all is well, in the words of `fine`."""
+    for applies, level, what, fix in cases:
+        if applies:
+            yield Finding(check, level, what, fix)
+            return
+    if fine:
+        yield Finding(check, "OK", fine)
+
+
+@dataclass(frozen=True)
+class Some:
+    """The ranks that something is true of; in words ``ranks 4, 5 (n2)``."""
+
+    numbers: Sequence[int]
+    ranks: Ranks
+    hosts: Sequence[str]
+
+    @property
+    def first(self) -> Facts:
+        """The facts of the first of them; of rank 0 if there are none, and nothing is said."""
+        return self.ranks[self.numbers[0] if self.numbers else 0]
+
+    def __bool__(self) -> bool:
+        return bool(self.numbers)
+
+    def __str__(self) -> str:
+        return who(self.numbers, self.hosts)
+
+
+@dataclass(frozen=True)
+class AllRanks:
+    """What all ranks found, by rank."""
+
+    ranks: Ranks
+    hosts: Sequence[str]
+
+    def where(self, condition: Callable[[Facts], object]) -> Some:
+        """The ranks whose facts fulfil a condition."""
+        return self.some(n for n, rank in enumerate(self.ranks) if condition(rank))
+
+    def some(self, numbers: Iterable[int]) -> Some:
+        """These ranks."""
+        return Some(list(numbers), self.ranks, self.hosts)
+
+    def values(self, value: Callable[[Facts], str]) -> str:
+        """A value of all ranks, or each value with those that have it."""
+        return by_value([value(rank) for rank in self.ranks], self.hosts)
+
+    def differ(self, value: Callable[[Facts], str]) -> bool:
+        """Whether ranks have different values."""
+        return len({value(rank) for rank in self.ranks}) > 1

@@ -6,9 +6,9 @@ import ctypes
 import os
 from typing import Any
 
-from mdattn_mpi.devices.presence import gpu_count, libcuda
+from mdattn_mpi.devices.presence import gpu_attribute, gpu_count, gpu_sm, libcuda
 
-_MAJOR, _MINOR, _ECC = 75, 76, 32
+_ECC = 32  # CU_DEVICE_ATTRIBUTE_ECC_ENABLED
 _ACCESS, _NATIVE_ATOMICS = 2, 3  # of peers; native atomics go over NVLink only
 
 
@@ -45,8 +45,8 @@ def _device(driver: Any, ordinal: int) -> dict[str, Any]:
         "uuid": bytes(uuid).hex(),
         "name": name.value.decode(errors="replace"),
         "memory": memory.value,
-        "sm": [_attribute(driver, handle, which) for which in (_MAJOR, _MINOR)],
-        "ecc": bool(_attribute(driver, handle, _ECC)),
+        "sm": list(gpu_sm(ordinal)),
+        "ecc": bool(gpu_attribute(ordinal, _ECC)),
     }
 
 
@@ -54,12 +54,6 @@ def _handle(driver: Any, ordinal: int) -> Any:
     handle = ctypes.c_int(0)
     driver.cuDeviceGet(ctypes.byref(handle), ordinal)
     return handle
-
-
-def _attribute(driver: Any, handle: Any, which: int) -> int:
-    value = ctypes.c_int(0)
-    driver.cuDeviceGetAttribute(ctypes.byref(value), which, handle)
-    return value.value
 
 
 def _peer(driver: Any, one: int, other: int) -> str:

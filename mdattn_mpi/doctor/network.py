@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.lockstep import World
+from mdattn_mpi.lockstep import World, together
 
 ELEMENTS = 1 << 20  # int64 values a rank: 8 MiB
 ROUNDS = 3
@@ -69,18 +69,26 @@ def _timed(world: World, name: str, action: Callable[[], None], nbytes: int) -> 
 
 
 def try_nccl(world: World, gpu: int) -> dict[str, Try]:
-    """Collective. The same over NCCL, each rank on its own GPU; raises what CUDA or NCCL raises."""
-    from mdattn_mpi.devices.cuda.driver import Gpu
+    """Collective. The same over NCCL, each rank on its own GPU.
+
+    Raises
+    ------
+    MdattnError
+        What CUDA or NCCL raised on a rank; the same on all.
+
+    """
     from mdattn_mpi.devices.nccl import NcclComm
 
-    world.board.enter("doctor: NCCL")
-    device, size = Gpu(gpu), world.size
-    stream = device.stream()
-    comm = NcclComm(world)
+    device, stream = together(world, "doctor: GPU", lambda: _open_gpu(gpu))
+    size, comm = world.size, NcclComm(world)
     part = max(1, ELEMENTS // size)
     values = np.arange(part * size, dtype=np.int64) + world.rank
     result = np.empty_like(values)
-    sent, received = device.allocate(values.nbytes), device.allocate(values.nbytes)
+    sent, received = together(
+        world,
+        "doctor: memory",
+        lambda: (device.allocate(values.nbytes), device.allocate(values.nbytes)),
+    )
     piece = part * values.itemsize
     device.copy(sent, values.ctypes.data, values.nbytes, stream)
 
@@ -113,6 +121,13 @@ def try_nccl(world: World, gpu: int) -> dict[str, Try]:
     device.release(sent)
     device.release(received)
     return {**found, "library": {"path": comm.library}}
+
+
+def _open_gpu(gpu: int) -> tuple[Any, Any]:
+    from mdattn_mpi.devices.cuda.driver import Gpu
+
+    device = Gpu(gpu)
+    return device, device.stream()
 
 
 def clock_offset(world: World) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from typing import Any, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
@@ -20,6 +21,9 @@ from mdattn_mpi.problem import (
     StrategyName,
     digest_of,
 )
+
+if TYPE_CHECKING:
+    from mdattn_mpi.backends import AnyDevice
 
 
 def attention(
@@ -86,7 +90,11 @@ def attention(
     """
     options = Options(causal, scale, strategy, order, return_lse)
     request = _agree_on(comm, (q, k, v), options, deadline)
-    made = request.session.made.get(request.key) or Attention._made_for(request)
+    made = request.session.made.get(request.key)
+    if made is None:
+        made = Attention.__new__(Attention)
+        made._plan_for(request)
+        request.session.remember(request.key, made)
     return made._begin(request.shards).wait()
 
 
@@ -132,28 +140,17 @@ class Attention:
         deadline: float | None = None,
     ) -> None:
         options = Options(causal, scale, strategy, order, return_lse)
-        self._set_up(_agree_on(comm, (q, k, v), options, deadline))
+        self._plan_for(_agree_on(comm, (q, k, v), options, deadline))
 
-    @classmethod
-    def _made_for(cls, request: _Request) -> Attention:
-        """Collective. One for what all ranks ask for, kept for the next time."""
-        made = cls.__new__(cls)
-        made._set_up(request)
-        request.session.remember(request.key, made)
-        return made
-
-    def _set_up(self, request: _Request) -> None:
+    def _plan_for(self, request: _Request) -> None:
         """Collective. Plan; all that is collective and the same for every call is done here."""
         from mdattn_mpi.lockstep import together
 
-        session, shards = request.session, request.shards
-        self._session = session
-        self._expected = _kind(shards)
+        self._session = session = request.session
+        self._expected = _kind(request.shards)
         self._started = deque()
-        with session.left_if_alone(), session.device(shards.backend) as device:
-            self._plan = together(
-                session.world, "plan", lambda: _plan_for(request, device), Plan.facts
-            )
+        with session.left_if_alone():
+            self._plan = together(session.world, "plan", lambda: _plan(request), Plan.facts)
 
     def __repr__(self) -> str:
         """What it computes, and how."""
@@ -229,13 +226,13 @@ class Call:
         self._shards = shards
         self._number = made._session.number_of_call()
         self._open = ExitStack()  # the device, until the call has been waited for
-        self._device: Any = None
+        self._device: AnyDevice
         self._steps: Generator[None, None, tuple[Any, Any]]
         self._result: tuple[Any, Any] | None = None
 
     def _begin(self) -> None:
         """Collective. Post the first transfers; nobody computes before all have their buffers."""
-        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies import STRATEGIES, Attend, allgather
 
         session, plan = self._made._session, self._made._plan
         error = None
@@ -244,10 +241,10 @@ class Call:
             try:
                 device = self._device = self._open.enter_context(session.device(plan.backend))
                 q, k, v = map(device.adopt, self._shards[:3])
-                # Where nothing else is under way it hides its gathering behind itself.
-                early = {"head_start": device.head_start(plan.problem)}
-                options = early if plan.strategy == "allgather" else {}
-                self._steps = STRATEGIES[plan.strategy](device, plan, q, k, v, **options)
+                attend: Attend = STRATEGIES[plan.strategy]
+                if plan.strategy == "allgather":  # where it is alone it hides behind itself
+                    attend = partial(allgather.attend, head_start=device.head_start(plan.problem))
+                self._steps = attend(device, plan, q, k, v)
                 next(self._steps)
             except Exception as wrong:  # all ranks must hear of it
                 error = MdattnError.wrap(wrong, rank=session.world.rank)
@@ -287,7 +284,7 @@ class Call:
                 self._compute()
             assert self._result is not None
             results = self._result if plan.lse else self._result[:1]
-            given = [self._shards.give(self._device.hand_over(result)) for result in results]
+            given = [self._shards.give(self._device.export(result)) for result in results]
             self._open.close()
         session.under_way.remove(self)
         if self in self._made._started:
@@ -336,11 +333,12 @@ def _agree_on(
             "attention", lambda: facts, digest, error=error, word=shards.tokens if shards else 0
         )
     assert shards
-    tokens = [tokens_of(number) for number in agreed.checksums]
-    return _Request(session, shards, options, tokens, (digest, agreed.checksums))
+    tokens = [tokens_of(number) for number in agreed.words]
+    return _Request(session, shards, options, tokens, (digest, agreed.words))
 
 
-def _plan_for(request: _Request, device: Any) -> Plan:
+def _plan(request: _Request) -> Plan:
+    """Collective where the device isn't open. Choose a strategy."""
     from mdattn_mpi.strategies import choose
 
     shards, options = request.shards, request.options
@@ -359,14 +357,13 @@ def _plan_for(request: _Request, device: Any) -> Plan:
     owners = Partition(
         query=owners_of("query", query, options.order), kv=owners_of("kv", kv, options.order)
     )
-    device.check(problem)
-    strategy, reasons = choose(
-        problem, device.ranks, options.strategy, device.costs(), batch=False, owners=owners
-    )
-    lse = options.return_lse
-    return Plan(
-        problem, strategy, device.ranks, shards.backend, lse, partition=owners, reasons=reasons
-    )
+    ranks, lse = len(query), options.return_lse
+    with request.session.device(shards.backend) as device:
+        device.check(problem)
+        strategy, reasons = choose(
+            problem, ranks, options.strategy, device.costs(), batch=False, owners=owners
+        )
+    return Plan(problem, strategy, ranks, shards.backend, lse, partition=owners, reasons=reasons)
 
 
 def _kind(shards: Shards) -> str:

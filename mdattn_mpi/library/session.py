@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.errors import MdattnError, RejectedError
 
 if TYPE_CHECKING:
-    from mdattn_mpi.backends import StrategyBackend
+    from mdattn_mpi.backends import AnyDevice, StrategyBackend
     from mdattn_mpi.lockstep import Agreement, World
 
 KEPT = 256  # of what is remembered; the ranks forget in the same order
@@ -60,7 +60,7 @@ class Session:
 
         self._agreements += 1
         step = Step(self._agreements, phase, digest, facts)
-        return self.world.agree(step, error=error, checksum=word)
+        return self.world.agree(step, error=error, word=word)
 
     def number_of_call(self) -> int:
         """Number calls, alike on all ranks."""
@@ -74,7 +74,7 @@ class Session:
             del self.made[next(iter(self.made))]
 
     @contextmanager
-    def device(self, name: str) -> Iterator[Any]:
+    def device(self, name: str) -> Iterator[AnyDevice]:
         """Collective if it isn't open. The device of a backend, for as long as the block lasts.
 
         A GPU stays open for the next call. A CPU doesn't: it keeps BLAS to one thread, also when
@@ -151,14 +151,7 @@ _left: list[Session] = []
 
 
 def session_of(comm: Any, seconds: float) -> Session:
-    """Collective on first use. The session that `comm` carries.
-
-    Parameters
-    ----------
-    comm
-        The caller's.
-    seconds
-        How long to wait for ranks, now and from now on.
+    """Collective on first use. The session that `comm` carries; ranks are waited for `seconds`.
 
     Raises
     ------

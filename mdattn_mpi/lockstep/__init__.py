@@ -15,7 +15,7 @@ from mdattn_mpi.lockstep.watchdog import watch
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.agreement import Agreement, Step
-    from mdattn_mpi.lockstep.group import Group, together
+    from mdattn_mpi.lockstep.group import Group, gather_together, together
     from mdattn_mpi.lockstep.world import World, start
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "TimeLimit",
     "World",
     "board",
+    "gather_together",
     "launcher",
     "start",
     "together",
@@ -38,6 +39,7 @@ _NEED_MPI = {
     "Agreement": "agreement",
     "Step": "agreement",
     "Group": "group",
+    "gather_together": "group",
     "World": "world",
     "start": "world",
     "together": "group",

@@ -2,13 +2,15 @@
 
 One all-reduce of a few 64-bit words carries everything: two that tell whether all ranks hold the
 same digest, one for a pending error, one for an item that is refused, one for a wish to stop, and
-one a rank for the checksum of what it wrote. Only when something is wrong do the ranks use words.
+one a rank for a number of its own, such as the checksum of what it wrote. Only when something is
+wrong do the ranks exchange sentences.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from operator import itemgetter
 from struct import Struct
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -39,12 +41,12 @@ class Step(NamedTuple):
 class Agreement(NamedTuple):
     """What all ranks know after an agreement.
 
-    ``checksums`` has one a rank where checksums were given, else nothing. ``refused`` says what is
+    ``words`` has one a rank where words were given, else nothing. ``refused`` says what is
     wrong with the item ahead, on the lowest rank that found something.
     """
 
     stop: bool
-    checksums: tuple[int, ...] = ()
+    words: tuple[int, ...] = ()
     refused: ItemError | None = None
 
 
@@ -55,12 +57,12 @@ class Ballot:
         words = Struct(f"={HEAD_WORDS + comm.size}Q")
         self._sent, received = bytearray(words.size), bytearray(words.size)
         self._number = comm.size - comm.rank  # the greatest is the lowest rank's
-        self._own = HEAD.size + comm.rank * WORD.size  # where this rank's checksum goes
+        self._own = HEAD.size + comm.rank * WORD.size  # where this rank's own word goes
         self._unpack = partial(words.unpack, received)
         self._reduce, self.free = _reduction(comm, self._sent, received)
 
     def cast(
-        self, step: Step, failed: bool, refuses: bool, stop: bool, checksum: int
+        self, step: Step, failed: bool, refuses: bool, stop: bool, word: int
     ) -> tuple[int, ...]:
         """Collective. Give this rank's words; return the greatest that any rank gave, of each."""
         # After a millisecond of other work none of this is in the processor's caches, and what it
@@ -71,7 +73,7 @@ class Ballot:
             self._sent, 0, digest, digest ^ MASK, number if failed else 0,
             number if refuses else 0, stop,
         )  # fmt: skip
-        WORD.pack_into(self._sent, self._own, checksum)
+        WORD.pack_into(self._sent, self._own, word)
         self._reduce()
         return self._unpack()
 
@@ -104,18 +106,20 @@ def _reduction(
     return reduce, request.Free
 
 
-def differences(facts: Sequence[dict[str, Any]]) -> str:
-    """Say which ranks hold which value of what they differ in; `facts` is in rank order."""
+def differences(facts: Sequence[dict[str, Any]], ranks: Sequence[int]) -> str:
+    """Say which of `ranks` hold which value of what they differ in; `facts` has one a rank."""
     missing = "nothing"
     found = []
     for name in dict.fromkeys(name for each in facts for name in each):
         holders: dict[str, list[int]] = {}
-        for rank, each in enumerate(facts):
+        for rank, each in sorted(zip(ranks, facts, strict=True), key=itemgetter(0)):
             value = repr(each[name]) if name in each else missing
             holders.setdefault(value, []).append(rank)
         if len(holders) > 1:
             by_size = sorted(holders.items(), key=lambda holder: -len(holder[1]))
-            values = ", ".join(f"{value} on {name_ranks(ranks)}" for value, ranks in by_size)
+            values = ", ".join(
+                f"{value} on {name_ranks(sorted(those))}" for value, those in by_size
+            )
             found.append(f"{name} ({values})")
     if not found:
         return "ranks differ in something that has no name here: their digests are not the same"

@@ -96,9 +96,9 @@ class Board:
         for name, number in numbers.items():
             setattr(page, name, number)
 
-    def attach(self, run_folder: str | Path, rank: int, size: int, device: str = "") -> None:
+    def attach(self, run_folder: str | Path, rank: int, size: int) -> None:
         """Let the watchdog publish this page, and write its death note, in `run_folder`."""
-        self.identify(rank=rank, size=size, device=device)
+        self.identify(rank=rank, size=size)
         if rank == 0:
             put_aside(run_folder, self.page.job)
         self.page.put(folder=str(Path(run_folder).resolve()))

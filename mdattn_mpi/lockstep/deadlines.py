@@ -69,15 +69,9 @@ class Deadlines:
 
 
 class TimeLimit:
-    """When the job must be over: ``--max-time`` or the end of the Slurm allocation.
+    """When the job must be over: `max_time` seconds from now, or the end of the Slurm allocation.
 
-    Parameters
-    ----------
-    max_time
-        Seconds from now; None or 0 for no limit of the user's.
-    environment
-        Where ``SLURM_JOB_END_TIME`` is looked up, in seconds since 1970.
-
+    ``SLURM_JOB_END_TIME`` counts seconds since 1970; a `max_time` of 0 is no limit.
     """
 
     def __init__(

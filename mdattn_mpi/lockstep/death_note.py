@@ -35,19 +35,8 @@ def compose(
 ) -> Note:
     """Put all that is known into one JSON object.
 
-    Parameters
-    ----------
-    culprit
-        The record of the rank that failed or was late first.
-    what
-        What happened to it.
-    records
-        Those of all ranks that can be read.
-    stack
-        The rank's stacks, as far as it could still write them.
-    command
-        What resumes the job.
-
+    `what` happened to the `culprit`, whose `stack` it is as far as it could still be written;
+    `records` are those of all ranks that can be read; `command` resumes the job.
     """
     now = time.time()
     return {

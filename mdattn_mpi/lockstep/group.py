@@ -39,6 +39,8 @@ class Group:
 
     Attributes
     ----------
+    world_rank
+        Which rank of the job this is: what errors name.
     local_rank, local_size
         Which of how many ranks of the job on this node, whatever group they work in.
     cores
@@ -54,6 +56,7 @@ class Group:
         self.deadline = deadline
         self.board = board or current_board()
         self.rank: int = comm.rank
+        self.world_rank = self.rank
         self.size: int = comm.size
         self.local_rank, self.local_size, self.cores = 0, 1, 1
         self._ballot = Ballot(self.control)
@@ -64,7 +67,7 @@ class Group:
         *,
         error: MdattnError | None = None,
         refused: ItemError | None = None,
-        checksum: int | None = None,
+        word: int | None = None,
         stop: bool = False,
     ) -> Agreement:
         """Collective. Make sure that all ranks are about to do the same; a barrier that checks.
@@ -78,8 +81,8 @@ class Group:
         refused
             What is wrong with the item that this step begins, and with nothing else; it doesn't
             end the step.
-        checksum
-            32 bits for all the others; on all ranks or none.
+        word
+            A number below 2⁶⁴ for all the others; on all ranks or none.
         stop
             Whether this rank wants to stop.
 
@@ -94,7 +97,7 @@ class Group:
 
         """
         self._arrive(step.phase)
-        words = self._ballot.cast(step, error is not None, refused is not None, stop, checksum or 0)
+        words = self._ballot.cast(step, error is not None, refused is not None, stop, word or 0)
         high, low, failed, refusing, stops = words[:HEAD_WORDS]
         if failed:
             raise self._error_of(self.size - failed, error) from error
@@ -104,7 +107,7 @@ class Group:
             found = self._error_of(self.size - refusing, refused)
             assert isinstance(found, ItemError)
             refused = found
-        return Agreement(stops != 0, () if checksum is None else words[HEAD_WORDS:], refused)
+        return Agreement(stops != 0, () if word is None else words[HEAD_WORDS:], refused)
 
     def _arrive(self, phase: str) -> None:
         """Collective. Say that this rank waits; where there is a deadline, wait for all with it."""
@@ -114,17 +117,19 @@ class Group:
 
     def _error_of(self, root: int, own: MdattnError | None) -> MdattnError:
         """Collective. The error of rank `root`, on all ranks."""
+        if own and own.rank is None:
+            own.rank = self.world_rank
         data = own.to_json() if own and self.rank == root else None
         error = MdattnError.from_json(self.bcast_bytes(data, root))
-        error.rank = root if error.rank is None else error.rank
         error.agreed = True
         return error
 
     def _disagreement(self, step: Step) -> DisagreementError:
         """Collective. Who differs in what, the same on all ranks."""
         facts = {"item index": step.item_index, "phase": step.phase, **step.describe()}
+        ranks, found = zip(*self.allgather((self.world_rank, facts)), strict=True)
         error = DisagreementError(
-            differences(self.allgather(facts)),
+            differences(found, ranks),
             fix="start all ranks with the same command, input files, options and software",
         )
         error.agreed = True
@@ -152,35 +157,21 @@ class Group:
             self.control.Bcast([view[start : start + PIECE], MPI.BYTE], root)
         return received
 
-    def gather_bytes(self, data: bytes) -> list[bytes] | None:
-        """Collective. Give rank 0 everybody's `data`, in rank order; None elsewhere."""
-        lengths = np.empty(self.size, np.int64)
-        self.control.Allgather(np.array([len(data)], np.int64), lengths)
-        if self.rank:
-            for start in range(0, len(data), PIECE):
-                self.control.Send([memoryview(data)[start : start + PIECE], MPI.BYTE], 0)
-            return None
-        gathered = [data]
-        for rank in range(1, self.size):
-            received = memoryview(bytearray(int(lengths[rank])))
-            for start in range(0, len(received), PIECE):
-                self.control.Recv([received[start : start + PIECE], MPI.BYTE], rank)
-            gathered.append(bytes(received))
-        return gathered
-
     def allgather(self, own: Any) -> list[Any]:
         """Collective. Give every rank what all have, as JSON says it, in rank order."""
         if self.deadline is not None:
             wait_for_all(self.control, "allgather", self.deadline)
-        gathered = self.gather_bytes(json.dumps(own, default=str).encode())
-        every = json.dumps([json.loads(each) for each in gathered]).encode() if gathered else None
-        found: list[Any] = json.loads(self.bcast_bytes(every))
-        return found
+        data, lengths = json.dumps(own, default=str).encode(), np.empty(self.size, np.int64)
+        self.control.Allgather(np.array([len(data)], np.int64), lengths)
+        gathered = np.empty(lengths.sum(), np.uint8)
+        self.control.Allgatherv([data, MPI.BYTE], [gathered, (lengths, None), MPI.BYTE])
+        return [json.loads(bytes(each)) for each in np.split(gathered, lengths.cumsum()[:-1])]
 
     def split(self, color: int, key: int = 0) -> Group:
         """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""
         self.board.identify(group=color)
         group = Group(cast(MPI.Intracomm, self.comm.Split(color, key)), self.board, self.deadline)
+        group.world_rank = self.world_rank
         group.local_rank, group.local_size = self.local_rank, self.local_size
         group.cores = self.cores
         return group
@@ -207,7 +198,9 @@ def together(
     phase
         What they do, in a word.
     action
-        What each of them does; it may fail on some.
+        What each of them does; it may fail on some. What is collective in it (in the group, or in
+        smaller ones) must have been agreed on before: else those that fail before it leave the
+        others waiting in it.
     facts
         Of what `action` returned, all that must be the same on every rank.
 
@@ -227,6 +220,11 @@ def together(
         value = action()
         found = facts(value)
     except Exception as failure:
-        error = MdattnError.wrap(failure, rank=group.rank)
+        error = MdattnError.wrap(failure, rank=group.world_rank)
     group.agree(Step(-1, phase, digest_of(found), lambda: found), error=error)
     return value  # type: ignore[return-value]
+
+
+def gather_together(group: Group, phase: str, action: Callable[[], T]) -> list[T]:
+    """Collective. Do something as in `together`; return what it gave each rank, as JSON has it."""
+    return group.allgather(together(group, phase, action))

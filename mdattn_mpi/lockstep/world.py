@@ -62,14 +62,8 @@ class World(Group):
     def of_program(cls, comm: MPI.Intracomm, what: str, deadline: float) -> World:
         """Collective. Make a world of another MPI program's communicator, over a copy of it.
 
-        Parameters
-        ----------
-        comm
-            The program's communicator.
-        what
-            The call that all its ranks make, for the error of those that wait in vain.
-        deadline
-            Seconds to wait for all ranks, here and in every agreement; see `call_deadline`.
+        All its ranks call `what`, and wait for each other `deadline` seconds at most, here and in
+        every agreement.
 
         Raises
         ------
@@ -125,20 +119,11 @@ def share_of_cores(allowed: Sequence[str], nodes: Sequence[str], rank: int) -> i
     """Count the cores that are a rank's own.
 
     A rank that its launcher bound to some cores has them to itself; others divide theirs equally
-    among all ranks that may run on the same ones.
-
-    Parameters
-    ----------
-    allowed
-        The cores that each rank may use, with blanks between.
-    nodes
-        Each rank's node.
-    rank
-        The rank whose cores are counted.
-
+    among all ranks that may run on the same ones. `allowed` has the cores of each rank, with blanks
+    between, and `nodes` its node.
     """
-    rivals = list(zip(nodes, allowed, strict=True)).count((nodes[rank], allowed[rank]))
-    return max(1, len(allowed[rank].split()) // rivals)
+    sharing = list(zip(nodes, allowed, strict=True)).count((nodes[rank], allowed[rank]))
+    return max(1, len(allowed[rank].split()) // sharing)
 
 
 def leave(board: Board) -> None:

@@ -7,39 +7,27 @@ is given some.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from math import prod
 from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import graph_inputs, import_onnx, operator
-
-SMALL = 64  # initializers up to so many elements may be shapes
-
-Labels = dict[str, list[str | int]]  # of every dim of every input: a symbol, or its length
+from mdattn_mpi.onnx.model import graph_inputs
+from mdattn_mpi.onnx.shapes import Labels, infer_shapes, labels_of
 
 
-class Place(NamedTuple):
+class TokenDim(NamedTuple):
     """The dim of a tensor that counts tokens, and the sequence whose tokens they are."""
 
     sequence: str
     dim: int
 
 
-def token_places(
+def token_dims(
     model: Any, attentions: Sequence[Any], named: Mapping[str, int]
-) -> dict[str, list[Place]]:
+) -> dict[str, list[TokenDim]]:
     """Find the dims that count tokens in each input: as named, or as the attentions tell.
 
-    Parameters
-    ----------
-    model
-        The model.
-    attentions
-        Its attention nodes.
-    named
-        What the user said: dims by input. Others with the same symbol go with them.
+    Where dims are named, other inputs with the same symbol go with them.
 
     Raises
     ------
@@ -50,7 +38,7 @@ def token_places(
     labels = {value.name: labels_of(value) for value in graph_inputs(model)}
     if named:
         found = _named(labels, named)
-        arriving = _sequences(labels, _token_dims(model, labels, attentions))
+        arriving = _sequences(labels, _attention_dims(model, labels, attentions))
         found = {symbol: found.get(arriving.get(symbol, ""), to) for symbol, to in found.items()}
     else:
         labels, found = _found(model, labels, attentions)
@@ -61,17 +49,9 @@ def token_places(
             fix="name it for every input that has one: --shard INPUT:DIM",
         )
     return {
-        name: [Place(found[label], dim) for dim, label in enumerate(dims) if label in found]
+        name: [TokenDim(found[label], dim) for dim, label in enumerate(dims) if label in found]
         for name, dims in labels.items()
     }
-
-
-def labels_of(value: Any) -> list[str | int]:
-    """Return the dims of an input: symbols (one of its own where there is none), or lengths."""
-    return [
-        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_dim{number}"
-        for number, dim in enumerate(value.type.tensor_type.shape.dim)
-    ]
 
 
 def _show(dims: Sequence[str | int]) -> str:
@@ -96,24 +76,23 @@ def _named(labels: Labels, named: Mapping[str, int]) -> dict[str | int, str]:
 def _found(
     model: Any, labels: Labels, attentions: Sequence[Any]
 ) -> tuple[Labels, dict[str | int, str]]:
-    """Follow symbols to the attentions: the model's own; else one a length; else one a dim."""
-    by_length = _with_symbols(labels, lambda name, dim, length: f"{length}_tokens")
-    by_dim = _with_symbols(labels, lambda name, dim, length: f"{name}_dim{dim}")
-    if found := _sequences(labels, _token_dims(model, labels, attentions)):
+    """Follow symbols to the attentions: the model's own; else lengths; else a symbol a dim."""
+    arriving = _attention_dims(model, labels, attentions)
+    if found := _sequences(labels, arriving):
         return labels, found
-    found = _sequences(by_length, _token_dims(model, by_length, attentions))
-    if found and all(sum(label in found for label in dims) < 2 for dims in by_length.values()):
-        return by_length, found
-    if found := _sequences(by_dim, _token_dims(model, by_dim, attentions)):
-        fixed = {  # dims of one length count the same tokens
-            by_dim[name][dim]: f"{length}_tokens"
-            for name, dims in labels.items()
-            for dim, length in enumerate(dims)
-            if isinstance(length, int)
-        }
-        return by_dim, {symbol: fixed.get(symbol, name) for symbol, name in found.items()}
-    lengths = [[f"{d}_tokens" for d in dims] for dims in _token_dims(model, labels, attentions)]
-    if found := _sequences(by_length, lengths):
+    by_length = _with_symbols(labels, lambda name, dim, length: f"{length}_tokens")
+    found = _sequences(by_length, [[f"{dim}_tokens" for dim in three] for three in arriving])
+    if not found or any(sum(dim in found for dim in dims) > 1 for dims in by_length.values()):
+        by_dim = _with_symbols(labels, lambda name, dim, length: f"{name}_dim{dim}")
+        if apart := _sequences(by_dim, _attention_dims(model, by_dim, attentions)):
+            fixed = {  # dims of one length count the same tokens
+                by_dim[name][dim]: f"{length}_tokens"
+                for name, dims in labels.items()
+                for dim, length in enumerate(dims)
+                if isinstance(length, int)
+            }
+            return by_dim, {symbol: fixed.get(symbol, name) for symbol, name in apart.items()}
+    if found:
         return by_length, found
     symbols = {label for dims in labels.values() for label in dims if isinstance(label, str)}
     return labels, {symbol: symbol for symbol in symbols if len(symbols) == 1}
@@ -127,22 +106,14 @@ def _with_symbols(labels: Labels, symbol: Callable[[str, int, int], str]) -> Lab
     }
 
 
-def _token_dims(
+def _attention_dims(
     model: Any, labels: Labels, attentions: Sequence[Any]
 ) -> list[list[str | int | None]]:
     """Return what counts the tokens of queries, keys and values of each attention.
 
     The label of an input's dim, a length, or None where inference doesn't carry it so far.
     """
-    traced = skeleton(model)
-    for value in traced.graph.input:
-        dims = value.type.tensor_type.shape.dim
-        for label, dim in zip(labels.get(value.name, ()), dims, strict=False):
-            if isinstance(label, str):
-                dim.dim_param = label
-    for value in traced.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    graph = infer_shapes(traced)
+    graph = infer_shapes(model, labels)
     shapes = {value.name: labels_of(value) for value in (*graph.value_info, *graph.input)}
     found = [[shapes.get(tensor, []) for tensor in node.input[:3]] for node in attentions]
     return [[dims[-2] if len(dims) > 2 else None for dims in three] for three in found]
@@ -160,63 +131,3 @@ def _sequences(
             if symbol is not None:
                 found.setdefault(symbol, found.get(like or symbol, str(like)))
     return found
-
-
-def infer_shapes(model: Any, strict_mode: bool = False) -> Any:
-    """Return the graph of a model with shapes; in strict mode all nodes must fit together.
-
-    Raises
-    ------
-    RejectedError
-        They don't, naming the first that doesn't.
-
-    """
-    infer = import_onnx().shape_inference.infer_shapes
-    try:
-        return infer(model, strict_mode=strict_mode, data_prop=True).graph
-    except Exception as error:
-        told = str(error)
-    stops = re.findall(r"\(op_type:(\w+), node name: (.*?)\): (?:\[\w+\] )?(.*)", told)
-    first = [stop for stop in stops if "instead is null" not in stop[2]]
-    if strict_mode and stops and not first:
-        return infer_shapes(model)  # only for want of what an unknown operator makes
-    kind, name, why = first[0] if first else ("", "", " ".join(told.split()))
-    named = f"node {name!r} ({kind})" if name else f"a node {kind}" if kind else "the model"
-    raise RejectedError(
-        f"{named} doesn't take every number of tokens: {why}",
-        fix="export the model with a dynamic number of tokens; or name the dim of every input that "
-        "counts them: --shard INPUT:DIM",
-    )
-
-
-def skeleton(model: Any) -> Any:
-    """Copy the model without its weights, and with operators that shape inference knows."""
-    onnx = import_onnx()
-    copy = onnx.ModelProto()
-    copy.ir_version = model.ir_version
-    copy.opset_import.extend(model.opset_import)
-    graph = copy.graph
-    graph.name = "skeleton"
-    graph.input.extend(graph_inputs(model))
-    graph.output.extend(model.graph.output)
-    for tensor in model.graph.initializer:
-        if prod(tensor.dims) <= SMALL and tensor.data_location != onnx.TensorProto.EXTERNAL:
-            graph.initializer.append(tensor)
-        else:
-            shape = list(tensor.dims)
-            graph.input.append(
-                onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, shape)
-            )
-    graph.node.extend(_known_operators(model.graph.node))
-    return copy
-
-
-def _known_operators(nodes: Iterable[Any]) -> list[Any]:
-    """Put operators that shape inference knows in the place of TensorRT's own."""
-    make = import_onnx().helper.make_node
-    return [
-        make("Einsum", [node.input[0], node.input[2]], node.output[:1], equation="abcd,efgh->abch")
-        if operator(node) == "TRT_Attention"
-        else node
-        for node in nodes
-    ]

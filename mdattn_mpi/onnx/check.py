@@ -19,14 +19,7 @@ RANDOM = frozenset(_RANDOM.split())
 
 
 def check(tokens: Tokens) -> None:
-    """Make sure that all nodes of a graph treat tokens alike.
-
-    Raises
-    ------
-    RejectedError
-        Naming the first node that doesn't, or isn't known to.
-
-    """
+    """Make sure that all nodes of a graph treat tokens alike."""
     for number, node in enumerate(tokens.graph.node):
         if any(name in tokens.counts or tokens.place(name) for name in reads(node)):
             _check_node(node, number, tokens)

@@ -26,11 +26,7 @@ PICKS = frozenset(_PICKS.split())
 def follow(node: Any, tokens: Tokens) -> bool:
     """Note what a node computes from the number of tokens; return whether it does nothing else.
 
-    Raises
-    ------
-    RejectedError
-        It uses the number as anything but a shape.
-
+    Refuse it if it uses the number as anything but a shape.
     """
     kind = operator(node)
     place = tokens.place(node.input[0]) if node.input else None

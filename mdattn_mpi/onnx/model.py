@@ -20,14 +20,7 @@ ATTENTION = ("Attention", "TRT_Attention")
 
 
 def import_onnx() -> Any:
-    """Import the package `onnx`.
-
-    Raises
-    ------
-    RejectedError
-        It isn't installed.
-
-    """
+    """Import the package `onnx`, or raise RejectedError."""
     try:
         import onnx
     except ImportError as error:
@@ -65,8 +58,8 @@ def load_model(path: Path) -> Any:
         )
     if model.functions:
         model = _inlined(model, path)
-    for tensor in _tensors(model.graph):
-        _check_external(tensor, path, onnx)
+    for tensor in _external(model):
+        _check_external(tensor, path)
     for line in mend(model):
         LOGGER.warning("%s: %s", path, line)
     return model
@@ -132,9 +125,13 @@ def _tensors(graph: Any) -> list[Any]:
     return found
 
 
-def _check_external(tensor: Any, path: Path, onnx: Any) -> None:
-    if tensor.data_location != onnx.TensorProto.EXTERNAL:
-        return
+def _external(model: Any) -> list[Any]:
+    """List the tensors whose data lies in other files."""
+    outside = import_onnx().TensorProto.EXTERNAL
+    return [tensor for tensor in _tensors(model.graph) if tensor.data_location == outside]
+
+
+def _check_external(tensor: Any, path: Path) -> None:
     named = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
     folder = path.resolve().parent
     if not named or not (folder / named).resolve().is_relative_to(folder):
@@ -143,13 +140,6 @@ def _check_external(tensor: Any, path: Path, onnx: Any) -> None:
             file=str(path),
             fix="put the data file beside the model, and save it so",
         )
-
-
-def has_external_data(model: Any) -> bool:
-    """Whether part of the model lies in other files."""
-    onnx = import_onnx()
-    tensors = _tensors(model.graph)
-    return any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in tensors)
 
 
 def mend(model: Any) -> list[str]:
@@ -216,7 +206,7 @@ def save_model(model: Any, source: Path, target: Path) -> None:
         The folder can't be written; or external data would be left behind.
 
     """
-    if has_external_data(model) and source.resolve().parent != target.resolve().parent:
+    if _external(model) and source.resolve().parent != target.resolve().parent:
         raise RejectedError(
             "the model's external data is named relative to its folder",
             file=str(target),

@@ -1,7 +1,7 @@
 """What the operators of ONNX do along the dim that counts tokens.
 
-A rule is a function of a node that reads tokens; it raises when the node works along them. An
-operator without a rule isn't known.
+A rule gives the dims of its inputs that a node works along: none of them may be the tokens. What
+can't be said by dims, it checks itself. An operator without a rule isn't known.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from math import prod
 from typing import Any
 
-from mdattn_mpi.onnx.axes import Place
+from mdattn_mpi.onnx.axes import TokenDim
 from mdattn_mpi.onnx.model import attribute_of, operator
 from mdattn_mpi.onnx.tokens import Shape, Tokens
 
@@ -25,27 +25,22 @@ _REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
 
 ELEMENTWISE = frozenset(_ELEMENTWISE.split())
 REDUCE = frozenset(f"Reduce{kind}" for kind in _REDUCE.split())
-# Operators along one dim: its default, where the node doesn't name it.
-ALONG = {
-    "ArgMax": 0, "ArgMin": 0, "Concat": 0, "LogSoftmax": -1, "LpNormalization": -1, "Softmax": -1,
-    "Split": 0, "TopK": -1,
-}  # fmt: skip
+Dims = Iterable[int]  # of every input; negative ones count from the end
+Rule = Callable[[Any, Tokens], Dims]
+
 EXTRA_INPUTS = {3: "a mask", 4: "past keys", 5: "past values", 6: "a count of keys"}
 
 
 def check(node: Any, tokens: Tokens) -> None:
-    """Make sure that a node which reads tokens, or a shape made of their number, treats them alike.
-
-    Raises
-    ------
-    RejectedError
-        It doesn't, or isn't known to.
-
-    """
+    """Refuse a node that reads tokens, or a shape made of their number, and may mix them."""
     kind = operator(node)
     if kind not in RULES:
         raise tokens.refuse(node, "isn't known to treat every token alike")
-    RULES[kind](node, tokens)
+    for dim in RULES[kind](node, tokens):
+        for name in node.input:
+            if _dim(name, tokens) == dim % len(tokens.shape(name) or (0,)):
+                does = "cuts" if kind == "Slice" else "works"
+                raise tokens.refuse(node, f"{does} along the tokens")
     for name in filter(None, node.output):
         if tokens.place(name) is None:
             raise tokens.refuse(node, f"makes {tokens.show(name)} of any number of tokens")
@@ -62,15 +57,6 @@ def _dim(name: str, tokens: Tokens) -> int | None:
     return place.dim if place else None
 
 
-def _refuse_along(node: Any, tokens: Tokens, dims: Iterable[int]) -> None:
-    """Raise if a node works along the tokens of an input; `dims` are its own, negative ones too."""
-    dims = list(dims)
-    for name in node.input:
-        place = _dim(name, tokens)
-        if place is not None and place in {dim % len(_shape(name, tokens)) for dim in dims}:
-            raise tokens.refuse(node, "works along the tokens")
-
-
 def _constants(node: Any, number: int, tokens: Tokens) -> tuple[int, ...]:
     values = tokens.constant(node.input[number])
     if values is None:
@@ -78,7 +64,7 @@ def _constants(node: Any, number: int, tokens: Tokens) -> tuple[int, ...]:
     return tuple(int(value) for value in values.reshape(-1))
 
 
-def elementwise(node: Any, tokens: Tokens) -> None:
+def elementwise(node: Any, tokens: Tokens) -> Dims:
     """Tensors are aligned at their last dims.
 
     One that isn't cut must have no dim of tokens: neither a length, nor a symbol that counts 1.
@@ -87,6 +73,7 @@ def elementwise(node: Any, tokens: Tokens) -> None:
         place = tokens.place(output)
         if place:
             _check_uncut(node, node.input, tokens, place.dim - len(_shape(output, tokens)))
+    return ()
 
 
 def _check_uncut(node: Any, names: Iterable[str], tokens: Tokens, from_end: int) -> None:
@@ -103,66 +90,46 @@ def _check_uncut(node: Any, names: Iterable[str], tokens: Tokens, from_end: int)
             )
 
 
-def along_one(node: Any, tokens: Tokens) -> None:
-    """One dim, named by an attribute."""
-    _refuse_along(node, tokens, [attribute_of(node, "axis", ALONG.get(operator(node), 0))])
-
-
-def tile(node: Any, tokens: Tokens) -> None:
-    """Some dims, as often as an input says."""
-    repeats = _constants(node, 1, tokens)
-    _refuse_along(node, tokens, [dim for dim, count in enumerate(repeats) if count != 1])
-
-
-def cumulative(node: Any, tokens: Tokens) -> None:
-    """One dim, named by an input."""
-    _refuse_along(node, tokens, _constants(node, 1, tokens))
-
-
-def along_last(node: Any, tokens: Tokens) -> None:
-    """All dims from one on."""
+def along_last(node: Any, tokens: Tokens) -> Dims:
+    """All dims from one on; scale and bias are spread over the rest."""
     dims = len(_shape(node.input[0], tokens))
-    _refuse_along(node, tokens, range(attribute_of(node, "axis", -1) % dims, dims))
-    elementwise(node, tokens)  # scale and bias are spread over the rest
+    yield from range(attribute_of(node, "axis", -1) % dims, dims)
+    yield from elementwise(node, tokens)
 
 
-def reduction(node: Any, tokens: Tokens) -> None:
+def reduction(node: Any, tokens: Tokens) -> Dims:
     """Some dims, named by an attribute or an input; all of them where none is."""
-    dims = attribute_of(node, "axes")
+    dims: Dims | None = attribute_of(node, "axes")
     if dims is None and len(node.input) > 1 and node.input[1]:
         dims = _constants(node, 1, tokens)
     if not dims and not attribute_of(node, "noop_with_empty_axes", 0):
         dims = range(len(_shape(node.input[0], tokens)))
-    _refuse_along(node, tokens, dims or ())
+    return dims or ()
 
 
-def spatial(node: Any, tokens: Tokens) -> None:
-    """All dims but the first: batch."""
-    _refuse_along(node, tokens, range(1, len(_shape(node.input[0], tokens))))
-
-
-def batch_normalization(node: Any, tokens: Tokens) -> None:
+def batch_normalization(node: Any, tokens: Tokens) -> Dims:
     """A fixed scale for each place of dim 1."""
     if attribute_of(node, "training_mode", 0):
         raise tokens.refuse(node, "takes the statistics of all tokens: it is in training mode")
-    _refuse_along(node, tokens, [1])
+    return [1]
 
 
-def dropout(node: Any, tokens: Tokens) -> None:
+def dropout(node: Any, tokens: Tokens) -> Dims:
     """Nothing, unless in training mode."""
     if len(node.input) > 2 and node.input[2] and any(_constants(node, 2, tokens)):
         raise tokens.refuse(node, "draws random numbers: it is in training mode")
+    return ()
 
 
-def quantization(node: Any, tokens: Tokens) -> None:
-    """A fixed scale, or one for each place of a dim."""
-    if len(_shape(node.input[1], tokens)) > 1:
-        elementwise(node, tokens)  # blocks
-    elif prod(_shape(node.input[1], tokens)) != 1:
-        _refuse_along(node, tokens, [attribute_of(node, "axis", 1)])
+def quantization(node: Any, tokens: Tokens) -> Dims:
+    """A fixed scale, or one for each place of a dim, or blocks of it."""
+    scale = _shape(node.input[1], tokens)
+    if len(scale) > 1:
+        return elementwise(node, tokens)
+    return [attribute_of(node, "axis", 1)] if prod(scale) != 1 else ()
 
 
-def product(node: Any, tokens: Tokens) -> None:
+def product(node: Any, tokens: Tokens) -> Dims:
     """A sum over one dim of each operand, which mustn't be the tokens."""
     if operator(node) == "MatMul":
         vector = len(_shape(node.input[1], tokens)) == 1
@@ -180,9 +147,10 @@ def product(node: Any, tokens: Tokens) -> None:
         from_end = place.dim - len(_shape(node.output[0], tokens))
         aligned = node.input if from_end < -2 else node.input[2:]  # batches; or what is added
         _check_uncut(node, aligned, tokens, from_end)
+    return ()
 
 
-def einsum(node: Any, tokens: Tokens) -> None:
+def einsum(node: Any, tokens: Tokens) -> Dims:
     """The letter of the tokens must be one of the result, and in no operand that isn't cut."""
     equation = attribute_of(node, "equation", b"").decode().replace(" ", "")
     terms, arrow, result = equation.partition("->")
@@ -194,48 +162,35 @@ def einsum(node: Any, tokens: Tokens) -> None:
     for dim, letters in places:
         if set(letters) & cut - set(result) or len(set(letters) & cut) != (dim is not None):
             raise tokens.refuse(node, "sums over the tokens outside of an attention")
+    return ()
 
 
-def transpose(node: Any, tokens: Tokens) -> None:
+def transpose(node: Any, tokens: Tokens) -> Dims:
     """Tokens stay what they are wherever their dim goes."""
+    return ()
 
 
-def uniform(node: Any, tokens: Tokens) -> None:
-    """One value for all tokens, or what there is for each."""
-    if operator(node) == "Expand":
-        elementwise(node, tokens)
-
-
-def regroup(node: Any, tokens: Tokens) -> None:
+def regroup(node: Any, tokens: Tokens) -> Dims:
     """Tokens must stay in order: as many elements before their dim as there were."""
     before, after = (_dim(name, tokens) for name in (node.input[0], node.output[0]))
     if before is None or after is None:
-        return  # told by `check`
+        return ()  # refused by `check`
     old, new = (_shape(name, tokens) for name in (node.input[0], node.output[0]))
     if operator(node) == "Squeeze" and len(node.input) < 2:
         raise tokens.refuse(node, "drops whatever dim is 1, as a shard's tokens may be")
     if prod(old[:before]) != prod(new[:after]):
         raise tokens.refuse(node, "mixes the tokens with another dim")
+    return ()
 
 
-def gather(node: Any, tokens: Tokens) -> None:
-    """Nothing along the tokens; or an embedding: one look-up a token."""
-    if _dim(node.input[0], tokens) is not None:
-        _refuse_along(node, tokens, [attribute_of(node, "axis", 0)])
-
-
-def cut(node: Any, tokens: Tokens) -> None:
+def part(node: Any, tokens: Tokens) -> Dims:
     """A part of other dims; a part of the tokens would be one of every shard."""
-    named = len(node.input) > 3 and node.input[3]
-    dims: Iterable[int] = range(_shape(node.input[1], tokens)[0])
-    if named:
-        dims = _constants(node, 3, tokens)
-    shape = _shape(node.input[0], tokens)
-    if _dim(node.input[0], tokens) in {dim % len(shape) for dim in dims}:
-        raise tokens.refuse(node, "cuts along the tokens")
+    if len(node.input) > 3 and node.input[3]:
+        return _constants(node, 3, tokens)
+    return range(_shape(node.input[1], tokens)[0])
 
 
-def rotary(node: Any, tokens: Tokens) -> None:
+def rotary(node: Any, tokens: Tokens) -> Dims:
     """An angle for each token, looked up by its position or given for it."""
     data, cosine, sine = node.input[:3]
     given = [node.input[3]] if len(node.input) > 3 and node.input[3] else [cosine, sine]
@@ -250,24 +205,18 @@ def rotary(node: Any, tokens: Tokens) -> None:
                 f"takes {name!r}, which isn't cut like its tokens: every rank would begin at 0",
                 fix="make the positions an input of the model, cut like the tokens",
             )
+    return ()
 
 
 def check_attention(node: Any, tokens: Tokens) -> None:
-    """Make sure that an attention's queries, keys and values lie where it can be shared.
-
-    Raises
-    ------
-    RejectedError
-        It has inputs or outputs beyond; or the tokens lie elsewhere.
-
-    """
+    """Refuse an attention with further inputs, or whose tokens lie where it can't be shared."""
     if tokens.nested:
         raise tokens.refuse(node, "is an attention in a branch")
     places = [tokens.place(name) for name in node.input[:3]]
     for number, name in enumerate(node.input):
         if name and number > 2 and not _is_mask_of_whole_keys(name, number, places, tokens):
-            told = EXTRA_INPUTS.get(number, "more inputs than are known")
-            raise tokens.refuse(node, f"has {told}", "use a model without one, or use -n 1")
+            what = EXTRA_INPUTS.get(number, "more inputs than are known")
+            raise tokens.refuse(node, f"has {what}", "use a model without one, or use -n 1")
     if len([name for name in node.output if name]) > 1:
         raise tokens.refuse(node, "gives more than its output", "use -n 1")
     if any(name in tokens.counts for name in node.input):
@@ -295,7 +244,7 @@ def check_attention(node: Any, tokens: Tokens) -> None:
 
 
 def _is_mask_of_whole_keys(
-    name: str, number: int, places: list[Place | None], tokens: Tokens
+    name: str, number: int, places: list[TokenDim | None], tokens: Tokens
 ) -> bool:
     """Whether an input is a mask that is the same for all queries, of keys that no rank cuts."""
     if number != 3 or places[1] or places[2] or tokens.place(name):
@@ -303,23 +252,37 @@ def _is_mask_of_whole_keys(
     return len(_shape(name, tokens)) > 1 and not tokens.may_stretch(name, -2)
 
 
-RULES: dict[str, Callable[[Any, Tokens], None]] = {
+def along(default: int) -> Rule:
+    """One dim, named by an attribute."""
+    return lambda node, tokens: [attribute_of(node, "axis", default)]
+
+
+RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    **dict.fromkeys(ALONG, along_one),
     **dict.fromkeys(REDUCE, reduction),
+    **dict.fromkeys(("ArgMax", "ArgMin", "Concat", "Split"), along(0)),
+    **dict.fromkeys(("LogSoftmax", "LpNormalization", "Softmax", "TopK"), along(-1)),
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), regroup),
     **dict.fromkeys(("LayerNormalization", "RMSNormalization"), along_last),
-    **dict.fromkeys(("InstanceNormalization", "GroupNormalization"), spatial),
+    # Only dim 0, the batch, may be the tokens.
+    **dict.fromkeys(
+        ("InstanceNormalization", "GroupNormalization"),
+        lambda node, tokens: range(1, len(_shape(node.input[0], tokens))),
+    ),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), quantization),
     **dict.fromkeys(("MatMul", "Gemm"), product),
-    **dict.fromkeys(("Expand", "ConstantOfShape"), uniform),
     "BatchNormalization": batch_normalization,
-    "CumSum": cumulative,
+    "ConstantOfShape": transpose,
+    "CumSum": lambda node, tokens: _constants(node, 1, tokens),
     "Dropout": dropout,
     "Einsum": einsum,
-    "Gather": gather,
+    "Expand": elementwise,
+    # Of what isn't cut it is an embedding: one look-up a token.
+    "Gather": lambda node, tokens: along(0)(node, tokens) if tokens.place(node.input[0]) else (),
     "RotaryEmbedding": rotary,
-    "Slice": cut,
-    "Tile": tile,
+    "Slice": part,
+    "Tile": lambda node, tokens: [
+        dim for dim, count in enumerate(_constants(node, 1, tokens)) if count != 1
+    ],
     "Transpose": transpose,
 }

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.axes import Place, token_places
+from mdattn_mpi.onnx.axes import TokenDim, token_dims
 from mdattn_mpi.onnx.check import check
 from mdattn_mpi.onnx.model import (
     ATTENTION,
@@ -25,7 +25,7 @@ from mdattn_mpi.problem import StrategyName
 
 OLDEST = 13  # the opset since which Softmax, Slice and Reshape are as they are used here
 
-Places = Mapping[str, Sequence[Place]]
+Places = Mapping[str, Sequence[TokenDim]]
 
 
 def shard_model(
@@ -64,7 +64,7 @@ def shard_model(
             fix="export it with scaled dot-product attention (opset 23 has the operator)",
         )
     _name_apart(sharded, attentions)
-    tokens = _trace(sharded, token_places(sharded, attentions, named_axes))
+    tokens = _trace(sharded, token_dims(sharded, attentions, named_axes))
     if ranks > 1:
         check(tokens)
         done += _share(sharded, tokens, strategy, ranks)
@@ -110,7 +110,7 @@ def _trace(model: Any, places: Places) -> Tokens:
     except RejectedError:
         if len({place.sequence for each in places.values() for place in each}) == 1:
             raise
-        one = {name: [Place("tokens", p.dim) for p in each] for name, each in places.items()}
+        one = {name: [TokenDim("tokens", p.dim) for p in each] for name, each in places.items()}
         return trace_tokens(model, one)
 
 
@@ -148,14 +148,7 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
 
 
 def _left_alone(node: Any, tokens: Tokens) -> str:
-    """Say why an attention is left as it is: each rank has all keys of its queries.
-
-    Raises
-    ------
-    RejectedError
-        It counts its queries from the first of the sequence.
-
-    """
+    """Say why an attention is left as it is; refuse one that counts queries from the first."""
     if tokens.place(node.input[1]):
         return f"{name_of(node)}: the tokens are its batch; left as it is"
     mask = mask_of(node)
@@ -190,7 +183,7 @@ def _add_numbers(model: Any, names: Sequence[str]) -> None:
         model.graph.input.append(value)
 
 
-def _free_token_dims(model: Any, places: Mapping[str, Place]) -> None:
+def _free_token_dims(model: Any, places: Mapping[str, TokenDim]) -> None:
     """Let the token dims of inputs and outputs be any; shapes in between are TensorRT's job."""
     del model.graph.value_info[:]
     several = len({place.sequence for place in places.values()}) > 1

@@ -18,20 +18,11 @@ NOTE = "mdattn"
 
 @dataclass(frozen=True)
 class Sharding:
-    """How a network is shared by ranks.
-
-    Parameters
-    ----------
-    strategy, ranks
-        As everywhere.
-    axes
-        The dim that counts tokens, for each input and output that has one.
-
-    """
+    """How a network is shared by ranks."""
 
     strategy: str
     ranks: int
-    axes: dict[str, int]
+    axes: dict[str, int]  # the dim that counts tokens, of each input and output that has one
 
     def counts_keys(self, tensor: str) -> str | None:
         """Tell which of `KEYS` and `CAUSAL_KEYS` an input is; None for a tensor of the model."""
@@ -53,14 +44,7 @@ def write_sharding(model: Any, sharding: Sharding) -> None:
 
 
 def read_sharding(model: Any, path: Path) -> Sharding:
-    """Read what `write_sharding` noted.
-
-    Raises
-    ------
-    RejectedError
-        Nothing was noted, or something else.
-
-    """
+    """Read what `write_sharding` noted; refuse a model without it."""
     notes = [entry.value for entry in model.metadata_props if entry.key == NOTE]
     try:
         fields = json.loads(notes[-1])

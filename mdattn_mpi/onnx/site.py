@@ -23,25 +23,7 @@ def mask_of(node: Any) -> str:
 
 
 class Site:
-    """One attention node, about to be shared.
-
-    Parameters
-    ----------
-    node
-        ``Attention`` or ``TRT_Attention``; it is changed.
-    tokens
-        Where the tokens are in the model.
-    ranks
-        How many share it.
-    suffix
-        Of the inputs that count its keys, in a model that collects several sequences.
-
-    Raises
-    ------
-    RejectedError
-        Naming the node, for what no strategy can share.
-
-    """
+    """One attention node, about to be shared; refused by name if it can't be."""
 
     def __init__(self, node: Any, tokens: Tokens, ranks: int, suffix: str = "") -> None:
         self.node = node
@@ -88,14 +70,7 @@ class Site:
         )
 
     def share(self, strategy: StrategyName) -> str:
-        """Rewrite the node; return what was done.
-
-        Raises
-        ------
-        RejectedError
-            The strategy can't; naming the node and one that can.
-
-        """
+        """Rewrite the node; return what was done."""
         if strategy == "ring":
             self._ring()
             return f"{self._shown}: {RANK_COUNT} = {self.ranks}"

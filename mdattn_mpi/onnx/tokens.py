@@ -6,13 +6,14 @@ Found by shape inference with two different numbers of tokens: the dim that foll
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import isqrt
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.axes import Place, infer_shapes, skeleton
-from mdattn_mpi.onnx.model import constant_of, name_of
+from mdattn_mpi.onnx.axes import TokenDim
+from mdattn_mpi.onnx.model import constant_of, graph_inputs, name_of
+from mdattn_mpi.onnx.shapes import infer_shapes, labels_of
 
 Shape = tuple[int, ...]
 Probe = tuple[int, int]  # two numbers of tokens
@@ -24,22 +25,6 @@ OTHERS = [n for n in range(11, 200) if all(n % d for d in range(2, isqrt(n) + 1)
 class Tokens:
     """Where the tokens are in a graph.
 
-    Parameters
-    ----------
-    graph
-        The model's, or that of a branch.
-    inferred
-        The same graph with shapes, for the two probes, and once more with other symbols than those
-        of tokens above 1.
-    probes
-        The two numbers of tokens of each sequence.
-    opsets
-        What the model imports.
-    outside
-        Of the graph around it.
-    inside
-        The node that holds it, in words.
-
     Attributes
     ----------
     counts
@@ -49,24 +34,24 @@ class Tokens:
 
     def __init__(
         self,
-        graph: Any,
-        inferred: Sequence[Any],
+        graph: Any,  # the model's, or that of a branch
+        inferred: Sequence[Any],  # the same with shapes: by probe; and with other symbols above 1
         probes: Mapping[str, Probe],
         opsets: Sequence[Any],
         outside: Tokens | None = None,
-        inside: str = "",
+        inside: str = "",  # the node that holds it, in words
     ) -> None:
         self.opsets = opsets
         self.graph, self.inferred, self._probes = graph, inferred, probes
         self._outside, self._inside = outside, inside
-        around = outside._shapes if outside else ({}, {}, {})
-        self._shapes: tuple[MutableMapping[str, Shape], ...] = tuple(
-            ChainMap(_shapes(graph, each), *_maps(beyond))
+        around = outside._shapes if outside else [ChainMap[str, Shape]() for _ in inferred]
+        self._shapes: list[ChainMap[str, Shape]] = [
+            beyond.new_child(_shapes(graph, each))
             for each, beyond in zip(inferred, around, strict=True)
-        )
-        self.counts: MutableMapping[str, Any] = ChainMap(
-            {}, *_maps(outside.counts if outside else {})
-        )
+        ]
+        self.counts: ChainMap[str, Any] = (
+            outside.counts if outside else ChainMap[str, Any]()
+        ).new_child()
         self._types = {
             value.name: value.type.tensor_type.elem_type for value in _values(inferred[0])
         }
@@ -94,7 +79,7 @@ class Tokens:
         found = constant_of(self.graph, tensor)
         return self._outside.constant(tensor) if found is None and self._outside else found
 
-    def place(self, tensor: str) -> Place | None:
+    def place(self, tensor: str) -> TokenDim | None:
         """Return the dim of `tensor` that counts tokens; None where none does.
 
         Raises
@@ -111,10 +96,10 @@ class Tokens:
         dim, pair = follow[0]
         for sequence, probe in self._probes.items():
             if len(follow) == 1 and pair == probe:
-                return Place(sequence, dim)
-        told = f"{tensor!r}, {self.show(tensor)}, of which no single dim counts tokens"
+                return TokenDim(sequence, dim)
+        which = f"{tensor!r}, {self.show(tensor)}, of which no single dim counts tokens"
         node = next((node for node in self.graph.node if tensor in node.output), None)
-        raise self.refuse(node, f"makes {told}") if node else self.refuse(None, f"takes {told}")
+        raise self.refuse(node, f"makes {which}") if node else self.refuse(None, f"takes {which}")
 
     def show(self, tensor: str) -> str:
         """Write a shape with the names of sequences for their probes."""
@@ -136,15 +121,8 @@ class Tokens:
         )
 
 
-def trace_tokens(model: Any, places: Mapping[str, Sequence[Place]]) -> Tokens:
-    """Find where the tokens are in a model.
-
-    Parameters
-    ----------
-    model
-        Without external data.
-    places
-        The dims that count tokens, for each input.
+def trace_tokens(model: Any, places: Mapping[str, Sequence[TokenDim]]) -> Tokens:
+    """Find where the tokens are in a model, given the dims that count them in each input.
 
     Raises
     ------
@@ -162,34 +140,30 @@ def trace_tokens(model: Any, places: Mapping[str, Sequence[Place]]) -> Tokens:
 
 def _infer(
     model: Any,
-    places: Mapping[str, Sequence[Place]],
+    places: Mapping[str, Sequence[TokenDim]],
     probes: Mapping[str, Probe],
     number: int,
     others: Sequence[int] = (),
 ) -> Any:
-    """Infer the types of all tensors for one number of tokens.
+    """Infer the shapes of all tensors for one number of tokens.
 
     Other symbols count 1, as in an engine that is built of the model; or each one of `others`, and
     then a node that these don't fit is passed over.
     """
-    traced = skeleton(model)
     lengths: dict[str, int] = {}
-    for value in traced.graph.input:
-        for dim, size in enumerate(value.type.tensor_type.shape.dim):
-            sequence = next((p.sequence for p in places.get(value.name, ()) if p.dim == dim), None)
-            if sequence is not None:
-                size.dim_value = probes[sequence][number]
-            elif not size.HasField("dim_value"):
-                symbol = size.dim_param or f"{value.name} {dim}"
+    dims = {value.name: labels_of(value) for value in graph_inputs(model)}
+    for name, labels in dims.items():
+        for place in places.get(name, ()):
+            labels[place.dim] = probes[place.sequence][number]
+        for dim, label in enumerate(labels):
+            if isinstance(label, str):
                 unused = others[len(lengths) % len(others)] if others else 1
-                size.dim_value = lengths.setdefault(symbol, unused)
-    for value in traced.graph.output:
-        value.type.tensor_type.ClearField("shape")
+                labels[dim] = lengths.setdefault(label, unused)
     try:
-        return infer_shapes(traced, strict_mode=not others)
+        return infer_shapes(model, dims, strict=not others)
     except RejectedError:
         if others:
-            return traced.graph
+            return infer_shapes(model, {})
         raise
 
 
@@ -205,7 +179,3 @@ def _shapes(graph: Any, inferred: Any) -> dict[str, Shape]:
             dims = value.type.tensor_type.shape.dim
             found[value.name] = tuple(d.dim_value if d.HasField("dim_value") else -1 for d in dims)
     return found
-
-
-def _maps(mapping: MutableMapping[str, Any]) -> list[MutableMapping[str, Any]]:
-    return mapping.maps if isinstance(mapping, ChainMap) else [mapping]

@@ -7,12 +7,13 @@ from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
 from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset, scan_file
-from mdattn_mpi.estimate import typical_costs
-from mdattn_mpi.lockstep import Group, World, together
+from mdattn_mpi.devices.cuda.choice import needs_no_plans
+from mdattn_mpi.estimate import PLAN, typical_costs
+from mdattn_mpi.lockstep import Group, World, gather_together, together
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
 from mdattn_mpi.runner.finite import check_finite, check_output, is_finite
-from mdattn_mpi.runner.groups import JobGroup, memory_of_a_rank, open_groups, smallest
+from mdattn_mpi.runner.groups import JobGroup, memory_of_a_rank, open_groups
 from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import make_schedule
@@ -101,7 +102,9 @@ def open_attention(spec: JobSpec, world: World) -> Job:
         dataset_facts,
     )
     name = backend_name(spec.backend, world)
-    costs = typical_costs(name, smallest(world, memory_of_a_rank(name, world)))
+    memory = gather_together(world, "schedule", lambda: memory_of_a_rank(name, world))
+    ready = gather_together(world, "kernels", lambda: needs_no_plans(name, spec.kernel))
+    costs = typical_costs(name, min(memory), plan=0.0 if all(ready) else PLAN)
     problems = [item.problem for item in dataset.items]
     schedule = together(
         world,
@@ -112,23 +115,24 @@ def open_attention(spec: JobSpec, world: World) -> Job:
 
     def open_one(group: Group) -> Backend:
         return open_backend(
-            name, group, threads=spec.threads, transfer=spec.transfer, engine=spec.engine
+            name,
+            group,
+            threads=spec.threads,
+            transfer=spec.transfer,
+            kernel=spec.kernel,
+            engine=spec.engine,
         )
 
-    groups = together(world, "backend", lambda: open_groups(world, schedule, open_one))
+    groups = open_groups(world, schedule, open_one)
     for group in groups:
-        if group.complete:
-            items = [dataset.items[item] for item in schedule.queues[group.queue].items]
-            plan_attention(spec, group, items)
+        items = [dataset.items[item] for item in schedule.queues[group.queue].items]
+        plan_attention(spec, world, group, items)
     return Job(spec, world, Attention(spec, dataset), dataset, dataset.items, schedule, groups)
 
 
-def plan_attention(spec: JobSpec, group: JobGroup, items: Sequence[Item]) -> None:
-    """Collective in the group. Let the backend prepare for all items at once, and plan each."""
+def plan_attention(spec: JobSpec, world: World, group: JobGroup, items: Sequence[Item]) -> None:
+    """Collective. Let the group's backend prepare for all items at once, and plan each."""
     backend = cast(Backend, group.executor)
-    together(
-        group.group,
-        "prepare",
-        lambda: backend.prepare([item.problem for item in items], spec.strategy),
-    )
-    group.plan(items, lambda p: backend.plan(p, spec.strategy, lse=spec.lse), spec.data)
+    problems = [item.problem for item in items] if group.complete else []
+    together(world, "prepare", lambda: backend.prepare(problems, spec.strategy))
+    group.plan(world, items, lambda p: backend.plan(p, spec.strategy, lse=spec.lse), spec.data)

@@ -7,11 +7,10 @@ from time import perf_counter
 
 from mdattn_mpi.backends import HostArray
 from mdattn_mpi.dataset import AnyItem, Output
-from mdattn_mpi.errors import ItemError, MdattnError
+from mdattn_mpi.errors import LOGGER, ItemError, MdattnError
 from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit
 from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.runner.clock import PhaseClock
-from mdattn_mpi.runner.folder import LOGGER
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.job import Job, add_seconds, say
 from mdattn_mpi.runner.loop import Files, Loop

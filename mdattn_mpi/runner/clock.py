@@ -1,4 +1,4 @@
-"""Where a rank's time goes, phase by phase; the watchdog is told at every change."""
+"""Where a rank's time goes, phase by phase; the watchdog sees every change."""
 
 from __future__ import annotations
 

@@ -59,22 +59,11 @@ def check_output(
     backend: str,
     may_be_nonfinite: Callable[[], bool],
 ) -> None:
-    """Look at a rank's part of the output, the tokens of `spans`, before it is written.
+    """Look at a rank's part of the output, the query tokens of `spans`, before it is written.
 
-    Parameters
-    ----------
-    item
-        What was computed.
-    spans
-        The rank's query tokens.
-    output
-        ``[tokens, Nq, Hv]``, 16 bits.
-    lse
-        ``[tokens, Nq]``, float32; None where nobody wants it. It is −∞ where no key is seen.
-    backend
-        What computed it.
-    may_be_nonfinite
-        Asked only if something isn't finite: whether that may be, because of the input.
+    `output` is ``[tokens, Nq, Hv]``, 16 bits; `lse` ``[tokens, Nq]``, float32, −∞ where no key is
+    seen, or None. `may_be_nonfinite` is asked only if something isn't finite: whether its input
+    explains that.
 
     Raises
     ------

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.backends import Executor
-from mdattn_mpi.errors import MdattnError, RejectedError
+from mdattn_mpi.errors import LOGGER, InternalError, MdattnError, OutputError, RejectedError
 from mdattn_mpi.lockstep import World, launcher, together
 from mdattn_mpi.runner.job import Job
 from mdattn_mpi.runner.jobspec import JobSpec
@@ -32,19 +32,12 @@ from mdattn_mpi.runner.progress import duration
 LOCK = "lock"
 LOCK_PATIENCE = 5.0  # seconds: the job before this one may still be dying
 
-LOGGER = logging.getLogger("mdattn_mpi")
 LOG_LINE = "%(asctime)s %(levelname)-7s %(message)s"
 
 PACKAGES = ("mdattn_mpi", "numpy", "h5py", "mpi4py", "ml_dtypes")
 
-PHASES = {
-    "read": "waiting for shards from the dataset",
-    "wait": "waiting for the other ranks",
-    "exchange": "waiting for transfers",
-    "compute": "computing",
-    "merge": "merging partial results",
-    "write": "waiting for shards of the output to be written",
-}
+# Where a rank's time goes: waiting for files and for the other ranks, transferring, computing.
+TIMES = ("read", "wait", "exchange", "compute", "merge", "write")
 
 
 def run_folder(spec: JobSpec) -> Path:
@@ -74,12 +67,13 @@ def watched_folder(spec: JobSpec, world: World) -> Iterator[None]:
     if not spec.dry_run:
         together(world, "run folder", lambda: make() if world.rank == 0 else None)
         if folder.is_dir():
-            world.board.attach(folder, world.rank, world.size)
+            with suppress(OSError):
+                use_folder(folder, world)
     try:
         yield
     except MdattnError as error:
-        if error.agreed:
-            _leave_no_trace(spec, world, made)
+        if error.agreed and not isinstance(error, InternalError):  # its traceback lies there
+            _remove_empty_run(spec, world, made)
         raise
     finally:
         if lock is not None:
@@ -119,28 +113,44 @@ def _lock(folder: Path) -> int | None:
         return lock
 
 
-def _leave_no_trace(spec: JobSpec, world: World, made: bool) -> None:
+def _remove_empty_run(spec: JobSpec, world: World, made: bool) -> None:
     """Collective. Remove a folder that was made for nothing."""
-    forsaken = not Path(spec.output).exists()
-    if forsaken:
+    refused = not Path(spec.output).exists()
+    if refused:
         world.board.detach()
+        _close_log()
     world.barrier()
-    if made and forsaken:
+    if made and refused:
         shutil.rmtree(run_folder(spec), ignore_errors=True)
 
 
-def open_log(folder: Path, rank: int) -> Path:
-    """Send what the package logs to this rank's file; returns its path."""
-    path = folder / f"rank-{rank:04}.log"
+def use_folder(folder: Path, world: World) -> None:
+    """Have the watchdog publish in the run folder, and what the package logs go to a file there.
+
+    Raises
+    ------
+    OSError
+        The folder or the file can't be made.
+
+    """
+    folder.mkdir(exist_ok=True)
+    world.board.attach(folder, world.rank, world.size)
+    path = folder.resolve() / f"rank-{world.rank:04}.log"
+    if any(getattr(old, "baseFilename", "") == str(path) for old in LOGGER.handlers):
+        return
     handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
     handler.setFormatter(logging.Formatter(LOG_LINE))
-    for old in LOGGER.handlers[:]:
-        LOGGER.removeHandler(old)
-        old.close()
+    _close_log()
     LOGGER.addHandler(handler)
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False  # the terminal belongs to rank 0's progress
-    return path
+    LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, sys.argv)
+
+
+def _close_log() -> None:
+    for old in LOGGER.handlers[:]:
+        LOGGER.removeHandler(old)
+        old.close()
 
 
 def provenance(executor: Executor) -> dict[str, str]:
@@ -184,7 +194,7 @@ def time_table(ranks: Sequence[Mapping[str, Any]]) -> str:
     `ranks` holds for each rank ``host`` and ``seconds`` (of `rank_times`).
     """
     lines = [f"{'phase':<10}{'min':>10}{'mean':>10}{'max':>10}   slowest"]
-    for phase in PHASES:
+    for phase in TIMES:
         seconds = [rank["seconds"][phase] for rank in ranks]
         slowest = max(range(len(ranks)), key=seconds.__getitem__)
         mean = sum(seconds) / len(seconds)
@@ -250,9 +260,23 @@ def _rate(summary: Mapping[str, Any]) -> str:
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
-    """Replace ``summary.json`` in the run folder; never leaves half a file."""
+    """Replace ``summary.json`` in the run folder; never leaves half a file.
+
+    Raises
+    ------
+    OutputError
+        It can't be written.
+
+    """
     path = folder / "summary.json"
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(summary, indent=1) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(summary, indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise OutputError(
+            f"the summary can't be written: {error.strerror}",
+            file=str(path),
+            fix="make room there; the finished items are intact",
+        ) from error
     return path

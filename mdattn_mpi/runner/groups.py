@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mdattn_mpi.backends import Executor
@@ -54,8 +55,14 @@ class JobGroup:
                 return
             yield item
 
-    def plan(self, items: Sequence[AnyItem], choose: Callable[[Any], AnyPlan], file: str) -> None:
-        """Collective in the group. Choose a plan for each problem that `items` pose.
+    def plan(
+        self,
+        world: World,
+        items: Sequence[AnyItem],
+        choose: Callable[[Any], AnyPlan],
+        file: str,
+    ) -> None:
+        """Collective in the world. Choose a plan for each problem that `items` pose.
 
         Raises
         ------
@@ -75,27 +82,34 @@ class JobGroup:
                         raise
             return {item.name: chosen[item.problem] for item in items}
 
-        self.plans = together(
-            self.group,
-            "plan",
-            plan,
-            lambda plans: {"plans": digest_of({n: p.digest for n, p in plans.items()})},
-        )
+        def agree_on_plans() -> None:
+            if self.complete:
+                self.plans = together(self.group, "plan", plan, _plan_facts)
+
+        together(world, "plan", agree_on_plans)
+
+
+def _plan_facts(plans: dict[str, AnyPlan]) -> dict[str, Any]:
+    return {"plans": digest_of({name: plan.digest for name, plan in plans.items()})}
 
 
 def open_groups(
     world: World, schedule: Schedule, open_one: Callable[[Group], Executor]
 ) -> list[JobGroup]:
-    """Collective. Make the groups of all queues and open their executors."""
+    """Collective. Make the groups of all queues and open their executors.
+
+    `open_one` is collective in a group; what goes wrong in one of them is raised on all ranks.
+    """
     groups = []
     for number, queue in enumerate(schedule.queues):
-        place = schedule.place(world.rank)
+        place = schedule.order.index(world.rank)
         index = place // queue.size
         alone = queue.size == world.size and schedule.order == tuple(range(world.size))
         group = world if alone else world.split(index, place)
         complete = schedule.group(queue.size, world.rank) is not None
         name = number << 20 | index
-        groups.append(JobGroup(number, group, open_one(group), complete, name))
+        executor = together(world, "backend", partial(open_one, group))
+        groups.append(JobGroup(number, group, executor, complete, name))
     return groups
 
 
@@ -105,10 +119,3 @@ def memory_of_a_rank(backend: str, world: World) -> int:
         return int(gpu_memory() * USABLE)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return pages // (2 * world.local_size)
-
-
-def smallest(world: World, number: int) -> int:
-    """Collective. The smallest `number` of all ranks, everywhere."""
-    gathered = world.gather_bytes(str(number).encode())
-    least = min(map(int, gathered)) if gathered is not None else 0
-    return int(world.bcast_bytes(str(least).encode() if world.rank == 0 else None))

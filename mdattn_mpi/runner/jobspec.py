@@ -39,6 +39,7 @@ class JobSpec:
     max_time: float = 0.0
     group_size: str = "all"
     transfer: Literal["auto", "copy", "nccl"] = "auto"
+    kernel: Literal["auto", "cudnn", "flash"] = "auto"
     engine: str = ""
     bind: tuple[str, ...] = ()
     chaos: str = ""

@@ -36,14 +36,9 @@ class Outcome(Generic[S]):
     error: MdattnError | None = None
 
     @property
-    def bad_item(self) -> ItemError | None:
-        """What is wrong with this item and with nothing else."""
+    def refused(self) -> ItemError | None:
+        """What is wrong with this item and with nothing else; any other error ends the job."""
         return self.error if isinstance(self.error, ItemError) else None
-
-    @property
-    def failure(self) -> MdattnError | None:
-        """What ends the job."""
-        return None if isinstance(self.error, ItemError) else self.error
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ class Loop:
         self.wants_to_stop = wants_to_stop
         self.finished = finished
         self.failed = failed
-        self.tell_all = board.on_enter is not None  # faults on purpose want every phase
+        self.every_phase = board.on_enter is not None  # faults on purpose want every phase
         self.stopped = False
         self.work = 0  # of the item in hand
 
@@ -121,10 +116,11 @@ class Loop:
     def _advance(self, *, drain: bool = False) -> Begun | None:
         """Agree on what was written and on what comes next: commit the one, begin the other."""
         while True:
-            ahead, behind = self._take(), self._oldest(drain=drain)
+            ahead = self._outcome("read", None if self.stopped else next(self.reads, None))
+            behind = self._outcome("write", self.writes.oldest(drain=drain))
             agreement = self._agree(ahead, behind, self._ledger_error())
             if behind is not None:
-                self._finish(behind, agreement.checksums)
+                self._finish(behind, agreement.words)
             if ahead is None:
                 return None  # a wish to stop that comes now finds nothing to stop
             if agreement.refused is not None:
@@ -136,25 +132,17 @@ class Loop:
                 assert ahead.stage is not None
                 return self._begin(ahead.stage)
 
-    def _take(self) -> Outcome[Read] | None:
-        """Wait for the next item's shards."""
-        return self._outcome("read", None if self.stopped else next(self.reads, None))
-
-    def _oldest(self, *, drain: bool) -> Outcome[Written] | None:
-        """Wait until the oldest item under way is written, if it is its turn."""
-        return self._outcome("write", self.writes.oldest(drain=drain))
-
     def _outcome(self, phase: str, ready: tuple[Task, Future[S]] | None) -> Outcome[S] | None:
         """Wait for a thread. What went wrong on this rank goes into the next agreement."""
         if ready is None:
             return None
         task, future = ready
-        if self.tell_all or not future.done():
+        if self.every_phase or not future.done():
             self.clock.enter(phase, task.item.name, task.item.problem.work)
         try:
             return Outcome(task, future.result())
         except Exception as error:
-            failure = MdattnError.wrap(error, item=task.item.name, rank=self.group.rank)
+            failure = MdattnError.wrap(error, item=task.item.name, rank=self.group.world_rank)
             return Outcome(task, error=failure)
 
     def _ledger_error(self, *, drain: bool = False) -> MdattnError | None:
@@ -178,8 +166,8 @@ class Loop:
         return self.group.agree(
             step_of(ahead.task if ahead else None, behind.task if behind else None),
             error=_failure(behind) or error or _failure(ahead),
-            refused=ahead.bad_item if ahead else None,
-            checksum=_checksum(behind) if behind else None,
+            refused=ahead.refused if ahead else None,
+            word=_checksum(behind) if behind else None,
             stop=self.wants_to_stop(),
         )
 
@@ -201,9 +189,9 @@ class Loop:
         if BAD in checksums:
             root = checksums.index(BAD)
             own = behind.error.to_json() if behind.error and root == self.group.rank else None
-            told = MdattnError.from_json(self.group.bcast_bytes(own, root))
-            assert isinstance(told, ItemError)
-            self._fail(task.item, told)
+            error = MdattnError.from_json(self.group.bcast_bytes(own, root))
+            assert isinstance(error, ItemError)
+            self._fail(task.item, error)
             return
         if self.group.rank == 0:
             self.writes.run(self.files.commit, task, list(checksums))
@@ -216,7 +204,8 @@ class Loop:
 
 
 def _failure(outcome: Outcome[Any] | None) -> MdattnError | None:
-    return outcome.failure if outcome else None
+    """What ends the job."""
+    return outcome.error if outcome and not outcome.refused else None
 
 
 def _checksum(behind: Outcome[Written]) -> int:

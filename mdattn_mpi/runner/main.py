@@ -6,8 +6,9 @@ import json
 import os
 from collections.abc import Callable
 from time import perf_counter
+from typing import Any
 
-from mdattn_mpi.lockstep import World, board, together
+from mdattn_mpi.lockstep import World, board, gather_together, together
 from mdattn_mpi.lockstep.process import Process
 from mdattn_mpi.runner.batch import run_items
 from mdattn_mpi.runner.folder import (
@@ -71,27 +72,32 @@ def seconds_since_launch() -> float:
 def close_job(job: Job) -> int:
     """Collective. Report, and say how it ended."""
     world = job.world
+    ranks = gather_together(world, "report", lambda: _report(job))
+    stopped = [rank.pop("stopped") for rank in ranks]
+    failed = {each["item"]: each for rank in ranks for each in rank.pop("failed")}
+    code = 75 if any(stopped) else 1 if failed else 0
+
+    def conclude() -> None:
+        summary = summarize(job, ranks, list(failed.values()), code)
+        path = write_summary(run_folder(job.spec), summary)
+        say(world, closing_words(summary, path))
+        if job.spec.json:
+            print(json.dumps(summary))
+
+    together(world, "summary", lambda: conclude() if world.rank == 0 else None)
+    return code
+
+
+def _report(job: Job) -> dict[str, Any]:
+    """What rank 0 must know of this rank."""
     timings: dict[str, float] = {}
     for group in job.groups:
         add_seconds(timings, group.executor.timings())
-    mine = {
-        "host": world.hostname,
+    return {
+        "host": job.world.hostname,
         "device": job.executor.describe().get("device", ""),
         "seconds": rank_times(job.phases, timings),
         "background": job.background,
         "stopped": job.stopped,
         "failed": [{"item": one.item, "why": str(one)} for one in job.failed],
     }
-    gathered = world.gather_bytes(json.dumps(mine).encode())
-    code = 0
-    if gathered is not None:
-        ranks = [json.loads(part) for part in gathered]
-        stopped = sum(rank.pop("stopped") for rank in ranks) > 0
-        failed = {each["item"]: each for rank in ranks for each in rank.pop("failed")}
-        code = 75 if stopped else 1 if failed else 0
-        summary = summarize(job, ranks, list(failed.values()), code)
-        path = write_summary(run_folder(job.spec), summary)
-        say(world, closing_words(summary, path))
-        if job.spec.json:
-            print(json.dumps(summary))
-    return int(world.bcast_bytes(str(code).encode() if world.rank == 0 else None))

@@ -31,17 +31,8 @@ from mdattn_mpi.trt.runtime import open_runtime
 class ModelWork:
     """A model's engine over every item of a file.
 
-    Parameters
-    ----------
-    spec
-        The job.
-    inputs, outputs
-        The engine's tensors in its order, each under the name of its dataset, -1 for the tokens.
-    bindings
-        What ``--bind`` said, by the engine's names.
-    engine_digest
-        SHA-256 of the engine.
-
+    `inputs` and `outputs` are the engine's tensors in its order, each under the name of its
+    dataset, -1 for the tokens; `bindings` is what ``--bind`` said, by the engine's own names.
     """
 
     def __init__(
@@ -118,22 +109,23 @@ def open_model(spec: JobSpec, world: World) -> Job:
 
     The engine comes first: only it knows what is an input and what an output.
     """
-    together(world, "options", lambda: _check_options(spec))
     cut = together(world, "schedule", lambda: _one_size(spec, world))
 
     def open_one(group: Group) -> Model:
         return Model(open_runtime(group), Path(spec.engine))
 
-    groups = together(world, "engine", lambda: open_groups(world, cut, open_one))
-    try:
-        return _open(spec, world, cut, groups)
-    except BaseException:
-        for group in groups:
-            group.executor.abort()
-        raise
+    return _open(spec, world, cut, open_groups(world, cut, open_one))
 
 
-def _check_options(spec: JobSpec) -> None:
+def check_options(spec: JobSpec) -> None:
+    """Refuse what a model's engine has decided already.
+
+    Raises
+    ------
+    RejectedError
+        Says which option to leave out.
+
+    """
     if spec.backend not in ("auto", "tensorrt"):
         raise RejectedError(f"-b {spec.backend} with --bind", fix="leave -b out: TensorRT runs it")
     if spec.lse:
@@ -181,7 +173,7 @@ def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) ->
     size = cut.queues[0].size
     longest_first = sorted(range(len(items)), key=lambda number: -items[number].problem.tokens)
     schedule = replace(cut, queues=(Queue(size, tuple(longest_first)),), sizes=(size,) * len(items))
-    group.plan(items, model.plan, spec.data)
+    group.plan(world, items, model.plan, spec.data)
     return Job(spec, world, work, dataset, items, schedule, groups)
 
 

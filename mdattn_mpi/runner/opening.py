@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output, scan_file
+from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
-from mdattn_mpi.runner.folder import LOGGER, open_log, provenance, run_folder
+from mdattn_mpi.runner.folder import provenance, run_folder, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 
@@ -20,14 +20,20 @@ KINDS = 6  # kinds of item that are described one by one
 
 def open_job(spec: JobSpec, world: World) -> Job:
     """Collective. Open inputs and executors; plan every item, or refuse before any work."""
-    if spec.bind:
-        from mdattn_mpi.runner.model import open_model
-
-        job = open_model(spec, world)
-    else:
-        job = open_attention(spec, world)
+    open_kind = together(world, "options", lambda: _kind_of_work(spec))
+    job = open_kind(spec, world)
     world.board.identify(device=job.executor.describe().get("device", ""))
     return job
+
+
+def _kind_of_work(spec: JobSpec) -> Callable[[JobSpec, World], Job]:
+    """What opens a job of the kind that the user asks for."""
+    if not spec.bind:
+        return open_attention
+    from mdattn_mpi.runner.model import check_options, open_model
+
+    check_options(spec)
+    return open_model
 
 
 def describe_plans(job: Job) -> str:
@@ -64,13 +70,8 @@ def open_files(job: Job) -> bool:
     if not left and _read_only(spec, world):
         say(world, f"mdattn: all {len(items)} items are done already; nothing is left to do")
         return False
-    together(world, "logs", lambda: run_folder(spec).mkdir(exist_ok=True))
+    together(world, "logs", lambda: use_folder(run_folder(spec), world))
     job.schedule = job.schedule.only(left)
-    world.board.attach(
-        run_folder(spec), world.rank, world.size, job.executor.describe().get("device", "")
-    )
-    open_log(run_folder(spec), world.rank)
-    LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, sys.argv)
     for plan in dict.fromkeys(job.plans.values()):
         LOGGER.info("%s: %s", plan.problem, "; ".join(plan.reasons))
     done = len(items) - len(job.todo)
@@ -99,8 +100,8 @@ def _open_for(job: Job, catalog: bytes) -> Output:
 
 def _read_only(spec: JobSpec, world: World) -> bool:
     """Collective. Whether rank 0 can't write beside the output."""
-    writable = os.access(Path(spec.output).resolve().parent, os.W_OK)
-    return world.bcast_bytes(b"%d" % writable if world.rank == 0 else None) == b"0"
+    folder = os.path.dirname(os.path.abspath(spec.output))
+    return not world.allgather(os.access(folder, os.W_OK))[0]
 
 
 def _facts(job: Job) -> dict[str, str | int]:

@@ -15,7 +15,7 @@ import heapq
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache
 from itertools import pairwise
 from math import gcd
 
@@ -56,14 +56,6 @@ class Schedule:
     sizes: tuple[int, ...]
     reasons: tuple[str, ...]
 
-    @cached_property
-    def _places(self) -> dict[int, int]:
-        return {rank: place for place, rank in enumerate(self.order)}
-
-    def place(self, rank: int) -> int:
-        """Where `rank` stands in `order`."""
-        return self._places[rank]
-
     @property
     def signature(self) -> str:
         """What a resumed job must have in common with the one before it."""
@@ -91,7 +83,7 @@ class Schedule:
 
         None where the world's last ranks are too few for such a group: they leave that queue out.
         """
-        start = self.place(rank) // size * size
+        start = self.order.index(rank) // size * size
         return self.order[start : start + size] if start + size <= len(self.order) else None
 
     def items(self, queue: int, take: Take) -> Iterator[int]:
@@ -205,7 +197,7 @@ def _auto(
     seconds: Time,
     costs: Costs,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Try each of `SHARES` on paper; take the one that ends first, small groups when in doubt."""
+    """Simulate each of `SHARES`; take the one that ends first, small groups when in doubt."""
     rungs, world = ladder(nodes), len(nodes)
     floors = [_floor(problem, rungs, costs) for problem in problems]
     order = _order(nodes)
@@ -280,16 +272,7 @@ def _range(numbers: Sequence[int]) -> str:
 
 
 def finish_times(schedule: Schedule, seconds: Time) -> list[float]:
-    """Play `schedule` on paper: when each rank (in `order`) has done its last item.
-
-    Parameters
-    ----------
-    schedule
-        What `make_schedule` returned.
-    seconds
-        How long an item takes on a group of so many ranks.
-
-    """
+    """Simulate `schedule`: when each rank (in `order`) has done its last item."""
     turns = [0] * len(schedule.queues)
 
     def take(queue: int) -> int:

@@ -9,14 +9,24 @@ returns ``(output, lse)`` of the rank's query shard: ``[Sq, Nq, Hv]`` in the dty
 All are collective and exact for any number of ranks, any lengths and any partition of the tokens.
 """
 
-from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
+from typing import Protocol
 
-from mdattn_mpi.problem import StrategyName
+from mdattn_mpi.devices.protocol import A, Device, P, T
+from mdattn_mpi.problem import Plan, StrategyName
 from mdattn_mpi.strategies import allgather, ring, ulysses
 from mdattn_mpi.strategies.auto import choose
 
-Attend = Callable[..., Generator[None, None, tuple[Any, Any]]]
+
+class Attend(Protocol):
+    """What every strategy is."""
+
+    def __call__(
+        self, device: Device[A, T, P], plan: Plan, q: A, k: A, v: A
+    ) -> Generator[None, None, tuple[A, A]]:
+        """Attend with the rank's shards."""
+        ...
+
 
 STRATEGIES: Mapping[StrategyName, Attend] = {
     "ring": ring.attend,

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from mdattn_mpi.devices.protocol import A, Device, Message
+from mdattn_mpi.devices.protocol import A, Device, P, T
 from mdattn_mpi.partition import blocks, partition_of, pieces, token_count
 from mdattn_mpi.problem import Plan, Span
 
 
 def attend(
-    device: Device[A], plan: Plan, q: A, k: A, v: A, *, head_start: int = 0
+    device: Device[A, T, P], plan: Plan, q: A, k: A, v: A, *, head_start: int = 0
 ) -> Generator[None, None, tuple[A, A]]:
     """Collective. Attend with the rank's shards; see `mdattn_mpi.strategies`.
 
@@ -37,13 +37,13 @@ def attend(
     # Received in the order of the sequence, whoever owns what.
     gathering = device.exchange(
         send=[
-            Message(shard[rows.slice], peer)
+            (shard[rows.slice], peer)
             for peer in everyone
             for shard in shards
             for rows, _ in held[device.rank]
         ],
         receive=[
-            Message(whole[tokens.slice], peer)
+            (whole[tokens.slice], peer)
             for peer in everyone
             for whole in wholes
             for _, tokens in held[peer]
@@ -51,9 +51,11 @@ def attend(
     )
     yield
 
-    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
     all_k, all_v = wholes
     query, own = owners.query[device.rank], owners.kv[device.rank]
+    last = token_count(query)
+    early = Span(max(0, last - head_start), last)
+    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, early)
 
     def attend_to(rows: Span, keys: Sequence[Span], k: A, v: A) -> None:
         """Let some of the rank's rows see `keys`, which `k` and `v` hold one after the other."""
@@ -61,8 +63,6 @@ def attend(
             run = block.kv.slice
             device.attend(accumulator, block.q.shift(rows.start), k[run], v[run], block.causal)
 
-    last = token_count(query)
-    early = Span(max(0, last - head_start), last)
     attend_to(early, own, k, v)
     device.wait(gathering)
     for rest in _complement(own, problem.kv_tokens):

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Generator
 
-from mdattn_mpi.devices.protocol import A, Device, Message, Transfer
+from mdattn_mpi.devices.protocol import A, Device, P, T
 from mdattn_mpi.partition import blocks, partition_of, token_count
-from mdattn_mpi.problem import Plan
+from mdattn_mpi.problem import Plan, Span
 
 
-def attend(device: Device[A], plan: Plan, q: A, k: A, v: A) -> Generator[None, None, tuple[A, A]]:
+def attend(
+    device: Device[A, T, P], plan: Plan, q: A, k: A, v: A
+) -> Generator[None, None, tuple[A, A]]:
     """Collective. Attend with the rank's shards; see `mdattn_mpi.strategies`.
 
     Yields once, with the first shard under way. Returns output and LSE of the query shard.
@@ -27,21 +29,22 @@ def attend(device: Device[A], plan: Plan, q: A, k: A, v: A) -> Generator[None, N
         for _ in range(min(2, ranks - 1))
     ]
 
-    def pass_on(step: int, k: A, v: A) -> tuple[A, A, Transfer]:
+    def pass_on(step: int, k: A, v: A) -> tuple[A, A, T]:
         """Send the shard of `step` to the right; receive the next one from the left."""
         tokens = token_count(owners.kv[(rank - step - 1) % ranks])
         next_k, next_v = (buffer[:tokens] for buffer in buffers[step % 2])
         right, left = (rank + 1) % ranks, (rank - 1) % ranks
         transfer = device.exchange(
-            send=[Message(k, right), Message(v, right)],
-            receive=[Message(next_k, left), Message(next_v, left)],
+            send=[(k, right), (v, right)],
+            receive=[(next_k, left), (next_v, left)],
         )
         return next_k, next_v, transfer
 
     coming = pass_on(0, k, v) if ranks > 1 else None
     yield
 
-    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
+    merged = Span(0, token_count(owners.query[rank]) if ranks > 1 else 0)
+    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, merged)
     for step in range(ranks):
         shard = owners.kv[(rank - step) % ranks]
         for block in blocks(owners.query[rank], shard, problem.diagonal):

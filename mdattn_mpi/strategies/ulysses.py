@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 
-from mdattn_mpi.devices.protocol import A, Device, Message, Transfer
+from mdattn_mpi.devices.protocol import A, Device, Message, P, T
 from mdattn_mpi.partition import blocks, head_shards, partition_of, pieces, token_count
 from mdattn_mpi.problem import Plan, Span
 
@@ -17,7 +17,9 @@ Owners = Sequence[Sequence[Span]]  # the tokens of each rank
 Heads = Sequence[Span]  # the heads of each rank
 
 
-def attend(device: Device[A], plan: Plan, q: A, k: A, v: A) -> Generator[None, None, tuple[A, A]]:
+def attend(
+    device: Device[A, T, P], plan: Plan, q: A, k: A, v: A
+) -> Generator[None, None, tuple[A, A]]:
     """Collective. Attend with the rank's shards; see `mdattn_mpi.strategies`.
 
     Yields once, with all tokens of the rank's heads under way. Returns output and LSE of the query
@@ -43,26 +45,24 @@ def attend(device: Device[A], plan: Plan, q: A, k: A, v: A) -> Generator[None, N
 
 
 def _gather_tokens(
-    device: Device[A], shards: Sequence[tuple[A, Owners, Heads]]
-) -> tuple[list[A], Transfer]:
+    device: Device[A, T, P], shards: Sequence[tuple[A, Owners, Heads]]
+) -> tuple[list[A], T]:
     """Collective. Start turning some tokens of all heads into all tokens of some heads."""
     wholes: list[A] = []
-    send: list[Message] = []
-    receive: list[Message] = []
+    send: list[Message[A]] = []
+    receive: list[Message[A]] = []
     for shard, owners, heads in shards:
         tokens = sum(map(token_count, owners))
         whole = device.empty((tokens, len(heads[device.rank]), *shard.shape[2:]), shard)
         wholes.append(whole)
         packed = {some: _pack(device, shard, some) for some in dict.fromkeys(heads)}
         for peer, some in enumerate(heads):
-            send += [
-                Message(packed[some][rows.slice], peer) for rows, _ in pieces(owners[device.rank])
-            ]
-            receive += [Message(whole[run.slice], peer) for _, run in pieces(owners[peer])]
+            send += [(packed[some][rows.slice], peer) for rows, _ in pieces(owners[device.rank])]
+            receive += [(whole[run.slice], peer) for _, run in pieces(owners[peer])]
     return wholes, device.exchange(send, receive)
 
 
-def _pack(device: Device[A], shard: A, heads: Span) -> A:
+def _pack(device: Device[A, T, P], shard: A, heads: Span) -> A:
     """Copy some heads into an array of their own, for only what is contiguous can be sent."""
     part = device.empty((shard.shape[0], len(heads), *shard.shape[2:]), shard)
     device.copy(shard[:, heads.slice], part)
@@ -70,7 +70,7 @@ def _pack(device: Device[A], shard: A, heads: Span) -> A:
 
 
 def _gather_heads(
-    device: Device[A], wholes: tuple[A, A], owners: Owners, heads: Heads
+    device: Device[A, T, P], wholes: tuple[A, A], owners: Owners, heads: Heads
 ) -> tuple[A, A]:
     """Collective. Turn all tokens of some heads back into some tokens of all heads."""
     own = pieces(owners[device.rank])
@@ -81,13 +81,13 @@ def _gather_heads(
     ]
     returning = device.exchange(
         send=[
-            Message(whole[run.slice], peer)
+            (whole[run.slice], peer)
             for peer, runs in enumerate(owners)
             for whole in wholes
             for _, run in pieces(runs)
         ],
         receive=[
-            Message(part[rows.slice], peer)
+            (part[rows.slice], peer)
             for peer, from_peer in enumerate(parts)
             for part in from_peer
             for rows, _ in own

@@ -17,22 +17,11 @@ ITEMS, ANY = "items", "*"
 
 @dataclass(frozen=True)
 class Binding:
-    """One tensor of an engine and the datasets that it stands for.
-
-    Parameters
-    ----------
-    tensor
-        The input or output, by name.
-    path
-        Of the dataset, with ``*`` in place of the item.
-    axis
-        The dim that counts tokens.
-
-    """
+    """One tensor of an engine and the datasets that it stands for."""
 
     tensor: str
-    path: str
-    axis: int
+    path: str  # of the dataset, with ``*`` in place of the item
+    axis: int  # the dim that counts tokens
 
     @property
     def name(self) -> str:
@@ -41,14 +30,7 @@ class Binding:
 
 
 def parse_bindings(texts: Sequence[str], axes: Mapping[str, int]) -> tuple[Binding, ...]:
-    """Read what ``--bind`` takes.
-
-    Parameters
-    ----------
-    texts
-        ``TENSOR=items/*/DATASET[:DIM]`` each.
-    axes
-        The token dim of each tensor, from the engine's manifest.
+    """Read what ``--bind`` takes; `axes` has the token dims that the engine's manifest tells.
 
     Raises
     ------
@@ -92,40 +74,22 @@ def check_bindings(
     *,
     file: str = "",
 ) -> None:
-    """Hold bindings against what an engine and a file have.
-
-    Parameters
-    ----------
-    bindings
-        What the user bound.
-    inputs, outputs
-        Names of the engine's tensors that are bound.
-    datasets
-        Names of the datasets that every item of the file has.
-    file
-        For the message.
-
-    Raises
-    ------
-    RejectedError
-        A name that matches nothing; a tensor without a binding.
-
-    """
-    wanted, made = list(inputs), list(outputs)
+    """Hold bindings against an engine's tensors and the datasets that every item of a file has."""
+    needed, given = list(inputs), list(outputs)
     bound = {binding.tensor for binding in bindings}
     there = set(datasets)
     for binding in bindings:
-        if binding.tensor not in (*wanted, *made):
+        if binding.tensor not in (*needed, *given):
             raise RejectedError(
                 f"the engine has no input or output {binding.tensor!r}",
-                fix=f"it has inputs {', '.join(wanted)} and outputs {', '.join(made)}",
+                fix=f"it has inputs {', '.join(needed)} and outputs {', '.join(given)}",
             )
-        if binding.tensor in wanted and binding.name not in there:
+        if binding.tensor in needed and binding.name not in there:
             raise RejectedError(
                 f"{binding.path} matches nothing: no item has {binding.name!r}",
                 file=file,
                 fix=f"items have {', '.join(sorted(there)) or 'nothing'}",
             )
-    for tensor in (*wanted, *made):
+    for tensor in (*needed, *given):
         if tensor not in bound:
             raise RejectedError(f"{tensor!r} of the engine is bound to nothing", fix=FORM)

@@ -10,7 +10,7 @@ from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, show_sm, uncollected
 from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.spec import EngineSpec, Extent
-from mdattn_mpi.trt.store import Cache, Manifest, describe_attention
+from mdattn_mpi.trt.store import Cache, Manifest, describe
 
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile = dict[str, Range]
@@ -31,7 +31,7 @@ def make_attention(library: Library, spec: EngineSpec, sm: SM, cache: Cache | No
     if found is not None:
         return BuiltEngine(*found, cached=True)
     engine = build_attention(library, spec, sm)
-    manifest = describe_attention(engine, library, sm, spec)
+    manifest = describe(engine, library, sm, spec)
     if cache:
         cache.put(key, engine, manifest)
     return BuiltEngine(engine, manifest)
@@ -83,25 +83,7 @@ def build_network(
     ranges: Profile,
     what: str,
 ) -> bytes:
-    """Build any network for GPUs of `sm`, with one optimization profile.
-
-    Parameters
-    ----------
-    library, builder, network, log
-        What the network was made with.
-    sm
-        The GPU that the engine is for.
-    ranges
-        The least, the tuned-for and the greatest shape of every input; a shape input's values.
-    what
-        What is being built, for the message.
-
-    Raises
-    ------
-    DeviceError
-        TensorRT built nothing; its last words are in the message.
-
-    """
+    """Build any network for GPUs of `sm`, with one optimization profile, or raise DeviceError."""
     log.clear()
     config = builder.create_builder_config()
     _set_target(library, config, sm)
@@ -113,12 +95,12 @@ def build_network(
         elif -1 in tuple(tensor.shape):
             profile.set_shape(tensor.name, *ranges[tensor.name])
     config.add_optimization_profile(profile)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
+    serialized = builder.build_serialized_network(network, config)
+    if serialized is None:
         raise log.error(
             f"TensorRT built no engine for {what} (SM {show_sm(sm)}, {library})", BUILD_FIX
         )
-    return bytes(plan)
+    return bytes(serialized)
 
 
 BUILD_FIX = "use another strategy or -b cuda; `mdattn build --verbose` shows TensorRT's log"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Any
 
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, StrategyName
 from mdattn_mpi.trt.library import SM, Capabilities, Library, show_sm
-from mdattn_mpi.trt.networks import network_of
+from mdattn_mpi.trt.networks import NETWORKS
 from mdattn_mpi.trt.spec import EngineSpec, Extent, Shapes
 
 STRATEGIES: tuple[StrategyName, ...] = ("ring", "ulysses", "allgather")
@@ -39,7 +39,7 @@ def choose(
             raise RejectedError(f"strategy {strategy!r}", fix=f"use auto, {', '.join(STRATEGIES)}")
         try:
             check_target(library, name, ranks, sm)
-            network_of(name).refuse(problem, ranks)
+            NETWORKS[name].refuse(problem, ranks)
         except MdattnError as error:
             tried.append(error)
             continue
@@ -51,16 +51,9 @@ def choose(
 
 
 def check_target(library: Library, strategy: str, ranks: int, sm: SM) -> None:
-    """Refuse a GPU on which an engine of `strategy` couldn't run, before anything is built.
-
-    Raises
-    ------
-    DeviceError
-        Naming the SM, the library and what would work.
-
-    """
+    """Refuse a GPU on which an engine of `strategy` couldn't run, before anything is built."""
     can = library.capabilities(sm)
-    if can.collectives and (can.ring or strategy != "ring" or ranks == 1):
+    if can.strategies and (strategy in can.strategies or ranks == 1):
         return
     raise DeviceError(
         f"{strategy} can't run on a GPU of SM {show_sm(sm)} with {library}: {can.reason}",
@@ -69,7 +62,7 @@ def check_target(library: Library, strategy: str, ranks: int, sm: SM) -> None:
 
 
 def _what_works(library: Library, can: Capabilities, sm: SM) -> str:
-    if can.collectives:
+    if can.strategies:
         return "use -s allgather or -s ulysses, -b cuda -s ring, or full TensorRT since SM 10.0"
     if library.flavour == "tensorrt_rtx" and sm >= (8, 0):
         return "use -b cuda, or full TensorRT: pip install 'mdattn_mpi[tensorrt]'"
@@ -77,14 +70,7 @@ def _what_works(library: Library, can: Capabilities, sm: SM) -> str:
 
 
 def refuse_everywhere(problem: AttentionProblem) -> None:
-    """Raise for what TensorRT's attention layer can't express under any strategy.
-
-    Raises
-    ------
-    RejectedError
-        Value heads of another dim than query and key; queries that see no key.
-
-    """
+    """Raise for what TensorRT's attention layer can't express under any strategy."""
     if problem.v_head_dim != problem.head_dim:
         raise RejectedError(
             f"value heads of {problem.v_head_dim} under query heads of {problem.head_dim}: "
@@ -102,45 +88,23 @@ def refuse_everywhere(problem: AttentionProblem) -> None:
 def spec_for(
     problems: Sequence[AttentionProblem], strategy: StrategyName, ranks: int
 ) -> tuple[EngineSpec, ...]:
-    """Cover `problems` with as few engines as possible: one a kind, whatever the lengths.
-
-    Raises
-    ------
-    RejectedError
-        The strategy can't do one of them with TensorRT; see the network's ``refuse``.
-
-    """
-    network = network_of(strategy)
-    shapes: dict[EngineSpec, set[Shapes]] = {}
+    """Cover `problems` with as few engines as possible: one a kind, whatever the lengths."""
+    network = NETWORKS[strategy]
+    shapes: dict[Any, list[Shapes]] = {}
     for problem in problems:
         refuse_everywhere(problem)
         network.refuse(problem, ranks)
-        found = shapes.setdefault(_kind(problem, strategy, ranks), set())
-        found.update(network.shapes(problem, ranks, rank) for rank in range(ranks))
-    return tuple(
-        replace(
-            kind,
-            q=Extent.over(one.q for one in group),
-            kv=Extent.over(one.kv for one in group),
-            keys=Extent.over(one.keys for one in group),
+        kind = (
+            problem.q_heads,
+            problem.kv_heads,
+            problem.head_dim,
+            problem.dtype,
+            network.mask(problem),
+            problem.scale,
         )
-        for kind, group in shapes.items()
-    )
-
-
-def _kind(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> EngineSpec:
-    """Make the spec of `problem` without its lengths."""
-    one = Extent(1, 1, 1)
-    return EngineSpec(
-        strategy=strategy,
-        ranks=ranks,
-        q_heads=problem.q_heads,
-        kv_heads=problem.kv_heads,
-        head_dim=problem.head_dim,
-        dtype=problem.dtype,
-        mask=network_of(strategy).mask(problem),
-        scale=problem.scale,
-        q=one,
-        kv=one,
-        keys=one,
+        lengths = (network.shapes(problem, ranks, rank) for rank in range(ranks))
+        shapes.setdefault(kind, []).extend(lengths)
+    return tuple(
+        EngineSpec(strategy, ranks, *kind, *map(Extent.over, zip(*lengths, strict=True)))
+        for kind, lengths in shapes.items()
     )

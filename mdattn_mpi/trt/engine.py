@@ -10,10 +10,10 @@ import ctypes
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from ml_dtypes import bfloat16
 
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.trt.build import BuiltEngine
 from mdattn_mpi.trt.library import SM, Library, Log, show_sm, uncollected
 
 CAPSULE = b"ncclComm_t"
@@ -30,15 +30,6 @@ def communicator_capsule(pointer: int) -> Any:
 class Engine:
     """A deserialized engine with one execution context.
 
-    Parameters
-    ----------
-    library
-        The TensorRT that is to run it.
-    serialized
-        The engine, already checked against its manifest.
-    sm
-        Of this rank's GPU, for the message.
-
     Raises
     ------
     DeviceError
@@ -47,12 +38,13 @@ class Engine:
     """
 
     @uncollected()
-    def __init__(self, library: Library, serialized: bytes | memoryview, sm: SM) -> None:
+    def __init__(self, library: Library, built: BuiltEngine, sm: SM) -> None:
+        self.manifest = built.manifest
         self._library = library
         self._log = Log(library)
         self._sm = sm
         self._runtime = library.api.Runtime(self._log.sink)
-        self._engine = self._runtime.deserialize_cuda_engine(serialized)
+        self._engine = self._runtime.deserialize_cuda_engine(built.engine)
         if self._engine is None:
             raise self._cannot_run("TensorRT can't load the engine")
         self._context = self._engine.create_execution_context()
@@ -68,14 +60,7 @@ class Engine:
 
     @uncollected()
     def connect(self, pointer: int) -> None:
-        """Collective. Give it the NCCL communicator at `pointer`; returns when all ranks have.
-
-        Raises
-        ------
-        DeviceError
-            TensorRT refused it.
-
-        """
+        """Collective. Give it the NCCL communicator at `pointer`; returns when all ranks have."""
         self._log.clear()
         if not self._context.set_communicator(communicator_capsule(pointer)):
             raise self._log.error(
@@ -103,15 +88,13 @@ class Engine:
         """Return the shape of a tensor, -1 for a dynamic dim."""
         return tuple(self._engine.get_tensor_shape(name))
 
+    def extent(self, name: str, dim: int) -> tuple[int, int]:
+        """Return the shortest and the longest that a dim of an input may be."""
+        shortest, _, longest = self._engine.get_tensor_profile_shape(name, 0)
+        return shortest[dim], longest[dim]
+
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Return the dtype of a tensor.
-
-        Raises
-        ------
-        RejectedError
-            None that a file can hold.
-
-        """
+        """Return the dtype of a tensor; refuse one that a file can't hold."""
         found = self._engine.get_tensor_dtype(name)
         api = self._library.api
         known = {
@@ -129,29 +112,16 @@ class Engine:
         dtype: np.dtype[Any] = known[found]
         return dtype
 
-    def set_input(self, name: str, address: int, shape: tuple[int, ...]) -> None:
-        """Bind an input to device memory at `address`."""
+    def set_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Say how large an input is."""
         self._check(self._context.set_input_shape(name, shape), f"input {name!r} of shape {shape}")
-        self._check(self._context.set_tensor_address(name, address), f"the address of {name!r}")
 
-    def set_host_input(self, name: str, values: npt.NDArray[np.int64]) -> None:
-        """Bind a shape input, which stays on the host; `values` must outlive the enqueue."""
-        address = values.ctypes.data
-        self._check(self._context.set_tensor_address(name, address), f"the values of {name!r}")
-
-    def set_output(self, name: str, address: int) -> None:
-        """Bind an output to device memory at `address`."""
+    def bind(self, name: str, address: int) -> None:
+        """Bind a tensor to memory, which must outlive the enqueue: shape inputs on the host."""
         self._check(self._context.set_tensor_address(name, address), f"the address of {name!r}")
 
     def output_shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of an output, once all inputs are bound.
-
-        Raises
-        ------
-        RejectedError
-            Some input isn't bound.
-
-        """
+        """Return the shape of an output; refuse to while an input isn't bound."""
         missing = self._context.infer_shapes()
         if missing:
             raise RejectedError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,60 +21,8 @@ class Buffer(NamedTuple):
     size: int
 
 
-class Gpu(Protocol):
-    """What the backend needs of a GPU. A mark is a place in the stream that computes."""
-
-    name: str
-    sm: SM
-    stream: int
-
-    def buffer(self, size: int) -> Buffer:
-        """Take `size` bytes of device memory."""
-        ...
-
-    def give_back(self, buffer: Buffer) -> None:
-        """Let a later `buffer` of the same size have it."""
-        ...
-
-    def upload(self, host: HostArray, buffer: Buffer) -> None:
-        """Start copying `host` to the beginning of `buffer`; zeros follow it."""
-        ...
-
-    def uploads_before_compute(self) -> None:
-        """Let what computes wait for all uploads so far."""
-        ...
-
-    def mark(self) -> Any:
-        """Note how far the computing stream has come."""
-        ...
-
-    def download(
-        self, buffer: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any], after: Any
-    ) -> tuple[HostArray, Any]:
-        """Start copying the beginning of `buffer`, once the mark `after` is reached.
-
-        Returns the array, and an event whose ``sync`` any thread may call.
-        """
-        ...
-
-    def seconds(self, first: Any, second: Any) -> float:
-        """Time between two marks that were reached."""
-        ...
-
-    def close(self) -> None:
-        """Wait for the GPU and give everything back."""
-        ...
-
-
-class CudaGpu:
-    """A GPU through the CUDA driver.
-
-    Parameters
-    ----------
-    driver
-        A `devices.cuda.driver.Gpu`.
-
-    """
+class GpuContext:
+    """A rank's GPU through the CUDA driver. A mark is a place in the stream that computes."""
 
     def __init__(self, driver: Any) -> None:
         from mdattn_mpi.devices.cuda.memory import HostBuffers
@@ -89,7 +37,7 @@ class CudaGpu:
         self._taken: list[Buffer] = []
 
     def buffer(self, size: int) -> Buffer:
-        """See `Gpu`."""
+        """Take `size` bytes of device memory."""
         if self._idle[size]:
             return self._idle[size].pop()
         address = self._driver.allocate(size)
@@ -102,11 +50,11 @@ class CudaGpu:
         return self._taken[-1]
 
     def give_back(self, buffer: Buffer) -> None:
-        """See `Gpu`."""
+        """Let a later `buffer` of the same size have it."""
         self._idle[buffer.size].append(buffer)
 
     def upload(self, host: HostArray, buffer: Buffer) -> None:
-        """See `Gpu`."""
+        """Start copying `host` to the beginning of `buffer`; zeros follow it."""
         zeros = np.zeros(buffer.size - host.nbytes, np.uint8)
         for offset, part in ((0, np.ascontiguousarray(host)), (host.nbytes, zeros)):
             if part.nbytes:  # pageable memory: the call returns once it may be written again
@@ -114,17 +62,20 @@ class CudaGpu:
                 self._driver.copy(address, part.ctypes.data, part.nbytes, self._in)
 
     def uploads_before_compute(self) -> None:
-        """See `Gpu`."""
+        """Let what computes wait for all uploads so far."""
         self._compute.wait(self._driver.record(self._in))
 
     def mark(self) -> Any:
-        """See `Gpu`."""
+        """Note how far the computing stream has come."""
         return self._driver.record(self._compute, timed=True)
 
     def download(
         self, buffer: Buffer, shape: tuple[int, ...], dtype: np.dtype[Any], after: Any
     ) -> tuple[HostArray, Any]:
-        """See `Gpu`."""
+        """Start copying the beginning of `buffer`, once the mark `after` is reached.
+
+        Returns the array, and an event whose ``sync`` any thread may call.
+        """
         host = self._host.empty(shape, dtype)
         self._out.wait(after)
         if host.nbytes:
@@ -132,11 +83,11 @@ class CudaGpu:
         return host, self._driver.record(self._out)
 
     def seconds(self, first: Any, second: Any) -> float:
-        """See `Gpu`."""
+        """Time between two marks that were reached."""
         return float(second - first) / 1e3
 
     def close(self) -> None:
-        """See `Gpu`."""
+        """Wait for the GPU and give everything back."""
         self._driver.synchronize()
         for buffer in self._taken:
             self._driver.release(buffer.address)

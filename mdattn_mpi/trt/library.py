@@ -6,7 +6,6 @@ Two packages carry the same Python API: ``tensorrt`` (11 and later; any data-cen
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 from collections import deque
@@ -15,9 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from mdattn_mpi.devices.presence import libcuda
+from mdattn_mpi.devices.presence import gpu_count, gpu_sm
 from mdattn_mpi.errors import DeviceError, RejectedError
 
 Flavour = Literal["tensorrt", "tensorrt_rtx"]
@@ -37,32 +36,16 @@ COLLECTIVES_SINCE: SM = (8, 0)
 RING_SINCE: SM = (10, 0)
 
 
-@dataclass(frozen=True)
-class Capabilities:
-    """What a library can run on GPUs of one SM, and why not the rest."""
+class Capabilities(NamedTuple):
+    """The strategies of more than one rank that a library runs on one SM; why not the others."""
 
-    collectives: bool
-    ring: bool
+    strategies: tuple[str, ...]
     reason: str = ""
-
-    def strategies(self) -> tuple[str, ...]:
-        """Name the strategies of more than one rank that run."""
-        found = ("ring",) if self.ring else ()
-        return (*found, "allgather", "ulysses") if self.collectives else found
 
 
 @dataclass(frozen=True)
 class Library:
-    """One TensorRT package.
-
-    Parameters
-    ----------
-    flavour, version
-        Which package, and its version.
-    api
-        The imported module.
-
-    """
+    """One TensorRT package."""
 
     flavour: Flavour
     version: str
@@ -79,16 +62,17 @@ class Library:
 
     def capabilities(self, sm: SM) -> Capabilities:
         """Tell what runs on GPUs of `sm`."""
+        names = ("allgather", "ulysses")
         if self.flavour == "tensorrt":
             if sm < COLLECTIVES_SINCE:
-                return Capabilities(False, False, "TensorRT's collectives need SM 8.0 or later")
+                return Capabilities((), "TensorRT's collectives need SM 8.0 or later")
             if sm < RING_SINCE:
-                return Capabilities(True, False, "multi-device attention needs SM 10.0 or later")
-            return Capabilities(True, True)
+                return Capabilities(names, "multi-device attention needs SM 10.0 or later")
+            return Capabilities(("ring", *names))
         if sm < COLLECTIVES_SINCE or sm not in self.targets:
             known = ", ".join(show_sm(target) for target in self.targets if target >= (8, 0))
-            return Capabilities(False, False, f"TensorRT-RTX runs on SM {known} only")
-        return Capabilities(True, False, "TensorRT-RTX has no multi-device attention")
+            return Capabilities((), f"TensorRT-RTX runs on SM {known} only")
+        return Capabilities(names, "TensorRT-RTX has no multi-device attention")
 
     def __str__(self) -> str:
         """For example ``tensorrt_rtx 1.7.1.116``."""
@@ -101,30 +85,12 @@ def show_sm(sm: SM) -> str:
 
 
 def visible_sm() -> SM | None:
-    """Ask the driver for the SM of the first GPU that this process sees; None without one."""
-    driver = libcuda()
-    if driver is None:
-        return None
-    device, value = ctypes.c_int(0), ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
-        return None
-    numbers = []
-    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-        if driver.cuDeviceGetAttribute(ctypes.byref(value), attribute, device):
-            return None
-        numbers.append(value.value)
-    return numbers[0], numbers[1]
+    """Compute capability of the first GPU that this process sees; None without one."""
+    return gpu_sm(0) if gpu_count() > 0 else None
 
 
 def parse_sm(text: str) -> SM:
-    """Read ``9.0``, ``90`` or ``sm_90``.
-
-    Raises
-    ------
-    RejectedError
-        None of these.
-
-    """
+    """Read ``9.0``, ``90`` or ``sm_90``; refuse anything else."""
     digits = text.lower().removeprefix("sm").removeprefix("_").replace(".", "")
     if not digits.isdecimal() or not 2 <= len(digits) <= 3:
         raise RejectedError(f"{text!r} is no compute capability", fix="write it like 8.9 or 12.0")
@@ -172,16 +138,7 @@ def uncollected() -> Iterator[None]:
 
 
 class Log:
-    """TensorRT's words: into Python logging, and the last of them for an error.
-
-    Parameters
-    ----------
-    library
-        Whose words.
-    keep
-        How many warnings and errors to keep.
-
-    """
+    """TensorRT's words: into Python logging, and the last of them for an error."""
 
     def __init__(self, library: Library, keep: int = 8) -> None:
         self._kept: deque[tuple[int, str]] = deque(maxlen=keep)
@@ -235,19 +192,13 @@ def check_one_nccl(found: Sequence[str]) -> None:
     """Refuse a process in which TensorRT and nccl4py would talk to different libraries.
 
     A communicator of one NCCL means nothing to another.
-
-    Raises
-    ------
-    DeviceError
-        NCCL isn't loaded, or more than once.
-
     """
     if len(found) == 1:
         return
     what = (
         f"{len(found)} NCCL libraries are loaded: {', '.join(found)}"
         if found
-        else ("no NCCL library is loaded")
+        else "no NCCL library is loaded"
     )
     raise DeviceError(
         what,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
@@ -11,18 +11,11 @@ from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
 from mdattn_mpi.partition import equal_shards, shard_length
 from mdattn_mpi.problem import ModelPlan, ModelProblem, StrategyName, TensorSpec
 from mdattn_mpi.trt.gpu import HostArray
-from mdattn_mpi.trt.runtime import EngineExecutor, Result, Running, Runtime
+from mdattn_mpi.trt.runtime import EngineExecutor, Execution, Result, Runtime
 
 
 class Model(EngineExecutor):
     """Collective. A model's engine, loaded on the ranks of one group.
-
-    Parameters
-    ----------
-    runtime
-        Where it is loaded.
-    path
-        The engine's file.
 
     Attributes
     ----------
@@ -51,8 +44,8 @@ class Model(EngineExecutor):
         self._engine = runtime.load(built)
         names = self._engine.inputs
         counts = {name: self.manifest.sharding.counts_keys(name) for name in names}
-        self._numbers = {name: kind for name, kind in counts.items() if kind}
-        self.inputs = self._tensors(name for name in names if name not in self._numbers)
+        self._key_counts = {name: kind for name, kind in counts.items() if kind}
+        self.inputs = self._tensors(name for name in names if name not in self._key_counts)
         self.outputs = self._tensors(self._engine.outputs)
 
     def _tensors(self, names: Iterable[str]) -> tuple[TensorSpec, ...]:
@@ -75,15 +68,19 @@ class Model(EngineExecutor):
         return TensorSpec(name, tuple(shape), self._engine.dtype(name).name, axis)
 
     def plan(self, problem: ModelProblem) -> ModelPlan:
-        """Refuse what the engine can't do.
-
-        Raises
-        ------
-        RejectedError
-            ``ring`` takes equal shards only.
-
-        """
+        """Refuse lengths that the engine wasn't built for; ``ring`` takes equal shards only."""
         manifest = self.manifest
+        length = shard_length(problem.tokens, manifest.ranks)
+        for tensor in self.inputs:
+            assert tensor.token_dim is not None
+            shortest, longest = self._engine.extent(tensor.name, tensor.token_dim)
+            if not shortest <= length <= longest:
+                raise RejectedError(
+                    f"{problem.tokens} tokens are {length} a rank; the engine takes "
+                    f"{shortest} to {longest} a rank in {tensor.name!r}",
+                    fix="build it for more lengths (mdattn build --tokens), or leave the item out "
+                    "(--items)",
+                )
         if manifest.strategy == "ring" and problem.tokens % manifest.ranks:
             raise RejectedError(
                 f"{problem.tokens} tokens on {manifest.ranks} ranks: TensorRT's multi-device "
@@ -94,14 +91,14 @@ class Model(EngineExecutor):
         strategy = cast(StrategyName, manifest.strategy)
         return ModelPlan(problem, strategy, manifest.ranks, manifest.sha256, (why,))
 
-    def begin(self, plan: ModelPlan, *shards: HostArray) -> Running:
+    def begin(self, plan: ModelPlan, *shards: HostArray) -> Execution:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
         tokens, rank = plan.problem.tokens, self._group.rank
         length = shard_length(tokens, plan.ranks)
         own = len(equal_shards(tokens, plan.ranks)[rank])
         inputs = {tensor.name: tensor.with_tokens(length) for tensor in self.inputs}
         values = {KEYS: tokens, CAUSAL_KEYS: (rank + 1) * length}
-        numbers = {name: values[kind] for name, kind in self._numbers.items()}
+        host_inputs = {name: values[kind] for name, kind in self._key_counts.items()}
         results = tuple(
             Result(
                 tensor.name,
@@ -111,18 +108,14 @@ class Model(EngineExecutor):
             )
             for tensor in self.outputs
         )
-        return self._begin(self._engine, inputs, shards, numbers, results)
+        return self._begin(self._engine, inputs, shards, host_inputs, results)
 
-    def _check(self, running: Running) -> None:
+    def _check(self, execution: Execution) -> None:
         """Make sure that as many tokens come out as went in."""
-        for result in running.results:
+        for result in execution.results:
             shape = self._engine.output_shape(result.name)
             if shape != result.shape:
                 raise DeviceError(
                     f"{result.name!r} comes as {list(shape)}, not as {list(result.shape)}",
                     fix="the number of tokens must go through the model unchanged",
                 )
-
-    def describe(self) -> Mapping[str, str]:
-        """The GPU, the library, the engine."""
-        return {**self._runtime.describe(), "engine": self.manifest.sha256[:12]}

@@ -21,7 +21,7 @@ from mdattn_mpi.partition import shard_length
 from mdattn_mpi.trt.build import BuiltEngine, Profile, build_network
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, uncollected
-from mdattn_mpi.trt.store import describe_model
+from mdattn_mpi.trt.store import describe
 
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
@@ -69,12 +69,6 @@ def check_rank_counts(api: Any, network: Any, declared: Mapping[str, int], path:
     """Make sure that each attention of a parsed network has the rank count it was to have.
 
     The parser ignores what it doesn't know. One that it left at 1 is set here.
-
-    Raises
-    ------
-    RejectedError
-        An attention is missing, or has another count.
-
     """
     found = attentions(api, network)
     if len(found) != len(declared):
@@ -156,4 +150,4 @@ def build_model(
     profile = profile_of(network, sharding, tokens)
     engine = build_network(library, builder, network, log, sm, profile, path.name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return BuiltEngine(engine, describe_model(engine, library, sm, sharding, model=digest))
+    return BuiltEngine(engine, describe(engine, library, sm, sharding, digest))

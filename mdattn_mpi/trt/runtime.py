@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -12,13 +11,14 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mdattn_mpi.devices.nccl import loaded_nccl
+from mdattn_mpi.devices.nccl import NcclComm, loaded_nccl
+from mdattn_mpi.devices.presence import gpu_count
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import Group, together
 from mdattn_mpi.trt.build import BuiltEngine
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.engine import Engine
-from mdattn_mpi.trt.gpu import Buffer, CudaGpu, Gpu, HostArray
+from mdattn_mpi.trt.gpu import Buffer, GpuContext, HostArray
 from mdattn_mpi.trt.library import (
     INSTALL,
     Library,
@@ -35,15 +35,12 @@ class Communicator(Protocol):
     @property
     def ptr(self) -> int:
         """Its ``ncclComm_t``."""
-        ...
 
     def close(self) -> None:
         """Collective. Destroy it."""
-        ...
 
     def abort(self) -> None:
         """Release it; wait for no other rank."""
-        ...
 
 
 class Runtime:
@@ -64,7 +61,7 @@ class Runtime:
         self,
         group: Group,
         library: Library,
-        gpu: Gpu,
+        gpu: GpuContext,
         communicator: Communicator,
         nccl: Callable[[], Sequence[str]] = loaded_nccl,
     ) -> None:
@@ -73,34 +70,27 @@ class Runtime:
         self.gpu = gpu
         self._communicator = communicator
         self._nccl = nccl
-        self._engines: list[Engine] = []
+        self.engines: list[Engine] = []  # that are loaded
 
     def share(self, phase: str, make: Callable[[], BuiltEngine]) -> BuiltEngine:
         """Collective. Make an engine on rank 0 and give it to all; its failure is everyone's."""
         group = self.group
-        made = together(group, phase, lambda: make() if group.rank == 0 else None)
-        listed = group.bcast_bytes(made.manifest.to_json() if made else None)
-        engine = group.bcast_large(made.engine if made else None)
+        built = together(group, phase, lambda: make() if group.rank == 0 else None)
+        listed = group.bcast_bytes(built.manifest.to_json() if built else None)
+        engine = group.bcast_large(built.engine if built else None)
         return BuiltEngine(engine, Manifest.from_json(listed, Path(phase)))
 
     def share_file(self, path: Path) -> BuiltEngine:
-        """Collective. Read an engine on rank 0 and give it to all; refuse one that doesn't fit.
-
-        Raises
-        ------
-        RejectedError, DeviceError
-            See `store.read_engine` and `store.check_fits`.
-
-        """
+        """Collective. Read an engine on rank 0 and give it to all; refuse one that doesn't fit."""
 
         def fits() -> None:
-            check_fits(made.manifest, self.library, self.gpu.sm, self.group.size, str(path))
+            check_fits(built.manifest, self.library, self.gpu.sm, self.group.size, str(path))
 
-        made = self.share("engine file", lambda: BuiltEngine(*read_engine(path)))
+        built = self.share("engine file", lambda: BuiltEngine(*read_engine(path)))
         together(self.group, "engine fits", fits)
-        return made
+        return built
 
-    def load(self, made: BuiltEngine) -> Engine:
+    def load(self, built: BuiltEngine) -> Engine:
         """Collective. Deserialize on all ranks, then connect all at once.
 
         Raises
@@ -109,14 +99,14 @@ class Runtime:
             Ranks hold different engines; one can't load it, or uses another NCCL.
 
         """
-        group, manifest = self.group, made.manifest
-        digest = sha256_of(made.engine)
+        group, manifest = self.group, built.manifest
+        digest = sha256_of(built.engine)
 
         def deserialize() -> Engine:
             if digest != manifest.sha256:
                 raise DeviceError("the engine's bytes changed on their way", fix="start again")
             check_target(self.library, manifest.strategy, manifest.ranks, self.gpu.sm)
-            return Engine(self.library, made.engine, self.gpu.sm)
+            return Engine(self.library, built, self.gpu.sm)
 
         facts = {"engine": digest, "library": str(self.library), "SM": show_sm(self.gpu.sm)}
         together(group, "engine", lambda: facts, dict)  # before anyone deserializes
@@ -126,21 +116,22 @@ class Runtime:
             together(group, "NCCL", lambda: check_one_nccl(self._nccl()))
             together(group, "connect engine", lambda: engine.connect(pointer))
             together(group, "NCCL again", lambda: check_one_nccl(self._nccl()))
-        self._engines.append(engine)
+        self.engines.append(engine)
         return engine
 
     def describe(self) -> dict[str, str]:
-        """The GPU and the library."""
+        """The GPU, the library, the engines."""
         return {
             "device": f"{self.gpu.name} (SM {show_sm(self.gpu.sm)})",
             self.library.flavour: self.library.version,
+            "engines": ", ".join(engine.manifest.sha256[:12] for engine in self.engines),
         }
 
     def close(self) -> None:
         """Collective. Engines before the communicator that they hold, memory last."""
-        for engine in self._engines:
+        for engine in self.engines:
             engine.close()
-        self._engines.clear()
+        self.engines.clear()
         self._communicator.close()
         self.gpu.close()
 
@@ -175,12 +166,12 @@ class Result(NamedTuple):
 
 
 @dataclass
-class Running:
-    """An item between `begin` and `collect`."""
+class Execution:
+    """One run of an engine, from `begin` to `collect`."""
 
     engine: Engine
     shapes: Mapping[str, tuple[int, ...]]  # of the inputs, as the engine takes them
-    numbers: dict[str, npt.NDArray[np.int64]]  # inputs on the host, read until the engine is done
+    host_inputs: dict[str, npt.NDArray[np.int64]]  # read until the engine is done
     results: tuple[Result, ...]
     buffers: dict[str, Buffer]  # of inputs and results
     marks: tuple[Any, Any] | None = None
@@ -206,9 +197,9 @@ class EngineExecutor:
         engine: Engine,
         shapes: Mapping[str, tuple[int, ...]],
         shards: Sequence[HostArray],
-        numbers: Mapping[str, int],
+        host_inputs: Mapping[str, int],
         results: tuple[Result, ...],
-    ) -> Running:
+    ) -> Execution:
         """Start the upload of the rank's shards, filled up to the shapes that the engine takes."""
         buffers = {}
         for (name, shape), shard in zip(shapes.items(), shards, strict=True):
@@ -216,34 +207,35 @@ class EngineExecutor:
             self._gpu.upload(shard, buffers[name])
         for result in results:
             buffers[result.name] = self._gpu.buffer(prod(result.shape) * result.dtype.itemsize)
-        held = {name: np.array([number], np.int64) for name, number in numbers.items()}
-        return Running(engine, shapes, held, results, buffers)
+        held = {name: np.array([number], np.int64) for name, number in host_inputs.items()}
+        return Execution(engine, shapes, held, results, buffers)
 
-    def enqueue(self, running: Running) -> None:
+    def enqueue(self, execution: Execution) -> None:
         """Collective. Bind the buffers and enqueue."""
-        engine, buffers = running.engine, running.buffers
-        for name, shape in running.shapes.items():
-            engine.set_input(name, buffers[name].address, shape)
-        for name, number in running.numbers.items():
-            engine.set_host_input(name, number)
-        self._check(running)
-        for result in running.results:
-            engine.set_output(result.name, buffers[result.name].address)
+        engine, buffers = execution.engine, execution.buffers
+        for name, shape in execution.shapes.items():
+            engine.set_shape(name, shape)
+            engine.bind(name, buffers[name].address)
+        for name, values in execution.host_inputs.items():
+            engine.bind(name, values.ctypes.data)
+        self._check(execution)
+        for result in execution.results:
+            engine.bind(result.name, buffers[result.name].address)
         self._gpu.uploads_before_compute()
         before = self._gpu.mark()
         engine.enqueue(self._gpu.stream)
-        running.marks = (before, self._gpu.mark())
+        execution.marks = (before, self._gpu.mark())
 
-    def _check(self, running: Running) -> None:
+    def _check(self, execution: Execution) -> None:
         """Look at what comes out, now that the inputs are bound."""
 
-    def collect(self, running: Running) -> EngineDownload:
+    def collect(self, execution: Execution) -> EngineDownload:
         """Start bringing the rank's own rows of every result to the host."""
-        buffers, marks = running.buffers, running.marks
+        buffers, marks = execution.buffers, execution.marks
         assert marks is not None
         arrived = [
             self._gpu.download(buffers[result.name], result.own, result.dtype, marks[1])
-            for result in running.results
+            for result in execution.results
         ]
 
         def finished() -> None:
@@ -257,6 +249,10 @@ class EngineExecutor:
     def timings(self) -> Mapping[str, float]:
         """Seconds of the engines; what they spend on exchange is part of ``compute``."""
         return dict(self._timings)
+
+    def describe(self) -> Mapping[str, str]:
+        """The GPU, the library, the engines."""
+        return self._runtime.describe()
 
     def close(self) -> None:
         """Collective. Release everything, in order."""
@@ -278,15 +274,12 @@ def open_runtime(group: Group) -> Runtime:
     """
     library = together(group, "TensorRT", find_library)
     gpu = together(group, "GPU", lambda: _open_gpu(group.local_rank, group.local_size))
-    # nccl4py first: TensorRT then finds its libnccl.so.2 already in the process.
-    together(group, "nccl4py", _import_nccl)
-    communicator = _open_nccl(group)
-    return Runtime(group, library, gpu, communicator)
+    # nccl4py before any engine: TensorRT then finds its libnccl.so.2 in the process. Blocking,
+    # because TensorRT's calls on the communicator must not return early.
+    return Runtime(group, library, gpu, NcclComm(group, blocking=True))
 
 
-def _open_gpu(local_rank: int, local_size: int) -> CudaGpu:
-    from mdattn_mpi.devices.presence import gpu_count
-
+def _open_gpu(local_rank: int, local_size: int) -> GpuContext:
     count = gpu_count()
     if local_rank >= count:
         what = f"{local_size} ranks on this node and {count} visible GPUs"
@@ -299,18 +292,4 @@ def _open_gpu(local_rank: int, local_size: int) -> CudaGpu:
         from mdattn_mpi.devices.cuda.driver import Gpu as Driver
     except ImportError as error:
         raise RejectedError(f"CUDA's Python packages are missing ({error})", fix=INSTALL) from error
-    return CudaGpu(Driver(local_rank))
-
-
-def _import_nccl() -> None:
-    try:
-        import_module("nccl.core")
-    except ImportError as error:
-        raise RejectedError(f"nccl4py can't be imported ({error})", fix=INSTALL) from error
-
-
-def _open_nccl(group: Group) -> Communicator:
-    """Collective. Make the communicator; TensorRT's calls on it must not return early."""
-    from mdattn_mpi.devices.nccl import NcclComm
-
-    return NcclComm(group, blocking=True)
+    return GpuContext(Driver(local_rank))

@@ -13,7 +13,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdattn_mpi.problem import Causal, DTypeName, StrategyName
 
@@ -42,18 +42,11 @@ class Extent:
         return self.min <= other.min and other.max <= self.max
 
 
-@dataclass(frozen=True)
-class Shapes:
+class Shapes(NamedTuple):
     """What one rank hands to the engine for one problem: rows of its buffers.
 
-    Parameters
-    ----------
-    q, kv
-        Tokens of the query's and of key's and value's buffer, filled up where TensorRT needs
-        equal shards.
-    keys
-        How many of the collected keys count.
-
+    ``q`` and ``kv`` are tokens of the query's and of key's and value's buffer, filled up where
+    TensorRT needs equal shards; ``keys`` is how many of the collected keys count.
     """
 
     q: int

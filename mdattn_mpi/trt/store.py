@@ -1,8 +1,7 @@
 """Engines on disk. A serialized engine is native code: only what a manifest vouches for is run.
 
 Beside ``X.engine`` lies ``X.engine.json``: the SHA-256 of the engine, what it was made for, and by
-which library. The cache keeps the manifest of a key under ``KEY.json`` and the engine under its own
-SHA-256, so that jobs that build at the same time never mix two engines up.
+which library. The cache is a folder of such pairs, one a key.
 """
 
 from __future__ import annotations
@@ -30,35 +29,18 @@ ATTENTION_TENSORS = ("query", "key", "value", "output")
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is known of a serialized engine.
+    """What is known of a serialized engine."""
 
-    Parameters
-    ----------
-    sha256, size
-        Of the serialized engine.
-    flavour, version
-        Of the TensorRT package that built it.
-    sm
-        The GPU that it is for.
-    strategy, ranks, axes
-        See `Sharding`.
-    spec
-        The attention that it computes, as `EngineSpec.facts`; empty for a model.
-    model
-        SHA-256 of the ONNX file that it was built from; empty for plain attention.
-
-    """
-
-    sha256: str
+    sha256: str  # of the serialized engine, as is `size`
     size: int
     flavour: str
     version: str
     sm: SM
     strategy: str
     ranks: int
-    axes: dict[str, int]
-    spec: dict[str, Any]
-    model: str = ""
+    axes: dict[str, int]  # see `Sharding`
+    spec: dict[str, Any]  # the attention that it computes, as `EngineSpec.facts`; {} for a model
+    model: str = ""  # SHA-256 of the ONNX file that it was built from
 
     def to_json(self) -> bytes:
         """Encode, readably."""
@@ -68,14 +50,7 @@ class Manifest:
 
     @staticmethod
     def from_json(data: bytes, path: Path) -> Manifest:
-        """Decode; `path` is for the message.
-
-        Raises
-        ------
-        RejectedError
-            Not a manifest.
-
-        """
+        """Decode; `path` is for the message."""
         try:
             fields = json.loads(data)
             found = (fields.pop("format"), fields.pop("format_version"))
@@ -86,14 +61,7 @@ class Manifest:
             manifest = Manifest(**fields)
             if manifest.spec:
                 manifest.attention()
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            RecursionError,
-        ) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise RejectedError(
                 f"not an engine manifest ({error})", file=str(path), fix="build the engine again"
             ) from error
@@ -114,39 +82,29 @@ def sha256_of(engine: bytes | memoryview) -> str:
     return hashlib.sha256(engine).hexdigest()
 
 
-def describe_attention(
-    engine: bytes | memoryview, library: Library, sm: SM, spec: EngineSpec
-) -> Manifest:
-    """Make the manifest of an attention engine that has just been built."""
-    return describe_model(
-        engine,
-        library,
-        sm,
-        Sharding(spec.strategy, spec.ranks, dict.fromkeys(ATTENTION_TENSORS, 0)),
-        spec=spec.facts(),
-    )
-
-
-def describe_model(
+def describe(
     engine: bytes | memoryview,
     library: Library,
     sm: SM,
-    sharding: Sharding,
-    *,
+    network: EngineSpec | Sharding,
     model: str = "",
-    spec: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Make the manifest of an engine of a model, whose SHA-256 is `model`."""
+    """Make the manifest of an engine just built of `network`, a model's with its SHA-256."""
+    spec, axes = {}, dict.fromkeys(ATTENTION_TENSORS, 0)
+    if isinstance(network, EngineSpec):
+        spec = network.facts()
+    else:
+        axes = network.axes
     return Manifest(
         sha256=sha256_of(engine),
         size=len(engine),
         flavour=library.flavour,
         version=library.version,
         sm=sm,
-        strategy=sharding.strategy,
-        ranks=sharding.ranks,
-        axes=sharding.axes,
-        spec=spec or {},
+        strategy=network.strategy,
+        ranks=network.ranks,
+        axes=axes,
+        spec=spec,
         model=model,
     )
 
@@ -194,7 +152,14 @@ def read_engine(path: Path) -> tuple[bytes, Manifest]:
         MAX_MANIFEST,
     )
     manifest = Manifest.from_json(listed, manifest_path(path))
-    _check_bytes(engine, manifest, path)
+    found = sha256_of(engine)
+    if found != manifest.sha256:
+        raise RejectedError(
+            f"SHA-256 is {found[:16]}…, the manifest says {manifest.sha256[:16]}…: the engine "
+            "was changed or is incomplete",
+            file=str(path),
+            fix="build it again; don't run it",
+        )
     return engine, manifest
 
 
@@ -208,26 +173,8 @@ def _read(path: Path, what: str, fix: str, most: int = -1) -> bytes:
         ) from error
 
 
-def _check_bytes(engine: bytes, manifest: Manifest, path: Path) -> None:
-    found = sha256_of(engine)
-    if found != manifest.sha256:
-        raise RejectedError(
-            f"SHA-256 is {found[:16]}…, the manifest says {manifest.sha256[:16]}…: the engine "
-            "was changed or is incomplete",
-            file=str(path),
-            fix="build it again; don't run it",
-        )
-
-
 def check_fits(manifest: Manifest, library: Library, sm: SM | None, ranks: int, file: str) -> None:
-    """Refuse an engine of another library, another number of ranks or another GPU.
-
-    Raises
-    ------
-    RejectedError, DeviceError
-        With both values.
-
-    """
+    """Refuse an engine of another library, another number of ranks or another GPU."""
     built_by = f"{manifest.flavour} {manifest.version}"
     if built_by != str(library):
         raise RejectedError(
@@ -250,14 +197,7 @@ def check_fits(manifest: Manifest, library: Library, sm: SM | None, ranks: int, 
 
 
 class Cache:
-    """Built engines, by key, in a folder that only its owner may write.
-
-    Parameters
-    ----------
-    folder
-        Where; made when the first engine comes.
-
-    """
+    """Built engines, by key, in a folder that only its owner may write."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -272,26 +212,18 @@ class Cache:
     def get(self, key: str) -> tuple[bytes, Manifest] | None:
         """Return the engine of `key`; None where there is none, or one that isn't whole or ours."""
         try:
-            if not _only_ours(self.folder):
-                return None
-            listed = self.folder / f"{key}.json"
-            manifest = Manifest.from_json(listed.read_bytes(), listed)
-            path = self._path(manifest)
-            engine = path.read_bytes()
-            _check_bytes(engine, manifest, path)
+            return read_engine(self._path(key)) if _only_ours(self.folder) else None
         except (OSError, RejectedError):
             return None
-        return engine, manifest
 
     def put(self, key: str, engine: bytes | memoryview, manifest: Manifest) -> None:
         """Keep an engine. A cache that can't be written is no cache: nothing is raised."""
-        with suppress(OSError):
+        with suppress(OSError, RejectedError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            _put(self._path(manifest), engine)
-            _put(self.folder / f"{key}.json", manifest.to_json())
+            write_engine(self._path(key), engine, manifest)
 
-    def _path(self, manifest: Manifest) -> Path:
-        return self.folder / f"{manifest.sha256}.engine"
+    def _path(self, key: str) -> Path:
+        return self.folder / f"{key}.engine"
 
 
 def _only_ours(folder: Path) -> bool:

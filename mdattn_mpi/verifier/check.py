@@ -13,7 +13,6 @@ import numpy as np
 from mdattn_mpi.dataset import Dataset, Entry, Item, ModelItem, Output, open_dataset
 from mdattn_mpi.dataset.index import select_items
 from mdattn_mpi.errors import ItemError, OutputError, RejectedError
-from mdattn_mpi.problem import Span
 from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_rows, judge
 from mdattn_mpi.verifier.survey import Survey, survey
 from mdattn_mpi.verifier.tolerance import rounding_of
@@ -22,7 +21,7 @@ Verdict = Literal["right", "wrong", "not judged", "unfinished"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class ItemReport:
     """What was found out about one item."""
 
     item: Item
@@ -50,8 +49,8 @@ class Finding:
 
     def owner(self, row: int) -> int:
         """The rank that wrote a query row."""
-        owners = (rank for rank, spans in enumerate(self.entry.shards) if _holds(spans, row))
-        return next(owners)
+        shards = enumerate(self.entry.shards)
+        return next(r for r, spans in shards for span in spans if span.start <= row < span.stop)
 
     def complaints(self) -> Iterator[str]:
         """Say what is wrong, one sentence each."""
@@ -179,7 +178,7 @@ def pair(output: Output, dataset: Dataset, patterns: str) -> list[tuple[Item, It
 
 
 @dataclass(frozen=True)
-class Choice:
+class Options:
     """What to look at, and how strictly.
 
     ``rows`` are those drawn at random, beside the telling ones; None means all. ``backend`` is what
@@ -191,37 +190,35 @@ class Choice:
     backend: str | None = None
 
 
-def check(output: Output, dataset: Dataset, items: tuple[Item, Item], choice: Choice) -> Finding:
+def check(
+    output: Output, dataset: Dataset, items: tuple[Item, Item], options: Options
+) -> ItemReport:
     """Verify one item, given as the output and as the dataset number it."""
     item, given = items
     entry = output.ledger.entry(item)
     if entry.state != "done":
-        return Finding(item, entry)
+        return ItemReport(item, entry)
     source = Source(
         item.problem,
         lambda tensor, spans: dataset.read(given, tensor, spans),
         lambda result, spans: output.read(item, result, spans),
         output.lse,
     )
-    backend = choice.backend or str(output.attributes.get("backend", ""))
+    backend = options.backend or str(output.attributes.get("backend", ""))
     try:
         seen = survey(source, entry.shards)
-        found = judge(source, _rows(item, entry, choice), rounding_of(backend))
+        found = judge(source, _rows(item, entry, options), rounding_of(backend))
     except (ItemError, OutputError) as error:
-        return Finding(item, entry, fault=str(error))
-    return Finding(item, entry, found, seen)
+        return ItemReport(item, entry, fault=str(error))
+    return ItemReport(item, entry, found, seen)
 
 
-def _rows(item: Item, entry: Entry, choice: Choice) -> Array:
-    if choice.rows is None:
+def _rows(item: Item, entry: Entry, options: Options) -> Array:
+    if options.rows is None:
         return np.arange(item.problem.q_tokens)
     borders = [span.start for span in chain(*entry.shards)]
-    seed = (choice.seed, zlib.crc32(item.name.encode()))
-    return choose_rows(item.problem, borders, choice.rows, seed)
-
-
-def _holds(spans: Sequence[Span], row: int) -> bool:
-    return any(span.start <= row < span.stop for span in spans)
+    seed = (options.seed, zlib.crc32(item.name.encode()))
+    return choose_rows(item.problem, borders, options.rows, seed)
 
 
 def _plain(number: float | None) -> float | None:

@@ -65,16 +65,7 @@ class Bounds(NamedTuple):
 
 
 class ValueRange:
-    """The values of one item, as bounds of its output.
-
-    Parameters
-    ----------
-    problem
-        Shapes and mask.
-    read
-        Gives the values ``[tokens, Nkv, Hv]`` of a run of tokens.
-
-    """
+    """The values of one item, as bounds of its output."""
 
     def __init__(self, problem: AttentionProblem, read: Callable[[Span], Array]) -> None:
         self._problem = problem

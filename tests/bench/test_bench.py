@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from mdattn_mpi.bench.attention_cpu import Result, causal_cost
+from mdattn_mpi.bench.attention_cpu import causal_cost
 from mdattn_mpi.bench.measure import alternate
 from mdattn_mpi.bench.options import add_shapes, one_problem, problems
 from mdattn_mpi.cli import main
@@ -59,7 +60,7 @@ def test_all_combinations_and_what_causal_costs() -> None:
     assert len(set(found)) == 8
     assert {problem.causal for problem in found} == {"none", "upper_left"}
     results = [
-        Result(problem, problem.q_tokens * (1 if problem.causal == "none" else 0.5), 1.0, 1.0)
+        {**asdict(problem), "ours": problem.q_tokens * (1 if problem.causal == "none" else 0.5)}
         for problem in found
     ]
     assert list(causal_cost(results).values()) == [0.5] * 4
@@ -133,13 +134,20 @@ def test_memory_of_a_rank(ranks: int) -> None:
 
 
 def test_the_whole_job_against_its_parts(tmp_path: Path) -> None:
-    options = f"--items 3 --length 96 --q-heads 4 --kv-heads 2 --head-dim 16 --folder {tmp_path}"
+    options = (
+        "--items 3 --lengths 96,64 --q-heads 4 --kv-heads 2 --head-dim 16 --group-sizes 1,auto "
+        f"--folder {tmp_path}"
+    )
     done = mpirun(
         2, ["-m", "mdattn_mpi", "bench", "job", "-b", "cpu", *options.split(), "--json"], check=True
     )
     found = json.loads(done.stdout)
     parts = {name: found["seconds"][name] for name in ("reading", "computing", "writing")}
     assert all(seconds > 0 for seconds in parts.values())
+    assert set(found["groups"]) == {"1", "auto"}
+    assert found["computing"] == pytest.approx(
+        found["seconds"]["computing"] / found["seconds"]["kernels"], rel=1e-6
+    )
     assert found["slowest"] == max(parts, key=parts.__getitem__)
     assert found["ratio"] == pytest.approx(
         found["seconds"]["whole job"] / max(parts.values()), rel=1e-6

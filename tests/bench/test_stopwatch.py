@@ -36,7 +36,7 @@ class Late:
         self.worked += seconds
         self.busy_until = max(self.busy_until, self.now) + seconds
 
-    def accumulator(self, q: Array, v_head_dim: int, scale: float) -> Array:
+    def accumulator(self, q: Array, v_head_dim: int, scale: float, **merged: Any) -> Array:
         return q
 
     def attend(self, accumulator: Array, rows: Any, k: Array, v: Array, causal: bool) -> None:

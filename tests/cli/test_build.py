@@ -10,6 +10,7 @@ import pytest
 from mdattn_mpi.cli import main
 from mdattn_mpi.cli.build import parse_problem, parse_range
 from mdattn_mpi.errors import RejectedError
+from tests.support.complaint import complaint
 from tests.support.tensorrt import library, needs_tensorrt
 
 SHAPES = "tokens=256:4096,heads=8/2,head_dim=64"
@@ -115,7 +116,7 @@ def test_refusals(
 ) -> None:
     path = tmp_path / "attn.engine"
     assert build(path, "-n", "2", "-s", "allgather", "--sm", sm, *arguments) == code
-    assert told in capsys.readouterr().err
+    assert told in complaint(capsys)
     assert not path.exists()
 
 
@@ -125,9 +126,9 @@ def test_a_gpu_that_cannot_run_it(tmp_path: Path, capsys: pytest.CaptureFixture[
         pytest.skip("full TensorRT knows them all")
     arguments = ("--problem", SHAPES, "-n", "2", "-s")
     assert build(tmp_path / "a", *arguments, "allgather", "--sm", "9.0") == 2
-    assert "can't build for SM 9.0 from here" in capsys.readouterr().err
+    assert "can't build for SM 9.0 from here" in complaint(capsys)
     assert build(tmp_path / "a", *arguments, "ring", "--sm", "12.0") == 4
-    error = capsys.readouterr().err
+    error = complaint(capsys)
     assert "SM 12.0" in error
     assert "full TensorRT since SM 10.0" in error
 

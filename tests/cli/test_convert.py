@@ -25,6 +25,7 @@ from mdattn_mpi.cli import main
 from mdattn_mpi.dataset import open_dataset
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import Span
+from tests.support.complaint import complaint
 from tests.support.converting import (
     check,
     convert,
@@ -148,7 +149,7 @@ class TestHdf5:
             file["key"], file["value"] = tensors["key"], tensors["value"]
         options = ["convert", str(tmp_path / "f.h5"), str(tmp_path / "o.h5")]
         assert main(options) == 2
-        assert f"--allow {tmp_path / 'other'}" in capsys.readouterr().err
+        assert f"--allow {tmp_path / 'other'}" in complaint(capsys)
         path = convert(tmp_path / "f.h5", "--allow", str(tmp_path / "other"))
         check(path, {"f": tensors})
 
@@ -287,7 +288,7 @@ class TestNpy:
         np.save(tmp_path / "q.npy", np.ones((3, 2, 4), np.float16))
         file = str(tmp_path / "q.npy")
         assert main(["convert", file, file, str(tmp_path / "o.h5")]) == 2
-        assert "is in the files before it too" in capsys.readouterr().err
+        assert "is in the files before it too" in complaint(capsys)
 
     def test_damaged(self, tmp_path: Path, capsys: Any) -> None:
         np.save(tmp_path / "q.npy", np.ones((30, 2, 4), np.float16))

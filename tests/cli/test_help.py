@@ -9,6 +9,7 @@ import textwrap
 import pytest
 
 from mdattn_mpi.cli import COMMANDS, main, make_parser
+from tests.support.complaint import complaint
 
 LOADED = """
     import sys
@@ -69,7 +70,7 @@ def test_an_unknown_command_is_told_what_there_is(capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit) as exit:
         main(["walk"])
     assert exit.value.code == 2
-    assert "make-data" in capsys.readouterr().err
+    assert "make-data" in complaint(capsys)
 
 
 def test_completion_can_see_all_commands_at_once() -> None:

@@ -14,6 +14,7 @@ import pytest
 from mdattn_mpi.cli import inspect, main
 from mdattn_mpi.dataset import open_output
 from mdattn_mpi.problem import AttentionProblem
+from tests.support.complaint import complaint
 from tests.support.dataset_files import FLOAT16, How, random_tensors, write_dataset
 from tests.support.finished import finished
 
@@ -134,7 +135,7 @@ def test_somebody_elses_files(tmp_path: Path, capsys: Capture) -> None:
 @pytest.mark.parametrize(("name", "said"), [("nothing", "No such file"), (".", "is a folder")])
 def test_no_file(tmp_path: Path, capsys: Capture, name: str, said: str) -> None:
     assert main(["inspect", str(tmp_path / name)]) == 2
-    assert said in capsys.readouterr().err
+    assert said in complaint(capsys)
 
 
 @pytest.mark.parametrize("columns", [30, 45, 80, 200])

@@ -12,6 +12,7 @@ import pytest
 from mdattn_mpi.cli import main, make_data
 from mdattn_mpi.dataset import Item, open_dataset
 from mdattn_mpi.problem import AttentionProblem, Span
+from tests.support.complaint import complaint
 
 
 def made(folder: Path, options: str, name: str = "d.h5") -> Path:
@@ -113,7 +114,7 @@ def test_what_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], options: str, said: str
 ) -> None:
     assert main(["make-data", str(tmp_path / "d.h5"), *options.split()]) == 2
-    error = capsys.readouterr().err
+    error = complaint(capsys)
     assert said in error
     assert "Fix:" in error
     assert os.listdir(tmp_path) == []
@@ -129,7 +130,7 @@ def test_ranges_that_are_none(tmp_path: Path, lengths: str) -> None:
 def test_a_file_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "d.h5").write_text("mine")
     assert main(["make-data", str(tmp_path / "d.h5"), "--length", "8"]) == 2
-    assert "--overwrite" in capsys.readouterr().err
+    assert "--overwrite" in complaint(capsys)
     assert (tmp_path / "d.h5").read_text() == "mine"
 
 
@@ -138,5 +139,5 @@ def test_scales_that_float32_cannot_hold(
     tmp_path: Path, scale: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["make-data", str(tmp_path / "d.h5"), f"--scale={scale}"]) == 2
-    assert f"scale is {float(scale)}" in capsys.readouterr().err
+    assert f"scale is {float(scale)}" in complaint(capsys)
     assert not list(tmp_path.iterdir())

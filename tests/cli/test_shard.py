@@ -12,6 +12,7 @@ import pytest
 from mdattn_mpi.cli import main
 from mdattn_mpi.cli.shard import parse_axes
 from mdattn_mpi.errors import RejectedError
+from tests.support.complaint import complaint
 from tests.support.tensorrt import library, needs_tensorrt
 
 pytest.importorskip("onnx", reason="the package onnx isn't installed")
@@ -45,10 +46,10 @@ def test_shard_and_build(block: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert manifest.axes == {"hidden": 0, "output": 0}
     capsys.readouterr()
     assert main([*build, "4", "--tokens", "64:4096"]) == 2
-    assert "sharded for 2 ranks, -n says 4" in capsys.readouterr().err
+    assert "sharded for 2 ranks, -n says 4" in complaint(capsys)
     assert main(["build", "--onnx", str(block), "-o", "x", "--sm", "8.6", "-n", "2",
                  "--tokens", "9"]) == 2  # fmt: skip
-    assert "how it is sharded" in capsys.readouterr().err
+    assert "how it is sharded" in complaint(capsys)
 
 
 def test_ring_marks_the_attention(
@@ -77,10 +78,10 @@ def test_refusals(block: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(tmp_path / "none"), "-n", "2", "-s", "ring"], "cannot read the model"),
     ):
         assert main(["shard", *arguments, "-o", out]) == 2
-        assert told in capsys.readouterr().err
+        assert told in complaint(capsys)
     assert not Path(out).exists()
     assert main(["shard", str(block), "-n", "2", "-s", "ring", "-o", str(block)]) == 2
-    assert "the output is the model itself" in capsys.readouterr().err
+    assert "the output is the model itself" in complaint(capsys)
 
 
 def test_parse_axes() -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mdattn_mpi.cli import main
 from mdattn_mpi.cli.submit import SIGNATURE
+from tests.support.complaint import complaint
 
 GOLDEN = Path(__file__).with_name("golden")
 
@@ -77,7 +78,7 @@ def test_bash_can_read_it(name: str, capsys: pytest.CaptureFixture[str]) -> None
 )
 def test_refused(words: str, said: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["submit", *shlex.split(words)]) == 2
-    assert said in capsys.readouterr().err
+    assert said in complaint(capsys)
     assert list(folder.glob("**/*.sbatch")) == []
 
 
@@ -86,7 +87,7 @@ def test_node_counts(nodes: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main(["submit", "data.h5", "-o", "out.h5", "--nodes", nodes])
     assert stop.value.code == 2
-    assert nodes in capsys.readouterr().err
+    assert nodes in complaint(capsys)
 
 
 printable = st.text(
@@ -152,8 +153,8 @@ def test_what_slurm_says_is_passed_on(
 ) -> None:
     monkeypatch.setenv("PATH", str(folder))
     assert main(["submit", "data.h5", "-o", "out.h5", "--nodes", "1"]) == 2
-    assert "no sbatch here" in capsys.readouterr().err
+    assert "no sbatch here" in complaint(capsys)
     (folder / "sbatch").write_text("#!/bin/sh\necho invalid partition >&2\nexit 1\n")
     (folder / "sbatch").chmod(0o755)
     assert main(["submit", "data.h5", "-o", "out.h5", "--nodes", "1"]) == 2
-    assert "invalid partition" in capsys.readouterr().err
+    assert "invalid partition" in complaint(capsys)

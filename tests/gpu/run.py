@@ -1,9 +1,10 @@
 """Check the CUDA device on real GPUs, then time it; a short table at the end.
 
-    mpirun -n 2 python tests/gpu/run.py [check] [in-flight] [bench] [million] [--json FILE]
+    mpirun -n 2 python tests/gpu/run.py [check] [in-flight] [bench] [long] [million] [--json FILE]
 
-Without words it checks and benches. `in-flight` is the part of `check` that calls with arrays that
-are still being computed (see `in_flight`), `--calls` times each. Exit code 1 where a check fails.
+Without words it checks and benches; `long` benches 512k. `in-flight` is the part of `check` that
+calls with arrays that are still being computed (see `in_flight`), `--calls` times each. `--kernel`
+is for all but that, which takes what the library takes. Exit code 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -27,21 +30,24 @@ import numpy as np
 import mdattn_mpi
 from mdattn_mpi.backends import StrategyBackend
 from mdattn_mpi.devices.cuda.open import open_cuda
-from mdattn_mpi.errors import MdattnError
+from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.lockstep import World, start
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan
 from tests.gpu import in_flight
 
 TABLE = (
-    (8192, 8, 8, "none"),
-    (16384, 8, 8, "none"),
-    (32768, 8, 8, "none"),
-    (131072, 8, 8, "none"),
-    (131072, 8, 8, "upper_left"),
-    (65536, 32, 8, "none"),
-    (65536, 32, 8, "upper_left"),
+    (32768, 8, 8, 128, "none"),
+    (131072, 8, 8, 128, "none"),
+    (131072, 8, 8, 128, "upper_left"),
+    (65536, 32, 8, 128, "none"),
+    (65536, 32, 8, 128, "upper_left"),
+    (131072, 8, 8, 64, "none"),
+    (131072, 8, 8, 64, "upper_left"),
+    (8192, 8, 8, 128, "none"),
+    (16384, 8, 8, 128, "none"),
 )
+LONG = ((524288, 8, 8, 64, "none"), (524288, 8, 8, 64, "upper_left"))
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}  # ‖error‖ / ‖right‖, merges included
 SMALL = (
@@ -53,6 +59,9 @@ SMALL = (
     (257, 300, 4, 2, 192, 128),
     (301, 257, 4, 4, 256, 256),
     (2049, 2049, 6, 3, 72, 56),
+    (700, 900, 6, 2, 64, 64),
+    (500, 501, 10, 2, 96, 72),
+    (301, 400, 2, 2, 40, 256),
     (130, 1, 2, 2, 8, 8),
 )
 
@@ -84,9 +93,9 @@ def reference(problem: AttentionProblem, q: Any, k: Any, v: Any) -> tuple[Any, A
     return torch.einsum("nij,jnd->ind", weights, v).cpu().numpy(), lse.T.cpu().numpy()
 
 
-def check(world: World, transfer: str, wanted: list[AttentionProblem]) -> int:
+def check(world: World, transfer: str, kernel: str, wanted: list[AttentionProblem]) -> int:
     """Collective. A batch of everything through the backend's three steps; count what is wrong."""
-    backend = StrategyBackend("cuda", open_cuda(world, transfer=transfer))
+    backend = StrategyBackend("cuda", open_cuda(world, transfer=transfer, kernel=kernel))
     batch = []
     for number, (problem, strategy) in enumerate(
         itertools.product(wanted, ("ring", "allgather", "ulysses"))
@@ -98,7 +107,11 @@ def check(world: World, transfer: str, wanted: list[AttentionProblem]) -> int:
             (problem.kv_tokens, problem.kv_heads, problem.v_head_dim),
         )
         arrays = [random.standard_normal(s).astype(DTYPES[problem.dtype]) for s in shapes]
-        batch.append((backend.plan(problem, strategy, lse=True), arrays))  # type: ignore[arg-type]
+        try:
+            batch.append((backend.plan(problem, strategy, lse=True), arrays))  # type: ignore[arg-type]
+        except RejectedError as refusal:  # alike on all ranks
+            if world.rank == 0 and strategy == "ring":
+                print(f"refused: {refusal.what}")
 
     def begin(plan: Plan, arrays: list[Any]) -> Any:
         owners = partition_of(plan)
@@ -120,7 +133,9 @@ def check(world: World, transfer: str, wanted: list[AttentionProblem]) -> int:
         for (plan, arrays), download in zip(batch, downloads, strict=True)
     )
     if world.rank == 0:
-        print(f"{len(batch)} items at {world.size} ranks by {transfer}: {backend.timings()}")
+        about = backend.describe()["kernel"]
+        print(f"{len(batch)} items at {world.size} ranks by {transfer}, {about}")
+        print(f"    seconds: {backend.timings()}", flush=True)
     backend.close()
     return wrong
 
@@ -214,14 +229,14 @@ def _check_arrays(world: World, name: str, dtype: str, kind: type, give: Any, ta
     return wrong
 
 
-def million(world: World) -> int:
+def million(world: World, kernel: str) -> int:
     """Collective. One item of 2²⁰ tokens by `ring`: sampled rows against float64, peak memory."""
     import torch
 
     from mdattn_mpi.bench.attention_cuda import Inputs
     from mdattn_mpi.strategies import STRATEGIES
 
-    device = open_cuda(world)
+    device = open_cuda(world, kernel=kernel)
     problem = AttentionProblem(1 << 20, 1 << 20, 8, 8, 128, 128)
     plan = Plan(problem, "ring", world.size)
     inputs = Inputs(problem, seed=5)
@@ -254,14 +269,14 @@ def million(world: World) -> int:
     return int(not error < 4e-3)
 
 
-def profile(world: World) -> None:
+def profile(world: World, kernel: str) -> None:
     """Collective. Where the time of a lone call goes: on the GPU, and on the host."""
     import cProfile
     import pstats
 
     from mdattn_mpi.bench import attention_cuda as bench
 
-    device = open_cuda(world, timings=False)
+    device = open_cuda(world, kernel=kernel, timings=False)
     for length in (8192, 16384):
         problem = AttentionProblem(length, length, 8, 8, 128, 128)
         for side in bench.our_sides(world, device, problem, bench.Inputs(problem, seed=1)):
@@ -290,9 +305,9 @@ def profile(world: World) -> None:
 @contextlib.contextmanager
 def timeline(device: Any) -> Iterator[list[tuple[str, Any]]]:
     """Note timed events at the beginning and end of what goes on in each stream."""
-    gpu, sdpa, copies = device._gpu, device._sdpa, device._copies
+    gpu, launches, copies = device._gpu, device._kernels._launches, device._copies
     places: list[tuple[str, Any]] = []
-    originals = (sdpa.run, gpu.merge, gpu.copy, copies.arrival, device.mark)
+    originals = (launches.get, gpu.merge, gpu.copy, copies.arrival, device.mark)
 
     def between(name: str, act: Any, *args: Any) -> None:
         places.append((f"{name} begins", gpu.record(args[-1], timed=True)))
@@ -309,12 +324,17 @@ def timeline(device: Any) -> Iterator[list[tuple[str, Any]]]:
         places.append(("call ends", found))
         return found
 
-    sdpa.run = lambda *args: between("attention", originals[0], *args)
+    def get(call: Any) -> Any:
+        launch = originals[0](call)
+        run = partial(between, "attention", launch.run)
+        return SimpleNamespace(workspace=launch.workspace, run=run)
+
+    launches.get = get
     gpu.merge = lambda *args: between("merge", originals[1], *args)
     gpu.copy = lambda *args: between("copy", originals[2], *args)
     copies.arrival, device.mark = arrival, mark
     yield places
-    sdpa.run, gpu.merge, gpu.copy, copies.arrival, device.mark = originals
+    launches.get, gpu.merge, gpu.copy, copies.arrival, device.mark = originals
 
 
 def print_timeline(places: list[tuple[str, Any]]) -> None:
@@ -338,6 +358,7 @@ def main() -> int:
     parser.add_argument("what", nargs="*", default=["check", "bench"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transfer", default="auto")
+    parser.add_argument("--kernel", default="auto")
     parser.add_argument("--calls", type=int, default=40, help="in flight, of each kind")
     parser.add_argument("--rows", default="", help="rows of the table to bench, as 0,3,4")
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
@@ -347,22 +368,31 @@ def main() -> int:
     begin = time.perf_counter()
     if "check" in arguments.what:
         for transfer in ("copy", "nccl") if world.size > 1 else ("auto",):
-            wrong += check(world, transfer, problems() if transfer != "nccl" else problems()[::5])
+            wrong += check(
+                world,
+                transfer,
+                arguments.kernel,
+                problems() if transfer != "nccl" else problems()[::5],
+            )
         wrong += check_arrays_of_others(world)
     if {"check", "in-flight"} & set(arguments.what):
         wrong += in_flight.check(world, arguments.calls, reference, TOLERANCE)
         print(f"rank {world.rank}: {wrong} wrong, {time.perf_counter() - begin:.1f} s", flush=True)
     if "profile" in arguments.what:
-        profile(world)
+        profile(world, arguments.kernel)
     if "million" in arguments.what:
-        wrong += million(world)
-    if "bench" in arguments.what:
+        wrong += million(world, arguments.kernel)
+    rows = [int(row) for row in arguments.rows.split(",") if row] or range(len(TABLE))
+    table = [TABLE[row] for row in rows] if "bench" in arguments.what else []
+    table += LONG if "long" in arguments.what else ()
+    if table:
         from mdattn_mpi.bench import attention_cuda as bench
 
-        rows = [int(row) for row in arguments.rows.split(",") if row] or range(len(TABLE))
-        table = [TABLE[row] for row in rows]
-        todo = [AttentionProblem(s, s, q, kv, 128, 128, "bfloat16", m) for s, q, kv, m in table]  # type: ignore[arg-type]
         arguments.json = bool(arguments.json)
+        todo = [
+            AttentionProblem(s, s, q, kv, dim, dim, "bfloat16", mask)  # type: ignore[arg-type]
+            for s, q, kv, dim, mask in table
+        ]
         bench.main(world, todo, arguments)
     total = sum(world.allgather(wrong))
     world.end()

@@ -17,11 +17,12 @@ from mdattn_mpi.errors import DeviceError, MdattnError
 from mdattn_mpi.lockstep import start, together
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.trt.backend import TensorRTBackend
-from mdattn_mpi.trt.build import build_attention
+from mdattn_mpi.trt.build import BuiltEngine, build_attention
 from mdattn_mpi.trt.choice import spec_for
 from mdattn_mpi.trt.engine import CAPSULE, Engine, communicator_capsule
 from mdattn_mpi.trt.library import find_library, show_sm, visible_sm
 from mdattn_mpi.trt.runtime import open_runtime
+from mdattn_mpi.trt.store import describe
 
 PROBLEM = AttentionProblem(4096, 4096, 8, 2, 128, 128, "bfloat16", "upper_left")
 ELSEWHERE = (8, 9)
@@ -37,12 +38,12 @@ def main() -> int:
     library = find_library()
     sm = visible_sm()
     assert sm is not None, "there is no GPU here"
-    say(f"{library}; SM {show_sm(sm)}; can run {library.capabilities(sm).strategies()}")
-    room = open_runtime(world)
-    backend = TensorRTBackend(room, cache=None)
-    say(f"GPU and communicator are open: {room.describe()}")
+    say(f"{library}; SM {show_sm(sm)}; can run {library.capabilities(sm).strategies}")
+    runtime = open_runtime(world)
+    backend = TensorRTBackend(runtime, cache=None)
+    say(f"GPU and communicator are open: {runtime.describe()}")
     say(f"NCCL: {loaded_nccl()}")
-    communicator = room._communicator
+    communicator = runtime._communicator
     capsule = communicator_capsule(communicator.ptr)
     valid = ctypes.pythonapi.PyCapsule_IsValid
     valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -59,8 +60,9 @@ def main() -> int:
 
     (spec,) = spec_for([PROBLEM], "allgather", world.size)
     engine = build_attention(library, spec, ELSEWHERE)
+    built = BuiltEngine(engine, describe(engine, library, ELSEWHERE, spec))
     try:
-        together(world, "load engine", lambda: Engine(library, engine, sm))
+        together(world, "load engine", lambda: Engine(library, built, sm))
     except DeviceError as error:
         refused += "this GPU" in error.what  # TensorRT's own words
         say(f"an engine for SM {show_sm(ELSEWHERE)}: exit {error.exit_code}: {error}")

@@ -15,13 +15,13 @@ def step(item: int = 3, phase: str = "begin", facts: int = 77, **described: obje
 
 
 @on_ranks()
-def test_all_alike_gives_everybodys_checksums(world: World) -> None:
+def test_all_alike_gives_everybodys_words(world: World) -> None:
     for item in range(50):
-        agreement = world.agree(step(item), checksum=(0xFFFFFFFF - world.rank - item) & 0xFFFFFFFF)
-        assert agreement.checksums == tuple(0xFFFFFFFF - rank - item for rank in range(world.size))
+        agreement = world.agree(step(item), word=(0xFFFFFFFF - world.rank - item) & 0xFFFFFFFF)
+        assert agreement.words == tuple(0xFFFFFFFF - rank - item for rank in range(world.size))
         assert not agreement.stop
-    assert world.agree(step(), checksum=0).checksums == (0,) * world.size
-    assert world.agree(step()).checksums == ()
+    assert world.agree(step(), word=0).words == (0,) * world.size
+    assert world.agree(step()).words == ()
 
 
 @on_ranks(1, 3)
@@ -62,17 +62,17 @@ def test_an_error_wins_over_a_disagreement(world: World) -> None:
 
 
 @on_ranks()
-def test_a_refused_item_ends_nothing_and_everybodys_checksums_arrive(world: World) -> None:
+def test_a_refused_item_ends_nothing_and_everybodys_words_arrive(world: World) -> None:
     for first in range(world.size):
         error = ItemError(f"shard {world.rank} is bad", item="item-7")
         agreement = world.agree(
-            step(), refused=error if world.rank >= first else None, checksum=world.rank, stop=True
+            step(), refused=error if world.rank >= first else None, word=world.rank, stop=True
         )
         assert agreement.refused is not None
         assert agreement.refused.what == f"shard {first} is bad"
         assert agreement.refused.rank == first
         assert agreement.stop
-        assert agreement.checksums == tuple(range(world.size))
+        assert agreement.words == tuple(range(world.size))
         assert world.agree(step()).refused is None
 
 
@@ -119,11 +119,18 @@ def test_groups_agree_apart_and_the_world_together(world: World) -> None:
     group = world.split(world.rank % 2, -world.rank)
     assert (group.rank, group.size) == (1 - world.rank // 2, 2)
     for item in range(world.rank % 2 + 1):
-        assert group.agree(step(item), checksum=world.rank).checksums == (
+        assert group.agree(step(item), word=world.rank).words == (
             2 + world.rank % 2,
             world.rank % 2,
         )
     with pytest.raises(MdattnError, match="the odd group") if world.rank % 2 else nullcontext():
         group.agree(step(), error=DeviceError("the odd group") if world.rank == 3 else None)
+    error = DeviceError("bad") if world.rank == 2 else None
+    with pytest.raises(DeviceError) if world.rank % 2 == 0 else nullcontext() as caught:
+        group.agree(step(), error=error)
+    assert caught is None or caught.value.rank == 2  # as the job counts, not the group
+    with pytest.raises(DisagreementError) as differ:
+        group.agree(step(world.rank // 2))
+    assert f"0 on rank {world.rank % 2}, 1 on rank {world.rank % 2 + 2}" in str(differ.value)
     group.free()
     world.agree(step())

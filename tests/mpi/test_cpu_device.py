@@ -10,7 +10,6 @@ import pytest
 
 from mdattn_mpi.devices.cpu import device
 from mdattn_mpi.devices.cpu.device import CpuDevice, open_cpu
-from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.problem import Span
 from tests.support.ranks import on_ranks
 
@@ -30,17 +29,14 @@ def test_everybody_with_everybody_in_order(world: Any) -> None:
     everybody = [(peer, number) for number in range(3) for peer in range(world.size)]
     for dtype in DTYPES:
         for tokens in (50, 100_000):  # sent at once, and only when the receiver is ready
-            sent = [
-                Message(contents(device.rank, peer, n, dtype, tokens), peer)
-                for peer, n in everybody
-            ]
-            received = [Message(np.zeros((tokens + n, 2, 3), dtype), peer) for peer, n in everybody]
-            empty = [Message(np.zeros((0, 2, 3), dtype), peer) for peer in range(world.size)]
+            sent = [(contents(device.rank, peer, n, dtype, tokens), peer) for peer, n in everybody]
+            received = [(np.zeros((tokens + n, 2, 3), dtype), peer) for peer, n in everybody]
+            empty = [(np.zeros((0, 2, 3), dtype), peer) for peer in range(world.size)]
             transfer = device.exchange([*empty, *sent], [*received, *empty])
             device.wait(transfer)
-            for (peer, n), message in zip(everybody, received, strict=True):
+            for (peer, n), (array, _) in zip(everybody, received, strict=True):
                 expected = contents(peer, device.rank, n, dtype, tokens)
-                assert message.array.tobytes() == expected.tobytes()
+                assert array.tobytes() == expected.tobytes()
     assert device.seconds["exchange"] > 0
     device.close()
 
@@ -55,7 +51,7 @@ def test_two_transfers_under_way_keep_their_order(world: Any) -> None:
         array = array[: 50_000 + number]
         arrays.append(array)
         sent = contents(device.rank, right, number, np.float16, 50_000)
-        transfers.append(device.exchange([Message(sent, right)], [Message(array, left)]))
+        transfers.append(device.exchange([(sent, right)], [(array, left)]))
     for number in (1, 0):  # waited for in any order
         device.wait(transfers[number])
         expected = contents(left, device.rank, number, np.float16, 50_000)
@@ -77,7 +73,7 @@ def test_messages_arrive_while_the_rank_computes(world: Any) -> None:
     right, left = (device.rank + 1) % world.size, (device.rank - 1) % world.size
     sent = contents(device.rank, right, 0, np.float16, 200_000)
     received = np.zeros_like(sent)
-    transfer = device.exchange([Message(sent, right)], [Message(received, left)])
+    transfer = device.exchange([(sent, right)], [(received, left)])
     q = np.ones((64, 1, 8), np.float16)
     keys = np.ones((512, 1, 8), np.float16)
     accumulator = device.accumulator(q, 8, 1.0)

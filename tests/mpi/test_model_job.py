@@ -211,15 +211,16 @@ def test_what_does_not_fit_is_refused_on_all_ranks(world: World, folder: Path) -
     from mdattn_mpi.runner.jobspec import JobSpec
     from mdattn_mpi.runner.opening import open_job
     from tests.support.tensorrt import library
-    from tests.support.tensorrt_double import DoubleRuntime
+    from tests.support.tensorrt_double import DoubleRuntime, ModelEngine
 
     model.open_runtime = lambda group: DoubleRuntime(group, library())
     if world.rank == 0:
         prepare(folder, 2, LENGTHS)
     world.barrier()
 
+    files = {"data": str(folder / "data.h5"), "output": str(folder / "out.h5")}
+
     def refused(told: str, bind: tuple[str, ...] = BIND, **options: Any) -> RejectedError:
-        files = {"data": str(folder / "data.h5"), "output": str(folder / "out.h5")}
         spec = JobSpec(**files, engine=str(folder / "block.engine"), bind=bind, **options)
         with pytest.raises(RejectedError, match=told) as caught:
             open_job(spec, world)
@@ -233,6 +234,11 @@ def test_what_does_not_fit_is_refused_on_all_ranks(world: World, folder: Path) -
     refused("--lse", lse=True)
     refused("-b cpu", backend="cpu")
     refused("--group-size auto", group_size="auto")
+    ModelEngine.longest = 15  # of 31 tokens the first rank gets 16
+    error = refused("31 tokens are 16 a rank; the engine takes 1 to 15 a rank in 'hidden'")
+    assert error.item == "item2"
+    ModelEngine.longest = 16
+    open_job(JobSpec(**files, engine=str(folder / "block.engine"), bind=BIND), world)
     world.barrier()
     if world.rank == 0:
         with h5py.File(folder / "data.h5", "a") as file:

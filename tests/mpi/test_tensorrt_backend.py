@@ -171,7 +171,7 @@ def test_an_engine_file_is_shared_checked_and_held_to(world: World, folder: Any)
 
     from mdattn_mpi.errors import DeviceError, RejectedError
     from mdattn_mpi.trt.choice import spec_for
-    from mdattn_mpi.trt.store import describe_attention, write_engine
+    from mdattn_mpi.trt.store import describe, write_engine
     from tests.support.tensorrt_double import DoubleBackend
 
     path = folder / "attn.engine"
@@ -181,12 +181,11 @@ def test_an_engine_file_is_shared_checked_and_held_to(world: World, folder: Any)
         (spec,) = spec_for(problems(), "allgather", ranks)
         engine = json.dumps(spec.facts()).encode()
         if world.rank == 0:
-            write_engine(path, engine, describe_attention(engine, real, sm, spec))
+            write_engine(path, engine, describe(engine, real, sm, spec))
         world.barrier()
 
     make()
-    backend = DoubleBackend(world, real)
-    backend.take_engine(path)
+    backend = DoubleBackend(world, real, engine=str(path))
     plan = backend.plan(problems()[1], "auto", lse=False)
     assert plan.strategy == "allgather"
     with pytest.raises(RejectedError, match="engine is for"):
@@ -196,10 +195,10 @@ def test_an_engine_file_is_shared_checked_and_held_to(world: World, folder: Any)
 
     make(sm=(8, 6))
     with pytest.raises(DeviceError, match=r"for SM 8.6, this GPU has SM 12.0"):
-        DoubleBackend(world, real).take_engine(path)
+        DoubleBackend(world, real, engine=str(path))
     make(ranks=4)
     with pytest.raises(RejectedError, match="for 4 ranks, this group has 2"):
-        DoubleBackend(world, real).take_engine(path)
+        DoubleBackend(world, real, engine=str(path))
     make()
     if world.rank == 0:
         raw = bytearray(path.read_bytes())
@@ -207,4 +206,22 @@ def test_an_engine_file_is_shared_checked_and_held_to(world: World, folder: Any)
         path.write_bytes(raw)
     world.barrier()
     with pytest.raises(RejectedError, match="SHA-256"):
-        DoubleBackend(world, real).take_engine(path)
+        DoubleBackend(world, real, engine=str(path))
+
+
+@on_ranks(2)
+def test_ranks_that_choose_other_engines_notice_before_one_is_built(world: World) -> None:
+    from mdattn_mpi.errors import DisagreementError, RejectedError
+    from tests.support.tensorrt_double import DoubleBackend
+
+    class Choosy(DoubleBackend):
+        def _choose(self, problem: Any, strategy: str) -> Any:
+            if world.rank == 1:
+                raise RejectedError("an older library")
+            return super()._choose(problem, strategy)
+
+    backend = Choosy(world, library())
+    with pytest.raises(DisagreementError, match="engines"):
+        backend.prepare(problems(), "allgather")
+    assert not backend.built
+    backend.close()

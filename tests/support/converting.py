@@ -12,6 +12,7 @@ import pytest
 from mdattn_mpi.cli import main
 from mdattn_mpi.dataset import open_dataset
 from mdattn_mpi.problem import AttentionProblem, Span
+from tests.support.complaint import complaint
 from tests.support.dataset_files import (
     FLOAT16,
     random_tensors,
@@ -35,9 +36,9 @@ def check(path: Path, items: dict[str, Tensors]) -> None:
         assert not dataset.warnings
         for item in dataset.items:
             for name, array in items[item.name].items():
-                read = dataset.read(item, name, (Span(0, len(array)),))  # type: ignore[arg-type]
+                read = dataset.read(item, name, (Span(0, len(array)),))
                 assert same_bits(read, np.ascontiguousarray(array))
-                data = dataset.tensor(item, name)  # type: ignore[arg-type]
+                data = dataset.tensor(item, name)
                 assert dataset.checksum(item, name) == data.crc32  # type: ignore[arg-type]
 
 
@@ -56,7 +57,7 @@ def refused(source: Path, capsys: pytest.CaptureFixture[str], said: str, *option
     """The command says why, and leaves nothing."""
     target = source.with_name("refused.h5")
     assert main(["convert", str(source), str(target), *options]) == 2
-    error = capsys.readouterr().err
+    error = complaint(capsys)
     assert said in error
     assert str(source) in error or "pattern" in error
     assert "Fix:" in error

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from mdattn_mpi.devices.cuda.cudnn import PlanKey
+from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.interop import View
 from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import RejectedError
@@ -91,11 +91,11 @@ class Stream:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
-        self.queue: deque[tuple[Callable[[], bool], Callable[[], None]]] = deque()
+        self.queue: deque[tuple[Callable[[], bool], Callable[[], object]]] = deque()
         self.handle = len(machine.streams)
         machine.streams.append(self)
 
-    def push(self, act: Callable[[], None], ready: Callable[[], bool] = lambda: True) -> None:
+    def push(self, act: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> None:
         with self.machine.lock:
             self.queue.append((ready, act))
 
@@ -116,6 +116,9 @@ class FakeGpu:
         self.capacity = capacity
         self.opened: set[int] = set()
         self.pinned_now: dict[int, Any] = {}
+
+    def use(self) -> None:
+        pass
 
     def allocate(self, nbytes: int) -> int:
         if nbytes > self.capacity:
@@ -182,7 +185,7 @@ class FakeGpu:
     def reaches(self, place: str) -> bool:
         return True
 
-    def export(self, address: int) -> bytes:
+    def ipc_handle(self, address: int) -> bytes:
         return np.array([address] + [0] * 7, np.int64).tobytes()
 
     def open(self, handle: bytes) -> int:
@@ -201,37 +204,48 @@ class FakeGpu:
         return self.machine.streams[handle]
 
     def view(self, array: Any, stream: Stream | None) -> View:
-        return array.view(stream)
+        found: View = array.view(stream)
+        return found
 
 
-class FakePlan(NamedTuple):
-    """What `cudnn.Plan` is."""
+class FakeLaunch(NamedTuple):
+    """What an `attention.Launch` is, in float64 until the output is rounded."""
 
-    key: PlanKey
+    call: AttentionCall
     workspace: int = 256
 
+    def run(self, addresses: Sequence[int], workspace: int, stream: Stream) -> None:
+        assert not self.call.causal or self.call.kv_tokens >= self.call.q_tokens
+        stream.push(lambda: _attend(self.call, addresses))
 
-class FakeSdpa:
-    """What `cudnn.Sdpa` is, in float64."""
+
+class FakeEngine:
+    """What an `attention.Engine` is: head dims are multiples of 8, cuDNN has no float32 output."""
 
     version = "double"
 
-    def __init__(self) -> None:
-        self.keys: list[PlanKey] = []
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.preparing = 0.04 if name == "cudnn" else 0.0
+        self.prepared: list[AttentionCall] = []
+        self.open = True
 
-    def plan(self, key: PlanKey) -> FakePlan:
-        if key.head_dim % 8:
-            raise RejectedError("hidden_dim should be multiple of 8", fix="use -b cpu")
-        self.keys.append(key)
-        return FakePlan(key)
+    def refusal(self, call: AttentionCall) -> str:
+        if call.head_dim % 8:
+            return "hidden_dim should be multiple of 8"
+        if self.name == "cudnn" and call.out_dtype != call.dtype:
+            return "its output has 16 bits"
+        return ""
 
-    def run(self, plan: FakePlan, addresses: Sequence[int], workspace: int, stream: Stream) -> None:
-        key = plan.key
-        assert not key.causal or key.kv_tokens >= key.q_tokens
-        stream.push(lambda: _attend(key, addresses))
+    def prepare(self, call: AttentionCall) -> FakeLaunch:
+        assert self.open
+        if self.refusal(call):
+            raise RejectedError(self.refusal(call))
+        self.prepared.append(call)
+        return FakeLaunch(call)
 
     def close(self) -> None:
-        pass
+        self.open = False
 
 
 class FakeLibraries:
@@ -254,8 +268,15 @@ class FakeLibraries:
             setattr(gpu, name, value)
         return gpu
 
-    def sdpa(self, sm: tuple[int, int]) -> FakeSdpa:
-        return FakeSdpa()
+    def cudnn(self, gpu: FakeGpu) -> FakeEngine:
+        return FakeEngine("cudnn")
+
+    def why_no_flash(self, sm: tuple[int, int]) -> str:
+        answer = self.wrong.get("no_flash", "")
+        return answer if isinstance(answer, str) else str(next(answer))
+
+    def flash(self, gpu: FakeGpu) -> FakeEngine:
+        return FakeEngine("flash")
 
     def nccl(self, group: Any) -> Any:
         from tests.support.fake_nccl import FakeNccl
@@ -271,13 +292,13 @@ def _view(address: int, shape: Sequence[int], strides: Sequence[int], dtype: Any
     return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides])
 
 
-def _attend(key: PlanKey, addresses: Sequence[int]) -> None:
+def _attend(key: AttentionCall, addresses: Sequence[int]) -> None:
     dtype = DTYPES[key.dtype]
     sq, skv, nq, nkv = key.q_tokens, key.kv_tokens, key.q_heads, key.kv_heads
     q = _view(addresses[0], (sq, nq, key.head_dim), key.q, dtype).astype(np.float64)
     k = _view(addresses[1], (skv, nkv, key.head_dim), key.k, dtype).astype(np.float64)
     v = _view(addresses[2], (skv, nkv, key.v_head_dim), key.v, dtype).astype(np.float64)
-    out = _view(addresses[3], (sq, nq, key.v_head_dim), key.output, dtype)
+    out = _view(addresses[3], (sq, nq, key.v_head_dim), key.output, DTYPES[key.out_dtype])
     lse = _view(addresses[4], (sq, nq), key.lse, np.float32)
     k, v = (np.repeat(array, nq // nkv, axis=1) for array in (k, v))
     scores = np.einsum("qnh,knh->nqk", q, k) * key.scale
@@ -286,7 +307,7 @@ def _attend(key: PlanKey, addresses: Sequence[int]) -> None:
     most = scores.max(axis=2, keepdims=True)
     weights = np.exp(scores - most)
     total = weights.sum(axis=2, keepdims=True)
-    out[...] = np.einsum("nqk,knh->qnh", weights / total, v).astype(dtype)
+    out[...] = np.einsum("nqk,knh->qnh", weights / total, v).astype(out.dtype)
     lse[...] = (most + np.log(total))[..., 0].T.astype(np.float32)
 
 

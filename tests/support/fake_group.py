@@ -71,7 +71,7 @@ class FakeGroup:
 
     def __init__(self, rank: int, size: int, shared: dict[Any, Any]) -> None:
         self.board = SimpleNamespace(enter=lambda phase: None)
-        self.rank = self.local_rank = rank
+        self.rank = self.world_rank = self.local_rank = rank
         self.size = self.local_size = size
         self.comm = FakeComm(rank, size, shared)
 

@@ -58,6 +58,7 @@ def finished(
         create_output(files.output, dataset.items, ranks=ranks, lse=lse, attributes=attributes)
     with open_output(files.output, writable=True) as output:
         for item in output.items:
+            assert isinstance(item.problem, AttentionProblem)
             out, sums = attention(item.problem, *inputs[item.name][1])
             out, sums = out.astype(DTYPES[item.problem.dtype]), sums.astype(np.float32)
             arrays = {"output": out, "lse": sums} if lse else {"output": out}

@@ -12,13 +12,13 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from mdattn_mpi.devices.cpu.host import Array, HostDevice
 from mdattn_mpi.devices.cpu.partial import Partial
-from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.devices.protocol import Device, Message
 from mdattn_mpi.problem import Span
 
 T = TypeVar("T")
@@ -125,7 +125,9 @@ class LoopbackDevice(HostDevice):
         self._wire = wire
         self._under_way: list[LoopbackTransfer] = []
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> LoopbackTransfer:
+    def exchange(
+        self, send: Sequence[Message[Array]], receive: Sequence[Message[Array]]
+    ) -> LoopbackTransfer:
         """Start sending copies; fill with NaN what will be received."""
         for array, _ in (*send, *receive):
             _require(array.flags.c_contiguous, "a message isn't contiguous")
@@ -191,9 +193,12 @@ class LoopbackDevice(HostDevice):
             _require(not _overlaps(array, transfer.sent), f"{use} before wait")
 
 
+_proved: type[Device[Array, LoopbackTransfer, Partial]] = LoopbackDevice  # by mypy
+
+
 def run_ranks(
     ranks: int,
-    function: Callable[[Any], T],
+    function: Callable[[LoopbackDevice], T],
     *,
     device: Callable[[int, int, Wire], LoopbackDevice] = LoopbackDevice,
     deadline: float = DEADLINE,

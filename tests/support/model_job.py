@@ -22,14 +22,14 @@ def prepare(folder: Path, ranks: int, lengths: Sequence[int], strategy: Any = "a
 
     from mdattn_mpi.onnx.shard import shard_model
     from mdattn_mpi.onnx.sharding import read_sharding
-    from mdattn_mpi.trt.store import describe_model, write_engine
+    from mdattn_mpi.trt.store import describe, write_engine
     from tests.support.onnx_block import HEAD_DIM, HEADS
     from tests.support.tensorrt import library
 
     sharded, _ = shard_model(model(), strategy, ranks, {})
     engine = sharded.SerializeToString()
     sharding = read_sharding(sharded, folder)
-    manifest = describe_model(engine, library(), (12, 0), sharding, model="0")
+    manifest = describe(engine, library(), (12, 0), sharding, model="0")
     write_engine(folder / "block.engine", engine, manifest)
     random = np.random.default_rng()
     with h5py.File(folder / "data.h5", "w") as file:
@@ -79,7 +79,7 @@ def main() -> int:
         def open_double(group: Any) -> DoubleRuntime:
             return DoubleRuntime(group, library())
 
-        module.open_runtime = open_double
+        module.open_runtime = open_double  # type: ignore[attr-defined]
         return work(arguments)
 
     run._work = with_doubles

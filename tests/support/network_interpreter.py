@@ -236,7 +236,13 @@ ELEMENTWISE = {
     "MIN": np.minimum,
 }
 UNARY = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "EXP": np.exp, "NEG": np.negative, "ABS": np.abs}
-REDUCE = {"SUM": np.sum, "AVG": np.mean, "MAX": np.max, "MIN": np.min, "PROD": np.prod}
+REDUCE: dict[str, Any] = {
+    "SUM": np.sum,
+    "AVG": np.mean,
+    "MAX": np.max,
+    "MIN": np.min,
+    "PROD": np.prod,
+}
 
 
 def _elementwise(layer: _Layer, a: Any, b: Any) -> Any:

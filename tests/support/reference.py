@@ -88,5 +88,5 @@ def problems(draw: st.DrawFn, max_tokens: int = 70, max_head_dim: int = 40) -> A
         v_head_dim=draw(st.just(head_dim) | st.integers(1, max_head_dim)),
         dtype=draw(st.sampled_from(["bfloat16", "float16"])),
         causal=draw(st.sampled_from(["none", "upper_left", "lower_right"])),
-        scale=draw(st.none() | st.floats(0.01, 1.0)),
+        scale=draw(st.none() | st.floats(0.01, 1.0)),  # type: ignore[arg-type]
     )

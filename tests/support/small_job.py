@@ -40,7 +40,8 @@ def work(arguments: argparse.Namespace) -> int:
     if world.rank == 0:
         done.touch()
     world.agree(Step(-1, "open", 0))
-    world.board.attach(arguments.folder, world.rank, world.size, "toy")
+    world.board.identify(device="toy")
+    world.board.attach(arguments.folder, world.rank, world.size)
     finished = len(done.read_text().splitlines())
     world.board.progress(finished, arguments.items)
     for item in range(finished, arguments.items):
@@ -58,7 +59,7 @@ def work(arguments: argparse.Namespace) -> int:
                     world.control.Barrier()
         world.board.enter("write", name)
         world.board.enter("agree", name)
-        world.agree(Step(item, "write", 7), checksum=world.rank)
+        world.agree(Step(item, "write", 7), word=world.rank)
         world.board.enter("commit", name)
         if world.rank == 0:
             with done.open("a") as stream:

@@ -22,12 +22,12 @@ from mdattn_mpi.onnx.model import attribute_of
 from mdattn_mpi.onnx.sharding import read_sharding
 from mdattn_mpi.trt.backend import TensorRTBackend
 from mdattn_mpi.trt.build import BuiltEngine
-from mdattn_mpi.trt.gpu import Buffer
+from mdattn_mpi.trt.gpu import Buffer, GpuContext
 from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.runtime import Runtime
 from mdattn_mpi.trt.spec import EngineSpec
-from mdattn_mpi.trt.store import describe_attention
+from mdattn_mpi.trt.store import describe
 from tests.support.network_interpreter import MpiRanks, interpret, recorded
 
 POINTER = 0x5EED
@@ -141,6 +141,8 @@ class Double:
 class ModelEngine:
     """Stands for the engine of a model, and its context; "serialized" it is the ONNX file."""
 
+    longest = 1 << 20  # tokens a rank
+
     def __init__(self, double: Double, serialized: bytes) -> None:
         import onnx
 
@@ -181,6 +183,14 @@ class ModelEngine:
         places = enumerate(declared)
         return tuple(length if i == axes[name] else 1 if dim == -1 else dim for i, dim in places)
 
+    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
+        assert profile == 0
+        declared = tuple(self._tensors[name].shape)
+        return [
+            tuple(length if dim == -1 else dim for dim in declared)
+            for length in (1, self.longest, self.longest)
+        ]
+
     def set_communicator(self, capsule: Any) -> bool:
         self._double.tape.note("set_communicator")
         return True
@@ -215,7 +225,7 @@ class ModelEngine:
         return True
 
 
-class HostGpu:
+class HostGpu(GpuContext):
     """A "GPU" whose memory is the host's, full of junk where nothing was written."""
 
     name = "double"
@@ -276,7 +286,7 @@ class HostCommunicator:
 
 
 class DoubleRuntime(Runtime):
-    """An engine room in which nothing but the runtime and the GPU is a double."""
+    """A runtime in which nothing but TensorRT's own and the GPU is a double."""
 
     def __init__(self, world: Any, real: Library, sm: tuple[int, int] = (12, 0)) -> None:
         self.double = Double(real, world.comm)
@@ -295,16 +305,18 @@ class DoubleRuntime(Runtime):
 class DoubleBackend(TensorRTBackend):
     """The backend, with engines that the double can run."""
 
-    def __init__(self, world: Any, real: Library, sm: tuple[int, int] = (12, 0)) -> None:
-        room = DoubleRuntime(world, real, sm)
-        self.tape, self.nccl, self.gpu = room.tape, room.nccl, room.memory
+    def __init__(
+        self, world: Any, real: Library, sm: tuple[int, int] = (12, 0), engine: str = ""
+    ) -> None:
+        runtime = DoubleRuntime(world, real, sm)
+        self.tape, self.nccl, self.gpu = runtime.tape, runtime.nccl, runtime.memory
         self.built: list[EngineSpec] = []
-        super().__init__(room, cache=None)
+        super().__init__(runtime, None, engine)
 
     def _builder(self, spec: EngineSpec) -> Callable[[], Any]:
         def build() -> Any:
             self.built.append(spec)
             engine = json.dumps(spec.facts()).encode()
-            return BuiltEngine(engine, describe_attention(engine, self._library, self.gpu.sm, spec))
+            return BuiltEngine(engine, describe(engine, self._runtime.library, self.gpu.sm, spec))
 
         return build

@@ -81,10 +81,15 @@ ONLY: dict[str, set[str]] = {
     "cudnn": {"devices"},
     "nccl": {"devices", "trt"},
     "cuda": {"devices", "trt"},
+    "cutlass": {"devices.cuda.flash"},
+    "flash_attn": {"devices.cuda.flash"},
+    "quack": {"devices.cuda.flash"},
+    "tvm_ffi": {"devices.cuda.flash"},
     "threadpoolctl": {"devices", "verifier"},
     "torch": {
         "bench.attention_cpu",
         "bench.attention_cuda",
+        "bench.kernels",
         "dataset.foreign.torch_file",
         "devices.cuda.interop",
     },
@@ -253,6 +258,7 @@ def test_what_is_arithmetic_needs_the_standard_library_alone(room: str) -> None:
         ("backends", "import_module('tensorrt')"),
         ("backends", "importlib.import_module('tensorrt_rtx')"),
         ("runner.loop", "import pickle"),
+        ("devices.cuda.kernels", "def f():\n    from flash_attn.cute import interface"),
         ("dataset.reader", "from mdattn_mpi.partition import split"),
     ],
 )
@@ -317,6 +323,7 @@ BARE = """
 
 def test_every_module_imports_without_gpu_libraries() -> None:
     absent = {"cuda", "cudnn", "nccl", "tensorrt", "tensorrt_rtx", "torch", "onnx", "safetensors"}
+    absent |= {"cutlass", "flash_attn", "quack", "tvm_ffi"}
     on_demand = ("__main__", "devices.cuda", "devices.cudnn", "devices.nccl")
     modules = [
         f"mdattn_mpi.{name_of(file)}" for file in FILES if not name_of(file).startswith(on_demand)

@@ -115,7 +115,7 @@ def test_blocks_are_the_mask(query: list[Span], kv: list[Span], diagonal: int | 
     if diagonal is not None:
         mask = j[None, :] <= i[:, None] + diagonal
     covered = np.zeros(mask.shape, int)
-    for block in blocks(query, kv, diagonal):
+    for block in blocks(tuple(query), tuple(kv), diagonal):
         rows, keys = np.ogrid[: len(block.q), : len(block.kv)]
         seen = np.full((len(block.q), len(block.kv)), True)
         if block.causal:
@@ -129,7 +129,7 @@ def test_blocks_are_the_mask(query: list[Span], kv: list[Span], diagonal: int | 
 
 @given(shard=st.lists(spans, max_size=6))
 def test_pieces_keep_local_order_and_join_what_touches(shard: list[Span]) -> None:
-    found = pieces(shard)
+    found = pieces(tuple(shard))
     assert [token for _, run in found for token in tokens_of([run])] == tokens_of(shard)
     assert [row for rows, _ in found for row in tokens_of([rows])] == list(
         range(token_count(shard))

@@ -51,21 +51,19 @@ class CpuDevice(HostDevice):
         self._under_way: list[MpiTransfer] = []
         super().__init__(comm.rank, comm.size, threads)
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> MpiTransfer:
+    def exchange(
+        self, send: Sequence[Message[Array]], receive: Sequence[Message[Array]]
+    ) -> MpiTransfer:
         """Collective. Start sending and receiving; `poll` and `wait` keep it going."""
         own, kept = (
-            [m.array for m in messages if m.peer == self.rank and m.array.size]
+            [array for array, peer in messages if peer == self.rank and array.size]
             for messages in (send, receive)
         )
         for source, target in zip(own, kept, strict=True):
             self.copy(source, target)
-        requests = [
-            self.comm.Irecv(piece, message.peer, TAG) for message, piece in self._pieces(receive)
-        ]
-        requests += [
-            self.comm.Isend(piece, message.peer, TAG) for message, piece in self._pieces(send)
-        ]
-        transfer = MpiTransfer(requests, [message.array for message in (*send, *receive)])
+        requests = [self.comm.Irecv(piece, peer, TAG) for peer, piece in self._pieces(receive)]
+        requests += [self.comm.Isend(piece, peer, TAG) for peer, piece in self._pieces(send)]
+        transfer = MpiTransfer(requests, [array for array, _ in (*send, *receive)])
         self._under_way.append(transfer)
         return transfer
 
@@ -89,13 +87,13 @@ class CpuDevice(HostDevice):
         """The processor, the threads of a rank, and what multiplies matrices."""
         return {"device": processor(), "threads": str(self.threads), **libraries()}
 
-    def _pieces(self, messages: Sequence[Message]) -> Iterator[tuple[Message, memoryview]]:
+    def _pieces(self, messages: Sequence[Message[Array]]) -> Iterator[tuple[int, memoryview]]:
         """Bytes of each message for another rank, none longer than MPI can count."""
-        for message in messages:
-            if message.peer != self.rank and message.array.size:
-                data = message.array.reshape(-1).view(np.uint8).data
+        for array, peer in messages:
+            if peer != self.rank and array.size:
+                data = array.reshape(-1).view(np.uint8).data
                 for start in range(0, len(data), PIECE):
-                    yield message, data[start : start + PIECE]
+                    yield peer, data[start : start + PIECE]
 
 
 def open_cpu(group: Group, threads: int = 0) -> CpuDevice:

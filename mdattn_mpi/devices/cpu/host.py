@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +16,7 @@ from threadpoolctl import threadpool_info, threadpool_limits
 from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention
 from mdattn_mpi.devices.cpu.exponential import Exponential, fastest_exp
 from mdattn_mpi.devices.cpu.partial import Partial
+from mdattn_mpi.devices.protocol import NO_ROWS, Rehearsed
 from mdattn_mpi.problem import AttentionProblem, Span
 
 Array = NDArray[Any]
@@ -82,7 +83,9 @@ class HostDevice:
         """Copy `source` into `target`; same shape, any strides."""
         np.copyto(target, source, casting="no")
 
-    def accumulator(self, q: Array, v_head_dim: int, scale: float) -> Partial:
+    def accumulator(
+        self, q: Array, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+    ) -> Partial:
         """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`."""
         return Partial(q, v_head_dim, scale)
 
@@ -96,8 +99,12 @@ class HostDevice:
         with self.timed("merge"):
             return self._attention.finish(accumulator)
 
-    def check(self, problem: AttentionProblem) -> None:
+    def check(self, problem: AttentionProblem) -> tuple[str, ...]:
         """Refuse what this device can't do: nothing, on the host."""
+        return ()
+
+    def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
+        """Do nothing: every call is ready."""
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array for `upload`, with undefined contents."""
@@ -115,7 +122,7 @@ class HostDevice:
         """Take an array of the caller's as it is; copied only where it isn't contiguous."""
         return np.ascontiguousarray(array)
 
-    def hand_over(self, array: Array) -> Array:
+    def export(self, array: Array) -> Array:
         """Give an array to the caller."""
         return array
 
@@ -124,7 +131,7 @@ class HostDevice:
         return 0
 
     def abort(self) -> None:
-        """Let go without waiting for any other rank."""
+        """Release what can be released at once, waiting for no other rank."""
 
     def close(self) -> None:
         """End the threads and give BLAS back its own. Not needed at the end of a process."""
@@ -134,13 +141,13 @@ class HostDevice:
             _BlasLimit.release()
 
     @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add the time that the block takes to ``seconds[phase]``."""
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time that the block takes to ``seconds[part]``."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds[phase] += time.perf_counter() - start
+            self.seconds[part] += time.perf_counter() - start
 
 
 def processor() -> str:

@@ -176,7 +176,7 @@ class _Rows:
             self._load()
         if self.wide:
             block.k, block.v = block.k.astype(np.float64), block.v.astype(np.float64)
-        self.tame = bool(bound <= HEADROOM) and not (self.moved or self.wide)
+        self.bounded = bool(bound <= HEADROOM) and not (self.moved or self.wide)
 
     def attend(self, tokens: Span, block: _Block, diagonal: int) -> None:
         """Add the attention of the rows of `tokens` to the keys of `block`.
@@ -190,7 +190,7 @@ class _Rows:
         if cut < seen:
             hidden = _hidden(len(scores), seen - cut, self.group, diagonal - cut)
             np.copyto(scores[:, cut:], -np.inf, where=hidden)
-        if not (self.tame or self._in_reach(scores)):
+        if not (self.bounded or self._in_reach(scores)):
             self._move_reference(strip, scores)
         if self.wide:
             np.exp(scores, out=scores)
@@ -202,7 +202,7 @@ class _Rows:
         else:  # what a row must not see has weight 0, but 0 · NaN would be NaN
             _multiply_seen(scores, v, self.group, diagonal, out=added)
         sums += added
-        if self.fresh and not self.tame:
+        if self.fresh and not self.bounded:
             self.fresh = not self.sums[:, -1].all()
 
     def _scores(self, strip: slice, k: Wide) -> Wide:
@@ -212,7 +212,7 @@ class _Rows:
             np.matmul(self.q[strip, :-1], k[:, :-1].T, out=scores)
             scores -= self.reference[strip, None]
         else:
-            used = slice(-1) if self.tame else slice(None)  # no reference, one column less
+            used = slice(-1) if self.bounded else slice(None)  # no reference, one column less
             np.matmul(self.q[strip, used], k[:, used].T, out=scores)
         return scores
 

@@ -69,7 +69,7 @@ class PeerCopies:
         self._counters = gpu.allocate(2 * comm.size * SLOT)
         self._outbox.enqueue(gpu.fill, self._counters, 0, 2 * comm.size * SLOT // 4)
         gpu.synchronize()
-        self._handle = np.frombuffer(gpu.export(self._counters), np.int64)
+        self._handle = np.frombuffer(gpu.ipc_handle(self._counters), np.int64)
         self._theirs: dict[int, int] = {}
 
     def share(self) -> Words:

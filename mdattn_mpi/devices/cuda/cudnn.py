@@ -8,52 +8,21 @@ once a head dim, dtype and mask (half a second); a plan for new lengths then tak
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
-from typing import Any, NamedTuple
+import threading
+from typing import Any
 
+from mdattn_mpi.devices.cuda.attention import AttentionCall, Strides
 from mdattn_mpi.errors import RejectedError
 
 EXTRA = "pip install 'mdattn_mpi[cuda]'"
-MOST_PLANS = 2048
 Q, K, V, OUTPUT, LSE = range(1, 6)
 
-Strides = tuple[int, ...]
 
+class PlanLaunch:
+    """A built plan; see `attention.Launch`."""
 
-class PlanKey(NamedTuple):
-    """Everything that a plan depends on; strides are of ``[tokens, heads, dim]``, in elements.
-
-    ``causal`` means ``lower_right``: the last row sees all keys.
-    """
-
-    q_tokens: int
-    kv_tokens: int
-    q_heads: int
-    kv_heads: int
-    head_dim: int
-    v_head_dim: int
-    dtype: str
-    causal: bool
-    scale: float
-    q: Strides
-    k: Strides
-    v: Strides
-    output: Strides
-    lse: Strides
-
-
-class Plan:
-    """A built plan.
-
-    Attributes
-    ----------
-    workspace
-        Bytes that a launch needs besides the arrays.
-
-    """
-
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
+    def __init__(self, engine: CudnnEngine, graph: Any) -> None:
+        self._engine, self._graph = engine, graph
         self.workspace = int(graph.get_workspace_size())
         # The front end's public call looks at every argument as if it could be anything: 50 to
         # 100 µs, as long as the kernel itself. The call below it takes bare addresses.
@@ -66,8 +35,9 @@ class Plan:
         except AttributeError:  # another version of the front end
             self._index = None
 
-    def launch(self, addresses: tuple[int, ...], workspace: int, handle: Any) -> None:
-        """Run on the stream of `handle`."""
+    def run(self, addresses: tuple[int, ...], workspace: int, stream: Any) -> None:
+        """See `attention.Launch`."""
+        handle = self._engine.handle(stream)
         if self._index is None:
             uids = dict(zip((Q, K, V, OUTPUT, LSE), addresses, strict=True))
             self._graph.execute(uids, workspace, handle=handle)
@@ -81,8 +51,8 @@ class Plan:
 _Pointers = ctypes.c_void_p * 5
 
 
-class Sdpa:
-    """Attention calls on the current GPU, one cuDNN handle a stream.
+class CudnnEngine:
+    """cuDNN's attention on the current GPU, one handle a stream; see `attention.Engine`.
 
     Parameters
     ----------
@@ -96,54 +66,55 @@ class Sdpa:
 
     """
 
+    name = "cudnn"
+    preparing = 0.04  # a plan takes 33 to 45 ms
+
     def __init__(self, sm: tuple[int, int]) -> None:
         self._cudnn = _load()
         self._sm = sm
         self._handles: dict[int, Any] = {}
-        self._plans: OrderedDict[PlanKey, Plan] = OrderedDict()
+        self._own = threading.local()  # a handle isn't for two threads at a time
+        self._builders: list[Any] = []
         self.version = str(self._cudnn.backend_version_string())
-        self.built = 0
 
-    def plan(self, key: PlanKey) -> Plan:
-        """Build the plan of `key`, or take it from the cache.
-
-        Raises
-        ------
-        RejectedError
-            cuDNN has no kernel for it on this GPU.
-
-        """
-        if key in self._plans:
-            self._plans.move_to_end(key)
-            return self._plans[key]
+    def refusal(self, call: AttentionCall) -> str:
+        """See `attention.Engine`; only cuDNN itself knows, so it builds a plan."""
+        if call.out_dtype != call.dtype:
+            return "it rounds its output to 16 bits"
         try:
-            plan = self._plans[key] = Plan(self._build(key))
+            self._build(call)
         except (self._cudnn.cudnnGraphNotSupportedError, ValueError) as refusal:
-            raise self._refusal(key, refusal) from None
-        self.built += 1
-        if len(self._plans) > MOST_PLANS:
-            self._plans.popitem(last=False)
-        return plan
+            return " ".join(str(refusal).split())[:300]
+        return ""
 
-    def run(self, plan: Plan, addresses: tuple[int, ...], workspace: int, stream: Any) -> None:
-        """Attend: the addresses of query, key, value, output and LSE, in this order."""
-        plan.launch(addresses, workspace, self._handle(stream))
+    def prepare(self, call: AttentionCall) -> PlanLaunch:
+        """See `attention.Engine`."""
+        try:
+            return PlanLaunch(self, self._build(call))
+        except (self._cudnn.cudnnGraphNotSupportedError, ValueError) as refusal:
+            raise RejectedError(
+                f"cuDNN {self.version} can't do a call of {call.q_tokens} × {call.kv_tokens} "
+                f"tokens, head dims {call.head_dim} and {call.v_head_dim}, in {call.dtype} on this "
+                f"GPU (SM {self._sm[0]}.{self._sm[1]}): {' '.join(str(refusal).split())[:300]}",
+                fix="use --kernel flash, or -b cpu",
+            ) from None
 
     def close(self) -> None:
-        """Let go of plans and handles."""
-        self._plans.clear()
-        for handle in self._handles.values():
+        """Let go of the handles."""
+        for handle in (*self._handles.values(), *self._builders):
             self._cudnn.destroy_handle(handle)
         self._handles.clear()
+        self._builders.clear()
 
-    def _handle(self, stream: Any) -> Any:
+    def handle(self, stream: Any) -> Any:
+        """Return the handle of a stream."""
         number = int(stream.handle)
         if number not in self._handles:
             self._handles[number] = self._cudnn.create_handle()
             self._cudnn.set_stream(handle=self._handles[number], stream=number)
         return self._handles[number]
 
-    def _build(self, key: PlanKey) -> Any:
+    def _build(self, key: AttentionCall) -> Any:
         cudnn = self._cudnn
         types = cudnn.data_type
         dtype = {"bfloat16": types.BFLOAT16, "float16": types.HALF}[key.dtype]
@@ -151,7 +122,7 @@ class Sdpa:
             io_data_type=dtype,
             intermediate_data_type=types.FLOAT,
             compute_data_type=types.FLOAT,
-            handle=self._any_handle(),
+            handle=self._builder(),
         )
 
         def tensor(name: str, uid: int, tokens: int, heads: int, dim: int, strides: Strides) -> Any:
@@ -180,19 +151,12 @@ class Sdpa:
         graph.build_plans()
         return graph
 
-    def _any_handle(self) -> Any:
-        if not self._handles:
-            self._handles[0] = self._cudnn.create_handle()
-        return next(iter(self._handles.values()))
-
-    def _refusal(self, key: PlanKey, refusal: Exception) -> RejectedError:
-        reason = " ".join(str(refusal).split())[:300]
-        major, minor = self._sm
-        return RejectedError(
-            f"cuDNN {self.version} can't do attention of head dims {key.head_dim} and "
-            f"{key.v_head_dim} in {key.dtype} on this GPU (SM {major}.{minor}): {reason}",
-            fix="use -b cpu, or head dims that are multiples of 8",
-        )
+    def _builder(self) -> Any:
+        """Return the handle that this thread builds with."""
+        if not hasattr(self._own, "handle"):
+            self._own.handle = self._cudnn.create_handle()
+            self._builders.append(self._own.handle)
+        return self._own.handle
 
 
 def batch_first(shape: tuple[int, ...], strides: Strides) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""One GPU a rank: cuDNN attends, copy engines or NCCL carry, one kernel merges in float32.
+"""One GPU a rank: one kernel attends, copy engines or NCCL carry, another kernel merges in float32.
 
 Kernels, uploads, downloads and messages have streams of their own, tied by what they read and
 write alone (see `order`): a batch moves item i+1 to the GPU and between GPUs while item i computes
@@ -15,16 +15,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.devices.cuda.choice import Chooser
 from mdattn_mpi.devices.cuda.clock import Clock
 from mdattn_mpi.devices.cuda.copies import Copies
 from mdattn_mpi.devices.cuda.interop import Interop
 from mdattn_mpi.devices.cuda.kernels import Kernels, Partials
+from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, HostBuffers, Memory
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
-from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
 from mdattn_mpi.estimate import Costs, gpu_costs, head_start
 from mdattn_mpi.problem import AttentionProblem, Span
 
+ALIGNED = 16  # bytes
 URGENT = 5  # as a stream; see `driver.Gpu.stream`
 
 
@@ -59,8 +62,8 @@ class CudaDevice:
     ----------
     rank, ranks
         This rank's number in the group, and the group's size.
-    gpu, sdpa
-        The driver and the attention of this rank's GPU.
+    gpu, chooser
+        The driver, and which engine attends on this rank's GPU.
     copies, nccl
         The way to the ranks in `near`, and to all others; None where no rank needs it.
     near
@@ -81,7 +84,7 @@ class CudaDevice:
         rank: int,
         ranks: int,
         gpu: Any,
-        sdpa: Any,
+        chooser: Chooser,
         *,
         memory: Memory,
         copies: Any = None,
@@ -92,13 +95,13 @@ class CudaDevice:
         timings: bool = True,
     ) -> None:
         self._rank, self._ranks = rank, ranks
-        self._gpu, self._sdpa = gpu, sdpa
+        self._gpu, self._chooser = gpu, chooser
         self._copies, self._nccl, self._near = copies, nccl, frozenset(near)
         self.memory = memory
         self.host = HostBuffers(gpu)
         self._facts, self._limit = dict(facts or {}), limit
         self._clock = Clock(timings)
-        self._kernels = Kernels(gpu, sdpa, memory, self._clock)
+        self._kernels = Kernels(gpu, Launches(chooser, gpu.use), memory, self._clock)
         self._upwards, self._downwards = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream())
         self._within, self._net = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream(URGENT))
         self._uploading = Held()
@@ -160,20 +163,21 @@ class CudaDevice:
         return Download(found, down.mark())
 
     def adopt(self, array: Any) -> DeviceArray:
-        """Take an array of another library on this GPU, by DLPack; copied only if it is strided.
+        """Take an array of another library on this GPU, by DLPack.
 
-        Who waits for whom is said in `interop`.
+        Copied only if it is strided, which messages can't be, or begins between multiples of 16
+        bytes, which kernels load at a time. Who waits for whom is said in `interop`.
         """
         adopted = self._interop.adopt(array)
-        if adopted.is_contiguous:
+        if adopted.is_contiguous and adopted.address % ALIGNED == 0:
             return adopted
-        own = self.memory.empty(adopted.shape, adopted.dtype)  # messages are contiguous
+        own = self.memory.empty(adopted.shape, adopted.dtype)
         self.copy(adopted, own)
         return own
 
-    def hand_over(self, array: DeviceArray) -> Any:
+    def export(self, array: DeviceArray) -> Any:
         """Give an array to the library that `adopt` was last given one of; nothing is copied."""
-        return self._interop.hand_over(array)
+        return self._interop.export(array)
 
     def mark(self) -> Any:
         """Record all kernels so far; marks give milliseconds by ``-`` once they are past."""
@@ -182,7 +186,9 @@ class CudaDevice:
 
     # -- messages ----------------------------------------------------------------------------------
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> Transfer:
+    def exchange(
+        self, send: Sequence[Message[DeviceArray]], receive: Sequence[Message[DeviceArray]]
+    ) -> Transfer:
         """Collective. Start sending and receiving; return once the hosts have spoken."""
         away, coming = _by_peer(send), _by_peer(receive)
         own, kept = away.pop(self._rank, []), coming.pop(self._rank, [])
@@ -259,9 +265,14 @@ class CudaDevice:
 
     # -- attention ---------------------------------------------------------------------------------
 
-    def accumulator(self, q: DeviceArray, v_head_dim: int, scale: float) -> Partials:
-        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`."""
-        return self._kernels.accumulator(q, v_head_dim, scale)
+    def accumulator(
+        self, q: DeviceArray, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+    ) -> Partials:
+        """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`.
+
+        The results of `merged` rows stay in float32 until they are merged, where a kernel can.
+        """
+        return self._kernels.accumulator(q, v_head_dim, scale, merged)
 
     def attend(
         self, accumulator: Partials, rows: Span, k: DeviceArray, v: DeviceArray, causal: bool
@@ -275,15 +286,23 @@ class CudaDevice:
 
     # -- what it is and what it takes --------------------------------------------------------------
 
-    def check(self, problem: AttentionProblem) -> None:
-        """Refuse what cuDNN can't do on this GPU, with the reason."""
-        self._kernels.check(problem)
+    def check(self, problem: AttentionProblem) -> tuple[str, ...]:
+        """Refuse what no kernel can do on this GPU; say which one will, and why."""
+        choice = self._kernels.choose(problem)
+        partial = "float32" if choice.float32 else problem.dtype
+        return (f"kernel {choice.reason}; partial results in {partial}",)
+
+    def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
+        """Make calls of the kernel ready, in a thread, before they are wanted."""
+        self._kernels.prepare(problem, calls)
 
     def costs(self) -> Costs:
         """Rough figures of this GPU and its links."""
         near = len(self._near) == self._ranks - 1
         memory = int(0.92 * self._limit)
-        return gpu_costs(self._gpu.sm[0], self._gpu.multiprocessors, near=near, memory=memory)
+        sm, multiprocessors = self._gpu.sm[0], self._gpu.multiprocessors
+        plan = self._chooser.first.preparing
+        return gpu_costs(sm, multiprocessors, near=near, memory=memory, plan=plan)
 
     def head_start(self, problem: AttentionProblem) -> int:
         """Query rows that may attend to the rank's own keys while the others are gathered."""
@@ -296,7 +315,7 @@ class CudaDevice:
 
     def describe(self) -> dict[str, str]:
         """The GPU, the libraries and the way of the messages."""
-        return {"cudnn": self._sdpa.version, **self._facts}
+        return {"kernel": self._chooser.describe(), **self._facts}
 
     def close(self) -> None:
         """Collective. Release everything, in order."""
@@ -309,18 +328,19 @@ class CudaDevice:
         if self._nccl is not None:
             self._nccl.close()
         self._uploading.clear()
-        self._sdpa.close()
+        self._kernels.close()
         self.memory.close()
         self.host.close()
 
     def abort(self) -> None:
-        """Let go without waiting for any other rank."""
+        """Release what can be released at once, waiting for no other rank."""
         self._open = False
+        self._kernels.abort()
         if self._nccl is not None:
             self._nccl.abort()
 
 
-def _by_peer(messages: Sequence[Message]) -> dict[int, list[DeviceArray]]:
+def _by_peer(messages: Sequence[Message[DeviceArray]]) -> dict[int, list[DeviceArray]]:
     found: dict[int, list[DeviceArray]] = {}
     for array, peer in messages:
         if array.size:

@@ -12,7 +12,9 @@ NAME = b"dltensor"
 CODES = {"float16": 2, "float32": 2, "bfloat16": 4}
 
 
-class _Tensor(ctypes.Structure):
+class Tensor(ctypes.Structure):
+    """DLPack's description of an array."""
+
     _fields_ = (
         ("data", ctypes.c_void_p),
         ("device_type", ctypes.c_int32),
@@ -29,7 +31,7 @@ class _Tensor(ctypes.Structure):
 
 class _Managed(ctypes.Structure):
     _fields_ = (
-        ("tensor", _Tensor),
+        ("tensor", Tensor),
         ("context", ctypes.c_void_p),
         ("deleter", ctypes.c_void_p),
     )

@@ -63,6 +63,10 @@ class Gpu:
         # Making an event takes longer than recording it: those that nobody looks at serve again.
         self._idle: tuple[list[Any], list[Any]] = ([], [])
 
+    def use(self) -> None:
+        """Make it current in this thread."""
+        self._device.set_current()
+
     # -- memory ------------------------------------------------------------------------------------
 
     def allocate(self, nbytes: int) -> int:
@@ -158,7 +162,7 @@ class Gpu:
             return True
         return bool(check(cu.cuDeviceCanAccessPeer(self.ordinal, other)))
 
-    def export(self, address: int) -> bytes:
+    def ipc_handle(self, address: int) -> bytes:
         """Make a handle by which another process can open an allocation."""
         return bytes(check(cu.cuIpcGetMemHandle(address)).reserved)
 

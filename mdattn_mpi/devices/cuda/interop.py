@@ -219,7 +219,7 @@ class Interop:
         self._lent.append((caller, storage))
         return DeviceArray(storage, shape, dtype, strides)
 
-    def hand_over(self, array: DeviceArray) -> Any:
+    def export(self, array: DeviceArray) -> Any:
         """Give an array to the library that an array was last adopted from, in its stream of now.
 
         All that was adopted so far is its own again.

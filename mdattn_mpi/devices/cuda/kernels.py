@@ -6,7 +6,7 @@ the call before it leaves idle, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
@@ -14,17 +14,21 @@ from typing import Any
 
 import numpy as np
 
+from mdattn_mpi.devices.cuda.attention import AttentionCall
+from mdattn_mpi.devices.cuda.choice import Choice
 from mdattn_mpi.devices.cuda.clock import Clock
-from mdattn_mpi.devices.cuda.cudnn import PlanKey
+from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
-from mdattn_mpi.devices.cuda.order import Fence, Queue
+from mdattn_mpi.devices.cuda.order import Fence, Queue, latest
+from mdattn_mpi.devices.protocol import Rehearsed
 from mdattn_mpi.problem import AttentionProblem, Span
 
 LANES = 4
 FLOAT32, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
-SAMPLE = 1024  # tokens of the problem that `check` tries
+SAMPLE = 1024  # tokens of the problem that `choose` tries
 WORKSPACE = 1 << 20
+WIDE_PARTS = 2  # partial results in float32 that wait for being folded; one more is on its way
 
 
 @dataclass(eq=False)
@@ -39,27 +43,67 @@ class Launched:
 
 
 @dataclass(eq=False)
-class Partials:
-    """The partial results of one query shard.
+class Region:
+    """Some rows of the query, and their results so far; spans of rows count from its first.
 
-    The first result for a row goes straight to where the output will be; where no other comes,
-    nothing is left to do. Further ones get memory of their own and are merged at the end.
+    In a region of `partial` results all are in float32 and are rounded once, when they are merged.
+    Elsewhere, and where the kernel can't, the first result for a row goes straight to where the
+    output will be, in 16 bits: where no other comes, nothing is left to do.
+
+    Further results get memory of their own. They are folded into one in float32 when there are too
+    many.
     """
 
+    rows: Span  # of the query
     q: DeviceArray
-    scale: float
     output: DeviceArray
     lse: DeviceArray
-    begin: Fence  # what its calls come after, whichever lane they are in
-    start: Any
-    calls: int = 0
+    partial: bool
+    wide: DeviceArray | None = None  # the first results, in float32
+    begin: Fence = field(default_factory=dict)  # what comes before `wide` is written
     first: list[Launched] = field(default_factory=list)
     more: list[Launched] = field(default_factory=list)
-    running: tuple[DeviceArray, DeviceArray] | None = None  # float32, of all rows
+    folded: tuple[DeviceArray, DeviceArray] | None = None  # float32, of all rows
 
     def covers(self, rows: Span) -> bool:
         """Whether any of `rows` has a result already."""
-        return self.running is not None or any(_overlap(rows, call.rows) for call in self.first)
+        return self.folded is not None or any(_overlap(rows, call.rows) for call in self.first)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether results have to be folded before there is one more."""
+        if self.wide is not None:
+            return len(self.more) >= WIDE_PARTS
+        return len(self.first) + len(self.more) >= PARTS
+
+    @property
+    def unmerged(self) -> list[Span]:
+        """The rows whose output isn't where it belongs yet."""
+        if self.folded or self.wide is not None:
+            return [Span(0, len(self.rows))]
+        alone = [
+            call.rows
+            for call in self.first
+            if not any(_overlap(call.rows, other.rows) for other in self.more)
+        ]
+        return complement(alone, len(self.rows))
+
+
+@dataclass(eq=False)
+class Partials:
+    """The results of one query shard."""
+
+    scale: float
+    output: DeviceArray
+    lse: DeviceArray
+    regions: list[Region]
+    begin: Fence  # what its calls come after, whichever lane they are in
+    start: Any
+    calls: int = 0
+
+    def region(self, rows: Span) -> Region:
+        """Find the region that `rows` are in."""
+        return next(each for each in self.regions if rows.start < each.rows.stop)
 
 
 class Kernels:
@@ -67,8 +111,8 @@ class Kernels:
 
     Parameters
     ----------
-    gpu, sdpa, memory
-        The driver, cuDNN's attention, and device memory.
+    gpu, launches, memory
+        The driver, the attention calls that it can launch, and device memory.
     clock
         Is told what takes how long.
 
@@ -79,8 +123,8 @@ class Kernels:
 
     """
 
-    def __init__(self, gpu: Any, sdpa: Any, memory: Memory, clock: Clock) -> None:
-        self._gpu, self._sdpa, self._memory, self._clock = gpu, sdpa, memory, clock
+    def __init__(self, gpu: Any, launches: Launches, memory: Memory, clock: Clock) -> None:
+        self._gpu, self._launches, self._memory, self._clock = gpu, launches, memory, clock
         self._lanes = [Queue(gpu, gpu.stream(LANES - lane)) for lane in range(LANES)]
         self.main = self._lanes[0]
         self._workspaces: dict[Queue, DeviceArray] = {}
@@ -97,7 +141,7 @@ class Kernels:
             if lane is self.main or not self.main.follows(lane, lane.count)
         ]
 
-    def accumulator(self, q: DeviceArray, v_head_dim: int, scale: float) -> Partials:
+    def accumulator(self, q: DeviceArray, v_head_dim: int, scale: float, merged: Span) -> Partials:
         """See `Device.accumulator`."""
         rows, heads = q.shape[:2]
         output = self._memory.empty((rows, heads, v_head_dim), q.dtype)
@@ -105,41 +149,52 @@ class Kernels:
         self.join()
         self.main.wait(q.storage.written, output.storage.used, lse.storage.used)
         start = self._clock.time(self.main)
-        return Partials(q, scale, output, lse, self._begin(), start)
+        regions = [
+            Region(span, q[span.slice], output[span.slice], lse[span.slice], span == merged)
+            for span in (Span(0, merged.start), merged, Span(merged.stop, rows))
+            if len(span)
+        ]
+        return Partials(scale, output, lse, regions, self._begin(), start)
 
     def attend(
         self, partials: Partials, rows: Span, k: DeviceArray, v: DeviceArray, causal: bool
     ) -> None:
         """See `Device.attend`."""
-        if not (len(rows) and k.size and v.size and partials.q.size):
+        if not (len(rows) and k.size and v.size and partials.output.size):
             return
-        first = not partials.covers(rows)
-        if not first and len(partials.first) + len(partials.more) >= PARTS:
-            self._fold(partials)
+        region = partials.region(rows)
+        rows = rows.shift(-region.rows.start)
+        first, full = not region.covers(rows), region.is_full
         lane = self._lanes[partials.calls % LANES]
         partials.calls += 1
         lane.wait(partials.begin, k.storage.written, v.storage.written)
-        if first:
-            output, lse = partials.output[rows.slice], partials.lse[rows.slice]
-        else:
-            output = self._memory.empty((len(rows), *partials.output.shape[1:]), partials.q.dtype)
-            lse = self._memory.empty((len(rows), partials.lse.shape[1]), FLOAT32)
+        q, lse = region.q[rows.slice], region.lse[rows.slice]
+        output = region.output[rows.slice]
+        call = call_of(q, k, v, output, lse, causal, partials.scale)
+        wide = self._is_wide(region, call)
+        if wide:
+            call = call._replace(out_dtype="float32")
+        if not first:
+            dtype = FLOAT32 if wide else q.dtype
+            output = self._memory.empty((len(rows), *output.shape[1:]), dtype)
+            lse = self._memory.empty((len(rows), lse.shape[1]), FLOAT32)
             lane.wait(output.storage.used, lse.storage.used)
-        self._launch(lane, partials.q[rows.slice], k, v, output, lse, causal, partials.scale)
-        call = Launched(rows, lane, lane.now, output, lse)
-        (partials.first if first else partials.more).append(call)
+        elif region.wide is not None:
+            output = region.wide[rows.slice]
+            lane.wait(region.begin)
+        self._launch(lane, call, (q, k, v), (output, lse))
+        if full and not first:  # only now: the call needn't wait for the fold
+            self._fold(partials, region)
+        launched = Launched(rows, lane, lane.now, output, lse)
+        (region.first if first else region.more).append(launched)
 
     def finish(self, partials: Partials) -> tuple[DeviceArray, DeviceArray]:
         """See `Device.finish`."""
         output, lse = partials.output, partials.lse
         if output.size:
-            alone = [
-                call.rows
-                for call in partials.first
-                if not any(_overlap(call.rows, other.rows) for other in partials.more)
-            ]
-            for rows in complement(() if partials.running else alone, output.shape[0]):
-                self._merge(partials, rows, output, lse)
+            for region in partials.regions:
+                for rows in region.unmerged:
+                    self._merge(partials, region, rows, region.output, region.lse)
         self.join()
         for array in (output, lse):  # one place to wait for, whichever lanes wrote it
             array.storage.written = self.main.now
@@ -147,55 +202,93 @@ class Kernels:
         self._clock.computed(partials.start, self._clock.time(self.main))
         return output, lse
 
-    def check(self, problem: AttentionProblem) -> None:
-        """Refuse what cuDNN can't do on this GPU, with the reason."""
-        q_tokens, kv_tokens = (min(SAMPLE, n) for n in (problem.q_tokens, problem.kv_tokens))
-        self._sdpa.plan(sample_key(problem, q_tokens, max(q_tokens, kv_tokens)))
+    def choose(self, problem: AttentionProblem) -> Choice:
+        """Choose the engine for a problem's calls, or refuse it with the reason."""
+        rows, keys = (min(SAMPLE, n) for n in (problem.q_tokens, problem.kv_tokens))
+        heads = problem.q_heads, problem.kv_heads
+        call = Rehearsed(rows, max(rows, keys), *heads, problem.causal != "none", False)
+        return self._launches.chooser.choose(plain_call(problem, call))
+
+    def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
+        """Make calls ready that will come."""
+        found = []
+        for each in calls:
+            call = plain_call(problem, each)
+            if each.merged and self._launches.chooser.choose(call).float32:
+                call = call._replace(out_dtype="float32")
+            found.append(call)
+        self._launches.prepare(found)
+
+    def abort(self) -> None:
+        """Make no more calls ready; wait for nothing."""
+        self._launches.abort()
+
+    def close(self) -> None:
+        """Release the engines."""
+        self._launches.close()
 
     def _begin(self) -> Fence:
         """Mark a place in `main` before it has what the other lanes needn't wait for."""
         self.main.mark()
         return self.main.now
 
+    def _is_wide(self, region: Region, call: AttentionCall) -> bool:
+        """Whether a region's results are in float32: from its first call on, or never."""
+        if not region.partial:
+            return False
+        if region.wide is None and not region.first:
+            if self._launches.chooser.choose(call).float32:
+                region.wide = self._memory.empty(region.output.shape, FLOAT32)
+                region.begin = dict(region.wide.storage.used)
+            else:
+                region.partial = False
+        return region.wide is not None
+
     def _launch(
         self,
         lane: Queue,
-        q: DeviceArray,
-        k: DeviceArray,
-        v: DeviceArray,
-        output: DeviceArray,
-        lse: DeviceArray,
-        causal: bool,
-        scale: float,
+        call: AttentionCall,
+        inputs: tuple[DeviceArray, ...],
+        outputs: tuple[DeviceArray, ...],
     ) -> None:
-        plan = self._sdpa.plan(key_of(q, k, v, output.strides, lse.strides, causal, scale))
-        workspace = self._workspace(lane, plan.workspace)
-        addresses = (q.address, k.address, v.address, output.address, lse.address)
-        lane.enqueue(self._sdpa.run, plan, addresses, workspace.address)
+        launch = self._launches.get(call)
+        addresses = tuple(array.address for array in (*inputs, *outputs))
+        workspace = self._workspace(lane, launch.workspace)
+        lane.enqueue(launch.run, addresses, workspace.address)
         end = lane.now
-        for array in (q, k, v, workspace):
+        for array in (*inputs, workspace):
             array.storage.read(end)
-        for array in (output, lse):
+        for array in outputs:
             array.storage.wrote(end)
 
-    def _merge(self, partials: Partials, rows: Span, output: DeviceArray, lse: DeviceArray) -> None:
+    def _merge(
+        self,
+        partials: Partials,
+        region: Region,
+        rows: Span,
+        output: DeviceArray,
+        lse: DeviceArray,
+        *begin: Fence,
+    ) -> None:
         """Merge all results of `rows` into `output` and `lse`, before less urgent calls end."""
-        launched = [*partials.first, *partials.more]
+        launched = [*region.first, *region.more]
         calls = [call for call in launched if _overlap(rows, call.rows)]
         if len(calls) > PARTS:  # no row has so many: go on piece by piece
-            for piece in pieces_of(rows, partials.first):
-                self._merge(partials, piece, output, lse)
+            for piece in pieces_of(rows, region.first):
+                self._merge(partials, region, piece, output, lse, *begin)
             return
         # `main`, unless it has more to do first: then the lane of the last of these calls.
         others = {call.lane for call in launched if call not in calls}
         lane = calls[-1].lane if calls and self.main in others else self.main
-        running = partials.running
-        lane.wait(partials.begin, *(call.end for call in calls))
+        running = region.folded
+        lane.wait(partials.begin, *begin, *(call.end for call in calls))
+        if running:
+            lane.wait(*(array.storage.written for array in running))
         start = self._clock.time(lane)
         lane.enqueue(
             self._gpu.merge,
             MergeCall(
-                kind=name_of(partials.q.dtype),
+                kind=name_of(region.q.dtype if region.wide is None else FLOAT32),
                 target=name_of(output.dtype),
                 output=output.address,
                 lse=lse.address,
@@ -215,20 +308,20 @@ class Kernels:
         for array in (*(a for call in calls for a in (call.output, call.lse)), *(running or ())):
             array.storage.read(end)
 
-    def _fold(self, partials: Partials) -> None:
+    def _fold(self, partials: Partials, region: Region) -> None:
         """Merge all results so far into one in float32, to bound memory."""
-        if partials.running is None:
-            output = self._memory.empty(partials.output.shape, FLOAT32)
-            lse = self._memory.empty(partials.lse.shape, FLOAT32)
-            self.main.wait(output.storage.used, lse.storage.used)
-            partials.begin = self._begin()
+        begin: Fence = {}
+        if region.folded:
+            output, lse = region.folded
+        elif region.wide is not None:
+            output, lse = region.wide, region.lse
         else:
-            output, lse = partials.running
-        self._merge(partials, Span(0, partials.output.shape[0]), output, lse)
-        self.join()
-        partials.begin = self._begin()
-        partials.running = output, lse
-        partials.first, partials.more = [], []
+            output = self._memory.empty(region.output.shape, FLOAT32)
+            lse = self._memory.empty(region.lse.shape, FLOAT32)
+            begin = latest(output.storage.used, lse.storage.used)
+        self._merge(partials, region, Span(0, len(region.rows)), output, lse, begin)
+        region.folded = output, lse
+        region.first, region.more = [], []
 
     def _workspace(self, lane: Queue, nbytes: int) -> DeviceArray:
         """Return bytes that only this lane uses."""
@@ -240,34 +333,35 @@ class Kernels:
         return workspace
 
 
-def key_of(
+def call_of(
     q: DeviceArray,
     k: DeviceArray,
     v: DeviceArray,
-    output: tuple[int, ...],
-    lse: tuple[int, ...],
+    output: DeviceArray,
+    lse: DeviceArray,
     causal: bool,
     scale: float,
-) -> PlanKey:
-    """Describe an attention call to cuDNN; `output` and `lse` are strides."""
-    return PlanKey(
+) -> AttentionCall:
+    """Describe a call with the result in the dtype of the query."""
+    dtype = name_of(q.dtype)
+    return AttentionCall(
         *(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
-        name_of(q.dtype), causal, scale, q.strides, k.strides, v.strides, output, lse,
+        dtype, dtype, causal, scale, q.strides, k.strides, v.strides, output.strides, lse.strides,
     )  # fmt: skip
 
 
-def sample_key(problem: AttentionProblem, q_tokens: int, kv_tokens: int) -> PlanKey:
-    """Describe a call like those that `problem` will need."""
+def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
+    """Describe a call on contiguous arrays, with the result in the dtype of the query."""
 
     def strides(heads: int, dim: int) -> tuple[int, int, int]:
         return heads * dim, dim, 1
 
-    heads, kv_heads, dim = problem.q_heads, problem.kv_heads, problem.head_dim
-    return PlanKey(
-        q_tokens, kv_tokens, heads, kv_heads, dim, problem.v_head_dim,
-        problem.dtype, problem.causal != "none", problem.scale,
-        strides(heads, dim), strides(kv_heads, dim), strides(kv_heads, problem.v_head_dim),
-        strides(heads, problem.v_head_dim), (heads, 1),
+    q_heads, kv_heads = call.q_heads, call.kv_heads
+    dim, v_dim, dtype = problem.head_dim, problem.v_head_dim, problem.dtype
+    return AttentionCall(
+        call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype, call.causal,
+        problem.scale, strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
+        strides(q_heads, v_dim), (q_heads, 1),
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class MergeCall:
     kind
         The dtype of the parts.
     target
-        The dtype of the output: `kind`, or ``float32`` to fold parts into a running result.
+        The dtype of the output; ``float32`` to fold parts into a running result.
     output, lse
         Where row 0 of the output ``[rows, heads, dim]`` and LSE ``[rows, heads]`` would be.
     start, stop

@@ -6,12 +6,13 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mdattn_mpi.devices.cuda.choice import GAIN, KERNELS, Chooser
 from mdattn_mpi.devices.cuda.copies import PeerCopies
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.memory import Memory
 from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
-from mdattn_mpi.lockstep import together
+from mdattn_mpi.lockstep import gather_together, together
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
@@ -26,6 +27,7 @@ def open_cuda(
     local_rank: int | None = None,
     *,
     transfer: str = "auto",
+    kernel: str = "auto",
     timings: bool = True,
     seam: Any = None,
 ) -> CudaDevice:
@@ -41,6 +43,9 @@ def open_cuda(
         How messages go: ``copy`` by copy engines, which the multiprocessors don't notice, between
         GPUs of one node that reach each other; ``nccl`` by NCCL; ``auto`` by copy engines where
         possible.
+    kernel
+        What attends: ``cudnn``, ``flash`` (FlashAttention 4), or ``auto``, the one that is faster
+        on this GPU by the table in `choice`; the same on all ranks.
     timings
         Whether `CudaDevice.seconds` is wanted.
     seam
@@ -56,6 +61,8 @@ def open_cuda(
     """
     if transfer not in ("auto", "copy", "nccl"):
         raise RejectedError(f"transfer {transfer!r}", fix="use auto, copy or nccl")
+    if kernel not in KERNELS:
+        raise RejectedError(f"kernel {kernel!r}", fix=f"use one of {', '.join(KERNELS)}")
     libraries = seam or Libraries()
     local_rank = group.local_rank if local_rank is None else local_rank
     gpu, facts = together(group, "GPU", lambda: _open_own(libraries, local_rank, group.local_size))
@@ -63,7 +70,7 @@ def open_cuda(
     _check_alike(everyone)
     near = _near(group, gpu, everyone, transfer)
     memory = Memory(gpu)
-    sdpa = together(group, "cuDNN", lambda: libraries.sdpa(gpu.sm))
+    chooser = _open_engines(group, libraries, gpu, kernel)
     copies, near, note = _open_copies(group, gpu, memory, near, transfer)
     # All ranks or none: also one that reaches all others by copies takes part.
     some_are_far = any(group.allgather(len(near) < group.size - 1))
@@ -72,7 +79,7 @@ def open_cuda(
         group.rank,
         group.size,
         gpu,
-        sdpa,
+        chooser,
         memory=memory,
         copies=copies,
         nccl=nccl,
@@ -105,17 +112,46 @@ class Libraries:
 
         return Gpu(ordinal)
 
-    def sdpa(self, sm: tuple[int, int]) -> Any:
+    def cudnn(self, gpu: Any) -> Any:
         """Open cuDNN on the current GPU."""
-        from mdattn_mpi.devices.cuda.cudnn import Sdpa
+        from mdattn_mpi.devices.cuda.cudnn import CudnnEngine
 
-        return Sdpa(sm)
+        return CudnnEngine(gpu.sm)
+
+    def why_no_flash(self, sm: tuple[int, int]) -> str:
+        """Say why FlashAttention can't be used; empty when it can."""
+        from mdattn_mpi.devices.cuda.flash.engine import why_not
+
+        return why_not(sm)
+
+    def flash(self, gpu: Any) -> Any:
+        """Open FlashAttention on the current GPU; takes seconds."""
+        from mdattn_mpi.devices.cuda.flash.engine import FlashEngine
+
+        return FlashEngine(gpu.sm, gpu.ordinal)
 
     def nccl(self, group: Group) -> Any:
         """Collective. Open NCCL on the current GPU."""
         from mdattn_mpi.devices.nccl import NcclComm
 
         return NcclComm(group)
+
+
+def _open_engines(group: Group, libraries: Any, gpu: Any, kernel: str) -> Chooser:
+    """Collective. Open what may attend, the same on all ranks."""
+    engines = {"cudnn": together(group, "cuDNN", lambda: libraries.cudnn(gpu))}
+    if kernel == "cudnn" or (kernel == "auto" and gpu.sm[0] not in GAIN):
+        return Chooser(kernel, engines, gpu.sm)
+    answers = group.allgather(libraries.why_no_flash(gpu.sm))
+    missing = next((f"rank {rank}: {why}" for rank, why in enumerate(answers) if why), "")
+    if missing and kernel == "flash":
+        raise RejectedError(
+            f"FlashAttention isn't there on all ranks; {missing}",
+            fix="install it there, or use --kernel auto or cudnn",
+        )
+    if not missing:
+        engines["flash"] = together(group, "FlashAttention", lambda: libraries.flash(gpu))
+    return Chooser(kernel, engines, gpu.sm, missing)
 
 
 def _open_own(libraries: Any, local_rank: int, local_size: int) -> tuple[Any, Facts]:
@@ -177,14 +213,17 @@ def _check_alike(everyone: Sequence[Facts]) -> None:
 def _near(group: Group, gpu: Any, everyone: Sequence[Facts], transfer: str) -> list[int]:
     """Collective. Find the ranks that this one and that reach this one by copy engines."""
     own = everyone[group.rank]
-    reached = [
-        transfer != "nccl"
-        and rank != group.rank
-        and each["host"] == own["host"]
-        and bool(gpu.reaches(each["place"]))
-        for rank, each in enumerate(everyone)
-    ]
-    rows = group.allgather(reached)
+
+    def reached() -> list[bool]:
+        return [
+            transfer != "nccl"
+            and rank != group.rank
+            and each["host"] == own["host"]
+            and bool(gpu.reaches(each["place"]))
+            for rank, each in enumerate(everyone)
+        ]
+
+    rows = gather_together(group, "peers", reached)
     near = [rank for rank in range(group.size) if rows[group.rank][rank] and rows[rank][group.rank]]
     far = group.size * (group.size - 1) - sum(
         rows[a][b] and rows[b][a] for a in range(group.size) for b in range(group.size)

@@ -6,11 +6,11 @@ All take ``query [L, Nq, H]``, ``key`` and ``value [L, Nkv, H]``, a rank's own t
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
-from mdattn_mpi.problem import AttentionProblem, Causal, StrategyName
+from mdattn_mpi.problem import AttentionProblem, Causal
 from mdattn_mpi.trt.library import Library
+from mdattn_mpi.trt.networks import allgather, ring, ulysses
 from mdattn_mpi.trt.networks.draft import Draft
 from mdattn_mpi.trt.spec import EngineSpec, Shapes
 
@@ -20,24 +20,22 @@ class NetworkModule(Protocol):
 
     def refuse(self, problem: AttentionProblem, ranks: int) -> None:
         """Raise RejectedError for what can't be expressed, naming what can."""
-        ...
 
     def mask(self, problem: AttentionProblem) -> Causal:
         """Choose the mask of the attention layer."""
-        ...
 
     def shapes(self, problem: AttentionProblem, ranks: int, rank: int) -> Shapes:
         """Tell what `rank` hands to the engine."""
-        ...
 
     def define(self, draft: Draft) -> None:
         """Write the network."""
-        ...
 
 
-def network_of(strategy: StrategyName) -> NetworkModule:
-    """Return the module of `strategy`."""
-    return cast("NetworkModule", import_module(f"{__name__}.{strategy}"))
+NETWORKS: dict[str, NetworkModule] = {
+    "ring": ring,
+    "allgather": allgather,
+    "ulysses": ulysses,
+}
 
 
 def define(library: Library, builder: Any, spec: EngineSpec) -> Any:
@@ -47,5 +45,5 @@ def define(library: Library, builder: Any, spec: EngineSpec) -> Any:
     network = builder.create_network(flag)
     network.name = f"{spec.strategy}-{spec.ranks}"
     draft = Draft(api, network, spec)
-    network_of(spec.strategy).define(draft)
+    NETWORKS[spec.strategy].define(draft)
     return network

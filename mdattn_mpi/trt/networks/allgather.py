@@ -10,14 +10,7 @@ from mdattn_mpi.trt.spec import Shapes
 
 
 def refuse(problem: AttentionProblem, ranks: int) -> None:
-    """Refuse a mask of which a rank's part is no ``lower_right``.
-
-    Raises
-    ------
-    RejectedError
-        With the strategy that can.
-
-    """
+    """Refuse a mask of which a rank's part is no ``lower_right``."""
     if problem.causal == "upper_left" and problem.q_tokens > problem.kv_tokens:
         raise RejectedError(
             f"upper_left with {problem.q_tokens} queries over {problem.kv_tokens} keys: some "

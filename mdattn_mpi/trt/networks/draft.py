@@ -14,18 +14,7 @@ HEADS_FIRST_BY_RANK = (1, 0, 2, 3)
 
 
 class Draft:
-    """A TensorRT network under construction, for one `EngineSpec`.
-
-    Parameters
-    ----------
-    api
-        The TensorRT module.
-    network
-        An empty ``INetworkDefinition``.
-    spec
-        What to build.
-
-    """
+    """A TensorRT network under construction, for one `EngineSpec`."""
 
     def __init__(self, api: Any, network: Any, spec: EngineSpec) -> None:
         self.api = api

@@ -10,14 +10,7 @@ from mdattn_mpi.trt.spec import Shapes
 
 
 def refuse(problem: AttentionProblem, ranks: int) -> None:
-    """Refuse a mask and unequal shards: ``num_ranks`` takes neither.
-
-    Raises
-    ------
-    RejectedError
-        With the strategy that can.
-
-    """
+    """Refuse a mask and unequal shards: ``num_ranks`` takes neither."""
     if ranks == 1:
         return
     if problem.causal != "none":

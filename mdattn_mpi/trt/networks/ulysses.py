@@ -12,14 +12,7 @@ from mdattn_mpi.trt.spec import Shapes
 
 
 def refuse(problem: AttentionProblem, ranks: int) -> None:
-    """Refuse heads that can't be dealt evenly, and a diagonal that filling up would move.
-
-    Raises
-    ------
-    RejectedError
-        With the strategy that can.
-
-    """
+    """Refuse heads that can't be dealt evenly, and a diagonal that filling up would move."""
     if problem.q_heads % ranks:
         raise RejectedError(
             f"{problem.q_heads} query heads don't divide among {ranks} ranks",

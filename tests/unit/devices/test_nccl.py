@@ -80,6 +80,7 @@ class Group(SimpleNamespace):
     """One rank's view; `others` has the errors that another rank brings, by phase."""
 
     board = SimpleNamespace(enter=lambda phase: None)
+    world_rank = 0
     others: Mapping[str, MdattnError] = {}
 
     def bcast_bytes(self, data: bytes | None) -> bytes:

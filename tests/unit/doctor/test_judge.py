@@ -84,15 +84,20 @@ def test_two_mpi_libraries(ranks: list[dict[str, Any]]) -> None:
     assert "MPICH 4.3 on rank 3 (n2)" in finding.what
 
 
-def test_collectives() -> None:
-    good = [{"right": True, "rate": 5e9} for _ in HOSTS]
-    assert judge_rates("all-reduce MPI", good, HOSTS).level == "OK"
-    bad = [*good[:3], {"right": False, "rate": 5e9}]
-    finding = judge_rates("all-reduce MPI", bad, HOSTS)
-    assert (finding.level, finding.what) == ("FAIL", "wrong values on rank 3 (n2)")
-    slow = [*good[:3], {"right": True, "rate": 1e6}]
-    finding = judge_rates("all-to-all NCCL", slow, HOSTS)
-    assert (finding.level, finding.what) == ("WARN", "1 MB/s a rank")
+@pytest.mark.parametrize(
+    ("library", "last", "level", "words"),
+    [
+        ("MPI", {"right": True, "rate": 5e9}, "OK", "5 GB/s a rank"),
+        ("MPI", {"right": False, "rate": 5e9}, "FAIL", "wrong values on rank 3 (n2)"),
+        ("NCCL", {"right": True, "rate": 1e6}, "WARN", "1 MB/s a rank"),
+    ],
+)
+def test_collectives(library: str, last: dict[str, Any], level: str, words: str) -> None:
+    good = {"right": True, "rate": 5e9}
+    tries = [{"all-reduce": good, "all-to-all": rank} for rank in (good, good, good, last)]
+    first, second = judge_rates(library, tries, HOSTS)
+    assert (first.check, first.level) == (f"all-reduce {library}", "OK")
+    assert (second.check, second.level, second.what) == (f"all-to-all {library}", level, words)
 
 
 def tried(**changes: Any) -> list[dict[str, Any]]:

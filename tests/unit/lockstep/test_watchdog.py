@@ -20,7 +20,8 @@ import os, signal, sys, threading, time
 from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.lockstep import board, watch
 def main():
-    board().attach({folder!r}, 0, 1, "cpu")
+    board().identify(device="cpu")
+    board().attach({folder!r}, 0, 1)
     board().enter("read", "item-1", 60.0)
     board().started()
 {body}

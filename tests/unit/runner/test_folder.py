@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mdattn_mpi.runner.folder import PHASES, rank_times, time_table, write_summary
+from mdattn_mpi.runner.folder import TIMES, rank_times, time_table, write_summary
 from mdattn_mpi.runner.progress import duration, wrapped
 
 
@@ -28,10 +28,10 @@ def test_durations(seconds: float, text: str) -> None:
 def test_the_table_names_the_slowest_rank_of_every_phase() -> None:
     ranks = []
     for rank, compute in enumerate((1.0, 5.0, 3.0)):
-        seconds = dict.fromkeys(PHASES, 0.25) | {"compute": compute}
+        seconds = dict.fromkeys(TIMES, 0.25) | {"compute": compute}
         ranks.append({"host": f"node{rank}", "seconds": seconds})
     lines = {line.split()[0]: line for line in time_table(ranks).splitlines()}
-    assert set(PHASES) <= set(lines)
+    assert set(TIMES) <= set(lines)
     assert "1.0 s" in lines["compute"]
     assert "3.0 s" in lines["compute"]
     assert "5.0 s" in lines["compute"]

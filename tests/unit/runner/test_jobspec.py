@@ -24,8 +24,8 @@ def job_file(folder: Path, text: str | bytes) -> str:
 
 def parsed(*arguments: str) -> JobSpec:
     parser = argparse.ArgumentParser()
-    run.add_parser(parser.add_subparsers())
-    spec: JobSpec = run.spec_of(parser.parse_args(["run", *arguments]))
+    run.add_options(parser)
+    spec: JobSpec = run.spec_of(parser.parse_args(arguments))
     return spec
 
 

@@ -17,14 +17,14 @@ from mdattn_mpi.runner.work import Enqueued, Read, Task, Written
 class Alone:
     """A group of one rank: it agrees with itself."""
 
-    rank, size = 0, 1
+    rank, world_rank, size = 0, 0, 1
 
     def agree(
-        self, step: Any, *, error: Any, refused: Any, checksum: int | None, stop: bool
+        self, step: Any, *, error: Any, refused: Any, word: int | None, stop: bool
     ) -> Agreement:
         if error:
             raise error
-        return Agreement(stop, () if checksum is None else (checksum,), refused)
+        return Agreement(stop, () if word is None else (word,), refused)
 
     def bcast_bytes(self, data: bytes | None, root: int) -> bytes:
         assert data is not None

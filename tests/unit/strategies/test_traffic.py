@@ -42,7 +42,9 @@ class Spy(LoopbackDevice):
         self.live += nbytes
         self.peak = max(self.peak, self.live)
 
-    def exchange(self, send: Sequence[Message], receive: Sequence[Message]) -> LoopbackTransfer:
+    def exchange(
+        self, send: Sequence[Message[Array]], receive: Sequence[Message[Array]]
+    ) -> LoopbackTransfer:
         self.verbs.append("exchange")
         self.sent += sum(array.nbytes for array, peer in send if peer != self.rank)
         return super().exchange(send, receive)

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.problem import Span
 from tests.support.loopback import ProtocolError, run_ranks
 
@@ -20,7 +19,7 @@ def swap(device: Any, between: Callable[[Any, Any, Any], None] = lambda *_: None
     """Exchange an array with the next rank, with something done before `wait`."""
     sent, received = ONE * device.rank, np.empty_like(ONE)
     right, left = (device.rank + 1) % device.ranks, (device.rank - 1) % device.ranks
-    transfer = device.exchange([Message(sent, right)], [Message(received, left)])
+    transfer = device.exchange([(sent, right)], [(received, left)])
     between(device, sent, received)
     device.wait(transfer)
     return received[0, 0, 0]
@@ -38,8 +37,8 @@ def test_messages_between_two_ranks_keep_their_order_and_empty_ones_are_skipped(
         received = [np.empty_like(ONE) for _ in range(5)]
         empty = ONE[:0]
         transfer = device.exchange(
-            [Message(empty, other), *(Message(array, other) for array in arrays)],
-            [*(Message(array, other) for array in received), Message(empty, device.rank)],
+            [(empty, other), *((array, other) for array in arrays)],
+            [*((array, other) for array in received), (empty, device.rank)],
         )
         device.wait(transfer)
         return [float(array[0, 0, 0]) for array in received]
@@ -51,7 +50,7 @@ def test_transfers_may_be_waited_for_in_another_order() -> None:
     def run(device: Any) -> list[float]:
         other, received = 1 - device.rank, [np.empty_like(ONE) for _ in range(3)]
         transfers = [
-            device.exchange([Message(ONE * n, other)], [Message(array, other)])
+            device.exchange([(ONE * n, other)], [(array, other)])
             for n, array in enumerate(received)
         ]
         for transfer in transfers[::-1] if device.rank else transfers:
@@ -83,11 +82,11 @@ def attend_received(device: Any, sent: Any, received: Any) -> None:
 
 
 def receive_into_sent(device: Any, sent: Any, received: Any) -> None:
-    device.exchange([], [Message(sent[:1], device.rank)])
+    device.exchange([], [(sent[:1], device.rank)])
 
 
 def send_received(device: Any, sent: Any, received: Any) -> None:
-    device.exchange([Message(received, device.rank)], [])
+    device.exchange([(received, device.rank)], [])
 
 
 @pytest.mark.parametrize(
@@ -116,7 +115,7 @@ def test_what_is_received_is_nan_until_wait() -> None:
 
 def forget(device: Any) -> None:
     other = 1 - device.rank
-    device.exchange([Message(ONE, other)], [Message(np.empty_like(ONE), other)])
+    device.exchange([(ONE, other)], [(np.empty_like(ONE), other)])
 
 
 def twice(device: Any) -> None:
@@ -132,14 +131,12 @@ def unequally(device: Any) -> None:
 
 def of_another_shape(device: Any) -> None:
     received = np.empty((3, 2, 4 - device.rank), np.float16)
-    transfer = device.exchange(
-        [Message(ONE, 1 - device.rank)], [Message(received, 1 - device.rank)]
-    )
+    transfer = device.exchange([(ONE, 1 - device.rank)], [(received, 1 - device.rank)])
     device.wait(transfer)
 
 
 def not_contiguous(device: Any) -> None:
-    device.exchange([Message(ONE[:, :1], 0)], [])
+    device.exchange([(ONE[:, :1], 0)], [])
 
 
 def fewer_keys_than_rows(device: Any) -> None:
@@ -165,7 +162,7 @@ def test_what_the_protocol_forbids_is_caught(function: Any, message: str) -> Non
 
 def test_a_message_that_nobody_sends_ends_at_the_deadline() -> None:
     def run(device: Any) -> None:
-        transfer = device.exchange([], [Message(np.empty_like(ONE), 1 - device.rank)])
+        transfer = device.exchange([], [(np.empty_like(ONE), 1 - device.rank)])
         device.wait(transfer)
 
     with pytest.raises(ProtocolError, match="nothing within"):
@@ -174,7 +171,7 @@ def test_a_message_that_nobody_sends_ends_at_the_deadline() -> None:
 
 def test_a_message_that_nobody_expects_ends_at_the_deadline() -> None:
     def run(device: Any) -> None:
-        device.wait(device.exchange([Message(ONE, 1 - device.rank)], []))
+        device.wait(device.exchange([(ONE, 1 - device.rank)], []))
 
     with pytest.raises(ProtocolError, match="expected nothing from"):
         run_ranks(2, run, deadline=0.2)

@@ -89,7 +89,7 @@ def test_none_names_both_extras_and_what_each_needs(monkeypatch: pytest.MonkeyPa
 )
 def test_capabilities(found: Library, sm: tuple[int, int], strategies: tuple[str, ...]) -> None:
     can = found.capabilities(sm)
-    assert can.strategies() == strategies
+    assert can.strategies == strategies
     assert bool(can.reason) == (len(strategies) < 3)
 
 

@@ -18,7 +18,7 @@ from mdattn_mpi.trt.store import (
     Cache,
     Manifest,
     check_fits,
-    describe_attention,
+    describe,
     manifest_path,
     read_engine,
     sha256_of,
@@ -36,7 +36,7 @@ ENGINE = bytes(range(256)) * 40
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "attn.engine"
-    write_engine(path, ENGINE, describe_attention(ENGINE, RTX, (8, 6), SPEC))
+    write_engine(path, ENGINE, describe(ENGINE, RTX, (8, 6), SPEC))
     return path
 
 
@@ -120,7 +120,7 @@ def test_what_does_not_fit(path: Path) -> None:
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
-    manifest = describe_attention(ENGINE, RTX, (8, 6), SPEC)
+    manifest = describe(ENGINE, RTX, (8, 6), SPEC)
     with pytest.raises(RejectedError, match="cannot write the engine"):
         write_engine(tmp_path / "none" / "attn.engine", ENGINE, manifest)
 
@@ -128,7 +128,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_cache(tmp_path: Path) -> None:
     cache = Cache(tmp_path / "a" / "engines")
     assert cache.get("key") is None
-    manifest = describe_attention(ENGINE, RTX, (8, 6), SPEC)
+    manifest = describe(ENGINE, RTX, (8, 6), SPEC)
     cache.put("key", ENGINE, manifest)
     assert cache.get("key") == (ENGINE, manifest)
     assert cache.get("other") is None
@@ -144,16 +144,19 @@ def test_cache(tmp_path: Path) -> None:
 def test_a_manifest_in_the_cache_names_no_other_path(tmp_path: Path) -> None:
     cache = Cache(tmp_path)
     tmp_path.chmod(0o700)
-    manifest = describe_attention(ENGINE, RTX, (8, 6), SPEC)
+    manifest = describe(ENGINE, RTX, (8, 6), SPEC)
+    cache.put("key", ENGINE, manifest)
+    assert cache.get("key") == (ENGINE, manifest)
     fields = json.loads(manifest.to_json())
-    (tmp_path / "key.json").write_text(json.dumps({**fields, "sha256": "../../etc/passwd"}))
+    (listed,) = tmp_path.glob("*.json")
+    listed.write_text(json.dumps({**fields, "sha256": "../../etc/passwd"}))
     assert cache.get("key") is None
 
 
 def test_a_cache_that_cannot_be_written_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = Cache(tmp_path / "file" / "engines")
-    cache.put("key", ENGINE, describe_attention(ENGINE, RTX, (8, 6), SPEC))
+    cache.put("key", ENGINE, describe(ENGINE, RTX, (8, 6), SPEC))
     assert cache.get("key") is None
 
 

@@ -1,20 +1,22 @@
-"""cuDNN plans over a double of its front end: keys, masks, layouts, the cache, refusals."""
+"""cuDNN plans over a double of its front end: masks, layouts, handles, refusals."""
 
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mdattn_mpi.devices.cuda import cudnn as kernels
-from mdattn_mpi.devices.cuda.cudnn import PlanKey, Sdpa, batch_first
+from mdattn_mpi.devices.cuda.attention import AttentionCall
+from mdattn_mpi.devices.cuda.cudnn import CudnnEngine, batch_first
 from mdattn_mpi.errors import RejectedError
 
-KEY = PlanKey(
+CALL = AttentionCall(
     q_tokens=6, kv_tokens=10, q_heads=4, kv_heads=2, head_dim=16, v_head_dim=8,
-    dtype="bfloat16", causal=False, scale=0.25,
+    dtype="bfloat16", out_dtype="bfloat16", causal=False, scale=0.25,
     q=(64, 16, 1), k=(32, 16, 1), v=(16, 8, 1), output=(32, 8, 1), lse=(4, 1),
 )  # fmt: skip
 
@@ -96,37 +98,12 @@ def cudnn(monkeypatch: pytest.MonkeyPatch) -> Any:
     return module
 
 
-def graph_of(sdpa: Sdpa, key: PlanKey) -> Any:
-    return sdpa.plan(key)._graph
-
-
-def test_a_plan_is_built_once_for_every_key(cudnn: Any) -> None:
-    sdpa = Sdpa((9, 0))
-    first = sdpa.plan(KEY)
-    assert sdpa.plan(PlanKey(*KEY)) is first
-    for change in (
-        {"kv_tokens": 11}, {"causal": True}, {"dtype": "float16"}, {"scale": 0.5},
-        {"k": (64, 16, 1)}, {"lse": (1, 6)},
-    ):  # fmt: skip
-        assert sdpa.plan(KEY._replace(**change)) is not first  # type: ignore[arg-type]
-    assert sdpa.built == 7
-
-
-def test_the_oldest_plan_makes_room(cudnn: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "MOST_PLANS", 2)
-    sdpa = Sdpa((9, 0))
-    first, second = KEY, KEY._replace(q_tokens=7)
-    kept = sdpa.plan(first)
-    sdpa.plan(second)
-    sdpa.plan(first)
-    sdpa.plan(KEY._replace(q_tokens=8))
-    assert sdpa.plan(first) is kept
-    sdpa.plan(second)
-    assert sdpa.built == 4
+def graph_of(engine: CudnnEngine, call: AttentionCall) -> Any:
+    return engine.prepare(call)._graph
 
 
 def test_token_major_arrays_stay_as_they_are(cudnn: Any) -> None:
-    graph = graph_of(Sdpa((9, 0)), KEY)
+    graph = graph_of(CudnnEngine((9, 0)), CALL)
     assert graph.tensors["q"].told["dim"] == [1, 4, 6, 16]
     assert graph.tensors["q"].told["stride"] == [6 * 64, 16, 64, 1]
     assert graph.tensors["v"].told["dim"] == [1, 2, 10, 8]
@@ -139,8 +116,8 @@ def test_token_major_arrays_stay_as_they_are(cudnn: Any) -> None:
 
 
 def test_the_two_masks(cudnn: Any) -> None:
-    sdpa = Sdpa((9, 0))
-    full, causal = (graph_of(sdpa, KEY._replace(causal=mask)) for mask in (False, True))
+    engine = CudnnEngine((9, 0))
+    full, causal = (graph_of(engine, CALL._replace(causal=mask)) for mask in (False, True))
     assert "diagonal_alignment" not in full.attention
     assert causal.attention["diagonal_alignment"] == "bottom right"
     assert causal.attention["diagonal_band_right_bound"] == 0
@@ -150,24 +127,40 @@ def test_the_two_masks(cudnn: Any) -> None:
 
 
 def test_a_handle_a_stream_all_destroyed(cudnn: Any) -> None:
-    sdpa = Sdpa((9, 0))
-    plan = sdpa.plan(KEY)
+    engine = CudnnEngine((9, 0))
+    launch = engine.prepare(CALL)
     one, other = SimpleNamespace(handle=5), SimpleNamespace(handle=6)
     for stream in (one, other, one):
-        sdpa.run(plan, (10, 20, 30, 40, 50), 60, stream)
-    runs = plan._graph.executed
+        launch.run((10, 20, 30, 40, 50), 60, stream)
+    runs = launch._graph.executed
     assert [handle.stream for _, _, handle in runs] == [5, 6, 5]
     assert runs[0][:2] == ({1: 10, 2: 20, 3: 30, 4: 40, 5: 50}, 60)
-    sdpa.close()
+    engine.close()
+    assert len(cudnn.handles) == 3  # one to build with
     assert not any(handle.alive for handle in cudnn.handles)
 
 
+def test_each_thread_builds_with_a_handle_of_its_own(cudnn: Any) -> None:
+    engine = CudnnEngine((9, 0))
+    own = graph_of(engine, CALL).options["handle"]
+    with ThreadPoolExecutor(1) as thread:
+        other = thread.submit(graph_of, engine, CALL).result().options["handle"]
+    assert other is not own
+    assert graph_of(engine, CALL).options["handle"] is own
+
+
 def test_a_refusal_says_what_where_and_why(cudnn: Any) -> None:
-    with pytest.raises(RejectedError, match=r"cuDNN 9\.99.*SM 8\.6.*multiple of 8.*-b cpu"):
-        Sdpa((8, 6)).plan(KEY._replace(head_dim=12))
+    engine = CudnnEngine((8, 6))
+    assert not engine.refusal(CALL)
+    assert "multiple of 8" in engine.refusal(CALL._replace(head_dim=12))
+    assert "16 bits" in engine.refusal(CALL._replace(out_dtype="float32"))
+    with pytest.raises(
+        RejectedError, match=r"cuDNN 9\.99.*SM 8\.6.*multiple of 8.*--kernel flash, or -b cpu"
+    ):
+        engine.prepare(CALL._replace(head_dim=12))
 
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cudnn", None)
     with pytest.raises(RejectedError, match=r"cuDNN.*mdattn_mpi\[cuda\]"):
-        Sdpa((9, 0))
+        CudnnEngine((9, 0))

@@ -44,7 +44,7 @@ def call(device: CudaDevice, plan: Plan, arrays: list[Tensor], moves: Callable[[
         next(steps)
     except StopIteration as end:
         moves()
-        out, lse = (device.hand_over(array) for array in end.value)
+        out, lse = (device.export(array) for array in end.value)
     for array in arrays:
         array.overwrite()
     del array, adopted, steps
@@ -197,7 +197,7 @@ def test_other_libraries_wait_for_what_they_say() -> None:
         try:
             next(steps)
         except StopIteration as end:
-            exported = device.hand_over(end.value[0])
+            exported = device.export(end.value[0])
         return caller.from_dlpack(exported).read()
 
     found = in_group(1, act, machine=machine)[0]  # no library of that name is known

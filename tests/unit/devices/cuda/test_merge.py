@@ -86,8 +86,10 @@ def address(array: NDArray[Any]) -> int:
 
 
 @st.composite
-def merges(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], tuple[int, int], bool, int]:
-    """Rows in all, the rows of each part, those to merge, whether to fold, and a seed."""
+def merges(
+    draw: st.DrawFn,
+) -> tuple[int, list[tuple[int, int]], tuple[int, int], bool, str, int]:
+    """Rows in all, the rows of each part, those to merge, whether to fold, what, and a seed."""
     rows = draw(st.integers(1, 40))
 
     def run() -> tuple[int, int]:
@@ -95,7 +97,8 @@ def merges(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], tuple[int, int]
         return start, draw(st.integers(start, rows))
 
     parts = [run() for _ in range(draw(st.integers(0, SLOTS[-1])))]
-    return rows, parts, run(), draw(st.booleans()), draw(st.integers(0, 2**32 - 1))
+    kind = draw(st.sampled_from(["bfloat16", "float32"]))
+    return rows, parts, run(), draw(st.booleans()), kind, draw(st.integers(0, 2**32 - 1))
 
 
 @settings(
@@ -103,14 +106,14 @@ def merges(draw: st.DrawFn) -> tuple[int, list[tuple[int, int]], tuple[int, int]
 )
 @given(merges())
 def test_the_kernel_merges(
-    kernel: Kernel, case: tuple[int, list[tuple[int, int]], tuple[int, int], bool, int]
+    kernel: Kernel, case: tuple[int, list[tuple[int, int]], tuple[int, int], bool, Any, int]
 ) -> None:
-    rows, spans, (start, stop), fold, seed = case
+    rows, spans, (start, stop), fold, kind, seed = case
     random = np.random.default_rng(seed)
     target = NUMPY["float32" if fold else "bfloat16"]
     results = []
     for first, last in spans:
-        value = random.standard_normal((last - first, HEADS, DIM)).astype(NUMPY["bfloat16"])
+        value = random.standard_normal((last - first, HEADS, DIM)).astype(NUMPY[kind])
         log = random.normal(0, 20, (last - first, HEADS)).astype(np.float32)
         log[random.random(log.shape) < 0.2] = -np.inf  # rows that saw no key
         value[np.isneginf(log)] = np.nan  # whose output may be anything
@@ -127,7 +130,7 @@ def test_the_kernel_merges(
     name = "float32" if fold else "bfloat16"
     kernel(
         MergeCall(
-            "bfloat16",
+            kind,
             name,
             address(output),
             address(lse),

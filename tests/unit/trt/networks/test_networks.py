@@ -57,7 +57,7 @@ def check(
 ) -> None:
     """Execute the network for `problem` (and `others`, by one profile); compare `problem`."""
     from mdattn_mpi.trt.choice import spec_for
-    from mdattn_mpi.trt.networks import define, network_of
+    from mdattn_mpi.trt.networks import NETWORKS, define
 
     found = library()
     (own,) = spec_for((problem,), strategy, ranks)
@@ -70,7 +70,7 @@ def check(
     parts = equal_partition(problem, ranks)
 
     def one(group: ThreadRanks) -> Any:
-        shapes = network_of(strategy).shapes(problem, ranks, group.rank)
+        shapes = NETWORKS[strategy].shapes(problem, ranks, group.rank)
         own = shards(q, parts.query, group.rank)
         inputs = {
             "query": padded(own, shapes.q),

@@ -1,0 +1,89 @@
+"""What an attention kernel is here: the interface that cuDNN and FlashAttention stand behind.
+
+An `Engine` says what it can do, makes a launch for a call, and launches it on a stream with bare
+addresses. Nobody else knows which engine a launch belongs to.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+Strides = tuple[int, ...]
+
+
+class AttentionCall(NamedTuple):
+    """Everything that a launch depends on but addresses; strides are in elements.
+
+    Arrays are ``[tokens, heads, dim]``, the LSE ``[tokens, heads]`` in float32. ``causal`` means
+    ``lower_right``: the last row sees all keys. ``out_dtype`` is ``dtype``, or ``float32`` for a
+    partial result that will be merged with others.
+    """
+
+    q_tokens: int
+    kv_tokens: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: str
+    out_dtype: str
+    causal: bool
+    scale: float
+    q: Strides
+    k: Strides
+    v: Strides
+    output: Strides
+    lse: Strides
+
+
+class Launch(Protocol):
+    """A call made ready: any number of runs, on any stream.
+
+    Attributes
+    ----------
+    workspace
+        Bytes that a run needs besides the arrays.
+
+    """
+
+    workspace: int
+
+    def run(self, addresses: tuple[int, ...], workspace: int, stream: Any) -> None:
+        """Attend: the addresses of query, key, value, output and LSE, in this order."""
+        ...
+
+
+class Engine(Protocol):
+    """One library's attention kernels on this rank's GPU.
+
+    Attributes
+    ----------
+    name, version
+        What users call it, and which one it is.
+    preparing
+        Seconds that the first call of new lengths takes besides.
+
+    """
+
+    name: str
+    version: str
+    preparing: float
+
+    def refusal(self, call: AttentionCall) -> str:
+        """Say why it can't do a call of this kind on this GPU; empty where it can."""
+        ...
+
+    def prepare(self, call: AttentionCall) -> Launch:
+        """Make `call` ready; any thread may ask.
+
+        Raises
+        ------
+        RejectedError
+            It can't be done.
+
+        """
+        ...
+
+    def close(self) -> None:
+        """Release everything."""
+        ...

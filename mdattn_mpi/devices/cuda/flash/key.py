@@ -1,0 +1,27 @@
+"""What a compiled kernel depends on: neither lengths nor strides."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from mdattn_mpi.devices.cuda.attention import AttentionCall
+
+
+class KernelKey(NamedTuple):
+    """One compiled kernel."""
+
+    sm: tuple[int, int]
+    head_dim: int
+    v_head_dim: int
+    group_heads: int
+    dtype: str
+    out_dtype: str
+    causal: bool
+
+    @staticmethod
+    def of(call: AttentionCall, sm: tuple[int, int]) -> KernelKey:
+        """Return the kernel that does `call`."""
+        group_heads = call.q_heads // call.kv_heads
+        return KernelKey(
+            sm, call.head_dim, call.v_head_dim, group_heads, call.dtype, call.out_dtype, call.causal
+        )
