@@ -149,6 +149,9 @@ class TensorFile:
         self.warnings: tuple[str, ...] = ()
         self._tensors = tensors
 
+    def __enter__(self) -> TensorFile:
+        return self
+
     def __exit__(self, *_: object) -> None:
         self.close()
 

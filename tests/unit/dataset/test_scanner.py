@@ -17,10 +17,18 @@ import h5py
 import numpy as np
 import pytest
 
-from mdattn_mpi.dataset import open_dataset, scan_file, scanner
+from mdattn_mpi.dataset import (
+    ModelItem,
+    create_output,
+    open_dataset,
+    open_output,
+    scan_file,
+    scanner,
+)
 from mdattn_mpi.dataset.hdf5 import FINGERPRINT_BLOCKS, File
+from mdattn_mpi.dataset.named import open_tensors, tensor_names
 from mdattn_mpi.errors import ItemError, RejectedError
-from mdattn_mpi.problem import Span
+from mdattn_mpi.problem import ModelProblem, Span, TensorSpec
 from tests.support.dataset_files import How, random_tensors, same_bits, write_dataset
 
 Program = Callable[[str], None]
@@ -249,6 +257,30 @@ class TestCatalog:
                     spans = [Span(3, 9), Span(0, 1)]
                     cut = np.concatenate([whole[span.slice] for span in spans])
                     assert same_bits(dataset.read(item, name, spans), cut)  # type: ignore[arg-type]
+
+    def test_so_it_is_of_named_tensors_and_of_outputs(self, tmp_path: Path) -> None:
+        data, out = str(tmp_path / "x.h5"), str(tmp_path / "o.h5")
+        ids = {f"i{n}": np.arange(n + 1, n + 4) for n in range(3)}
+        with h5py.File(data, "w") as file:
+            for name, array in ids.items():
+                file[f"items/{name}/ids"] = array
+        problem = ModelProblem(3, (TensorSpec("y", (3, 5), "float32"),))
+        create_output(out, [ModelItem(name, n, problem) for n, name in enumerate(ids)], ranks=2)
+        catalogs = {path: scan_file(path) for path in (data, out)}
+        self.forbid()
+        file = File(data, catalog=catalogs[data])
+        assert tensor_names(file) == ["ids"]
+        with open_tensors(file, [TensorSpec("ids", (-1,), "int64")], lambda _: problem) as found:
+            for item in found.items:
+                assert np.array_equal(found.read(item, "ids", [Span(0, 3)]), ids[item.name])
+        with open_output(out, catalog=catalogs[out]) as output:
+            output.allow_writing()
+            item = output.items[1]
+            crc32 = output.write(item, [Span(0, 3)], {"y": np.ones((3, 5), np.float32)})
+            output.ledger.commit(item, [crc32], "ring", [[Span(0, 3)]])
+        with open_output(out, catalog=catalogs[out]) as output:
+            assert [entry.state for entry in output.ledger.entries()] == ["todo", "done", "todo"]
+            assert output.read(output.items[1], "y").sum() == 15
 
     def test_another_file_is_noticed(self, tmp_path: Path) -> None:
         tensors = random_tensors()
