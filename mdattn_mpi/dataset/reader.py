@@ -70,7 +70,7 @@ class Dataset(TensorFile):
     def _warnings(self) -> list[str]:
         tensors = [data for found in self._tensors.values() for data in found.values()]
         swapped = sum(data.layout == "head_major" for data in tensors)
-        indirect = [data for data in tensors if data.region is None]
+        indirect = [data for data in tensors if data.node.offset is None]
         warnings = [*_crowded(self.items, self._tensors)]
         if swapped:
             warnings.append(
