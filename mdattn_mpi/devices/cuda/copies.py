@@ -128,7 +128,7 @@ class PeerCopies:
         for array in arrays:
             numbers += self._where(array)
         if new:
-            numbers += np.frombuffer(b"".join(map(self._gpu.export, new)), np.int64).tolist()
+            numbers += np.frombuffer(b"".join(map(self._gpu.ipc_handle, new)), np.int64).tolist()
         words = np.array(numbers, np.int64)
         self._under_way = [pair for pair in self._under_way if not pair[0].Test()]
         self._under_way.append((self._comm.Isend(words, peer, TAG), words))

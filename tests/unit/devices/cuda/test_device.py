@@ -384,14 +384,14 @@ def test_what_can_be_wrong_at_the_start(
 def test_nobody_waits_for_a_rank_whose_copies_can_not_be_opened() -> None:
     handles = iter([bytes(64)])
 
-    def export(address: int) -> bytes:
+    def ipc_handle(address: int) -> bytes:
         found = next(handles, None)  # the second rank to ask gets none
         if found is None:
             raise DeviceError("no handle is left")
         return found
 
     with pytest.raises(DeviceError, match="no handle is left"):
-        in_group(2, lambda device: None, export=export, transfer="copy")
+        in_group(2, lambda device: None, ipc_handle=ipc_handle, transfer="copy")
 
 
 def test_different_gpus_in_one_group_are_refused() -> None:
