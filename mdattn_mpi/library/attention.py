@@ -361,7 +361,7 @@ def _plan(request: _Request) -> Plan:
     with request.session.device(shards.backend) as device:
         device.check(problem)
         strategy, reasons = choose(
-            problem, ranks, options.strategy, device.costs(), batch=False, owners=owners
+            problem, ranks, options.strategy, device.costs(problem), batch=False, owners=owners
         )
     return Plan(problem, strategy, ranks, shards.backend, lse, partition=owners, reasons=reasons)
 
