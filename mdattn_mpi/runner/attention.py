@@ -7,8 +7,8 @@ from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
 from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset, scan_file
-from mdattn_mpi.devices.cuda.choice import needs_no_plans
-from mdattn_mpi.estimate import PLAN, typical_costs
+from mdattn_mpi.devices.cuda.choice import needs_no_preparing
+from mdattn_mpi.estimate import PREPARING, typical_costs
 from mdattn_mpi.lockstep import Group, World, gather_together, together
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
@@ -103,8 +103,8 @@ def open_attention(spec: JobSpec, world: World) -> Job:
     )
     name = backend_name(spec.backend, world)
     memory = gather_together(world, "schedule", lambda: memory_of_a_rank(name, world))
-    ready = gather_together(world, "kernels", lambda: needs_no_plans(name, spec.kernel))
-    costs = typical_costs(name, min(memory), plan=0.0 if all(ready) else PLAN)
+    ready = gather_together(world, "kernels", lambda: needs_no_preparing(name, spec.kernel))
+    costs = typical_costs(name, min(memory), preparing=0.0 if all(ready) else PREPARING)
     problems = [item.problem for item in dataset.items]
     schedule = together(
         world,

@@ -112,7 +112,7 @@ class FakeGpu:
     def __init__(self, machine: Machine, ordinal: int = 0, capacity: int = 1 << 30) -> None:
         self.machine = machine
         self.ordinal = ordinal
-        self.place = f"0000:0{ordinal}:00.0"
+        self.pci_bus_id = f"0000:0{ordinal}:00.0"
         self.capacity = capacity
         self.opened: set[int] = set()
         self.pinned_now: dict[int, Any] = {}
@@ -182,7 +182,7 @@ class FakeGpu:
         flag = ctypes.c_uint32.from_address(address)
         stream.push(lambda: None, lambda: flag.value >= value)
 
-    def reaches(self, place: str) -> bool:
+    def reaches(self, pci_bus_id: str) -> bool:
         return True
 
     def ipc_handle(self, address: int) -> bytes:

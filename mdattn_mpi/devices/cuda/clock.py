@@ -45,16 +45,16 @@ class Clock:
     def seconds(self) -> dict[str, float]:
         """Add up what is past."""
         while self._open and all(event.is_done for event in (*self._open[0][1], self._open[0][2])):
-            phase, starts, end = self._open.popleft()
+            kind, starts, end = self._open.popleft()
             taken = max(0.0, min(end - start for start in starts)) / 1e3
-            self._seconds[phase] += taken
-            if phase == "exchange":
+            self._seconds[kind] += taken
+            if kind == "exchange":
                 self._seconds["compute"] -= taken
         return dict(self._seconds)
 
-    def _add(self, phase: str, starts: Sequence[Any], end: Any) -> None:
+    def _add(self, kind: str, starts: Sequence[Any], end: Any) -> None:
         if not self.runs:
             return
-        self._open.append((phase, starts, end))
+        self._open.append((kind, starts, end))
         if len(self._open) > MOST_OPEN:
             self.seconds()

@@ -116,7 +116,7 @@ class PeerCopies:
 
     def _invite(self, peer: int, arrays: Sequence[DeviceArray]) -> None:
         """Tell `peer` where its messages go, and its GPU when they may."""
-        fence = latest(*(array.storage.used for array in arrays))
+        fence = latest(*(array.allocation.used for array in arrays))
         must_wait = not is_past(fence)
         if must_wait:
             self._gate.wait(fence)
@@ -137,7 +137,7 @@ class PeerCopies:
         """Copy to where `peer` says, as soon as both sides may."""
         places, must_wait = self._read_invitation(peer, len(arrays))
         outbox = self._outbox
-        outbox.wait(*(array.storage.written for array in arrays))
+        outbox.wait(*(array.allocation.written for array in arrays))
         if must_wait:
             outbox.enqueue(self._gpu.await_flag, self._own(READY, peer), self._sent[peer])
         opened = self._opened[peer]
@@ -162,10 +162,10 @@ class PeerCopies:
         return places, bool(must_wait)
 
     def _where(self, array: DeviceArray) -> tuple[int, int, int]:
-        place = array.storage.place
-        assert place is not None, "messages are received into memory of our own"
-        start = array.address - self._memory.blocks[place.block]
-        return place.block, start, array.nbytes
+        piece = array.allocation.piece
+        assert piece is not None, "messages are received into memory of our own"
+        start = array.address - self._memory.blocks[piece.block]
+        return piece.block, start, array.nbytes
 
     def _own(self, kind: int, peer: int) -> int:
         return self._at(self._counters, kind, peer)

@@ -130,8 +130,8 @@ class CudaDevice:
             main = self._kernels.main
             main.wait(*_before([source], [target]))
             self._move(main, source, target)
-            source.storage.read(main.now)
-            target.storage.wrote(main.now)
+            source.allocation.read(main.now)
+            target.allocation.wrote(main.now)
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array in pinned memory: `upload` takes it while the host goes on."""
@@ -144,9 +144,9 @@ class CudaDevice:
         if not source.size:
             return target
         up = self._upwards
-        up.wait(target.storage.used)
+        up.wait(target.allocation.used)
         up.enqueue(self._gpu.copy, target.address, source.ctypes.data, source.nbytes)
-        target.storage.wrote(up.now)
+        target.allocation.wrote(up.now)
         self._uploading.hold(source, up.now)
         return target
 
@@ -154,12 +154,12 @@ class CudaDevice:
         """Start bringing arrays to the host."""
         found = tuple(self.host.empty(array.shape, array.dtype) for array in arrays)
         down = self._downwards
-        down.wait(*(array.storage.written for array in arrays))
+        down.wait(*(array.allocation.written for array in arrays))
         for array, target in zip(arrays, found, strict=True):
             if array.size:
                 down.enqueue(self._gpu.copy, target.ctypes.data, array.address, array.nbytes)
         for array in arrays:
-            array.storage.read(down.now)
+            array.allocation.read(down.now)
         return Download(found, down.mark())
 
     def adopt(self, array: Any) -> DeviceArray:
@@ -208,10 +208,10 @@ class CudaDevice:
             extend(ends, self._net.now)
         # Only now: many messages may go into one array, each into a place of its own.
         for array in (*own, *sent):
-            array.storage.read(latest(ends, copies.sent if copies else {}))
+            array.allocation.read(latest(ends, copies.sent if copies else {}))
         for array in (*kept, *received):
-            array.storage.written = {}  # it is gone; nothing may read before `wait` says when
-            array.storage.read(ends)
+            array.allocation.written = {}  # it is gone; nothing may read before `wait` says when
+            array.allocation.read(ends)
         return Transfer(received, kept, sent + own, copies, ends, last)
 
     def wait(self, transfer: Transfer) -> None:
@@ -223,7 +223,7 @@ class CudaDevice:
         if transfer.received and ends and self._clock.runs:
             self._clock.waited(self._kernels.tails(), last)
         for array in (*transfer.kept, *transfer.received):
-            array.storage.wrote(ends)
+            array.allocation.wrote(ends)
 
     def _keep(self, sources: list[DeviceArray], targets: list[DeviceArray]) -> Any:
         """Copy a message to the rank itself; return a timed event of its end."""
@@ -301,8 +301,8 @@ class CudaDevice:
         near = len(self._near) == self._ranks - 1
         memory = int(0.92 * self._limit)
         sm, multiprocessors = self._gpu.sm[0], self._gpu.multiprocessors
-        plan = self._chooser.first.preparing
-        return gpu_costs(sm, multiprocessors, near=near, memory=memory, plan=plan)
+        preparing = self._chooser.first.preparing
+        return gpu_costs(sm, multiprocessors, near=near, memory=memory, preparing=preparing)
 
     def head_start(self, problem: AttentionProblem) -> int:
         """Query rows that may attend to the rank's own keys while the others are gathered."""
@@ -352,8 +352,8 @@ def _by_peer(messages: Sequence[Message[DeviceArray]]) -> dict[int, list[DeviceA
 def _before(read: Iterable[DeviceArray], write: Iterable[DeviceArray]) -> list[Fence]:
     """Return what comes before some arrays are read, and others written."""
     return [
-        *(array.storage.written for array in read),
-        *(array.storage.used for array in write),
+        *(array.allocation.written for array in read),
+        *(array.allocation.used for array in write),
     ]
 
 

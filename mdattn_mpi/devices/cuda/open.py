@@ -183,7 +183,7 @@ def _open_own(libraries: Any, local_rank: int, local_size: int) -> tuple[Any, Fa
         )
     facts = {
         "host": os.uname().nodename,
-        "place": gpu.place,
+        "pci_bus_id": gpu.pci_bus_id,
         "name": gpu.name,
         "sm": list(gpu.sm),
         "memory": gpu.free_bytes,
@@ -193,13 +193,14 @@ def _open_own(libraries: Any, local_rank: int, local_size: int) -> tuple[Any, Fa
 
 def _check_alike(everyone: Sequence[Facts]) -> None:
     kinds: dict[str, list[int]] = {}
-    places: dict[tuple[str, str], int] = {}
+    owners: dict[tuple[str, str], int] = {}
     for rank, each in enumerate(everyone):
         kinds.setdefault(each["name"], []).append(rank)
-        other = places.setdefault((each["host"], each["place"]), rank)
+        other = owners.setdefault((each["host"], each["pci_bus_id"]), rank)
         if other != rank:
             raise DeviceError(
-                f"ranks {other} and {rank} on {each['host']} have the same GPU, {each['place']}",
+                f"ranks {other} and {rank} on {each['host']} have the same GPU, "
+                f"{each['pci_bus_id']}",
                 fix="start at most as many ranks a node as it has GPUs",
             )
     if len(kinds) > 1:
@@ -219,7 +220,7 @@ def _near(group: Group, gpu: Any, everyone: Sequence[Facts], transfer: str) -> l
             transfer != "nccl"
             and rank != group.rank
             and each["host"] == own["host"]
-            and bool(gpu.reaches(each["place"]))
+            and bool(gpu.reaches(each["pci_bus_id"]))
             for rank, each in enumerate(everyone)
         ]
 

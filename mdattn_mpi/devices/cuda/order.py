@@ -23,7 +23,7 @@ T = TypeVar("T")
 class _Mark(NamedTuple):
     """An event, the count that it stands for, and what its queue had waited for by then."""
 
-    place: int
+    position: int
     event: Any
     after: dict[Queue, int]
 
@@ -34,7 +34,7 @@ class Queue:
     Parameters
     ----------
     gpu
-        The driver; see `driver.Gpu`.
+        See `driver.Gpu`.
     stream
         What `gpu` takes for a stream; from here on only the queue's own.
     owner
@@ -87,9 +87,9 @@ class Queue:
     def is_past(self, count: int) -> bool:
         """Whether the GPU is known to have done the first `count`."""
         if count > self._done:
-            mark = next((mark for mark in self._marks if mark.place >= count), None)
+            mark = next((mark for mark in self._marks if mark.position >= count), None)
             if mark and mark.event.is_done:
-                self._done = mark.place
+                self._done = mark.position
         return count <= self._done
 
     def mark(self, *, timed: bool = False) -> Any:
@@ -105,16 +105,16 @@ class Queue:
 
     def _mark_of(self, count: int) -> _Mark:
         """Find the first event that stands for `count`, or make one."""
-        if not self._marks or self._marks[-1].place < count:
+        if not self._marks or self._marks[-1].position < count:
             self.mark()
-        return next(mark for mark in self._marks if mark.place >= count)
+        return next(mark for mark in self._marks if mark.position >= count)
 
     def _wait_for(self, queue: Queue, mark: _Mark) -> None:
         self.enqueue(lambda stream: self._gpu.wait(stream, mark.event))
         if len(self._after) > KEPT:  # callers come and go; what is forgotten is waited for again
             self._after.clear()
         extend(self._after, mark.after)
-        extend(self._after, {queue: mark.place})
+        extend(self._after, {queue: mark.position})
 
 
 Fence = dict[Queue, int]
