@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
@@ -18,6 +19,7 @@ from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import make_schedule
 from mdattn_mpi.runner.work import Shard, Task
+from mdattn_mpi.trt.store import sha256_of
 
 
 class Attention:
@@ -68,10 +70,13 @@ class Attention:
         )
 
     def options(self) -> dict[str, str]:
-        """Strategy, items, LSE, layout, and what is ignored."""
+        """All that decides which bytes come out, but for backend and ranks, which jobs add."""
         spec = self.spec
         return {
             "strategy": spec.strategy,
+            "kernel": spec.kernel,
+            "transfer": spec.transfer,  # `auto` chooses its strategy by it
+            "engine": sha256_of(Path(spec.engine).read_bytes()) if spec.engine else "",
             "items": spec.items,
             "lse": str(spec.lse).lower(),
             "layout": spec.layout,
