@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.devices.cuda.attention import AttentionCall
-from mdattn_mpi.devices.cuda.interop import View
+from mdattn_mpi.devices.cuda.gpu import Gpu, View
 from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import RejectedError
 
@@ -206,6 +206,9 @@ class FakeGpu:
     def view(self, array: Any, stream: Stream | None) -> View:
         found: View = array.view(stream)
         return found
+
+
+_as_checked: type[Gpu] = FakeGpu  # by mypy
 
 
 class FakeLaunch(NamedTuple):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.order import Fence, Queue, is_past, latest
 from mdattn_mpi.errors import DeviceError
@@ -55,7 +56,7 @@ class PeerCopies:
 
     """
 
-    def __init__(self, comm: Any, gpu: Any, memory: Memory, peers: Sequence[int]) -> None:
+    def __init__(self, comm: Any, gpu: Gpu, memory: Memory, peers: Sequence[int]) -> None:
         self._comm = comm
         self._gpu = gpu
         self._memory = memory
@@ -96,7 +97,7 @@ class PeerCopies:
         expected = {peer: self._received[peer] for peer in receive}
         return Copies(expected, self._outbox.now if send else {})
 
-    def arrival(self, copies: Copies) -> tuple[Fence, Any]:
+    def arrival(self, copies: Copies) -> tuple[Fence, Event]:
         """Return what comes when everything has been received, and a timed event of it."""
         for peer, number in copies.expected.items():
             self._inbox.enqueue(self._gpu.await_flag, self._own(ARRIVED, peer), number)

@@ -22,7 +22,7 @@ from cuda.core import (
 )
 from cuda.core.utils import StridedMemoryView
 
-from mdattn_mpi.devices.cuda.interop import View
+from mdattn_mpi.devices.cuda.gpu import View
 from mdattn_mpi.devices.cuda.memory import contiguous_strides
 from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import DeviceError, RejectedError

@@ -20,25 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from mdattn_mpi.devices.cuda.dlpack import capsule
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu, View
 from mdattn_mpi.devices.cuda.memory import Allocation, DeviceArray
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, events
 
 LEGACY_STREAM = 1  # DLPack's name for CUDA's default stream
-
-
-class View(NamedTuple):
-    """Another library's array; `owner` keeps it. Strides are in elements."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: np.dtype[Any]
-    owner: Any
 
 
 @dataclass(frozen=True)
@@ -130,7 +119,7 @@ class StreamCaller:
     It is given nothing but waits. What the library may have given it is counted.
     """
 
-    def __init__(self, gpu: Any, library: Library, handle: int, owner: Any) -> None:
+    def __init__(self, gpu: Gpu, library: Library, handle: int, owner: Any) -> None:
         self._gpu, self.library, self.handle = gpu, library, handle
         self._stream = Queue(gpu, gpu.adopt(handle), owner)
         self.readers = [self._stream]
@@ -152,7 +141,7 @@ class StreamCaller:
 class HiddenCaller:
     """A library that shows no stream: it makes a stream of ours wait."""
 
-    def __init__(self, gpu: Any, library: Library) -> None:
+    def __init__(self, gpu: Gpu, library: Library) -> None:
         self._gpu, self.library = gpu, library
         self._arrivals = Queue(gpu, gpu.stream())
         self.readers: list[Queue] = [_Latest(gpu, library.latest)] if library.latest else []
@@ -181,11 +170,11 @@ class HiddenCaller:
 class _Latest(Queue):
     """A stream of ours that can be made to come after all that a library was asked for so far."""
 
-    def __init__(self, gpu: Any, latest: Callable[[], Any]) -> None:
+    def __init__(self, gpu: Gpu, latest: Callable[[], Any]) -> None:
         super().__init__(gpu, gpu.stream())
         self._latest = latest
 
-    def mark(self, *, timed: bool = False) -> Any:
+    def mark(self, *, timed: bool = False) -> Event:
         """Record an event of all that the library was asked for so far."""
         self._gpu.view(self._latest(), self._stream)
         return super().mark(timed=timed)
@@ -197,11 +186,11 @@ class Interop:
     Parameters
     ----------
     gpu
-        See `driver.Gpu`.
+        See `gpu.Gpu`.
 
     """
 
-    def __init__(self, gpu: Any) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._libraries: dict[str, Library] = {}
         self._hidden: dict[str, HiddenCaller] = {}
@@ -256,7 +245,7 @@ class Interop:
 class Exported:
     """A device array as other libraries take it."""
 
-    def __init__(self, gpu: Any, array: DeviceArray, caller: Caller) -> None:
+    def __init__(self, gpu: Gpu, array: DeviceArray, caller: Caller) -> None:
         self._gpu = gpu
         self._array = array
         self._caller = caller

@@ -17,6 +17,7 @@ import numpy as np
 from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.choice import Choice
 from mdattn_mpi.devices.cuda.clock import Clock
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
@@ -98,7 +99,7 @@ class Partials:
     lse: DeviceArray
     regions: list[Region]
     begin: Fence  # what its calls come after, whichever lane they are in
-    start: Any
+    start: Event | None
     calls: int = 0
 
     def region(self, rows: Span) -> Region:
@@ -123,7 +124,7 @@ class Kernels:
 
     """
 
-    def __init__(self, gpu: Any, launches: Launches, memory: Memory, clock: Clock) -> None:
+    def __init__(self, gpu: Gpu, launches: Launches, memory: Memory, clock: Clock) -> None:
         self._gpu, self._launches, self._memory, self._clock = gpu, launches, memory, clock
         self._lanes = [Queue(gpu, gpu.stream(LANES - lane)) for lane in range(LANES)]
         self.main = self._lanes[0]
@@ -133,7 +134,7 @@ class Kernels:
         """Let what begins in `main` come after all kernels so far."""
         self.main.wait(*(lane.now for lane in self._lanes))
 
-    def tails(self) -> list[Any]:
+    def tails(self) -> list[Event]:
         """Record timed events of all kernels so far."""
         return [
             lane.mark(timed=True)

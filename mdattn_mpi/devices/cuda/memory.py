@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.devices.cuda.gpu import Gpu
 from mdattn_mpi.devices.cuda.order import Fence, Queue, extend, latest
 from mdattn_mpi.errors import DeviceError
 
@@ -49,7 +50,7 @@ class Memory:
     Parameters
     ----------
     gpu
-        See `driver.Gpu`.
+        See `gpu.Gpu`.
 
     Attributes
     ----------
@@ -60,7 +61,7 @@ class Memory:
 
     """
 
-    def __init__(self, gpu: Any) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self.blocks: list[int] = []
         self._sizes: list[int] = []
@@ -322,7 +323,7 @@ class HostBuffers:
     Taking pinned memory from the system costs milliseconds, so it is taken once.
     """
 
-    def __init__(self, gpu: Any) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._idle: defaultdict[int, list[int]] = defaultdict(list)
         self._closed = False

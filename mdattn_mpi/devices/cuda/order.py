@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Stream
+
 KEPT = 16  # marks a queue remembers, and streams it remembers to have waited for
 T = TypeVar("T")
 
@@ -24,7 +26,7 @@ class _Mark(NamedTuple):
     """An event, the count that it stands for, and what its queue had waited for by then."""
 
     position: int
-    event: Any
+    event: Event
     after: dict[Queue, int]
 
 
@@ -34,7 +36,7 @@ class Queue:
     Parameters
     ----------
     gpu
-        See `driver.Gpu`.
+        See `gpu.Gpu`.
     stream
         What `gpu` takes for a stream; from here on only the queue's own.
     owner
@@ -47,7 +49,7 @@ class Queue:
 
     """
 
-    def __init__(self, gpu: Any, stream: Any, owner: Any = None) -> None:
+    def __init__(self, gpu: Gpu, stream: Stream, owner: Any = None) -> None:
         self._gpu, self._stream, self._owner = gpu, stream, owner
         self.count = 0
         self._marks: deque[_Mark] = deque(maxlen=KEPT)  # in order
@@ -92,14 +94,14 @@ class Queue:
                 self._done = mark.position
         return count <= self._done
 
-    def mark(self, *, timed: bool = False) -> Any:
+    def mark(self, *, timed: bool = False) -> Event:
         """Record an event of everything so far; marks that are `timed` give milliseconds by -."""
         count = self.count  # before it is recorded: another thread may `advance` meanwhile
         event = self._gpu.record(self._stream, timed=timed)
         self._marks.append(_Mark(count, event, dict(self._after)))
         return event
 
-    def event(self, count: int) -> Any:
+    def event(self, count: int) -> Event:
         """Return an event that comes no sooner than the first `count`."""
         return self._mark_of(count).event
 
@@ -140,7 +142,7 @@ def is_past(fence: Fence) -> bool:
     return all(queue.is_past(count) for queue, count in fence.items())
 
 
-def events(fence: Fence) -> list[Any]:
+def events(fence: Fence) -> list[Event]:
     """Return events that come no sooner than `fence`; any thread may ``sync`` them."""
     return [queue.event(count) for queue, count in fence.items()]
 
@@ -149,7 +151,7 @@ class Held:
     """Things that the GPU still uses, although nobody else may."""
 
     def __init__(self) -> None:
-        self._held: deque[tuple[list[Any], Any]] = deque()
+        self._held: deque[tuple[list[Event], Any]] = deque()
 
     def hold(self, thing: Any, fence: Fence) -> None:
         """Keep `thing` until `fence` is past; let go of what was kept long enough."""
