@@ -40,11 +40,11 @@ class Executor(Protocol):
         """Take the rank's shards of an item; start what needs nothing computed."""
         ...
 
-    def enqueue(self, running: Any) -> None:
+    def enqueue(self, execution: Any) -> None:
         """Compute a begun item; may return before it is done."""
         ...
 
-    def collect(self, running: Any) -> Download:
+    def collect(self, execution: Any) -> Download:
         """Start bringing the outputs of an enqueued item to the host."""
         ...
 
@@ -87,7 +87,7 @@ class Backend(Executor, Protocol):
 
 
 @dataclass
-class Running:
+class Execution:
     """An item between `begin` and `collect`."""
 
     steps: Generator[None, None, tuple[Any, Any]]
@@ -127,29 +127,29 @@ class StrategyBackend:
         """Ask the device."""
         return self.device.host_empty(shape, dtype)
 
-    def begin(self, plan: Plan, *shards: HostArray) -> Running:
+    def begin(self, plan: Plan, *shards: HostArray) -> Execution:
         """Upload the shards and run the strategy up to its ``yield``."""
         from mdattn_mpi.strategies import STRATEGIES
 
         q, k, v = map(self.device.upload, shards)
         steps = STRATEGIES[plan.strategy](self.device, plan, q, k, v)
         next(steps)
-        return Running(steps)
+        return Execution(steps)
 
-    def enqueue(self, running: Running) -> None:
+    def enqueue(self, execution: Execution) -> None:
         """Run the strategy to its end."""
         try:
-            next(running.steps)
+            next(execution.steps)
         except StopIteration as end:
-            running.result = end.value
+            execution.result = end.value
         else:
             raise AssertionError("a strategy yields once")
 
-    def collect(self, running: Running) -> Download:
+    def collect(self, execution: Execution) -> Download:
         """Start the download of output and LSE."""
-        assert running.result is not None
-        download = self.device.download(*running.result)
-        running.result = None
+        assert execution.result is not None
+        download = self.device.download(*execution.result)
+        execution.result = None
         return download
 
     def describe(self) -> Mapping[str, str]:

@@ -42,7 +42,7 @@ FLOPS_PER_CORE = 6e10  # of a server's processor
 FILE_BANDWIDTH = 2e9  # bytes/s of one rank, from and to the files
 BATCH = 2  # items of a batch that a rank holds at a time: one computes, the next is on its way
 
-PLAN = 0.04  # seconds of a plan of cuDNN, which FlashAttention does without
+PREPARING = 0.04  # seconds of an execution plan of cuDNN, which FlashAttention does without
 PARTIALS = 4  # of a GPU: one in which all are folded, two that wait for it, one under way
 
 TILE = 128  # query rows of one block of cuDNN's kernel
@@ -68,7 +68,7 @@ class Costs:
         Seconds that one call of the kernel takes however small it is.
     item
         Seconds that an item of a batch takes besides: agreements, opening, closing.
-    plan
+    preparing
         Seconds that the first item of a shape takes besides, on every rank that computes it.
     memory
         Bytes that a rank may use for arrays, the smallest over the group; 0 where unknown.
@@ -88,7 +88,7 @@ class Costs:
     merge: float
     call: float
     item: float = 0.0
-    plan: float = 0.0
+    preparing: float = 0.0
     memory: int = 0
     partials: int = 1
     exact_merge: bool = False
@@ -101,7 +101,7 @@ def gpu_costs(
     *,
     near: bool = True,
     memory: int = 0,
-    plan: float = PLAN,
+    preparing: float = PREPARING,
     exact_merge: bool = False,
 ) -> Costs:
     """Costs of a GPU; `near` where all GPUs of its group reach each other by peer copies."""
@@ -112,7 +112,7 @@ def gpu_costs(
         merge=2e12,
         call=1e-5,
         item=2e-4,
-        plan=plan,
+        preparing=preparing,
         memory=memory,
         partials=PARTIALS,
         exact_merge=exact_merge,
@@ -133,9 +133,13 @@ def cpu_costs(memory: int = 0) -> Costs:
     )
 
 
-def typical_costs(backend: str, memory: int = 0, *, plan: float = PLAN) -> Costs:
+def typical_costs(backend: str, memory: int = 0, *, preparing: float = PREPARING) -> Costs:
     """Costs of a backend whose devices aren't open yet: an H100 or H200, or a core."""
-    return cpu_costs(memory) if backend == "cpu" else gpu_costs(9, 132, memory=memory, plan=plan)
+    return (
+        cpu_costs(memory)
+        if backend == "cpu"
+        else gpu_costs(9, 132, memory=memory, preparing=preparing)
+    )
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def estimate(
 def item_seconds(problem: AttentionProblem, ranks: int, costs: Costs) -> float:
     """Estimate an item of a batch by its fastest strategy that fits, its files included.
 
-    What the first item of a shape takes besides isn't in it: `Costs.plan`.
+    What the first item of a shape takes besides isn't in it: `Costs.preparing`.
     """
     every = [estimate(problem, ranks, name, costs, batch=True) for name in STRATEGY_NAMES]
     fitting = [each for each in every if not costs.memory or each.memory <= costs.memory]

@@ -19,7 +19,7 @@ settings.load_profile("mdattn")
 ORDER = ("slurm", "mpi", "cli", "bench", "fuzz", "unit")
 
 
-class Running:
+class RunningTests:
     """The tests that have begun and not ended, on all workers."""
 
     def __init__(self, config: pytest.Config) -> None:
@@ -45,7 +45,7 @@ class Running:
 def pytest_configure(config: pytest.Config) -> None:
     """Watch from the process that prints, not from its workers."""
     if not hasattr(config, "workerinput"):
-        running = Running(config)
+        running = RunningTests(config)
         config.pluginmanager.register(running)
         signal.signal(signal.SIGTERM, running.tell)
 

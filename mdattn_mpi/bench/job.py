@@ -157,8 +157,8 @@ def _measure(world: World, spec: JobSpec) -> tuple[dict[str, float], dict[str, s
         if name == "computing again":
             after = timings()
             kernels = sum(
-                sign * (after[phase] - before[phase])
-                for phase, sign in (("compute", 1), ("merge", -1))
+                sign * (after[kind] - before[kind])
+                for kind, sign in (("compute", 1), ("merge", -1))
             )
     seconds["kernels"] = max(world.allgather(kernels))
     facts = dict(job.executor.describe())

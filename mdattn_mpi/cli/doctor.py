@@ -95,9 +95,9 @@ def report(findings: list[Finding], facts: dict[str, Any], as_json: bool) -> Non
 def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Finding]:
     """Collective. All findings, as they are made, alike on all ranks; `facts` is filled."""
     from mdattn_mpi.doctor.facts import gather_facts
+    from mdattn_mpi.doctor.filesystem import try_folder
     from mdattn_mpi.doctor.judge import judge, judge_folder, judge_rates
     from mdattn_mpi.doctor.network import clock_offset, try_mpi
-    from mdattn_mpi.doctor.storage import try_folder
 
     offset = clock_offset(world)
     world.board.enter("doctor: facts")

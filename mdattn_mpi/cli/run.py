@@ -58,7 +58,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     again = parser.add_argument_group("again, and how long")
     add = again.add_argument
     add("--overwrite", action="store_true", help="start anew, whatever the output holds")
-    add("--allow-change", action="store_true", help="resume with another -s, -b or rank count")
+    add(
+        "--allow-change",
+        action="store_true",
+        help="resume with other ranks, -b, -s, --kernel, --transfer or --engine",
+    )
     add("--deadline", type=duration, metavar="T", help="longest wait (default: scaled to the work)")
     add("--max-time", type=duration, metavar="T", help="stop after the item in hand when T is over")
     add("--chaos", help=argparse.SUPPRESS)

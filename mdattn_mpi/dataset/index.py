@@ -35,8 +35,8 @@ T = TypeVar("T", bound=AnyItem)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """An item that can be done."""
+class IndexedItem:
+    """An item that can be done, and where its tensors lie."""
 
     name: str
     problem: AttentionProblem
@@ -115,9 +115,9 @@ def _no_match(pattern: str, names: Sequence[str], file: str) -> RejectedError:
     return RejectedError(f"no item matches {pattern!r}", fix=hint, file=file)
 
 
-def find_entries(
+def find_items(
     file: File, layout: str, ignore: Collection[str] = ()
-) -> tuple[list[Entry], list[RejectedError]]:
+) -> tuple[list[IndexedItem], list[RejectedError]]:
     """Look at the selected items; return the good ones and what is wrong with others.
 
     Raises
@@ -134,13 +134,13 @@ def find_entries(
     refuse_unknown((*misplaced_in(root), *misplaced_in(group)), ignore, file.path)
     default = layout if layout != "auto" else str(root.attribute("layout") or "token_major")
     names = sorted(group.names(), key=natural_order)
-    found: list[tuple[str, Entry]] = []
+    found: list[tuple[str, IndexedItem]] = []
     faults: dict[str, RejectedError] = {}
     for name in names:
         if not any(may_match(name, pattern) for pattern in patterns):
             continue
         try:
-            found += [(name, e) for e in _entries(group, name, layout, default, ignore)]
+            found += [(name, item) for item in _items(group, name, layout, default, ignore)]
         except RejectedError as fault:
             fault.item = shown(name)
             faults[name] = fault
@@ -148,11 +148,11 @@ def find_entries(
             raise file.reject(f"has more than {MAX_ITEMS} items", "select some, or split the file")
     if not names:
         raise file.reject(f"/{ITEMS} is empty", "put at least one item into it")
-    entries = [entry for _, entry in found]
-    _check_unique(file, entries)
-    chosen = chosen_names({*names, *(entry.name for entry in entries)}, patterns, file.path)
+    items = [item for _, item in found]
+    _check_unique(file, items)
+    chosen = chosen_names({*names, *(item.name for item in items)}, patterns, file.path)
     return (
-        [entry for name, entry in found if name in chosen or entry.name in chosen],
+        [item for name, item in found if name in chosen or item.name in chosen],
         [fault for name, fault in faults.items() if name in chosen],
     )
 
@@ -164,15 +164,15 @@ def may_match(name: str, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or batch.startswith(literal) or literal.startswith(batch)
 
 
-def _check_unique(file: File, found: Sequence[Entry]) -> None:
+def _check_unique(file: File, found: Sequence[IndexedItem]) -> None:
     taken: set[str] = set()
-    for entry in found:
-        if entry.name in taken:
+    for item in found:
+        if item.name in taken:
             raise file.reject(
-                f"two items are called {entry.name!r}: one of them is an entry of a batch dim",
+                f"two items are called {item.name!r}: one of them is an entry of a batch dim",
                 "rename one of them",
             )
-        taken.add(entry.name)
+        taken.add(item.name)
 
 
 def first_of(faults: Sequence[RejectedError]) -> RejectedError:
@@ -187,9 +187,9 @@ def first_of(faults: Sequence[RejectedError]) -> RejectedError:
     )
 
 
-def _entries(
+def _items(
     group: Node, name: str, layout: str, default: str, ignore: Collection[str]
-) -> list[Entry]:
+) -> list[IndexedItem]:
     """Look at one item, or at all entries of its batch dim."""
     reject = group.file.reject
     fault = item_name_fault(name)
@@ -210,14 +210,14 @@ def _entries(
     problem = _problem(item, tensors)
     query = tensors["query"]
     if len(query.storage.shape) == 3:
-        return [Entry(name, problem, tensors)]
+        return [IndexedItem(name, problem, tensors)]
     if query.storage.shape[0] > MAX_ITEMS:
         raise reject(f"its batch dim has more than {MAX_ITEMS} entries", "split the file")
     fault = item_name_fault(batch_item_name(name, query.storage.shape[0] - 1))
     if fault:
         raise reject(f"the name of its last entry {fault}", "give the item a shorter name")
     return [
-        Entry(
+        IndexedItem(
             batch_item_name(name, position),
             problem,
             {tensor: replace(data, position=position) for tensor, data in tensors.items()},

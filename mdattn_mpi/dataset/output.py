@@ -31,7 +31,9 @@ P = TypeVar("P")
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # Options that a resumed job may change when its user says so.
-CHANGEABLE = ("strategy", "backend", "ranks", "group_size", "transfer", "engine")
+CHANGEABLE = ("strategy", "backend", "ranks", "group_size", "kernel", "transfer", "engine")
+# Earlier versions didn't record these; most of their outputs were begun with the defaults.
+UNRECORDED: Mapping[str, Value] = {"ignore": "", "kernel": "auto", "transfer": "auto", "engine": ""}
 _ANEW = "start anew: --overwrite"
 BLOCK_BYTES = 8 << 20  # checksum and write go over the same block while it is in the cache
 
@@ -119,11 +121,14 @@ class Output:
         return self._by_name[name]
 
     def match(self, attributes: Mapping[str, Value]) -> dict[str, tuple[Value | None, Value]]:
-        """List what differs from `attributes`: by name, what the output says and what was given."""
+        """List what differs from `attributes`: by name, what the output says and what was given.
+
+        An option that the output doesn't record is taken to have its default.
+        """
         return {
             name: (self.attributes.get(name), value)
             for name, value in attributes.items()
-            if self.attributes.get(name) != value
+            if self.attributes.get(name, UNRECORDED.get(name)) != value
         }
 
     def regions(self, item: AnyItem) -> Mapping[str, Region]:
@@ -151,7 +156,7 @@ class Output:
         if any(name not in CHANGEABLE for name in changes) or (changes and not allow_change):
             raise self._changed(
                 [
-                    f"{name} was {_brief(old)}, is {_brief(new)}"
+                    f"{name} was {'not recorded' if old is None else _brief(old)}, is {_brief(new)}"
                     for name, (old, new) in changes.items()
                 ],
                 changeable=all(name in CHANGEABLE for name in changes),

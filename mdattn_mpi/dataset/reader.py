@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from mdattn_mpi.dataset.hdf5 import File
-from mdattn_mpi.dataset.index import Entry, find_entries, first_of
+from mdattn_mpi.dataset.index import IndexedItem, find_items, first_of
 from mdattn_mpi.dataset.layout import LAYOUTS, AnyItem, Item, Tensor, natural_order
 from mdattn_mpi.dataset.positioned import checksum
 from mdattn_mpi.dataset.tensors import TensorData, TensorFile
@@ -35,12 +35,12 @@ class Dataset(TensorFile):
 
     items: tuple[Item, ...]
 
-    def __init__(self, file: File, entries: Sequence[Entry], faults: Sequence[RejectedError]):
-        ordered = sorted(entries, key=lambda entry: natural_order(entry.name))
+    def __init__(self, file: File, items: Sequence[IndexedItem], faults: Sequence[RejectedError]):
+        ordered = sorted(items, key=lambda item: natural_order(item.name))
         super().__init__(
             file,
-            [Item(entry.name, index, entry.problem) for index, entry in enumerate(ordered)],
-            {entry.name: entry.tensors for entry in ordered},
+            [Item(item.name, index, item.problem) for index, item in enumerate(ordered)],
+            {item.name: item.tensors for item in ordered},
         )
         self.faults = tuple(faults)
         self.warnings = tuple(self._warnings())
@@ -129,7 +129,7 @@ def open_dataset(
     with _no_garbage():
         file = File(path, allow, select=select, catalog=catalog)
         try:
-            found, faults = find_entries(file, layout, ignore)
+            found, faults = find_items(file, layout, ignore)
             if not keep_faults and faults:
                 raise first_of(faults)
             return Dataset(file, found, faults)

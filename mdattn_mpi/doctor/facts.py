@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.devices.nccl import nccl_libraries
+from mdattn_mpi.doctor.filesystem import folder_facts
 from mdattn_mpi.doctor.gpus import gpu_facts
-from mdattn_mpi.doctor.storage import folder_facts
 
 PACKAGES = (
     "mdattn_mpi", "mpi4py", "numpy", "h5py", "ml_dtypes", "nccl4py", "cuda-core", "cuda-bindings",

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
+from mdattn_mpi.doctor.filesystem import BLOCK, LOCAL
 from mdattn_mpi.doctor.finding import AllRanks, Case, Facts, Finding, Level, Ranks, by_value, find
-from mdattn_mpi.doctor.storage import BLOCK, LOCAL
 
 MIB = 1 << 20
 SHM = 64 * MIB  # a rank: what Open MPI and NCCL put there

@@ -18,7 +18,7 @@ SILENT = 10.0  # seconds without a heartbeat after which a watchdog counts as go
 
 # Phases in which a rank may be waiting for another one without having said so.
 SHARED_PHASES = frozenset(
-    {"start", "begin", "enqueue", "collect", "agree", "take", "groups", "end"}
+    {"start", "begin", "enqueue", "collect", "agree", "claim", "groups", "end"}
 )
 
 

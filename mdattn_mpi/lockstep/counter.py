@@ -18,7 +18,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep.mpi import MPI, threads_may_call
 
 CLOSED = 1 << 62  # larger than any number of items
-_TAKE, _CLOSE, _ANSWER = 1, 2, 3
+_CLAIM, _CLOSE, _ANSWER = 1, 2, 3
 _ASLEEP = 2e-3  # seconds between two looks of rank 0's thread: 0.1 % of a core
 _WAITING = 1e-4
 _IDLE = 5e-3
@@ -50,7 +50,7 @@ class SharedCounter:
         self._comm = comm.Dup()
         self._meanwhile = meanwhile
         self._next = [0] * slots
-        self._taken = -_QUICK
+        self._claimed = -_QUICK
         self._lock = threading.Lock()
         self._asked: tuple[int, MPI.Request, np.ndarray[tuple[int], np.dtype[np.int64]]] | None
         self._asked = None
@@ -71,21 +71,21 @@ class SharedCounter:
             request = MPI.REQUEST_NULL
         else:
             request = self._comm.Irecv(answer, 0, _ANSWER)
-            self._comm.Send(np.array([slot], np.int64), 0, _TAKE)
+            self._comm.Send(np.array([slot], np.int64), 0, _CLAIM)
         self._asked = slot, request, answer
 
-    def take(self, slot: int) -> int:
-        """Take a number of `slot` that nobody else has; at least `CLOSED` after `close`.
+    def claim(self, slot: int) -> int:
+        """Claim a number of `slot` that nobody else has; at least `CLOSED` after `close`.
 
-        A rank that takes one after the other asks for the next in advance, so that it needn't
+        A rank that claims one after the other asks for the next in advance, so that it needn't
         wait; one with much to do in between leaves the next number to whoever is free first.
         """
         self._ask(slot)
         number = self._answer()
         now = monotonic()
-        if self._comm.rank and now - self._taken < _QUICK:
+        if self._comm.rank and now - self._claimed < _QUICK:
             self._ask(slot)
-        self._taken = now
+        self._claimed = now
         return number
 
     def _answer(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
 from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset, scan_file
-from mdattn_mpi.devices.cuda.choice import needs_no_plans
-from mdattn_mpi.estimate import PLAN, typical_costs
+from mdattn_mpi.devices.cuda.choice import needs_no_preparing
+from mdattn_mpi.estimate import PREPARING, typical_costs
 from mdattn_mpi.lockstep import Group, World, gather_together, together
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
@@ -18,6 +19,7 @@ from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import make_schedule
 from mdattn_mpi.runner.work import Shard, Task
+from mdattn_mpi.trt.store import sha256_of
 
 
 class Attention:
@@ -68,10 +70,13 @@ class Attention:
         )
 
     def options(self) -> dict[str, str]:
-        """Strategy, items, LSE, layout, and what is ignored."""
+        """All that decides which bytes come out, but for backend and ranks, which jobs add."""
         spec = self.spec
         return {
             "strategy": spec.strategy,
+            "kernel": spec.kernel,
+            "transfer": spec.transfer,  # `auto` chooses its strategy by it
+            "engine": sha256_of(Path(spec.engine).read_bytes()) if spec.engine else "",
             "items": spec.items,
             "lse": str(spec.lse).lower(),
             "layout": spec.layout,
@@ -103,8 +108,8 @@ def open_attention(spec: JobSpec, world: World) -> Job:
     )
     name = backend_name(spec.backend, world)
     memory = gather_together(world, "schedule", lambda: memory_of_a_rank(name, world))
-    ready = gather_together(world, "kernels", lambda: needs_no_plans(name, spec.kernel))
-    costs = typical_costs(name, min(memory), plan=0.0 if all(ready) else PLAN)
+    ready = gather_together(world, "kernels", lambda: needs_no_preparing(name, spec.kernel))
+    costs = typical_costs(name, min(memory), preparing=0.0 if all(ready) else PREPARING)
     problems = [item.problem for item in dataset.items]
     schedule = together(
         world,

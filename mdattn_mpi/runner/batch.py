@@ -101,9 +101,9 @@ class Batch:
     def tasks(
         self, group: JobGroup, counter: SharedCounter | None, clock: PhaseClock
     ) -> Iterator[Task]:
-        """Items as the group takes them."""
+        """Items as the group claims them."""
         job, rank = self.job, group.group.rank
-        for number in group.take(job.schedule, counter, lambda: clock.enter("take")):
+        for number in group.claim(job.schedule, counter, lambda: clock.enter("claim")):
             item = job.items[number]
             yield job.kind.task(item, group.plans[item.name], rank)
 

@@ -36,17 +36,17 @@ class JobGroup:
         """Say that this rank works in this group now; all its ranks count from the same number."""
         board.join(self.name, counted=(self.queue + 1) << 32)
 
-    def take(
+    def claim(
         self, schedule: Schedule, counter: SharedCounter | None, enter: Callable[[], None]
     ) -> Iterator[int]:
-        """Collective in the group. Take items of this queue until there are none.
+        """Collective in the group. Claim items of this queue until there are none.
 
         `enter` is called before each wait.
         """
         if counter is None:
             yield from schedule.queues[self.queue].items
             return
-        items = schedule.items(self.queue, counter.take)
+        items = schedule.items(self.queue, counter.claim)
         while True:
             enter()
             mine = next(items, NO_ITEM) if self.group.rank == 0 else NO_ITEM

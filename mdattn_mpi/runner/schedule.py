@@ -1,4 +1,4 @@
-"""Which ranks work together on which item, and in which order items are taken.
+"""Which ranks work together on which item, and in which order items are claimed.
 
 Every item waits in the queue of its group size, the dearest first. The world is cut into groups of
 neighbouring ranks that serve one queue after the other, that of the largest groups first. A group
@@ -23,7 +23,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.estimate import Costs, item_seconds, least_memory, least_ranks
 from mdattn_mpi.problem import AttentionProblem, digest_of
 
-Take = Callable[[int], int]  # a queue's number -> 0, 1, 2, … each once among all groups
+Claim = Callable[[int], int]  # a queue's number -> 0, 1, 2, … each once among all groups
 Time = Callable[[int, int], float]  # an item's number and its ranks -> seconds
 
 # Items that the loop takes ahead: while one computes, one is begun and one is read.
@@ -44,7 +44,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The whole job: who may work with whom, what is taken in which order, and why so.
+    """The whole job: who may work with whom, what is claimed in which order, and why so.
 
     ``order`` lists the world's ranks, a node's ranks together; a group is a run of it that starts
     at a multiple of its size. ``sizes`` holds every item's group size, those of finished items
@@ -86,10 +86,10 @@ class Schedule:
         start = self.order.index(rank) // size * size
         return self.order[start : start + size] if start + size <= len(self.order) else None
 
-    def items(self, queue: int, take: Take) -> Iterator[int]:
-        """Take items of `queue` until none is left; for the group's leader."""
+    def items(self, queue: int, claim: Claim) -> Iterator[int]:
+        """Claim items of `queue` until none is left; for the group's leader."""
         items = self.queues[queue].items
-        while (turn := take(queue)) < len(items):
+        while (turn := claim(queue)) < len(items):
             yield items[turn]
 
 
@@ -99,7 +99,7 @@ def make_schedule(
     group_size: str | int,
     costs: Costs,
 ) -> Schedule:
-    """Choose every item's group size and the order in which items are taken.
+    """Choose every item's group size and the order in which items are claimed.
 
     The same arguments give the same schedule on every rank.
 
@@ -141,7 +141,7 @@ def expected_seconds(problems: Sequence[AttentionProblem], world: int, costs: Co
     @cache
     def of_problem(problem: AttentionProblem, size: int) -> float:
         planned = min(1.0, world // size / alike[problem])
-        return item_seconds(problem, size, costs) + planned * costs.plan
+        return item_seconds(problem, size, costs) + planned * costs.preparing
 
     return lambda item, size: of_problem(problems[item], size)
 
@@ -275,27 +275,27 @@ def finish_times(schedule: Schedule, seconds: Time) -> list[float]:
     """Simulate `schedule`: when each rank (in `order`) has done its last item."""
     turns = [0] * len(schedule.queues)
 
-    def take(queue: int) -> int:
+    def claim(queue: int) -> int:
         turns[queue] += 1
         return turns[queue] - 1
 
     world = len(schedule.order)
     ends = [0.0] * world
-    # When it takes next, its run of ranks, its queue, and the ends of the last items it took.
+    # When it claims next, its run of ranks, its queue, and the ends of the last items it claimed.
     start_of_all: tuple[float, ...] = (0.0,)
     groups = [(0.0, 0, world, -1, start_of_all)]
     while groups:
-        _, start, stop, queue, taken = heapq.heappop(groups)
+        _, start, stop, queue, claimed = heapq.heappop(groups)
         fits = queue >= 0 and stop - start == schedule.queues[queue].size
-        item = next(schedule.items(queue, take), None) if fits else None
+        item = next(schedule.items(queue, claim), None) if fits else None
         if item is not None:
-            taken = (*taken, taken[-1] + seconds(item, stop - start))[-AHEAD - 1 :]
-            heapq.heappush(groups, (taken[0], start, stop, queue, taken))
+            claimed = (*claimed, claimed[-1] + seconds(item, stop - start))[-AHEAD - 1 :]
+            heapq.heappush(groups, (claimed[0], start, stop, queue, claimed))
             continue
-        ends[start:stop] = [taken[-1]] * (stop - start)
+        ends[start:stop] = [claimed[-1]] * (stop - start)
         queue += 1
         if queue < len(schedule.queues):
-            size, free = schedule.queues[queue].size, taken[-1]
+            size, free = schedule.queues[queue].size, claimed[-1]
             for low in range(start, stop, size):
                 heapq.heappush(groups, (free, low, min(low + size, stop), queue, (free,)))
     return ends

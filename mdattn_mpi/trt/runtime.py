@@ -289,7 +289,7 @@ def _open_gpu(local_rank: int, local_size: int) -> GpuContext:
             "built without a GPU: mdattn build",
         )
     try:
-        from mdattn_mpi.devices.cuda.driver import Gpu as Driver
+        from mdattn_mpi.devices.cuda.driver import Gpu
     except ImportError as error:
         raise RejectedError(f"CUDA's Python packages are missing ({error})", fix=INSTALL) from error
-    return GpuContext(Driver(local_rank))
+    return GpuContext(Gpu(local_rank))

@@ -21,7 +21,7 @@ def test_every_number_is_handed_out_once(world: World) -> None:
     with SharedCounter(MPI.COMM_WORLD, 3) as counter:
         mine: list[list[int]] = [[], [], []]
         for slot in (0, 2):
-            while (number := counter.take(slot)) < 100:
+            while (number := counter.claim(slot)) < 100:
                 mine[slot].append(number)
     for slot in (0, 1, 2):
         seen = np.zeros(100, np.int64)
@@ -46,7 +46,7 @@ def test_rank_0_answers_while_it_computes(world: World) -> None:
                 a = np.clip(a @ a, 0, 1)
         else:
             for _ in range(20):
-                counter.take(0)
+                counter.claim(0)
 
 
 @on_ranks(1, 3)
@@ -57,14 +57,14 @@ def test_closed_by_one_it_is_closed_for_all(world: World) -> None:
 
     comm = MPI.COMM_WORLD
     with SharedCounter(comm, 2) as counter:
-        assert counter.take(0) < CLOSED
+        assert counter.claim(0) < CLOSED
         comm.Barrier()
         if comm.rank == comm.size - 1:
             counter.close()
-            assert counter.take(1) >= CLOSED
+            assert counter.claim(1) >= CLOSED
         comm.Barrier()
-        assert counter.take(0) >= CLOSED
-        assert counter.take(1) >= CLOSED
+        assert counter.claim(0) >= CLOSED
+        assert counter.claim(1) >= CLOSED
 
 
 @on_ranks(2)

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.devices.cuda import interop
-from mdattn_mpi.devices.cuda.interop import Library, View
+from mdattn_mpi.devices.cuda.gpu import View
+from mdattn_mpi.devices.cuda.interop import Library
 from tests.support.fake_gpu import Machine, Stream
 
 BUSY = 24  # things, at most, that a stream does before it writes or reads an array

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.devices.cuda.attention import AttentionCall
-from mdattn_mpi.devices.cuda.interop import View
+from mdattn_mpi.devices.cuda.gpu import Gpu, View
 from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import RejectedError
 
@@ -112,7 +112,7 @@ class FakeGpu:
     def __init__(self, machine: Machine, ordinal: int = 0, capacity: int = 1 << 30) -> None:
         self.machine = machine
         self.ordinal = ordinal
-        self.place = f"0000:0{ordinal}:00.0"
+        self.pci_bus_id = f"0000:0{ordinal}:00.0"
         self.capacity = capacity
         self.opened: set[int] = set()
         self.pinned_now: dict[int, Any] = {}
@@ -182,7 +182,7 @@ class FakeGpu:
         flag = ctypes.c_uint32.from_address(address)
         stream.push(lambda: None, lambda: flag.value >= value)
 
-    def reaches(self, place: str) -> bool:
+    def reaches(self, pci_bus_id: str) -> bool:
         return True
 
     def ipc_handle(self, address: int) -> bytes:
@@ -206,6 +206,9 @@ class FakeGpu:
     def view(self, array: Any, stream: Stream | None) -> View:
         found: View = array.view(stream)
         return found
+
+
+_as_checked: type[Gpu] = FakeGpu  # by mypy
 
 
 class FakeLaunch(NamedTuple):

@@ -96,7 +96,7 @@ def test_hardware_differs_by_architecture_links_and_backend() -> None:
     assert blackwell.flops > h200.flops
     assert far.bandwidth < h200.bandwidth
     assert typical_costs("cpu", memory=5) == cpu_costs(5)
-    assert (GPU.plan, cpu_costs().plan) == (0.04, 0.0)
+    assert (GPU.preparing, cpu_costs().preparing) == (0.04, 0.0)
 
 
 def test_head_start_is_whole_waves_of_tiles() -> None:

@@ -115,8 +115,8 @@ class Chooser:
         return [(self.engines["flash"], why), (cudnn, "the other kernel")]
 
 
-def needs_no_plans(backend: str, kernel: str) -> bool:
-    """Whether this rank's calls will need no plan by their lengths; its GPU needn't be open."""
+def needs_no_preparing(backend: str, kernel: str) -> bool:
+    """Whether no length of this rank's calls needs preparing; its GPU needn't be open."""
     if backend != "cuda" or gpu_count() < 1:
         return False
     sm = gpu_sm(0)

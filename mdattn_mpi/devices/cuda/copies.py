@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.order import Fence, Queue, is_past, latest
 from mdattn_mpi.errors import DeviceError
@@ -55,7 +56,7 @@ class PeerCopies:
 
     """
 
-    def __init__(self, comm: Any, gpu: Any, memory: Memory, peers: Sequence[int]) -> None:
+    def __init__(self, comm: Any, gpu: Gpu, memory: Memory, peers: Sequence[int]) -> None:
         self._comm = comm
         self._gpu = gpu
         self._memory = memory
@@ -96,7 +97,7 @@ class PeerCopies:
         expected = {peer: self._received[peer] for peer in receive}
         return Copies(expected, self._outbox.now if send else {})
 
-    def arrival(self, copies: Copies) -> tuple[Fence, Any]:
+    def arrival(self, copies: Copies) -> tuple[Fence, Event]:
         """Return what comes when everything has been received, and a timed event of it."""
         for peer, number in copies.expected.items():
             self._inbox.enqueue(self._gpu.await_flag, self._own(ARRIVED, peer), number)
@@ -116,7 +117,7 @@ class PeerCopies:
 
     def _invite(self, peer: int, arrays: Sequence[DeviceArray]) -> None:
         """Tell `peer` where its messages go, and its GPU when they may."""
-        fence = latest(*(array.storage.used for array in arrays))
+        fence = latest(*(array.allocation.used for array in arrays))
         must_wait = not is_past(fence)
         if must_wait:
             self._gate.wait(fence)
@@ -137,7 +138,7 @@ class PeerCopies:
         """Copy to where `peer` says, as soon as both sides may."""
         places, must_wait = self._read_invitation(peer, len(arrays))
         outbox = self._outbox
-        outbox.wait(*(array.storage.written for array in arrays))
+        outbox.wait(*(array.allocation.written for array in arrays))
         if must_wait:
             outbox.enqueue(self._gpu.await_flag, self._own(READY, peer), self._sent[peer])
         opened = self._opened[peer]
@@ -162,10 +163,10 @@ class PeerCopies:
         return places, bool(must_wait)
 
     def _where(self, array: DeviceArray) -> tuple[int, int, int]:
-        place = array.storage.place
-        assert place is not None, "messages are received into memory of our own"
-        start = array.address - self._memory.blocks[place.block]
-        return place.block, start, array.nbytes
+        piece = array.allocation.piece
+        assert piece is not None, "messages are received into memory of our own"
+        start = array.address - self._memory.blocks[piece.block]
+        return piece.block, start, array.nbytes
 
     def _own(self, kind: int, peer: int) -> int:
         return self._at(self._counters, kind, peer)

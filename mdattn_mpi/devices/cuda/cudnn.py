@@ -1,8 +1,9 @@
-"""cuDNN's fused attention on raw addresses: plans by shape, and what cuDNN refuses.
+"""cuDNN's fused attention on raw addresses: execution plans by shape, and what cuDNN refuses.
 
-A plan is built for exact lengths: cuDNN 9.19's shared kernels ("dynamic shapes", a kernel cache)
-keep the lengths of the first plan and compute garbage for the next. The kernel itself is compiled
-once a head dim, dtype and mask (half a second); a plan for new lengths then takes about 35 ms.
+An execution plan is built for exact lengths: cuDNN 9.19's shared kernels ("dynamic shapes", a
+kernel cache) keep the lengths of the first plan and compute garbage for the next. The kernel itself
+is compiled once a head dim, dtype and mask (half a second); an execution plan for new lengths then
+takes about 35 ms.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Q, K, V, OUTPUT, LSE = range(1, 6)
 
 
 class PlanLaunch:
-    """A built plan; see `attention.Launch`."""
+    """A built execution plan; see `attention.Launch`."""
 
     def __init__(self, engine: CudnnEngine, graph: Any) -> None:
         self._engine, self._graph = engine, graph
@@ -67,7 +68,7 @@ class CudnnEngine:
     """
 
     name = "cudnn"
-    preparing = 0.04  # a plan takes 33 to 45 ms
+    preparing = 0.04  # an execution plan takes 33 to 45 ms
 
     def __init__(self, sm: tuple[int, int]) -> None:
         self._cudnn = _load()
@@ -78,7 +79,7 @@ class CudnnEngine:
         self.version = str(self._cudnn.backend_version_string())
 
     def refusal(self, call: AttentionCall) -> str:
-        """See `attention.Engine`; only cuDNN itself knows, so it builds a plan."""
+        """See `attention.Engine`; only cuDNN itself knows, so it builds an execution plan."""
         if call.out_dtype != call.dtype:
             return "it rounds its output to 16 bits"
         try:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from mdattn_mpi.devices.cuda.choice import Chooser
 from mdattn_mpi.devices.cuda.clock import Clock
-from mdattn_mpi.devices.cuda.copies import Copies
+from mdattn_mpi.devices.cuda.copies import Copies, PeerCopies
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Network
 from mdattn_mpi.devices.cuda.interop import Interop
 from mdattn_mpi.devices.cuda.kernels import Kernels, Partials
 from mdattn_mpi.devices.cuda.launches import Launches
@@ -39,7 +40,7 @@ class Transfer(NamedTuple):
     sent: list[DeviceArray]
     copies: Copies | None
     ends: Fence
-    last: Any  # a timed event of the last of `ends`; None without any
+    last: Event | None  # a timed event of the last of `ends`; None without any
 
 
 @dataclass(eq=False)
@@ -47,7 +48,7 @@ class Download:
     """Arrays on their way to the host."""
 
     arrays: tuple[NDArray[Any], ...]
-    end: Any
+    end: Event
 
     def wait(self) -> tuple[NDArray[Any], ...]:
         """Return the arrays once they are there; any thread may call."""
@@ -83,12 +84,12 @@ class CudaDevice:
         self,
         rank: int,
         ranks: int,
-        gpu: Any,
+        gpu: Gpu,
         chooser: Chooser,
         *,
         memory: Memory,
-        copies: Any = None,
-        nccl: Any = None,
+        copies: PeerCopies | None = None,
+        nccl: Network | None = None,
         near: Iterable[int] = (),
         facts: Mapping[str, str] | None = None,
         limit: int = 0,
@@ -130,8 +131,8 @@ class CudaDevice:
             main = self._kernels.main
             main.wait(*_before([source], [target]))
             self._move(main, source, target)
-            source.storage.read(main.now)
-            target.storage.wrote(main.now)
+            source.allocation.read(main.now)
+            target.allocation.wrote(main.now)
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array in pinned memory: `upload` takes it while the host goes on."""
@@ -144,9 +145,9 @@ class CudaDevice:
         if not source.size:
             return target
         up = self._upwards
-        up.wait(target.storage.used)
+        up.wait(target.allocation.used)
         up.enqueue(self._gpu.copy, target.address, source.ctypes.data, source.nbytes)
-        target.storage.wrote(up.now)
+        target.allocation.wrote(up.now)
         self._uploading.hold(source, up.now)
         return target
 
@@ -154,12 +155,12 @@ class CudaDevice:
         """Start bringing arrays to the host."""
         found = tuple(self.host.empty(array.shape, array.dtype) for array in arrays)
         down = self._downwards
-        down.wait(*(array.storage.written for array in arrays))
+        down.wait(*(array.allocation.written for array in arrays))
         for array, target in zip(arrays, found, strict=True):
             if array.size:
                 down.enqueue(self._gpu.copy, target.ctypes.data, array.address, array.nbytes)
         for array in arrays:
-            array.storage.read(down.now)
+            array.allocation.read(down.now)
         return Download(found, down.mark())
 
     def adopt(self, array: Any) -> DeviceArray:
@@ -179,7 +180,7 @@ class CudaDevice:
         """Give an array to the library that `adopt` was last given one of; nothing is copied."""
         return self._interop.export(array)
 
-    def mark(self) -> Any:
+    def mark(self) -> Event:
         """Record all kernels so far; marks give milliseconds by ``-`` once they are past."""
         self._kernels.join()
         return self._kernels.main.mark(timed=True)
@@ -202,30 +203,32 @@ class CudaDevice:
             last = self._keep(own, kept)
             extend(ends, self._within.now)
         if near_out or near_in:
+            assert self._copies is not None
             copies = self._copies.exchange(near_out, near_in)
         if far_out or far_in:
             last = self._exchange_far(far_out, far_in)
             extend(ends, self._net.now)
         # Only now: many messages may go into one array, each into a place of its own.
         for array in (*own, *sent):
-            array.storage.read(latest(ends, copies.sent if copies else {}))
+            array.allocation.read(latest(ends, copies.sent if copies else {}))
         for array in (*kept, *received):
-            array.storage.written = {}  # it is gone; nothing may read before `wait` says when
-            array.storage.read(ends)
+            array.allocation.written = {}  # it is gone; nothing may read before `wait` says when
+            array.allocation.read(ends)
         return Transfer(received, kept, sent + own, copies, ends, last)
 
     def wait(self, transfer: Transfer) -> None:
         """Let everything that follows see what `transfer` received."""
         ends, last = dict(transfer.ends), transfer.last
         if transfer.copies and transfer.copies.expected:
+            assert self._copies is not None
             arrived, last = self._copies.arrival(transfer.copies)
             extend(ends, arrived)
-        if transfer.received and ends and self._clock.runs:
+        if transfer.received and last is not None and self._clock.runs:
             self._clock.waited(self._kernels.tails(), last)
         for array in (*transfer.kept, *transfer.received):
-            array.storage.wrote(ends)
+            array.allocation.wrote(ends)
 
-    def _keep(self, sources: list[DeviceArray], targets: list[DeviceArray]) -> Any:
+    def _keep(self, sources: list[DeviceArray], targets: list[DeviceArray]) -> Event:
         """Copy a message to the rank itself; return a timed event of its end."""
         self._within.wait(*_before(sources, targets))
         for source, target in zip(sources, targets, strict=True):
@@ -234,11 +237,12 @@ class CudaDevice:
 
     def _exchange_far(
         self, send: dict[int, list[DeviceArray]], receive: dict[int, list[DeviceArray]]
-    ) -> Any:
+    ) -> Event:
         """Exchange with ranks that NCCL reaches; return a timed event of the end."""
         self._net.wait(*_before(chain(*send.values()), chain(*receive.values())))
-        out, into = _spans(send), _spans(receive)
-        self._net.enqueue(lambda stream: self._nccl.exchange(out, into, int(stream.handle)))
+        out, into, nccl = _spans(send), _spans(receive), self._nccl
+        assert nccl is not None
+        self._net.enqueue(lambda stream: nccl.exchange(out, into, int(stream.handle)))
         return self._net.mark(timed=True)
 
     def _split(
@@ -306,7 +310,7 @@ class CudaDevice:
             self._gpu.multiprocessors,
             near=near,
             memory=memory,
-            plan=choice.engine.preparing,
+            preparing=choice.engine.preparing,
             exact_merge=choice.float32,
         )
 
@@ -358,8 +362,8 @@ def _by_peer(messages: Sequence[Message[DeviceArray]]) -> dict[int, list[DeviceA
 def _before(read: Iterable[DeviceArray], write: Iterable[DeviceArray]) -> list[Fence]:
     """Return what comes before some arrays are read, and others written."""
     return [
-        *(array.storage.written for array in read),
-        *(array.storage.used for array in write),
+        *(array.allocation.written for array in read),
+        *(array.allocation.used for array in write),
     ]
 
 

@@ -22,7 +22,7 @@ from cuda.core import (
 )
 from cuda.core.utils import StridedMemoryView
 
-from mdattn_mpi.devices.cuda.interop import View
+from mdattn_mpi.devices.cuda.gpu import View
 from mdattn_mpi.devices.cuda.memory import contiguous_strides
 from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import DeviceError, RejectedError
@@ -54,7 +54,7 @@ class Gpu:
         self.sm = (int(capability.major), int(capability.minor))
         properties = self._device.properties
         self.multiprocessors = int(properties.multiprocessor_count)
-        self.place = str(self._device.pci_bus_id)
+        self.pci_bus_id = str(self._device.pci_bus_id)
         driver = int(check(cu.cuDriverGetVersion()))
         self.driver, self.driver_major = version(driver), driver // 1000
         self.library_major = int(cu.CUDA_VERSION) // 1000
@@ -153,9 +153,9 @@ class Gpu:
 
     # -- other processes ---------------------------------------------------------------------------
 
-    def reaches(self, place: str) -> bool:
-        """Whether this GPU can write into the memory of the visible GPU at PCI address `place`."""
-        result, other = cu.cuDeviceGetByPCIBusId(place.encode())
+    def reaches(self, pci_bus_id: str) -> bool:
+        """Whether this GPU can write into the memory of the visible GPU at `pci_bus_id`."""
+        result, other = cu.cuDeviceGetByPCIBusId(pci_bus_id.encode())
         if result != cu.CUresult.CUDA_SUCCESS:
             return False
         if int(other) == self.ordinal:

@@ -20,25 +20,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
+from typing import Any, Protocol
 
 from mdattn_mpi.devices.cuda.dlpack import capsule
-from mdattn_mpi.devices.cuda.memory import DeviceArray, Storage
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu, View
+from mdattn_mpi.devices.cuda.memory import Allocation, DeviceArray
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, events
 
 LEGACY_STREAM = 1  # DLPack's name for CUDA's default stream
-
-
-class View(NamedTuple):
-    """Another library's array; `owner` keeps it. Strides are in elements."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: np.dtype[Any]
-    owner: Any
 
 
 @dataclass(frozen=True)
@@ -119,7 +108,7 @@ class Caller(Protocol):
         """Let what it does from now on come after `fences`; False where it has to be told later."""
         ...
 
-    def give_back(self, storage: Storage) -> None:
+    def give_back(self, allocation: Allocation) -> None:
         """Let it go on after our last look at an array of its own."""
         ...
 
@@ -130,7 +119,7 @@ class StreamCaller:
     It is given nothing but waits. What the library may have given it is counted.
     """
 
-    def __init__(self, gpu: Any, library: Library, handle: int, owner: Any) -> None:
+    def __init__(self, gpu: Gpu, library: Library, handle: int, owner: Any) -> None:
         self._gpu, self.library, self.handle = gpu, library, handle
         self._stream = Queue(gpu, gpu.adopt(handle), owner)
         self.readers = [self._stream]
@@ -144,15 +133,15 @@ class StreamCaller:
         self._stream.wait(*fences)
         return True
 
-    def give_back(self, storage: Storage) -> None:
+    def give_back(self, allocation: Allocation) -> None:
         """See `Caller`."""
-        self._stream.wait(storage.used)
+        self._stream.wait(allocation.used)
 
 
 class HiddenCaller:
     """A library that shows no stream: it makes a stream of ours wait."""
 
-    def __init__(self, gpu: Any, library: Library) -> None:
+    def __init__(self, gpu: Gpu, library: Library) -> None:
         self._gpu, self.library = gpu, library
         self._arrivals = Queue(gpu, gpu.stream())
         self.readers: list[Queue] = [_Latest(gpu, library.latest)] if library.latest else []
@@ -169,23 +158,23 @@ class HiddenCaller:
         """See `Caller`."""
         return False
 
-    def give_back(self, storage: Storage) -> None:
+    def give_back(self, allocation: Allocation) -> None:
         """See `Caller`: an array that nobody overwrites is kept, for others the host waits."""
         if self.library.latest:
-            self._held.hold(storage, storage.used)
+            self._held.hold(allocation, allocation.used)
         else:
-            for event in events(storage.used):
+            for event in events(allocation.used):
                 event.sync()
 
 
 class _Latest(Queue):
     """A stream of ours that can be made to come after all that a library was asked for so far."""
 
-    def __init__(self, gpu: Any, latest: Callable[[], Any]) -> None:
+    def __init__(self, gpu: Gpu, latest: Callable[[], Any]) -> None:
         super().__init__(gpu, gpu.stream())
         self._latest = latest
 
-    def mark(self, *, timed: bool = False) -> Any:
+    def mark(self, *, timed: bool = False) -> Event:
         """Record an event of all that the library was asked for so far."""
         self._gpu.view(self._latest(), self._stream)
         return super().mark(timed=timed)
@@ -197,41 +186,43 @@ class Interop:
     Parameters
     ----------
     gpu
-        The driver; see `driver.Gpu`.
+        See `gpu.Gpu`.
 
     """
 
-    def __init__(self, gpu: Any) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._libraries: dict[str, Library] = {}
         self._hidden: dict[str, HiddenCaller] = {}
         self._kind: type = object  # of what was adopted last
         self._caller: Caller | None = None
-        self._lent: list[tuple[Caller, Storage]] = []
+        self._lent: list[tuple[Caller, Allocation]] = []
 
     def adopt(self, array: Any) -> DeviceArray:
         """Take an array of another library as it is."""
         self._kind = type(array)
         caller = self._caller = self._caller_of(self._kind)
         (address, shape, strides, dtype, owner), arrived = caller.view(array)
-        storage = Storage(address, owner=owner)
-        storage.wrote(arrived)
-        self._lent.append((caller, storage))
-        return DeviceArray(storage, shape, dtype, strides)
+        allocation = Allocation(address, owner=owner)
+        allocation.wrote(arrived)
+        self._lent.append((caller, allocation))
+        return DeviceArray(allocation, shape, dtype, strides)
 
     def export(self, array: DeviceArray) -> Any:
         """Give an array to the library that an array was last adopted from, in its stream of now.
 
         All that was adopted so far is its own again.
         """
-        caller, storage = self._caller_of(self._kind), array.storage
+        caller, allocation = self._caller_of(self._kind), array.allocation
         self._caller = caller
-        caller.wait(storage.written)  # first, for it comes after most of what was lent
+        caller.wait(allocation.written)  # first, for it comes after most of what was lent
         for lender, lent in self._lent:
             for each in {lender, caller}:
                 each.give_back(lent)
         self._lent.clear()
-        storage.consumers += [queue for queue in caller.readers if queue not in storage.consumers]
+        allocation.consumers += [
+            queue for queue in caller.readers if queue not in allocation.consumers
+        ]
         return caller.library.from_dlpack(Exported(self._gpu, array, caller))
 
     def _caller_of(self, kind: type) -> Caller:
@@ -254,7 +245,7 @@ class Interop:
 class Exported:
     """A device array as other libraries take it."""
 
-    def __init__(self, gpu: Any, array: DeviceArray, caller: Caller) -> None:
+    def __init__(self, gpu: Gpu, array: DeviceArray, caller: Caller) -> None:
         self._gpu = gpu
         self._array = array
         self._caller = caller
@@ -265,20 +256,20 @@ class Exported:
 
     def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
         """Let the consumer's stream wait for this library's; then hand the memory over."""
-        array, storage = self._array, self._array.storage
-        if not self._caller.wait(storage.written):
-            self._tell(stream, storage)
+        array, allocation = self._array, self._array.allocation
+        if not self._caller.wait(allocation.written):
+            self._tell(stream, allocation)
         return capsule(
             array.address, array.shape, array.strides, array.dtype, self._gpu.ordinal, array
         )
 
-    def _tell(self, stream: int | None, storage: Storage) -> None:
-        """Let the stream of a library that shows none wait for `storage`."""
+    def _tell(self, stream: int | None, allocation: Allocation) -> None:
+        """Let the stream of a library that shows none wait for `allocation`."""
         if stream is None or stream == -1:  # any stream may read it next
-            for event in events(storage.written):
+            for event in events(allocation.written):
                 event.sync()
             stream = LEGACY_STREAM
         consumer = Queue(self._gpu, self._gpu.adopt(stream))
-        consumer.wait(storage.written)
+        consumer.wait(allocation.written)
         if not self._caller.readers:
-            storage.consumers.append(consumer)
+            allocation.consumers.append(consumer)

@@ -17,6 +17,7 @@ import numpy as np
 from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.choice import Choice
 from mdattn_mpi.devices.cuda.clock import Clock
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
@@ -98,7 +99,7 @@ class Partials:
     lse: DeviceArray
     regions: list[Region]
     begin: Fence  # what its calls come after, whichever lane they are in
-    start: Any
+    start: Event | None
     calls: int = 0
 
     def region(self, rows: Span) -> Region:
@@ -123,7 +124,7 @@ class Kernels:
 
     """
 
-    def __init__(self, gpu: Any, launches: Launches, memory: Memory, clock: Clock) -> None:
+    def __init__(self, gpu: Gpu, launches: Launches, memory: Memory, clock: Clock) -> None:
         self._gpu, self._launches, self._memory, self._clock = gpu, launches, memory, clock
         self._lanes = [Queue(gpu, gpu.stream(LANES - lane)) for lane in range(LANES)]
         self.main = self._lanes[0]
@@ -133,7 +134,7 @@ class Kernels:
         """Let what begins in `main` come after all kernels so far."""
         self.main.wait(*(lane.now for lane in self._lanes))
 
-    def tails(self) -> list[Any]:
+    def tails(self) -> list[Event]:
         """Record timed events of all kernels so far."""
         return [
             lane.mark(timed=True)
@@ -147,7 +148,7 @@ class Kernels:
         output = self._memory.empty((rows, heads, v_head_dim), q.dtype)
         lse = self._memory.empty((rows, heads), FLOAT32)
         self.join()
-        self.main.wait(q.storage.written, output.storage.used, lse.storage.used)
+        self.main.wait(q.allocation.written, output.allocation.used, lse.allocation.used)
         start = self._clock.time(self.main)
         regions = [
             Region(span, q[span.slice], output[span.slice], lse[span.slice], span == merged)
@@ -167,7 +168,7 @@ class Kernels:
         first, full = not region.covers(rows), region.is_full
         lane = self._lanes[partials.calls % LANES]
         partials.calls += 1
-        lane.wait(partials.begin, k.storage.written, v.storage.written)
+        lane.wait(partials.begin, k.allocation.written, v.allocation.written)
         q, lse = region.q[rows.slice], region.lse[rows.slice]
         output = region.output[rows.slice]
         call = call_of(q, k, v, output, lse, causal, partials.scale)
@@ -178,7 +179,7 @@ class Kernels:
             dtype = FLOAT32 if wide else q.dtype
             output = self._memory.empty((len(rows), *output.shape[1:]), dtype)
             lse = self._memory.empty((len(rows), lse.shape[1]), FLOAT32)
-            lane.wait(output.storage.used, lse.storage.used)
+            lane.wait(output.allocation.used, lse.allocation.used)
         elif region.wide is not None:
             output = region.wide[rows.slice]
             lane.wait(region.begin)
@@ -197,8 +198,8 @@ class Kernels:
                     self._merge(partials, region, rows, region.output, region.lse)
         self.join()
         for array in (output, lse):  # one place to wait for, whichever lanes wrote it
-            array.storage.written = self.main.now
-            array.storage.read(self.main.now)
+            array.allocation.written = self.main.now
+            array.allocation.read(self.main.now)
         self._clock.computed(partials.start, self._clock.time(self.main))
         return output, lse
 
@@ -239,7 +240,7 @@ class Kernels:
         if region.wide is None and not region.first:
             if self._launches.chooser.choose(call).float32:
                 region.wide = self._memory.empty(region.output.shape, FLOAT32)
-                region.begin = dict(region.wide.storage.used)
+                region.begin = dict(region.wide.allocation.used)
             else:
                 region.partial = False
         return region.wide is not None
@@ -257,9 +258,9 @@ class Kernels:
         lane.enqueue(launch.run, addresses, workspace.address)
         end = lane.now
         for array in (*inputs, workspace):
-            array.storage.read(end)
+            array.allocation.read(end)
         for array in outputs:
-            array.storage.wrote(end)
+            array.allocation.wrote(end)
 
     def _merge(
         self,
@@ -283,7 +284,7 @@ class Kernels:
         running = region.folded
         lane.wait(partials.begin, *begin, *(call.end for call in calls))
         if running:
-            lane.wait(*(array.storage.written for array in running))
+            lane.wait(*(array.allocation.written for array in running))
         start = self._clock.time(lane)
         lane.enqueue(
             self._gpu.merge,
@@ -304,9 +305,9 @@ class Kernels:
         self._clock.merged(start, self._clock.time(lane))
         end = lane.now
         for array in (output, lse):
-            array.storage.wrote(end)
+            array.allocation.wrote(end)
         for array in (*(a for call in calls for a in (call.output, call.lse)), *(running or ())):
-            array.storage.read(end)
+            array.allocation.read(end)
 
     def _fold(self, partials: Partials, region: Region) -> None:
         """Merge all results so far into one in float32, to bound memory."""
@@ -318,7 +319,7 @@ class Kernels:
         else:
             output = self._memory.empty(region.output.shape, FLOAT32)
             lse = self._memory.empty(region.lse.shape, FLOAT32)
-            begin = latest(output.storage.used, lse.storage.used)
+            begin = latest(output.allocation.used, lse.allocation.used)
         self._merge(partials, region, Span(0, len(region.rows)), output, lse, begin)
         region.folded = output, lse
         region.first, region.more = [], []
@@ -328,7 +329,7 @@ class Kernels:
         workspace = self._workspaces.get(lane)
         if workspace is None or workspace.nbytes < nbytes:
             workspace = self._memory.empty((max(nbytes, WORKSPACE),), BYTE)
-            lane.wait(workspace.storage.used)
+            lane.wait(workspace.allocation.used)
             self._workspaces[lane] = workspace
         return workspace
 

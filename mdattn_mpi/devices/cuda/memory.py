@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.devices.cuda.gpu import Gpu
 from mdattn_mpi.devices.cuda.order import Fence, Queue, extend, latest
 from mdattn_mpi.errors import DeviceError
 
@@ -29,7 +30,7 @@ LOOSE = 16  # times the size of an array, at most, that pinned memory for it may
 
 
 @dataclass(frozen=True)
-class Place:
+class BlockRange:
     """A run of bytes in a block."""
 
     block: int
@@ -50,7 +51,7 @@ class Memory:
     Parameters
     ----------
     gpu
-        The driver; see `driver.Gpu`.
+        See `gpu.Gpu`.
 
     Attributes
     ----------
@@ -61,23 +62,25 @@ class Memory:
 
     """
 
-    def __init__(self, gpu: Any) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self.blocks: list[int] = []
         self._sizes: list[int] = []
         self._holes: list[list[_Hole]] = []
         # What was given back last, by size: items of one shape take it as it is.
-        self._spare: dict[int, list[tuple[Place, Fence]]] = {}
+        self._spare: dict[int, list[tuple[BlockRange, Fence]]] = {}
         # What destructors gave back, whichever thread they ran in and whatever it was doing.
-        self._returned: deque[tuple[Place, Fence]] = deque()
+        self._returned: deque[tuple[BlockRange, Fence]] = deque()
         self._in_use = 0
         self.peak = 0
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         """An array with undefined contents, which gives its memory back when it is garbage."""
-        place, fence = self.take(prod(shape) * dtype.itemsize)
-        storage = Storage(self.blocks[place.block] + place.start, place, fence, self.give_back)
-        return DeviceArray(storage, shape, dtype)
+        piece, fence = self.cut(prod(shape) * dtype.itemsize)
+        allocation = Allocation(
+            self.blocks[piece.block] + piece.start, piece, fence, self.give_back
+        )
+        return DeviceArray(allocation, shape, dtype)
 
     @property
     def in_use(self) -> int:
@@ -85,7 +88,7 @@ class Memory:
         self._take_back()
         return self._in_use
 
-    def take(self, nbytes: int) -> tuple[Place, Fence]:
+    def cut(self, nbytes: int) -> tuple[BlockRange, Fence]:
         """Cut out a piece; it may be written once its fence has been passed.
 
         Raises
@@ -98,23 +101,23 @@ class Memory:
         size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
         spare = self._spare.get(size)
         # The longest idle first: what still uses it, if anything, ends soonest.
-        piece = spare.pop(0) if spare else self._cut(size)
+        piece = spare.pop(0) if spare else self._cut_hole(size)
         self._in_use += size
         self.peak = max(self.peak, self._in_use)
         return piece
 
-    def give_back(self, place: Place, fence: Fence) -> None:
+    def give_back(self, piece: BlockRange, fence: Fence) -> None:
         """Let a piece be used again after `fence`; a destructor may call, in any thread."""
-        self._returned.append((place, fence))
+        self._returned.append((piece, fence))
 
     def _take_back(self) -> None:
         while self._returned:
-            place, fence = self._returned.popleft()
-            size = place.stop - place.start
+            piece, fence = self._returned.popleft()
+            size = piece.stop - piece.start
             self._in_use -= size
-            self._spare.setdefault(size, []).append((place, fence))
+            self._spare.setdefault(size, []).append((piece, fence))
 
-    def _cut(self, size: int) -> tuple[Place, Fence]:
+    def _cut_hole(self, size: int) -> tuple[BlockRange, Fence]:
         found = self._smallest_hole(size)
         if found is None and self._spare:
             self._fill_holes()
@@ -124,23 +127,23 @@ class Memory:
             found = self._smallest_hole(size)
             assert found is not None
         block, hole = found
-        place = Place(block, hole.start, hole.start + size)
+        piece = BlockRange(block, hole.start, hole.start + size)
         hole.start += size
         if hole.start == hole.stop:
             self._holes[block].remove(hole)
-        return place, hole.fence
+        return piece, hole.fence
 
     def _fill_holes(self) -> None:
         """Join all that was given back to its neighbours."""
-        for places in self._spare.values():
-            for place, fence in places:
-                self._join(place, fence)
+        for pieces in self._spare.values():
+            for piece, fence in pieces:
+                self._join(piece, fence)
         self._spare.clear()
 
-    def _join(self, place: Place, fence: Fence) -> None:
-        holes = self._holes[place.block]
-        index = sum(hole.start < place.start for hole in holes)
-        start, stop = place.start, place.stop
+    def _join(self, piece: BlockRange, fence: Fence) -> None:
+        holes = self._holes[piece.block]
+        index = sum(hole.start < piece.start for hole in holes)
+        start, stop = piece.start, piece.stop
         if index < len(holes) and holes[index].start == stop:
             after = holes.pop(index)
             stop, fence = after.stop, latest(fence, after.fence)
@@ -187,14 +190,14 @@ class Memory:
         )
 
 
-class Storage:
+class Allocation:
     """A piece of device memory, and what comes before anything else may be done to it.
 
     Attributes
     ----------
     address
         Where it begins.
-    place
+    piece
         Which piece of `Memory`; None where it belongs to another library.
     written
         What comes before it is read.
@@ -208,13 +211,13 @@ class Storage:
     def __init__(
         self,
         address: int,
-        place: Place | None = None,
+        piece: BlockRange | None = None,
         used: Fence | None = None,
-        release: Callable[[Place, Fence], None] | None = None,
+        release: Callable[[BlockRange, Fence], None] | None = None,
         owner: Any = None,
     ) -> None:
         self.address = address
-        self.place = place
+        self.piece = piece
         self.written: Fence = {}
         self.used: Fence = dict(used or {})
         self.consumers: list[Queue] = []
@@ -232,30 +235,30 @@ class Storage:
 
     def __del__(self) -> None:
         # Nothing is asked of the driver here: this may run in any thread, and anywhere in it.
-        if self._release and self.place:
+        if self._release and self.piece:
             for consumer in self.consumers:
                 extend(self.used, consumer.advance())
-            self._release(self.place, self.used)
+            self._release(self.piece, self.used)
 
 
 class DeviceArray:
     """A strided array on the GPU, in elements; slicing makes views."""
 
-    __slots__ = ("address", "dtype", "nbytes", "shape", "size", "storage", "strides")
+    __slots__ = ("address", "allocation", "dtype", "nbytes", "shape", "size", "strides")
 
     def __init__(
         self,
-        storage: Storage,
+        allocation: Allocation,
         shape: tuple[int, ...],
         dtype: np.dtype[Any],
         strides: tuple[int, ...] | None = None,
         offset: int = 0,
     ) -> None:
-        self.storage = storage
+        self.allocation = allocation
         self.shape = shape
         self.dtype = dtype
         self.strides = contiguous_strides(shape) if strides is None else strides
-        self.address = storage.address + offset  # of the first element; offset in bytes
+        self.address = allocation.address + offset  # of the first element; offset in bytes
         self.size = prod(shape)
         self.nbytes = self.size * dtype.itemsize
 
@@ -272,14 +275,14 @@ class DeviceArray:
         if index == slice(0, self.shape[0]):
             return self
         slices = index if isinstance(index, tuple) else (index,)
-        shape, offset = list(self.shape), self.address - self.storage.address
+        shape, offset = list(self.shape), self.address - self.allocation.address
         for dim, part in enumerate(slices):
             start, stop, step = part.indices(self.shape[dim])
             if step != 1:
                 raise IndexError(f"a step of {step} in a slice of a device array")
             shape[dim] = max(0, stop - start)
             offset += start * self.strides[dim] * self.dtype.itemsize
-        return DeviceArray(self.storage, tuple(shape), self.dtype, self.strides, offset)
+        return DeviceArray(self.allocation, tuple(shape), self.dtype, self.strides, offset)
 
     def rows(self) -> tuple[int, int, int] | None:
         """Return runs, bytes a run, and bytes from run to run; None if they aren't spaced alike."""
@@ -322,7 +325,7 @@ class HostBuffers:
     first. For the caller's thread alone; only what arrays give back comes from others.
     """
 
-    def __init__(self, gpu: Any) -> None:
+    def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._idle: dict[int, list[int]] = {}  # by size; new ones are added in `empty` alone
         self._closed = False

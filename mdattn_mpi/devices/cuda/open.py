@@ -6,9 +6,11 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from mdattn_mpi.devices.cuda.attention import Engine
 from mdattn_mpi.devices.cuda.choice import GAIN, KERNELS, Chooser
 from mdattn_mpi.devices.cuda.copies import PeerCopies
 from mdattn_mpi.devices.cuda.device import CudaDevice
+from mdattn_mpi.devices.cuda.gpu import Gpu, Network
 from mdattn_mpi.devices.cuda.memory import Memory
 from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
@@ -29,7 +31,7 @@ def open_cuda(
     transfer: str = "auto",
     kernel: str = "auto",
     timings: bool = True,
-    seam: Any = None,
+    seam: Libraries | None = None,
 ) -> CudaDevice:
     """Collective. Open this rank's GPU, and the ways to those of the other ranks.
 
@@ -106,13 +108,13 @@ class Libraries:
         """Say what is missing; empty when nothing is."""
         return why_no_cuda()
 
-    def gpu(self, ordinal: int) -> Any:
+    def gpu(self, ordinal: int) -> Gpu:
         """Open a GPU."""
-        from mdattn_mpi.devices.cuda.driver import Gpu
+        from mdattn_mpi.devices.cuda import driver
 
-        return Gpu(ordinal)
+        return driver.Gpu(ordinal)
 
-    def cudnn(self, gpu: Any) -> Any:
+    def cudnn(self, gpu: Gpu) -> Engine:
         """Open cuDNN on the current GPU."""
         from mdattn_mpi.devices.cuda.cudnn import CudnnEngine
 
@@ -124,20 +126,20 @@ class Libraries:
 
         return why_not(sm)
 
-    def flash(self, gpu: Any) -> Any:
+    def flash(self, gpu: Gpu) -> Engine:
         """Open FlashAttention on the current GPU; takes seconds."""
         from mdattn_mpi.devices.cuda.flash.engine import FlashEngine
 
         return FlashEngine(gpu.sm, gpu.ordinal)
 
-    def nccl(self, group: Group) -> Any:
+    def nccl(self, group: Group) -> Network:
         """Collective. Open NCCL on the current GPU."""
         from mdattn_mpi.devices.nccl import NcclComm
 
         return NcclComm(group)
 
 
-def _open_engines(group: Group, libraries: Any, gpu: Any, kernel: str) -> Chooser:
+def _open_engines(group: Group, libraries: Libraries, gpu: Gpu, kernel: str) -> Chooser:
     """Collective. Open what may attend, the same on all ranks."""
     engines = {"cudnn": together(group, "cuDNN", lambda: libraries.cudnn(gpu))}
     if kernel == "cudnn" or (kernel == "auto" and gpu.sm[0] not in GAIN):
@@ -154,7 +156,7 @@ def _open_engines(group: Group, libraries: Any, gpu: Any, kernel: str) -> Choose
     return Chooser(kernel, engines, gpu.sm, missing)
 
 
-def _open_own(libraries: Any, local_rank: int, local_size: int) -> tuple[Any, Facts]:
+def _open_own(libraries: Libraries, local_rank: int, local_size: int) -> tuple[Gpu, Facts]:
     """Open this rank's GPU; say what the others must know of it."""
     missing = libraries.why_not()
     if missing:
@@ -183,7 +185,7 @@ def _open_own(libraries: Any, local_rank: int, local_size: int) -> tuple[Any, Fa
         )
     facts = {
         "host": os.uname().nodename,
-        "place": gpu.place,
+        "pci_bus_id": gpu.pci_bus_id,
         "name": gpu.name,
         "sm": list(gpu.sm),
         "memory": gpu.free_bytes,
@@ -193,13 +195,14 @@ def _open_own(libraries: Any, local_rank: int, local_size: int) -> tuple[Any, Fa
 
 def _check_alike(everyone: Sequence[Facts]) -> None:
     kinds: dict[str, list[int]] = {}
-    places: dict[tuple[str, str], int] = {}
+    owners: dict[tuple[str, str], int] = {}
     for rank, each in enumerate(everyone):
         kinds.setdefault(each["name"], []).append(rank)
-        other = places.setdefault((each["host"], each["place"]), rank)
+        other = owners.setdefault((each["host"], each["pci_bus_id"]), rank)
         if other != rank:
             raise DeviceError(
-                f"ranks {other} and {rank} on {each['host']} have the same GPU, {each['place']}",
+                f"ranks {other} and {rank} on {each['host']} have the same GPU, "
+                f"{each['pci_bus_id']}",
                 fix="start at most as many ranks a node as it has GPUs",
             )
     if len(kinds) > 1:
@@ -210,7 +213,7 @@ def _check_alike(everyone: Sequence[Facts]) -> None:
         )
 
 
-def _near(group: Group, gpu: Any, everyone: Sequence[Facts], transfer: str) -> list[int]:
+def _near(group: Group, gpu: Gpu, everyone: Sequence[Facts], transfer: str) -> list[int]:
     """Collective. Find the ranks that this one and that reach this one by copy engines."""
     own = everyone[group.rank]
 
@@ -219,7 +222,7 @@ def _near(group: Group, gpu: Any, everyone: Sequence[Facts], transfer: str) -> l
             transfer != "nccl"
             and rank != group.rank
             and each["host"] == own["host"]
-            and bool(gpu.reaches(each["place"]))
+            and bool(gpu.reaches(each["pci_bus_id"]))
             for rank, each in enumerate(everyone)
         ]
 
@@ -237,7 +240,7 @@ def _near(group: Group, gpu: Any, everyone: Sequence[Facts], transfer: str) -> l
 
 
 def _open_copies(
-    group: Group, gpu: Any, memory: Memory, near: list[int], transfer: str
+    group: Group, gpu: Gpu, memory: Memory, near: list[int], transfer: str
 ) -> tuple[PeerCopies | None, list[int], str]:
     """Collective. Open the copy engines; where CUDA IPC doesn't work, do without."""
     if not any(group.allgather(bool(near))):

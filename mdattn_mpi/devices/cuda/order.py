@@ -16,6 +16,8 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Stream
+
 KEPT = 16  # marks a queue remembers, and streams it remembers to have waited for
 T = TypeVar("T")
 
@@ -23,8 +25,8 @@ T = TypeVar("T")
 class _Mark(NamedTuple):
     """An event, the count that it stands for, and what its queue had waited for by then."""
 
-    place: int
-    event: Any
+    position: int
+    event: Event
     after: dict[Queue, int]
 
 
@@ -34,7 +36,7 @@ class Queue:
     Parameters
     ----------
     gpu
-        The driver; see `driver.Gpu`.
+        See `gpu.Gpu`.
     stream
         What `gpu` takes for a stream; from here on only the queue's own.
     owner
@@ -47,7 +49,7 @@ class Queue:
 
     """
 
-    def __init__(self, gpu: Any, stream: Any, owner: Any = None) -> None:
+    def __init__(self, gpu: Gpu, stream: Stream, owner: Any = None) -> None:
         self._gpu, self._stream, self._owner = gpu, stream, owner
         self.count = 0
         self._marks: deque[_Mark] = deque(maxlen=KEPT)  # in order
@@ -87,34 +89,34 @@ class Queue:
     def is_past(self, count: int) -> bool:
         """Whether the GPU is known to have done the first `count`."""
         if count > self._done:
-            mark = next((mark for mark in self._marks if mark.place >= count), None)
+            mark = next((mark for mark in self._marks if mark.position >= count), None)
             if mark and mark.event.is_done:
-                self._done = mark.place
+                self._done = mark.position
         return count <= self._done
 
-    def mark(self, *, timed: bool = False) -> Any:
+    def mark(self, *, timed: bool = False) -> Event:
         """Record an event of everything so far; marks that are `timed` give milliseconds by -."""
         count = self.count  # before it is recorded: another thread may `advance` meanwhile
         event = self._gpu.record(self._stream, timed=timed)
         self._marks.append(_Mark(count, event, dict(self._after)))
         return event
 
-    def event(self, count: int) -> Any:
+    def event(self, count: int) -> Event:
         """Return an event that comes no sooner than the first `count`."""
         return self._mark_of(count).event
 
     def _mark_of(self, count: int) -> _Mark:
         """Find the first event that stands for `count`, or make one."""
-        if not self._marks or self._marks[-1].place < count:
+        if not self._marks or self._marks[-1].position < count:
             self.mark()
-        return next(mark for mark in self._marks if mark.place >= count)
+        return next(mark for mark in self._marks if mark.position >= count)
 
     def _wait_for(self, queue: Queue, mark: _Mark) -> None:
         self.enqueue(lambda stream: self._gpu.wait(stream, mark.event))
         if len(self._after) > KEPT:  # callers come and go; what is forgotten is waited for again
             self._after.clear()
         extend(self._after, mark.after)
-        extend(self._after, {queue: mark.place})
+        extend(self._after, {queue: mark.position})
 
 
 Fence = dict[Queue, int]
@@ -140,7 +142,7 @@ def is_past(fence: Fence) -> bool:
     return all(queue.is_past(count) for queue, count in fence.items())
 
 
-def events(fence: Fence) -> list[Any]:
+def events(fence: Fence) -> list[Event]:
     """Return events that come no sooner than `fence`; any thread may ``sync`` them."""
     return [queue.event(count) for queue, count in fence.items()]
 
@@ -149,7 +151,7 @@ class Held:
     """Things that the GPU still uses, although nobody else may."""
 
     def __init__(self) -> None:
-        self._held: deque[tuple[list[Any], Any]] = deque()
+        self._held: deque[tuple[list[Event], Any]] = deque()
 
     def hold(self, thing: Any, fence: Fence) -> None:
         """Keep `thing` until `fence` is past; let go of what was kept long enough."""

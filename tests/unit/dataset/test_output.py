@@ -290,7 +290,15 @@ class TestModel:
 class TestResume:
     """The same job goes on; another one is refused, with what changed."""
 
-    options: ClassVar = {"strategy": "ring", "backend": "cpu", "lse": "true"}
+    options: ClassVar = {
+        "strategy": "ring",
+        "backend": "cpu",
+        "kernel": "auto",
+        "transfer": "auto",
+        "engine": "",
+        "lse": "true",
+        "ignore": "",
+    }
 
     def check(self, data: Path, ranks: int = 3, allow: bool = False, **options: str) -> None:
         with open_dataset(data) as dataset, open_output(data.with_name("out.h5")) as output:
@@ -309,6 +317,9 @@ class TestResume:
         [
             ({"strategy": "ulysses"}, "strategy was 'ring', is 'ulysses'"),
             ({"backend": "cuda"}, "backend was 'cpu', is 'cuda'"),
+            ({"kernel": "flash"}, "kernel was 'auto', is 'flash'"),
+            ({"transfer": "nccl"}, "transfer was 'auto', is 'nccl'"),
+            ({"engine": "e3b0c442"}, "engine was '', is 'e3b0c442'"),
             ({"ranks": 2}, "ranks was 3, is 2"),
         ],
     )
@@ -325,6 +336,16 @@ class TestResume:
             with pytest.raises(RejectedError, match="lse was 'true', is 'false'") as caught:
                 self.check(data, allow=allow, lse="false")
             assert "--allow-change" not in caught.value.fix
+
+    def test_earlier_versions_recorded_less(self, data: Path) -> None:
+        made(data, strategy="ring", backend="cpu", lse="true")
+        self.check(data)
+        with pytest.raises(RejectedError, match="kernel was not recorded, is 'flash'") as caught:
+            self.check(data, kernel="flash")
+        assert "--allow-change" in caught.value.fix
+        for allow in (False, True):
+            with pytest.raises(RejectedError, match="ignore was not recorded, is 'window'"):
+                self.check(data, allow=allow, ignore="window")
 
     def test_another_input(self, data: Path) -> None:
         made(data, **self.options)

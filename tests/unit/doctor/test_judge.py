@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from mdattn_mpi.doctor.facts import gather_facts
+from mdattn_mpi.doctor.filesystem import BLOCK, mount_of, stripes
 from mdattn_mpi.doctor.finding import Finding, by_value, exit_code, who
 from mdattn_mpi.doctor.judge import judge, judge_folder, judge_rates
-from mdattn_mpi.doctor.storage import BLOCK, mount_of, stripes
 
 HOSTS = ["n1", "n1", "n2", "n2"]
 

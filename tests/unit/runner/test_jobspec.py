@@ -56,6 +56,24 @@ def test_what_is_ignored(tmp_path: Path) -> None:
     assert again != options("a.h5", "-o", "o.h5")
 
 
+def test_what_decides_the_bytes(tmp_path: Path) -> None:
+    engine = tmp_path / "x.engine"
+    engine.write_bytes(b"native code")
+    plain = options("a.h5", "-o", "o.h5")
+    for name, *changed in (
+        ("strategy", "-s", "ring"),
+        ("kernel", "--kernel", "flash"),
+        ("transfer", "--transfer", "nccl"),
+        ("engine", "--engine", str(engine)),
+        ("lse", "--lse"),
+    ):
+        found = options("a.h5", "-o", "o.h5", *changed)
+        assert {n for n, value in found.items() if value != plain[n]} == {name}
+    before = options("a.h5", "-o", "o.h5", "--engine", str(engine))
+    moved = engine.rename(tmp_path / "moved.engine")
+    assert options("a.h5", "-o", "o.h5", "--engine", str(moved)) == before
+
+
 @pytest.mark.parametrize(
     ("text", "word"),
     [

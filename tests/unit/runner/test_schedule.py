@@ -114,20 +114,23 @@ def test_what_the_first_item_of_a_shape_takes_counts_once_a_group() -> None:
     alike = [problem(131072)] * 8
     unlike = [problem(131072 + 128 * item) for item in range(8)]
 
-    def sizes(plan: float) -> set[int]:
-        return set(make_schedule(unlike, cluster(16), "auto", replace(GPU, plan=plan)).sizes)
+    def sizes(preparing: float) -> set[int]:
+        return set(
+            make_schedule(unlike, cluster(16), "auto", replace(GPU, preparing=preparing)).sizes
+        )
 
     # More ranks divide everything but the plans, of which each rank makes its own.
     assert sizes(0.0) == {16}
     assert sizes(10.0) == {1}
     planned = []
     for problems in (alike, unlike):
-        with_plans, without = (
-            expected_seconds(problems, 16, replace(GPU, plan=plan)) for plan in (10.0, 0.0)
+        prepared, without = (
+            expected_seconds(problems, 16, replace(GPU, preparing=preparing))
+            for preparing in (10.0, 0.0)
         )
         for size in (1, 16):
             planned.append(
-                sum(with_plans(item, size) - without(item, size) for item in range(8)) / 10
+                sum(prepared(item, size) - without(item, size) for item in range(8)) / 10
             )
     # One group of all ranks plans one shape once; sixteen groups never more often than items.
     assert planned == pytest.approx([8, 1, 8, 8])

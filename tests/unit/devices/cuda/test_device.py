@@ -370,7 +370,7 @@ def test_messages_that_do_not_match_are_an_error() -> None:
             RejectedError,
             "nccl4py.*pip install 'mdattn_mpi",
         ),
-        ({"place": "0000:01:00.0"}, DeviceError, "ranks 0 and 1 on .* have the same GPU"),
+        ({"pci_bus_id": "0000:01:00.0"}, DeviceError, "ranks 0 and 1 on .* have the same GPU"),
         ({"transfer": "pigeon"}, RejectedError, "pigeon"),
     ],
 )
@@ -398,7 +398,7 @@ def test_different_gpus_in_one_group_are_refused() -> None:
     from mdattn_mpi.devices.cuda.open import _check_alike
 
     facts = [
-        {"host": "a", "place": str(i), "name": name} for i, name in enumerate(("A100", "H100"))
+        {"host": "a", "pci_bus_id": str(i), "name": name} for i, name in enumerate(("A100", "H100"))
     ]
     with pytest.raises(RejectedError, match="A100 on rank 0; H100 on rank 1"):
         _check_alike(facts)

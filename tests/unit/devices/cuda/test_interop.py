@@ -158,8 +158,8 @@ def test_a_library_without_streams(strategy: StrategyName, ranks: int) -> None:
         assert attend(strategy, ranks, seed, hides=True)
 
 
-def without_fence(memory: Memory, nbytes: int, take: Any = Memory.take) -> Any:
-    return take(memory, nbytes)[0], {}
+def without_fence(memory: Memory, nbytes: int, cut: Any = Memory.cut) -> Any:
+    return cut(memory, nbytes)[0], {}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def without_fence(memory: Memory, nbytes: int, take: Any = Memory.take) -> Any:
         (Queue, "advance", lambda queue: {}, False),  # what comes in is still being written
         (StreamCaller, "give_back", lambda *args: True, False),  # ... is overwritten, or freed
         (StreamCaller, "wait give_back", lambda *args: True, False),  # what goes out is read
-        (Memory, "take", without_fence, False),  # ... is freed, and its memory taken again
+        (Memory, "cut", without_fence, False),  # ... is freed, and its memory taken again
         (HiddenCaller, "give_back", lambda *args: None, True),
         (Exported, "_tell", lambda *args: None, True),
         (_Latest, "mark", Queue.mark, True),

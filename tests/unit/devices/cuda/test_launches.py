@@ -11,7 +11,7 @@ import pytest
 
 from mdattn_mpi.devices.cuda import choice, launches
 from mdattn_mpi.devices.cuda.attention import AttentionCall
-from mdattn_mpi.devices.cuda.choice import Chooser, needs_no_plans
+from mdattn_mpi.devices.cuda.choice import Chooser, needs_no_preparing
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.errors import RejectedError
 
@@ -124,7 +124,7 @@ def test_what_fails_ahead_of_need_fails_when_it_is_wanted(engine: Engine, ready:
         ("cpu", "auto", (9, 0), "", False),
     ],
 )
-def test_who_needs_no_plans(
+def test_who_needs_no_preparing(
     backend: str,
     kernel: str,
     sm: tuple[int, int],
@@ -135,4 +135,4 @@ def test_who_needs_no_plans(
     monkeypatch.setattr(choice, "gpu_count", lambda: 1)
     monkeypatch.setattr(choice, "gpu_sm", lambda ordinal: sm)
     monkeypatch.setattr(choice, "why_not", lambda found: why)
-    assert needs_no_plans(backend, kernel) is needless
+    assert needs_no_preparing(backend, kernel) is needless

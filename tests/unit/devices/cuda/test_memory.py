@@ -12,11 +12,11 @@ from mdattn_mpi.devices.cuda import memory
 from mdattn_mpi.devices.cuda.memory import (
     ALIGNMENT,
     BLOCK,
+    Allocation,
+    BlockRange,
     DeviceArray,
     HostBuffers,
     Memory,
-    Place,
-    Storage,
     size_class,
 )
 from mdattn_mpi.errors import DeviceError
@@ -47,51 +47,51 @@ class Driver:
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 5000), st.integers(0, 99)), max_size=80))
 def test_no_byte_has_two_owners(steps: list[tuple[bool, int, int]]) -> None:
-    memory, owned = Memory(Driver()), list[Place]()
+    memory, owned = Memory(Driver()), list[BlockRange]()
     for take, size, which in steps:
         if take or not owned:
-            place, _ = memory.take(size)
-            assert place.stop - place.start >= size
-            assert place.start % ALIGNMENT == 0
-            owned.append(place)
+            piece, _ = memory.cut(size)
+            assert piece.stop - piece.start >= size
+            assert piece.start % ALIGNMENT == 0
+            owned.append(piece)
         else:
             memory.give_back(owned.pop(which % len(owned)), {})
         for before, after in pairwise(sorted(owned, key=lambda p: (p.block, p.start))):
             assert before.block < after.block or before.stop <= after.start
-        assert memory.in_use == sum(place.stop - place.start for place in owned)
+        assert memory.in_use == sum(piece.stop - piece.start for piece in owned)
 
 
 def test_pieces_that_were_given_back_join_before_more_is_asked_for() -> None:
     driver = Driver()
     memory = Memory(driver)
     for size in (BLOCK // 8, BLOCK // 4, BLOCK // 2):
-        for place in [memory.take(size)[0] for _ in range(BLOCK // size)]:
-            memory.give_back(place, {})
-    memory.take(BLOCK)
+        for piece in [memory.cut(size)[0] for _ in range(BLOCK // size)]:
+            memory.give_back(piece, {})
+    memory.cut(BLOCK)
     assert len(driver.taken) == 1
 
 
 def test_the_piece_that_has_been_idle_longest_goes_first() -> None:
     memory = Memory(Driver())
-    places = [memory.take(1000)[0] for _ in range(3)]
-    for place in (places[1], places[2], places[0]):
-        memory.give_back(place, {})
-    assert [memory.take(1000)[0] for _ in range(3)] == [places[1], places[2], places[0]]
+    pieces = [memory.cut(1000)[0] for _ in range(3)]
+    for piece in (pieces[1], pieces[2], pieces[0]):
+        memory.give_back(piece, {})
+    assert [memory.cut(1000)[0] for _ in range(3)] == [pieces[1], pieces[2], pieces[0]]
 
 
 def test_a_piece_brings_its_fence_along() -> None:
     memory = Memory(Driver())
-    place, fence = memory.take(1000)
+    piece, fence = memory.cut(1000)
     assert fence == {}
-    memory.give_back(place, ("an event",))
-    assert memory.take(1000) == (place, ("an event",))
+    memory.give_back(piece, ("an event",))
+    assert memory.cut(1000) == (piece, ("an event",))
 
 
 def test_no_memory_is_said_with_figures() -> None:
     memory = Memory(Driver(capacity=BLOCK))
-    memory.take(BLOCK // 2)
+    memory.cut(BLOCK // 2)
     with pytest.raises(DeviceError, match=r"1 GiB more were needed, 0 GiB are free, 0\.125 GiB"):
-        memory.take(1 << 30)
+        memory.cut(1 << 30)
     assert memory.in_use == memory.peak == BLOCK // 2
 
 
@@ -118,7 +118,7 @@ def test_pinned_memory_of_a_larger_array_serves_a_smaller_one() -> None:
 
 
 def test_a_view_of_everything_is_the_array_itself() -> None:
-    array = DeviceArray(Storage(1 << 20), (6, 2, 8), DTYPES["bfloat16"])
+    array = DeviceArray(Allocation(1 << 20), (6, 2, 8), DTYPES["bfloat16"])
     assert array[0:6] is array
     part = array[2:5]
     assert (part.address, part.shape) == (array.address + 2 * 2 * 8 * 2, (3, 2, 8))
