@@ -24,6 +24,7 @@ from typing import Any
 
 from mdattn_mpi.backends import Executor
 from mdattn_mpi.errors import LOGGER, InternalError, MdattnError, OutputError, RejectedError
+from mdattn_mpi.files import write_whole
 from mdattn_mpi.lockstep import World, launcher, together
 from mdattn_mpi.runner.job import Job
 from mdattn_mpi.runner.jobspec import JobSpec
@@ -269,10 +270,8 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
 
     """
     path = folder / "summary.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        temporary.replace(path)
+        write_whole(path, json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise OutputError(
             f"the summary can't be written: {error.strerror}",
