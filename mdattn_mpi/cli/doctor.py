@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.text import show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +56,7 @@ def examine(arguments: argparse.Namespace) -> int:
     for finding in findings_of(world, arguments.folder, facts):
         findings.append(finding)
         if world.rank == 0 and not arguments.json:
-            print(finding, flush=True)
+            show(str(finding))
     if world.rank == 0 and arguments.json:
         report(findings, facts, as_json=True)
     return exit_code(findings)
@@ -86,10 +87,9 @@ def report(findings: list[Finding], facts: dict[str, Any], as_json: bool) -> Non
     """Print everything at once."""
     if as_json:
         listed = [finding.to_dict() for finding in findings]
-        json.dump({"findings": listed, **facts}, sys.stdout, indent=1)
-        print()
+        show(json.dumps({"findings": listed, **facts}, indent=1))
     else:
-        print(*findings, sep="\n", flush=True)
+        show("\n".join(map(str, findings)))
 
 
 def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Finding]:

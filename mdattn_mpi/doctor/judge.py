@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mdattn_mpi.doctor.filesystem import BLOCK, LOCAL
 from mdattn_mpi.doctor.finding import AllRanks, Case, Facts, Finding, Level, Ranks, by_value, find
+from mdattn_mpi.text import memory_size, quantity
 
 MIB = 1 << 20
 SHM = 64 * MIB  # a rank: what Open MPI and NCCL put there
@@ -144,7 +145,7 @@ def limits(job: AllRanks) -> Iterator[Finding]:
     ) -> Iterator[Finding]:
         low = job.where(lambda rank: 0 <= rank["limits"][name] < least)
         limit = low.first["limits"][name]
-        shown = "unlimited" if limit < 0 else str(limit) if name == "nofile" else _bytes(limit)
+        shown = "unlimited" if limit < 0 else str(limit) if name == "nofile" else memory_size(limit)
         return find(check, (low, level, f"{shown} on {low}: {why}", fix), fine=shown)
 
     yield from at_least(
@@ -161,21 +162,13 @@ def limits(job: AllRanks) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _bytes(number: float) -> str:
-    for prefix in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if number < 1024:
-            return f"{number:.3g} {prefix}"
-        number /= 1024
-    return f"{number:.3g} PiB"
-
-
 def shared_memory(job: AllRanks) -> Iterator[Finding]:
     """Room in /dev/shm for all ranks of a node."""
     poor = job.where(lambda rank: rank["shm"].get("free", 0) < SHM * rank["local_size"])
-    free = _bytes(poor.first["shm"].get("free", 0))
+    free = memory_size(poor.first["shm"].get("free", 0))
     return find(
         "/dev/shm",
-        (poor, "FAIL", f"{free} free on {poor}, {_bytes(SHM)} a rank are needed",
+        (poor, "FAIL", f"{free} free on {poor}, {memory_size(SHM)} a rank are needed",
          "remove what earlier jobs left there, or give the container more (--shm-size, or bind "
          "the host's)"),
         fine=f"{free} free",
@@ -335,7 +328,7 @@ def folder(job: AllRanks) -> Iterator[Finding]:
          f"is {kind}: several nodes write one file slowly there", parallel),
         (len(job.ranks) > 1 and facts["stripes"] == 1, "WARN",
          "is Lustre with one stripe: all ranks write to one server", f"lfs setstripe -c -1 {path}"),
-        (free < ROOM, "WARN", f"has {_bytes(free)} left",
+        (free < ROOM, "WARN", f"has {memory_size(free)} left",
          "make room: an output is as large as its queries"),
     )  # fmt: skip
     return find(
@@ -343,7 +336,7 @@ def folder(job: AllRanks) -> Iterator[Finding]:
         *((applies, level, f"{path} {what}", fix) for applies, level, what, fix in cases),
         fine=f"{path}: {kind}, "
         + (f"{facts['stripes']} stripes, " if facts["stripes"] else "")
-        + f"{_bytes(free)} free",
+        + f"{memory_size(free)} free",
     )  # fmt: skip
 
 
@@ -363,9 +356,9 @@ def judge_rates(library: str, tries: Ranks, hosts: Sequence[str]) -> Iterator[Fi
             f"{name} {library}",
             (wrong, "FAIL", f"wrong values on {wrong}",
              "take these nodes out (sbatch --exclude) and tell the site"),
-            (rate < SLOW[library] and len(tries) > 1, "WARN", f"{rate / 1e6:.3g} MB/s a rank",
+            (rate < SLOW[library] and len(tries) > 1, "WARN", f"{quantity(rate, 'B/s')} a rank",
              "check which network is used: jobs/mpi/ says how to choose"),
-            fine=f"{rate / 1e9:.3g} GB/s a rank",
+            fine=f"{quantity(rate, 'B/s')} a rank",
         )  # fmt: skip
 
 
@@ -379,7 +372,7 @@ def judge_folder(tries: Ranks, hosts: Sequence[str]) -> Iterator[Finding]:
         BLOCK * len(tries) / max(1e-9, *(found[f"{way}_seconds"] for found in tries))
         for way in ("write", "read")
     )
-    rates = f"written at {write / 1e6:.3g} MB/s, read at {read / 1e6:.3g} MB/s, together"
+    rates = f"written at {quantity(write, 'B/s')}, read at {quantity(read, 'B/s')}, together"
     cases: tuple[Case, ...] = (
         (failed, "FAIL", f"{failed.first['error']} on {failed}",
          "make room or take another folder"),

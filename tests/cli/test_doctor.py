@@ -63,7 +63,7 @@ def test_a_healthy_machine(tmp_path: Path) -> None:
         ("environment", "OK"), ("open files", "OK"), ("stack", "OK"), ("locked memory", "OK"),
         ("/dev/shm", "OK"), ("clocks", "OK"), ("GPUs", "OK", "no GPU: the cpu backend"),
         ("all-reduce MPI", "", "/s a rank"), ("all-to-all MPI", "", "/s a rank"),
-        ("shared file", "", "MB/s"), options=["--folder", str(tmp_path)],
+        ("shared file", "", "B/s"), options=["--folder", str(tmp_path)],
     )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 

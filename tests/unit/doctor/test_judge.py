@@ -109,11 +109,11 @@ def tried(**changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "check", "level", "words"),
     [
-        ({}, "shared file", "OK", f"written at {BLOCK * 4 / 1e4:.3g} MB/s"),
+        ({}, "shared file", "OK", f"written at {BLOCK * 4 / 1e7:.3g} GB/s"),
         ({"right": False}, "shared file", "FAIL", "reads other bytes"),
         ({"shared": False}, "shared file", "FAIL", "doesn't see"),
         ({"error": "Quota exceeded"}, "shared file", "FAIL", "Quota exceeded on rank 3"),
-        ({"write_seconds": 60.0}, "shared file", "WARN", "written at 0.559 MB/s"),
+        ({"write_seconds": 60.0}, "shared file", "WARN", "written at 559 kB/s"),
         ({"locks": "No locks available"}, "file locks", "WARN", "No locks available on rank 3"),
     ],
 )
