@@ -96,8 +96,9 @@ def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Fi
     """Collective. All findings, as they are made, alike on all ranks; `facts` is filled."""
     from mdattn_mpi.doctor.facts import gather_facts
     from mdattn_mpi.doctor.filesystem import try_folder
-    from mdattn_mpi.doctor.judge import judge, judge_folder, judge_rates
+    from mdattn_mpi.doctor.judge import judge
     from mdattn_mpi.doctor.network import clock_offset, try_mpi
+    from mdattn_mpi.doctor.trials import judge_folder, judge_rates
 
     offset = clock_offset(world)
     world.board.enter("doctor: facts")
@@ -128,8 +129,9 @@ def nccl_findings(world: World, ranks: list[dict[str, Any]]) -> Iterator[Finding
     """Collective. The collectives over NCCL, where every rank has a GPU of its own."""
     from mdattn_mpi.devices.presence import gpu_count, why_no_cuda
     from mdattn_mpi.doctor.finding import Finding
-    from mdattn_mpi.doctor.judge import every_rank_has_a_gpu, judge_rates
+    from mdattn_mpi.doctor.judge import every_rank_has_a_gpu
     from mdattn_mpi.doctor.network import try_nccl
+    from mdattn_mpi.doctor.trials import judge_rates
 
     if not every_rank_has_a_gpu(ranks):
         return
