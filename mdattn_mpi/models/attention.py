@@ -201,7 +201,7 @@ class SharedAttention:
                 problem,
                 len(self.owners),
                 self.strategy,
-                self.device.costs(),
+                self.device.costs(problem),
                 batch=False,
                 owners=both,
             )
