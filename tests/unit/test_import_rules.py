@@ -39,7 +39,26 @@ ROOMS: dict[str, set[str]] = {
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
-    "runner": {"estimate", "partition", "devices", "dataset", "lockstep", "backends", "trt"},
+    "models": {
+        "library.arrays",
+        "estimate",
+        "partition",
+        "devices",
+        "strategies",
+        "lockstep",
+        "backends",
+    },
+    "transformers": {"models", "library", "lockstep", "partition"},
+    "runner": {
+        "estimate",
+        "partition",
+        "devices",
+        "dataset",
+        "lockstep",
+        "backends",
+        "trt",
+        "models",
+    },
     "doctor": {"devices", "lockstep"},
     "cli": {
         "doctor",
@@ -53,6 +72,7 @@ ROOMS: dict[str, set[str]] = {
         "verifier",
         "onnx",
         "bench",
+        "models",
     },
     "bench": {
         "partition",
@@ -63,6 +83,7 @@ ROOMS: dict[str, set[str]] = {
         "backends",
         "strategies",  # it times them
         "runner",
+        "models",
     },
     "onnx": set(),
 }
@@ -92,7 +113,9 @@ ONLY: dict[str, set[str]] = {
         "bench.kernels",
         "dataset.foreign.torch_file",
         "devices.cuda.interop",
+        "models",
     },
+    "transformers": {"models"},
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),
