@@ -41,6 +41,7 @@ ROOMS: dict[str, set[str]] = {
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
+    "corpus": {"dataset"},
     "models": {
         "library.arrays",
         "estimate",
@@ -75,6 +76,7 @@ ROOMS: dict[str, set[str]] = {
         "onnx",
         "bench",
         "models",
+        "corpus",
     },
     "bench": {
         "partition",
@@ -117,7 +119,8 @@ ONLY: dict[str, set[str]] = {
         "devices.cuda.interop",
         "models",
     },
-    "transformers": {"models"},
+    "transformers": {"models", "corpus.tokenizer"},
+    "pyarrow": {"corpus.texts"},
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),
