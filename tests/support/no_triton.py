@@ -1,4 +1,4 @@
-"""QuACK without Triton: a gigabyte that only kernels of its own need, and FlashAttention's don't."""
+"""QuACK without Triton: a gigabyte that its own kernels need, and FlashAttention's don't."""
 
 from __future__ import annotations
 
