@@ -1,0 +1,25 @@
+"""Every benchmark can be called as the command calls it."""
+
+from __future__ import annotations
+
+import inspect
+from importlib import import_module
+from pkgutil import iter_modules
+
+import pytest
+
+from mdattn_mpi import bench
+
+MODULES = [
+    import_module(module.name) for module in iter_modules(bench.__path__, bench.__name__ + ".")
+]
+BENCHMARKS = [module for module in MODULES if hasattr(module, "add_options")]
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS, ids=lambda module: module.__name__)
+def test_a_benchmark_is_called_with_what_it_takes(benchmark: object) -> None:
+    """`main` takes the arguments; without it, `measure` takes the world and the arguments."""
+    if hasattr(benchmark, "main"):
+        inspect.signature(benchmark.main).bind("arguments")
+    else:
+        inspect.signature(benchmark.measure).bind("world", "arguments")  # type: ignore[attr-defined]
