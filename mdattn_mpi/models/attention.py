@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from mdattn_mpi.backends import AnyDevice
 
 NAME = "mdattn"
+StrategyWish = Literal["auto"] | StrategyName
 
 # Options that say nothing about what is computed: without a cache, dropout or gradients.
 SILENT = frozenset(
@@ -154,7 +155,7 @@ class SharedAttention:
 
     device: AnyDevice
     owners: tuple[tuple[Span, ...], ...]
-    strategy: Literal["auto"] | StrategyName = "auto"
+    strategy: StrategyWish = "auto"
     plans: dict[AttentionProblem, Plan] = field(default_factory=dict)
 
     def mask(self, *args: Any, **options: Any) -> None:
