@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.models.attention import Attending, SharedAttention, StrategyWish
+from mdattn_mpi.models.attention import Attending, Layer, SharedAttention, StrategyWish
 from mdattn_mpi.models.pieces import PIECE
 from mdattn_mpi.models.sequence import Ids, TokenSequence, owners_of
 from mdattn_mpi.problem import Span
@@ -72,6 +72,7 @@ class Proof:
     tokens: int
     ranks: int
     places: Sequence[Place]
+    layers: Mapping[Layer, int]  # what the model asks its attentions for, and how often
     unseen: Sequence[str] = field(default=())  # what the probe is too short for
 
     def check(self) -> None:
@@ -119,7 +120,9 @@ class Proof:
         return min(place.control for place in self.places if place.control is not None)
 
 
-def prove(network: Network, device: AnyDevice, group: Group, strategy: StrategyWish) -> Proof:
+def prove(
+    network: Network, device: AnyDevice, backend: str, group: Group, strategy: StrategyWish
+) -> Proof:
     """Collective. Compare; see the module.
 
     Raises
@@ -133,8 +136,8 @@ def prove(network: Network, device: AnyDevice, group: Group, strategy: StrategyW
     ids = probe_ids(network.config, network.vocabulary, tokens)
     owners = owners_of(tokens, group.size, network.causal)
     sequence = TokenSequence(ids, np.zeros(1, np.int64), owners[group.rank])
-    shared = SharedAttention(device, owners, strategy)
-    alone = SharedAttention(Alone(device), ((Span(0, len(sequence.places)),),))
+    shared = SharedAttention(device, backend, owners, strategy)
+    alone = SharedAttention(_Alone(device), backend, ((Span(0, len(sequence.places)),),))
 
     network.pieces.tokens = 0
     own_way = _Reference(sequence.places, shared)
@@ -142,6 +145,7 @@ def prove(network: Network, device: AnyDevice, group: Group, strategy: StrategyW
     rounded = _Followed(_Own(), own_way.outputs, sequence.places)
     rounded_end = network.run_as_it_is(ids, rounded)[sequence.places]
 
+    layers = dict(shared.layers)
     network.pieces.tokens = SMALL_PIECE
     ours, control = (_Followed(by, own_way.outputs) for by in (shared, alone))
     ours_end, control_end = (network.run(sequence, each) for each in (ours, control))
@@ -161,7 +165,7 @@ def prove(network: Network, device: AnyDevice, group: Group, strategy: StrategyW
     ]
     floor = ROUNDING[network.dtype]
     found = [_place(*each, floor, group.size) for each in zip(places, sums.tolist(), strict=True)]
-    return Proof(tokens, group.size, found, unseen)
+    return Proof(tokens, group.size, found, layers, unseen)
 
 
 def _place(name: str, squares: Sequence[float], floor: float, ranks: int) -> Place:
@@ -200,7 +204,7 @@ def probe_ids(config: Mapping[str, Any], vocabulary: int, tokens: int) -> Ids:
     return np.random.default_rng(1).choice(allowed, tokens).astype(np.int64)
 
 
-class Alone:
+class _Alone:
     """A device of a group of one rank: attention inside each rank only, the negative control."""
 
     rank, ranks = 0, 1
