@@ -258,7 +258,7 @@ class SharedAttention:
             ranks, both = len(self.owners), Partition(self.owners, self.owners)
             kernel = self.device.check(problem)
             name, reasons = choose(
-                problem, ranks, self.strategy, self.device.costs(), batch=False, owners=both
+                problem, ranks, self.strategy, self.device.costs(problem), batch=False, owners=both
             )
             reasons = (*reasons, *kernel)
             self._plans[layer] = Plan(

@@ -181,9 +181,7 @@ class Transformer:
             found.append(pooled.reshape(_tensor(running, EMBEDDING).shape))
         if LOGPROBS in self._give:
             assert network.head is not None
-            own, totals = logprobs(
-                self._group, hidden, sequence, network.head, network.vocabulary
-            )
+            own, totals = logprobs(self._group, hidden, sequence, network.head, network.vocabulary)
             found += [own, totals[:1], totals[1:]]
         return found
 

@@ -6,7 +6,7 @@ An MLP holds two or three arrays of its inner width at a time, several times the
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import wraps
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,16 +22,18 @@ class Pieces:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.tokens = PIECE
-        self.found = 0
         for owner, name in _token_by_token(model):
-            setattr(owner, name, partial(self._call, getattr(owner, name)))
-            self.found += 1
+            setattr(owner, name, self._in_pieces(getattr(owner, name)))
 
-    def _call(self, whole: Callable[..., Any], hidden: torch.Tensor, *rest: Any, **more: Any) -> Any:
-        tokens = hidden.shape[1] if hidden.ndim == 3 else 0
-        if rest or more or not 0 < self.tokens < tokens:
-            return whole(hidden, *rest, **more)
-        return _joined([whole(piece) for piece in hidden.split(self.tokens, dim=1)])
+    def _in_pieces(self, whole: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(whole)  # Transformers looks at its signature
+        def in_pieces(hidden: torch.Tensor, *rest: Any, **more: Any) -> Any:
+            tokens = hidden.shape[1] if hidden.ndim == 3 else 0
+            if rest or more or not 0 < self.tokens < tokens:
+                return whole(hidden, *rest, **more)
+            return _joined([whole(piece) for piece in hidden.split(self.tokens, dim=1)])
+
+        return in_pieces
 
 
 def _token_by_token(model: torch.nn.Module) -> Iterator[tuple[Any, str]]:

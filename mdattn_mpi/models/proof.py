@@ -62,7 +62,8 @@ class Place:
     @property
     def inconclusive(self) -> bool:
         """Whether a wrong answer would have looked right."""
-        return self.control is not None and not self.control >= CONTROL * self.error
+        enough = max(CONTROL * self.error, self.allowed)
+        return self.control is not None and not self.control > enough
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,9 @@ def prove(
 def _place(name: str, squares: Sequence[float], floor: float, ranks: int) -> Place:
     """Make relative errors of sums of squares: ours, one process's rounding, control, norm."""
     ours, rounded, control, norm = np.sqrt(np.array(squares))
-    relative = [float(each / norm) if norm else float(each > 0) for each in (ours, rounded, control)]
+    relative = [
+        float(each / norm) if norm else float(each > 0) for each in (ours, rounded, control)
+    ]
     allowed = max(floor, NOISE * relative[1])
     return Place(name, relative[0], allowed, relative[2] if ranks > 1 else None)
 
