@@ -234,8 +234,18 @@ class SharedAttention:
         from mdattn_mpi.strategies import STRATEGIES
 
         shards = shards_of(q, k, v)
-        heads = (shards.q.shape[1], *shards.k.shape[1:], shards.v.shape[2])
-        layer = Layer(*heads, shards.dtype, *wanted[:4], wanted.sinks is not None)
+        layer = Layer(
+            q_heads=shards.q.shape[1],
+            kv_heads=shards.k.shape[1],
+            head_dim=shards.k.shape[2],
+            v_head_dim=shards.v.shape[2],
+            dtype=shards.dtype,
+            causal=wanted.causal,
+            scale=wanted.scale,
+            window=wanted.window,
+            softcap=wanted.softcap,
+            sinks=wanted.sinks is not None,
+        )
         self.layers[layer] += 1
         plan = self.plan(layer)
         adopted = map(self.device.adopt, shards[:3])

@@ -16,7 +16,7 @@ from mdattn_mpi.models.attention import SharedAttention, StrategyWish
 from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.outputs import Pool, embeddings, logprobs
 from mdattn_mpi.models.proof import Proof, prove
-from mdattn_mpi.models.sequence import TokenSequence, owners_of, starts_of
+from mdattn_mpi.models.sequence import ONE_DOCUMENT, TokenSequence, owners_of
 from mdattn_mpi.problem import ModelPlan, ModelProblem, Span, TensorSpec
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ TOTALS = ("logprobs_sum", "perplexity")  # one number each, beside logprobs
 
 
 def given_tensors(
-    give: Sequence[str], tokens: int, documents: int, packed: bool, width: int, dtype: str
+    give: Sequence[str], tokens: int, documents: int, width: int, dtype: str
 ) -> tuple[TensorSpec, ...]:
     """Name what comes out of a sequence, in the order in which the executor gives it.
 
@@ -37,7 +37,7 @@ def given_tensors(
     document where some are packed; ``logprobs`` ``[S]`` float32, with ``logprobs_sum`` and
     ``perplexity``, ``[1]`` in float64.
     """
-    pooled = (documents, width) if packed else (width,)
+    pooled = (documents, width) if documents > 1 else (width,)
     every = {
         HIDDEN: (TensorSpec(HIDDEN, (tokens, width), dtype),),
         EMBEDDING: (TensorSpec(EMBEDDING, pooled, "float32", None),),
@@ -140,11 +140,10 @@ class Transformer:
         return np.empty(shape, dtype)
 
     def begin(self, plan: ModelPlan, *shards: HostArray) -> Running:
-        """Take all ids of an item, and its segments if it has them."""
-        ids, *segments = shards
+        """Take all ids of an item, and where its documents start, if more than one."""
+        ids, *starts = (array.astype(np.int64) for array in shards)
         own = self.owners(plan.problem.tokens)[self._group.rank]
-        starts = starts_of(segments[0] if segments else None)
-        return Running(plan, TokenSequence(ids.astype(np.int64), starts, own))
+        return Running(plan, TokenSequence(ids, starts[0] if starts else ONE_DOCUMENT, own))
 
     def enqueue(self, running: Running) -> None:
         """Collective. Run the model, layer after layer.
@@ -169,7 +168,7 @@ class Transformer:
         self._seconds += time.perf_counter() - began
 
     def _run(self, running: Running) -> list[Any]:
-        """Collective. Make the outputs, in their order: tensors of the device, arrays of the host."""
+        """Collective. Make the outputs in their order: tensors, or arrays of the host."""
         sequence, network = running.sequence, self.network
         shared = self._shared(len(sequence.ids), running.plan.strategy)
         hidden = network.run(sequence, shared)

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.models.attention import Attending, attending
 from mdattn_mpi.models.head import Head
 from mdattn_mpi.models.pieces import Pieces
@@ -65,6 +66,8 @@ class Network:
         self._check_positions()
         self.config: Mapping[str, Any] = config.to_dict()
         self.pieces = Pieces(self.backbone)
+        dropping = any(getattr(m, "token_dropout", False) for m in self.backbone.modules())  # ESM
+        self._counted = self.config.get("mask_token_id") if dropping else None
         self.numbering = numbering_of(self.backbone)
         flags = [m.is_causal for m in self.backbone.modules() if hasattr(m, "is_causal")]
         self.causal = bool(flags) and all(flags)
@@ -74,6 +77,46 @@ class Network:
         self.longest = int(getattr(config, "max_position_embeddings", 0) or 0)
         if self.table:
             self.longest = self.table - self.numbering.first
+
+    def check_length(self, tokens: int, beyond: bool) -> None:
+        """Refuse a sequence that is longer than the model's positions.
+
+        Positions that are computed have no end: `beyond` takes them on purpose.
+
+        Raises
+        ------
+        RejectedError
+            It is too long.
+
+        """
+        if not self.longest or tokens <= self.longest or (beyond and not self.table):
+            return
+        raise RejectedError(
+            f"{tokens} tokens; {self.name} has positions for {self.longest}",
+            fix="cut it (mdattn convert --pack)"
+            if self.table
+            else "cut it, or go beyond what the model was trained for: --beyond-positions",
+        )
+
+    def check_ids(self, ids: NDArray[Any], file: str, item: str) -> None:
+        """Refuse an item with ids that the model counts or leaves out over the whole sequence.
+
+        Raises
+        ------
+        ItemError
+            Says which id is where.
+
+        """
+        wrong = (ids < 0) | (ids >= self.vocabulary)
+        why = f"the model's vocabulary has ids from 0 to {self.vocabulary - 1}"
+        fix = "use the tokenizer of this model: mdattn convert … --tokenizer DIR"
+        if not wrong.any() and self._counted is not None:
+            wrong = ids == self._counted
+            why = "the mask, by whose share in the whole sequence the model scales all tokens"
+            fix = "leave masks out, or set token_dropout to false in the model's config"
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            raise ItemError(f"input_ids[{at}] is {ids[at]}: {why}", fix=fix, file=file, item=item)
 
     @property
     def device(self) -> torch.device:
@@ -136,8 +179,8 @@ class Network:
     def _check_positions(self) -> None:
         if "position_ids" not in inspect.signature(self.backbone.forward).parameters:
             raise RejectedError(
-                f"{type(self.backbone).__name__} takes no position_ids: it numbers tokens by itself, "
-                "and a rank's tokens don't begin at 0",
+                f"{type(self.backbone).__name__} takes no position_ids: it numbers tokens by "
+                "itself, and a rank's tokens don't begin at 0",
                 fix="use a model that takes position_ids",
             )
 

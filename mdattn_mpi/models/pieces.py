@@ -1,4 +1,4 @@
-"""What works token by token, done in pieces of tokens: its inner activations are many times as wide.
+"""What works token by token, done in pieces of tokens, for it is wide inside.
 
 An MLP holds two or three arrays of its inner width at a time, several times the hidden states.
 """

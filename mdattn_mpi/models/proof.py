@@ -23,7 +23,7 @@ import numpy as np
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.models.attention import Attending, Layer, SharedAttention, StrategyWish
 from mdattn_mpi.models.pieces import PIECE
-from mdattn_mpi.models.sequence import Ids, TokenSequence, owners_of
+from mdattn_mpi.models.sequence import ONE_DOCUMENT, Ids, TokenSequence, owners_of
 from mdattn_mpi.problem import Span
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def prove(
     tokens, unseen = probe_length(network.config, group.size, network.longest)
     ids = probe_ids(network.config, network.vocabulary, tokens)
     owners = owners_of(tokens, group.size, network.causal)
-    sequence = TokenSequence(ids, np.zeros(1, np.int64), owners[group.rank])
+    sequence = TokenSequence(ids, ONE_DOCUMENT, owners[group.rank])
     shared = SharedAttention(device, backend, owners, strategy)
     alone = SharedAttention(_Alone(device), backend, ((Span(0, len(sequence.places)),),))
 
@@ -257,13 +257,14 @@ class _Reference(_Own):
         """Collective. Attend in one process; compare."""
         if len(self.outputs) == MOST_PLACES:
             raise RejectedError(f"more than {MOST_PLACES} attentions in one run", fix=_ANOTHER)
-        wide = [tensor.float() for tensor in (query, key, value)]
-        right = super().attend(module, *wide, mask, **options)
         rows = self.places
-        own = [tensor[:, :, rows] for tensor in (query, key, value)]
-        own_mask = mask if mask is None else mask[:, :, rows][..., rows]
-        inside = super().attend(module, *(each.float() for each in own), own_mask, **options)
-        ours = self.shared.attend(module, *own, None, **options)
+        q, k, v = (tensor.float() for tensor in (query, key, value))
+        right = super().attend(module, q, k, v, mask, **options)
+        q, k, v = (tensor[:, :, rows] for tensor in (q, k, v))
+        own_mask = None if mask is None else mask[:, :, rows][..., rows]
+        inside = super().attend(module, q, k, v, own_mask, **options)
+        q, k, v = (tensor[:, :, rows] for tensor in (query, key, value))
+        ours = self.shared.attend(module, q, k, v, None, **options)
 
         expected = right[:, rows]
         rounded = expected.to(query.dtype).float()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 Ids = NDArray[np.int64]
+ONE_DOCUMENT: Ids = np.zeros(1, np.int64)  # where documents start, in what isn't packed
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,6 @@ class TokenSequence:
             if len(rows):
                 found.append((int(documents[rows[0]]), Span(int(rows[0]), int(rows[-1]) + 1)))
         return found
-
-
-def starts_of(segments: Any | None) -> Ids:
-    """Find where documents begin: where the number of a token's segment isn't the one before's."""
-    if segments is None:
-        return np.zeros(1, np.int64)
-    return np.concatenate([[0], np.flatnonzero(np.diff(segments)) + 1]).astype(np.int64)
 
 
 def edges(own: Sequence[Span]) -> list[int]:
