@@ -5,48 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.backends import HostArray, StrategyBackend
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.estimate import Costs, enough_ranks
 from mdattn_mpi.models.attention import SharedAttention, StrategyWish
 from mdattn_mpi.models.network import Network
-from mdattn_mpi.models.outputs import Pool, embeddings, logprobs
+from mdattn_mpi.models.outputs import Pool, outputs_of
 from mdattn_mpi.models.proof import Proof, prove
 from mdattn_mpi.models.sequence import ONE_DOCUMENT, TokenSequence, owners_of
-from mdattn_mpi.problem import ModelPlan, ModelProblem, Span, TensorSpec
+from mdattn_mpi.problem import ModelPlan, ModelProblem, Span
 
 if TYPE_CHECKING:
     import torch
 
     from mdattn_mpi.lockstep import Group
-
-HIDDEN, EMBEDDING, LOGPROBS = GIVEN = ("last_hidden_state", "embedding", "logprobs")
-TOTALS = ("logprobs_sum", "perplexity")  # one number each, beside logprobs
-
-
-def given_tensors(
-    give: Sequence[str], tokens: int, documents: int, width: int, dtype: str
-) -> tuple[TensorSpec, ...]:
-    """Name what comes out of a sequence, in the order in which the executor gives it.
-
-    ``last_hidden_state`` ``[S, D]`` in the model's dtype; ``embedding`` ``[D]`` float32, one a
-    document where some are packed; ``logprobs`` ``[S]`` float32, with ``logprobs_sum`` and
-    ``perplexity``, ``[1]`` in float64.
-    """
-    pooled = (documents, width) if documents > 1 else (width,)
-    every = {
-        HIDDEN: (TensorSpec(HIDDEN, (tokens, width), dtype),),
-        EMBEDDING: (TensorSpec(EMBEDDING, pooled, "float32", None),),
-        LOGPROBS: (
-            TensorSpec(LOGPROBS, (tokens,), "float32"),
-            *(TensorSpec(name, (1,), "float64", None) for name in TOTALS),
-        ),
-    }
-    return tuple(tensor for name in GIVEN if name in give for tensor in every[name])
+    from mdattn_mpi.models.size import ModelSize
 
 
 class Arrays(NamedTuple):
@@ -82,10 +60,10 @@ class Transformer:
         The model, on the rank's device.
     group
         The ranks.
+    size, costs
+        How large it is, and what a rank has for it.
     give, pool, strategy
         Which outputs; how embeddings are pooled; how layers share their attention.
-    digest
-        Of the model's folder.
 
     """
 
@@ -94,17 +72,18 @@ class Transformer:
         backend: StrategyBackend,
         network: Network,
         group: Group,
+        size: ModelSize,
+        costs: Costs,
         *,
         give: Sequence[str],
         pool: Pool,
         strategy: StrategyWish,
-        digest: str,
     ) -> None:
         self.name = backend.name
         self.network = network
         self._backend, self._group = backend, group
         self._give, self._pool, self._strategy = give, pool, strategy
-        self._digest = digest
+        self._size, self._costs = size, costs
         self._seconds = 0.0
         self.proof: Proof | None = None
 
@@ -129,11 +108,33 @@ class Transformer:
 
         """
         assert self.proof is not None
+        ranks = self._group.size
+        self._check_memory(problem)
         shared = self._shared(problem.tokens, self._strategy)
         layers = [shared.plan(layer) for layer in self.proof.layers]
         heaviest = max(layers, key=lambda plan: plan.problem.flops)
-        why = (*heaviest.reasons, *self.proof.describe())
-        return ModelPlan(problem, heaviest.strategy, self._group.size, self._digest, why)
+        why = (*heaviest.reasons, self._size.describe(problem, ranks, self._costs))
+        return ModelPlan(problem, heaviest.strategy, ranks, self._size.folder.digest, why)
+
+    def _check_memory(self, problem: ModelProblem) -> None:
+        ranks, room = self._group.size, self._costs.memory
+        if room and self._size.memory(problem, ranks, self._costs) > room:
+            raise RejectedError(
+                f"{problem.tokens} tokens don't fit {ranks} ranks of {room / 2**30:.3g} GiB: "
+                + self._size.describe(problem, ranks, self._costs),
+                fix=self._enough(problem),
+            )
+
+    def _enough(self, problem: ModelProblem) -> str:
+        """Say how many ranks would do."""
+        enough = enough_ranks(
+            lambda ranks: self._size.memory(problem, ranks, self._costs),
+            problem.tokens,
+            self._costs.memory,
+        )
+        if enough is None:
+            return "use devices with more memory: no number of ranks is enough"
+        return f"share it among {max(enough, self._group.size + 1)} ranks or more"
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """An array for `begin`."""
@@ -160,10 +161,9 @@ class Transformer:
         try:
             running.outputs = self._run(running)
         except torch.OutOfMemoryError as error:
-            ranks = self._group.size
             raise DeviceError(
-                f"{running.sequence.ids.size} tokens on {ranks} ranks: {error}",
-                fix=f"start {2 * ranks} ranks, or leave such items out (--items)",
+                f"{running.plan.problem.tokens} tokens on {self._group.size} ranks: {error}",
+                fix=self._enough(running.plan.problem) + ", or leave such items out (--items)",
             ) from error
         self._seconds += time.perf_counter() - began
 
@@ -172,17 +172,8 @@ class Transformer:
         sequence, network = running.sequence, self.network
         shared = self._shared(len(sequence.ids), running.plan.strategy)
         hidden = network.run(sequence, shared)
-        found: list[Any] = []
-        if HIDDEN in self._give:
-            found.append(hidden)
-        if EMBEDDING in self._give:
-            pooled = embeddings(self._group, hidden, sequence, self._pool)
-            found.append(pooled.reshape(_tensor(running, EMBEDDING).shape))
-        if LOGPROBS in self._give:
-            assert network.head is not None
-            own, totals = logprobs(self._group, hidden, sequence, network.head, network.vocabulary)
-            found += [own, totals[:1], totals[1:]]
-        return found
+        found = outputs_of(network, hidden, sequence, self._group, self._give, self._pool)
+        return [found[tensor.name] for tensor in running.plan.problem.outputs]
 
     def _shared(self, tokens: int, strategy: StrategyWish) -> SharedAttention:
         return SharedAttention(self._backend.device, self.name, self.owners(tokens), strategy)
@@ -225,10 +216,6 @@ class Transformer:
         self._backend.abort()
 
 
-def _tensor(running: Running, name: str) -> TensorSpec:
-    return next(tensor for tensor in running.plan.problem.outputs if tensor.name == name)
-
-
 def _to_host(tensor: torch.Tensor) -> tuple[HostArray, Any]:
     """Start bringing a 16-bit tensor to the host, which NumPy has no name for; with its end."""
     import torch
@@ -242,25 +229,3 @@ def _to_host(tensor: torch.Tensor) -> tuple[HostArray, Any]:
     end = torch.cuda.Event()
     end.record()
     return host.numpy().view(dtype), end
-
-
-def check_give(give: str) -> tuple[str, ...]:
-    """Take names of outputs apart.
-
-    Raises
-    ------
-    RejectedError
-        One that isn't known, or none.
-
-    """
-    names = tuple(name.strip() for name in give.split(",") if name.strip())
-    unknown = [name for name in names if name not in GIVEN]
-    if unknown or not names:
-        raise RejectedError(
-            f"--give {give}: there is no {', '.join(unknown) or 'output named'}",
-            fix=f"use some of {','.join(GIVEN)}",
-        )
-    return names
-
-
-POOLS = get_args(Pool)

@@ -44,11 +44,11 @@ class Head:
 
     def __init__(self, model: Any) -> None:
         prefix = model.base_model_prefix
-        if not isinstance(getattr(model, "_modules", {}).get(prefix), object) or prefix == "":
+        if prefix not in model._modules:
             raise RejectedError(
-                f"{type(model).__name__} has no backbone of its own name", fix="ask for no logprobs"
+                f"{type(model).__name__} isn't a backbone and a head on it",
+                fix="use another model, or ask for no logprobs",
             )
-        self.backbone: torch.nn.Module = getattr(model, prefix)
         self._given = _Given()
         self._model = copy.copy(model)
         self._model._modules = {**model._modules, prefix: self._given}

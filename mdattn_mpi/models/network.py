@@ -62,7 +62,7 @@ class Network:
         config.use_cache = False
         has_head = anything.get_output_embeddings() is not None
         self.head = Head(anything) if has_head else None
-        self.backbone: Any = self.head.backbone if self.head else model
+        self.backbone: Any = anything.base_model
         self._check_positions()
         self.config: Mapping[str, Any] = config.to_dict()
         self.pieces = Pieces(self.backbone)

@@ -6,23 +6,99 @@ same ranks give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.models.sequence import Ids, TokenSequence, edges
+from mdattn_mpi.problem import TensorSpec
 
 if TYPE_CHECKING:
     import torch
 
     from mdattn_mpi.lockstep import Group
+    from mdattn_mpi.models.network import Network
 
 Pool = Literal["mean", "last", "first"]
 Floats = NDArray[np.float64]
 
 LOGIT_BYTES = 1 << 29  # of logits in float32 at a time
+
+HIDDEN, EMBEDDING, LOGPROBS = GIVEN = ("last_hidden_state", "embedding", "logprobs")
+SUM, PERPLEXITY = "logprobs_sum", "perplexity"  # one number each, beside logprobs
+
+
+def given_tensors(
+    give: Sequence[str], tokens: int, documents: int, width: int, dtype: str
+) -> tuple[TensorSpec, ...]:
+    """Name what comes out of a sequence, in the order in which `outputs_of` gives it.
+
+    ``last_hidden_state`` ``[S, D]`` in the model's dtype; ``embedding`` ``[D]`` float32, one a
+    document where more than one are packed; ``logprobs`` ``[S]`` float32, with ``logprobs_sum`` and
+    ``perplexity``, ``[1]`` in float64.
+    """
+    pooled = (documents, width) if documents > 1 else (width,)
+    every = {
+        HIDDEN: (TensorSpec(HIDDEN, (tokens, width), dtype),),
+        EMBEDDING: (TensorSpec(EMBEDDING, pooled, "float32", None),),
+        LOGPROBS: (
+            TensorSpec(LOGPROBS, (tokens,), "float32"),
+            *(TensorSpec(name, (1,), "float64", None) for name in (SUM, PERPLEXITY)),
+        ),
+    }
+    return tuple(tensor for name in GIVEN if name in give for tensor in every[name])
+
+
+def outputs_of(
+    network: Network,
+    hidden: torch.Tensor,
+    sequence: TokenSequence,
+    group: Group,
+    give: Sequence[str],
+    pool: Pool,
+) -> dict[str, Any]:
+    """Collective. Make of the rank's hidden states what is to be given, by name.
+
+    A tensor for the hidden states, NumPy arrays for all that is small.
+    """
+    found: dict[str, Any] = {}
+    if HIDDEN in give:
+        found[HIDDEN] = hidden
+    if EMBEDDING in give:
+        pooled = embeddings(group, hidden, sequence, pool)
+        found[EMBEDDING] = pooled if sequence.documents > 1 else pooled[0]
+    if LOGPROBS in give:
+        assert network.head is not None
+        own, totals = logprobs(group, hidden, sequence, network.head, network.vocabulary)
+        found |= {LOGPROBS: own, SUM: totals[:1], PERPLEXITY: totals[1:]}
+    return found
+
+
+def check_give(give: str, causal: bool) -> tuple[str, ...]:
+    """Take names of outputs apart.
+
+    Raises
+    ------
+    RejectedError
+        One that isn't known, or none; log-probabilities of a model that sees later tokens.
+
+    """
+    names = tuple(name.strip() for name in give.split(",") if name.strip())
+    unknown = [name for name in names if name not in GIVEN]
+    if unknown or not names:
+        raise RejectedError(
+            f"--give {give}: there is no {', '.join(unknown) or 'output named'}",
+            fix=f"use some of {','.join(GIVEN)}",
+        )
+    if LOGPROBS in names and not causal:
+        raise RejectedError(
+            "--give logprobs of a model whose tokens see those after them",
+            fix="use a causal language model, or leave logprobs out",
+        )
+    return names
 
 
 def embeddings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import cast
 
 from mdattn_mpi.backends import HostArray, StrategyBackend, backend_name, open_backend
 from mdattn_mpi.dataset import AnyItem, scan_file
@@ -11,18 +11,20 @@ from mdattn_mpi.dataset.tokens import TokenFile, open_tokens
 from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, gather_together, together
+from mdattn_mpi.models.executor import Transformer
 from mdattn_mpi.models.folder import ModelFolder, open_folder
+from mdattn_mpi.models.load import load
+from mdattn_mpi.models.network import Network
+from mdattn_mpi.models.outputs import LOGPROBS, check_give, given_tensors
+from mdattn_mpi.models.sequence import owners_of
+from mdattn_mpi.models.size import ModelSize
 from mdattn_mpi.problem import DTYPES, AnyPlan, ModelPlan, ModelProblem, Span, TensorSpec
 from mdattn_mpi.runner.finite import first_nonfinite
 from mdattn_mpi.runner.groups import memory_of_a_rank, open_groups
-from mdattn_mpi.runner.job import Job, scan_once
+from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import Measure, make_schedule
 from mdattn_mpi.runner.work import Shard, Task
-
-if TYPE_CHECKING:
-    from mdattn_mpi.models.executor import Transformer
-    from mdattn_mpi.models.network import Network
 
 
 class TransformerWork:
@@ -38,8 +40,6 @@ class TransformerWork:
 
     def task(self, item: AnyItem, plan: AnyPlan, rank: int) -> Task:
         """Say that the rank reads all ids, and writes what is given of its own tokens."""
-        from mdattn_mpi.models.sequence import owners_of
-
         assert isinstance(plan, ModelPlan)
         tokens = plan.problem.tokens
         owners = owners_of(tokens, plan.ranks, self.network.causal)
@@ -114,33 +114,73 @@ def check_options(spec: JobSpec) -> None:
 
 
 def open_transformer(spec: JobSpec, world: World) -> Job:
-    """Collective. Open model and file; prove the model on its ranks; plan every item.
-
-    The file is looked at first, which is quick, and the model loaded then.
-    """
-    from mdattn_mpi.models.executor import LOGPROBS, Transformer, check_give, given_tensors
-    from mdattn_mpi.models.size import ModelSize
-
-    give = together(world, "arguments", lambda: check_give(spec.give))
+    """Collective. Open model and file; prove the model on its ranks; plan every item."""
     folder = together(
         world, "model", lambda: open_folder(spec.model), lambda found: {"model": found.digest}
     )
     name = backend_name(spec.backend, world)
-    memory = min(gather_together(world, "memory", lambda: memory_of_a_rank(name, world)))
-    costs = typical_costs(name, memory, preparing=0.0)
-    catalog = scan_once(
-        world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
-    )
-    network = together(world, "load", lambda: _load(spec, folder, name, world, give))
-
+    room = min(gather_together(world, "memory", lambda: memory_of_a_rank(name, world)))
+    costs = typical_costs(name, room, preparing=0.0)
+    network = together(world, "load", lambda: _load(spec, folder, name, world, room))
+    give = together(world, "arguments", lambda: check_give(spec.give, network.causal))
     size = ModelSize(folder, DTYPES[spec.dtype], network.causal, LOGPROBS in give)
+    dataset = _open_tokens(spec, world, network, size, give)
+    work = TransformerWork(spec, folder, network, dataset)
+    items = dataset.items
+    schedule = together(
+        world,
+        "schedule",
+        lambda: make_schedule(
+            [item.problem for item in items],
+            world.nodes,
+            spec.group_size,
+            costs,
+            Measure(size.seconds, size.memory),
+        ),
+        lambda schedule: {"group sizes": schedule.signature},
+    )
+
+    def open_one(group: Group) -> Transformer:
+        backend = open_backend(
+            name, group, threads=spec.threads, transfer=spec.transfer, kernel=spec.kernel
+        )
+        opened = Transformer(
+            cast(StrategyBackend, backend),
+            network,
+            group,
+            size,
+            costs,
+            give=give,
+            pool=spec.pool,
+            strategy=spec.strategy,
+        )
+        opened.prove()
+        return opened
+
+    groups = open_groups(world, schedule, open_one)
+    for group in groups:
+        transformer = cast(Transformer, group.executor)
+        assert transformer.proof is not None
+        say(world, "\n".join(f"mdattn: {line}" for line in transformer.proof.describe()))
+        mine = [items[item] for item in schedule.queues[group.queue].items]
+        group.plan(world, mine, transformer.plan, spec.data)
+    return Job(spec, world, work, dataset, items, schedule, groups)
+
+
+def _open_tokens(
+    spec: JobSpec, world: World, network: Network, size: ModelSize, give: Sequence[str]
+) -> TokenFile:
+    """Collective. Open the file of token ids; say what is to be made of every item."""
 
     def problem(tokens: int, documents: int) -> ModelProblem:
         network.check_length(tokens, spec.beyond_positions)
         outputs = given_tensors(give, tokens, documents, network.width, network.dtype)
         return ModelProblem(tokens, outputs, size.flops(tokens))
 
-    dataset = together(
+    catalog = scan_once(
+        world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
+    )
+    return together(
         world,
         "dataset",
         lambda: open_tokens(
@@ -153,58 +193,24 @@ def open_transformer(spec: JobSpec, world: World) -> Job:
         ),
         lambda file: {"dataset": file.path, "digest": file.fingerprint, "bytes": file.size},
     )
-    work = TransformerWork(spec, folder, network, dataset)
 
-    def open_one(group: Group) -> Transformer:
-        backend = open_backend(
-            name, group, threads=spec.threads, transfer=spec.transfer, kernel=spec.kernel
+
+def _load(spec: JobSpec, folder: ModelFolder, backend: str, world: World, room: int) -> Network:
+    """Load the model where the rank computes, if its weights alone fit there."""
+    nbytes = 2 * folder.parameters
+    if nbytes > room:
+        raise RejectedError(
+            f"its weights take {nbytes / 2**30:.3g} GiB of every rank, which has "
+            f"{room / 2**30:.3g} GiB for them",
+            fix="use devices with more memory, or fewer ranks a node: each holds all weights",
+            file=spec.model,
         )
-        assert isinstance(backend, StrategyBackend)
-        opened = Transformer(
-            backend,
-            network,
-            group,
-            give=give,
-            pool=spec.pool,
-            strategy=spec.strategy,
-            digest=folder.digest,
-        )
-        opened.prove()
-        return opened
-
-    schedule = together(
-        world,
-        "schedule",
-        lambda: make_schedule(
-            [item.problem for item in dataset.items],
-            world.nodes,
-            spec.group_size,
-            costs,
-            Measure(size.seconds, size.memory),
-        ),
-        lambda schedule: {"group sizes": schedule.signature},
-    )
-    groups = open_groups(world, schedule, open_one)
-    for group in groups:
-        items = [dataset.items[item] for item in schedule.queues[group.queue].items]
-        group.plan(world, items, group.executor.plan, spec.data)  # type: ignore[attr-defined]
-    return Job(spec, world, work, dataset, dataset.items, schedule, groups)
-
-
-def _load(
-    spec: JobSpec, folder: ModelFolder, backend: str, world: World, give: Sequence[str]
-) -> Network:
-    """Load the model where the rank computes."""
-    from mdattn_mpi.models.executor import LOGPROBS
-    from mdattn_mpi.models.load import load
-    from mdattn_mpi.models.network import Network
-
     device = "cpu" if backend == "cpu" else f"cuda:{world.local_rank}"
     model = load(
         folder,
         DTYPES[spec.dtype],
         device,
-        head=LOGPROBS in give,
+        head=LOGPROBS in spec.give,
         threads=spec.threads or world.cores,
     )
     return Network(model)
