@@ -161,7 +161,7 @@ def open_transformer(spec: JobSpec, world: World) -> Job:
     for group in groups:
         transformer = cast(Transformer, group.executor)
         assert transformer.proof is not None
-        say(world, "\n".join(f"mdattn: {line}" for line in transformer.proof.describe()))
+        say(spec, world, "\n".join(f"mdattn: {line}" for line in transformer.proof.describe()))
         mine = [items[item] for item in schedule.queues[group.queue].items]
         group.plan(world, mine, transformer.plan, spec.data)
     return Job(spec, world, work, dataset, items, schedule, groups)
