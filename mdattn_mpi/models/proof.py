@@ -202,8 +202,9 @@ def probe_length(
 
 def probe_ids(config: Mapping[str, Any], vocabulary: int, tokens: int) -> Ids:
     """Draw random ids, none with a meaning of its own such as padding; the same on all ranks."""
-    special = {value for name, value in config.items() if name.endswith("_token_id")}
-    allowed = np.setdiff1d(np.arange(vocabulary), [n for n in special if isinstance(n, int)])
+    special = [config[name] for name in config if name.endswith("_token_id")]
+    flat = [n for each in special for n in (each if isinstance(each, list) else [each])]
+    allowed = np.setdiff1d(np.arange(vocabulary), [n for n in flat if isinstance(n, int)])
     return np.random.default_rng(1).choice(allowed, tokens).astype(np.int64)
 
 

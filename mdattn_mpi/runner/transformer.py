@@ -174,6 +174,8 @@ def _open_tokens(
 
     def problem(tokens: int, documents: int) -> ModelProblem:
         network.check_length(tokens, spec.beyond_positions)
+        if documents > 1:
+            raise RejectedError("packed documents aren't there yet", fix="convert without --pack")
         outputs = given_tensors(give, tokens, documents, network.width, network.dtype)
         return ModelProblem(tokens, outputs, size.flops(tokens))
 
