@@ -24,7 +24,6 @@ from mdattn_mpi.runner.work import Begun, Enqueued, Read, Task, Written
 S = TypeVar("S", Read, Written)
 
 MEANWHILE = ("agree", "read", "begin", "enqueue", "write")  # what others may do while one agrees
-LAG = 4  # items that may wait to be written: GPUs do short ones faster than the host asks for them
 BAD = 1 << 32  # in place of a checksum, which has 32 bits: the item can't be written as it came out
 
 
@@ -92,7 +91,7 @@ class Loop:
 
         """
         self.reads = ReadAhead(tasks, self._room, self.files.read)
-        self.writes: WriteBehind[Task, Enqueued, Written] = WriteBehind(self.files.write, LAG)
+        self.writes: WriteBehind[Task, Enqueued, Written] = WriteBehind(self.files.write)
         try:
             current = self._advance()
             while current is not None:

@@ -67,7 +67,7 @@ class WriteBehind(Background, Generic[T, W, R]):
     for; nothing keeps the work itself once it is written.
     """
 
-    def __init__(self, write: Callable[[W], R], lag: int) -> None:
+    def __init__(self, write: Callable[[W], R], lag: int = 2) -> None:
         super().__init__("mdattn-write")
         self._write = write
         self._lag = lag

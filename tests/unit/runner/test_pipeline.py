@@ -64,7 +64,7 @@ def test_another_call_comes_after_what_was_put_before_and_tells_its_error() -> N
         order.append(name)
         raise OSError(name)
 
-    writes: WriteBehind[str, str, None] = WriteBehind(write, lag=2)
+    writes: WriteBehind[str, str, None] = WriteBehind(write)
     writes.put("task", "shard")
     writes.run(commit, "commit")
     writes.check()  # not done yet: nothing to say
@@ -83,7 +83,7 @@ def test_closing_without_waiting_drops_what_has_not_begun() -> None:
         gate.wait(10)
         done.append(number)
 
-    writes: WriteBehind[int, int, None] = WriteBehind(write, lag=2)
+    writes: WriteBehind[int, int, None] = WriteBehind(write)
     for number in range(3):
         writes.put(number, number)
     time.sleep(0.05)
