@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from mdattn_mpi.models.attention import Attending, attending
-
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World
+    from mdattn_mpi.models.attention import Attending
     from mdattn_mpi.models.network import Network
 
 
@@ -21,6 +18,7 @@ class ContextParallel:
     """
 
     def __init__(self, world: World, network: Network, ids: Any) -> None:
+        import numpy as np
         import torch
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
@@ -42,6 +40,8 @@ class ContextParallel:
         """Collective. Run the model; `by` calls PyTorch's attention, which PyTorch shares."""
         import torch
         from torch.distributed.tensor.experimental import context_parallel
+
+        from mdattn_mpi.models.attention import attending
 
         # A length must be a multiple of twice the ranks; what isn't cut here stays whole.
         shards = [each.clone() for each in self.inputs]
