@@ -159,7 +159,8 @@ class ParallelModel:
                 fix="give the integers of one sequence, [S], S at least 1, on every rank",
             )
         self._network.check_length(len(array), beyond=True)
-        self._network.check_ids(array, "", "")
+        if fault := self._network.fault_of(array):
+            raise RejectedError(fault[0], fix=fault[1])
         return array.astype(np.int64)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -84,7 +84,7 @@ class Transformer:
         self._backend, self._group = backend, group
         self._give, self._pool, self._strategy = give, pool, strategy
         self._size, self._costs = size, costs
-        self._seconds = 0.0
+        self._marks: list[tuple[Any, Any]] = []  # on a GPU, before and after every item
         self.proof: Proof | None = None
 
     def prove(self) -> None:
@@ -157,15 +157,27 @@ class Transformer:
         """
         import torch
 
-        began = time.perf_counter()
         try:
-            running.outputs = self._run(running)
+            with self._marked():
+                running.outputs = self._run(running)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
                 f"{running.plan.problem.tokens} tokens on {self._group.size} ranks: {error}",
                 fix=self._enough(running.plan.problem) + ", or leave such items out (--items)",
             ) from error
-        self._seconds += time.perf_counter() - began
+
+    @contextmanager
+    def _marked(self) -> Iterator[None]:
+        import torch
+
+        if self.network.device.type == "cpu":
+            yield
+            return
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        yield
+        after.record()
+        self._marks.append((before, after))
 
     def _run(self, running: Running) -> list[Any]:
         """Collective. Make the outputs in their order: tensors, or arrays of the host."""
@@ -204,8 +216,15 @@ class Transformer:
         }
 
     def timings(self) -> Mapping[str, float]:
-        """Ask the device, which knows of attention alone; ``model`` is the host's time in all."""
-        return {**self._backend.timings(), "model": self._seconds}
+        """Seconds of the GPU, all of the model's layers in ``compute``; a CPU's are the host's."""
+        found = dict(self._backend.timings())
+        attention = found.pop("compute", 0.0)
+        if self._marks:
+            self._marks[-1][1].synchronize()
+            whole = sum(before.elapsed_time(after) for before, after in self._marks) / 1e3
+            others = found.get("exchange", 0.0) + found.get("merge", 0.0)
+            found["compute"] = max(attention, whole - others)
+        return found
 
     def close(self) -> None:
         """Release the device."""

@@ -58,7 +58,9 @@ class TransformerWork:
 
     def check(self, task: Task, shards: Sequence[HostArray]) -> None:
         """Refuse ids that the model has no embedding of, and documents that aren't in order."""
-        self.network.check_ids(shards[0], self.spec.data, task.item.name)
+        if fault := self.network.fault_of(shards[0]):
+            what, fix = fault
+            raise ItemError(what, fix=fix, file=self.spec.data, item=task.item.name)
         self.dataset.starts(task.item)
 
     def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:

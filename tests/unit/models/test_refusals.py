@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mdattn_mpi.errors import ItemError, RejectedError
+from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.models.attention import NAME, register
 from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.outputs import check_give
@@ -73,15 +73,18 @@ def test_longer_than_a_table_of_positions(family: str) -> None:
 def test_ids_beyond_the_vocabulary(bad: int, at: int) -> None:
     ids = np.full(5, 9)
     ids[at] = bad
-    with pytest.raises(ItemError, match=rf"input_ids\[{at}\] is {bad}: .*0 to 95"):
-        network(tiny_model("llama")).check_ids(ids, "file", "item")
+    fault = network(tiny_model("llama")).fault_of(ids)
+    assert fault
+    assert f"input_ids[{at}] is {bad}: the model's vocabulary has ids from 0 to 95" in fault[0]
+    assert network(tiny_model("llama")).fault_of(np.array([0, 95])) is None
 
 
 def test_masks_that_esm_counts_over_the_whole_sequence() -> None:
     esm = network(tiny_model("esm"))
-    esm.check_ids(np.array([5, 7]), "", "")
-    with pytest.raises(ItemError, match=r"input_ids\[1\] is 3: the mask"):
-        esm.check_ids(np.array([5, 3]), "", "")
+    assert esm.fault_of(np.array([5, 7])) is None
+    fault = esm.fault_of(np.array([5, 3]))
+    assert fault
+    assert "input_ids[1] is 3: the mask" in fault[0]
 
 
 @pytest.mark.parametrize("give", ["", "states", "embedding,states"])
