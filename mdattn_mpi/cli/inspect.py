@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.cli.options import add_opening_options, printable
+from mdattn_mpi.cli.options import add_opening_options
+from mdattn_mpi.text import counted, printable, quantity, show
 
 if TYPE_CHECKING:
     from mdattn_mpi.dataset import AnyItem, Dataset, Item, Output
@@ -49,9 +50,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         import json
 
-        print(json.dumps(facts, indent=1))
+        show(json.dumps(facts, indent=1))
     else:
-        print("\n".join(_lines(facts, _columns())))
+        show("\n".join(_lines(facts, _columns())))
     bad = facts.get("faults") or any(
         item.get("state") == "failed" or item.get("damaged") for item in facts["items"]
     )
@@ -189,7 +190,8 @@ def _lines(facts: Mapping[str, Any], columns: int) -> Iterator[str]:
         return
     items = facts["items"]
     if facts["format"] == "mdattn-dataset":
-        yield f"{facts['path']}: dataset, {len(items)} items, {facts['bytes'] / 1e6:.1f} MB"
+        held = f"{counted(len(items), 'item')}, {quantity(facts['bytes'], 'B')}"
+        yield f"{facts['path']}: dataset, {held}"
         yield from _table([_dataset_row(item) for item in items], columns)
     else:
         counts = ", ".join(f"{count} {state}" for state, count in facts["counts"].items())
@@ -220,8 +222,10 @@ def _checked(items: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
     bare = sum(
         tensor["crc32"] is None for item in checked for tensor in item.get("tensors", {}).values()
     )
-    text = f"checked: {sum(bool(i['damaged']) for i in checked)} of {len(checked)} items damaged"
-    return _wrap(text + (f"; {bare} tensors have no checksum" if bare else ""), columns)
+    damaged = sum(bool(item["damaged"]) for item in checked)
+    text = f"checked: {damaged} of {counted(len(checked), 'item')} damaged"
+    text += f"; {counted(bare, 'tensor')} without a checksum" if bare else ""
+    return _wrap(text, columns)
 
 
 def _dataset_row(item: Mapping[str, Any]) -> dict[str, str]:
@@ -230,7 +234,7 @@ def _dataset_row(item: Mapping[str, Any]) -> dict[str, str]:
     return {
         "item": item["name"],
         "shape": item["shape"],
-        "MB": f"{item['bytes'] / 1e6:.1f}",
+        "size": quantity(item["bytes"], "B"),
         "stored": "; ".join(sorted({tensor["storage"] for tensor in tensors}))
         + (f", as {'/'.join(encodings)}" if encodings != ["float"] else ""),
     }
@@ -241,7 +245,7 @@ def _output_row(item: Mapping[str, Any]) -> dict[str, str]:
         "item": item["name"],
         "shape": item["shape"],
         "state": item["state"],
-        "by": f"{item['strategy']}, {item['ranks']} ranks" if "ranks" in item else "",
+        "by": f"{item['strategy']}, {counted(item['ranks'], 'rank')}" if "ranks" in item else "",
     }
 
 

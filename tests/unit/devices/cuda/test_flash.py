@@ -18,7 +18,7 @@ from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.dlpack import Tensor
 from mdattn_mpi.devices.cuda.flash import engine
 from mdattn_mpi.devices.cuda.flash.key import KernelKey
-from mdattn_mpi.devices.cuda.flash.store import Store, default_folder
+from mdattn_mpi.devices.cuda.flash.store import Store
 from mdattn_mpi.devices.cuda.flash.tvm import FunctionLaunch
 from mdattn_mpi.errors import DeviceError, RejectedError
 
@@ -222,16 +222,6 @@ def test_without_a_place_to_keep_them_kernels_are_compiled_all_the_same(tmp_path
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file" / "flash", VERSIONS)
     assert store.get(KEY, lambda key: Compiled(), load) == "attend code"
-
-
-def test_the_cache_stands_where_the_user_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("MDATTN_CACHE", raising=False)
-    assert default_folder() == tmp_path / "mdattn" / "flash"
-    monkeypatch.setenv("MDATTN_CACHE", str(tmp_path / "own"))
-    assert default_folder() == tmp_path / "own" / "flash"
 
 
 def slowly(key: KernelKey) -> Compiled:
