@@ -347,7 +347,8 @@ def call_of(
     dtype = name_of(q.dtype)
     return AttentionCall(
         *(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
-        dtype, dtype, causal, scale, q.strides, k.strides, v.strides, output.strides, lse.strides,
+        dtype, dtype, None, 0 if causal else None, scale, 0.0,
+        q.strides, k.strides, v.strides, output.strides, lse.strides,
     )  # fmt: skip
 
 
@@ -360,8 +361,9 @@ def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
     q_heads, kv_heads = call.q_heads, call.kv_heads
     dim, v_dim, dtype = problem.head_dim, problem.v_head_dim, problem.dtype
     return AttentionCall(
-        call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype, call.causal,
-        problem.scale, strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
+        call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype,
+        None, 0 if call.causal else None, problem.scale, 0.0,
+        strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
         strides(q_heads, v_dim), (q_heads, 1),
     )  # fmt: skip
 
