@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -232,7 +232,7 @@ class TensorFile:
         file may go unseen, a changed file of the same shapes won't.
         """
         digest = hashlib.sha256()
-        problems = {item.problem: digest_of(asdict(item.problem)) for item in self.items}
+        problems = {item.problem: digest_of(item.problem.facts()) for item in self.items}
         tensors = [
             (item, name, data)
             for item in self.items

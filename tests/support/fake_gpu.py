@@ -351,6 +351,10 @@ def _merge(call: MergeCall) -> None:
         target,
     )
     lse = _view(call.lse + at * 4, (len(rows), heads), (heads, 1), np.float32)
+    if call.sinks:
+        sinks = _view(call.sinks, (heads,), (1,), np.float32)
+        values.append(np.zeros((len(rows), heads, dim)))
+        logs.append(np.broadcast_to(sinks, (len(rows), heads)).astype(float))
     if not logs:
         out[...], lse[...] = 0, -np.inf
         return

@@ -1,4 +1,4 @@
-// The merge of partial results; `merge.py` says what it computes, and fills in four names in capitals.
+// The merge of partial results; `merge.py` says what it computes, and fills in five names in capitals.
 // The two 16-bit formats are done by hand: NVRTC has no header for them unless a CUDA toolkit is
 // installed.
 
@@ -30,7 +30,8 @@ template <> struct __align__(16) Vector<float> { float at[8]; };
 struct Part { const In* output; const float* lse; i64 begin, end; };
 struct Call {
   Out* output; float* lse; const float* running; const float* running_lse;
-  i64 begin, end, dim;
+  const float* sinks;
+  i64 begin, end, dim, heads;
   Part parts[SLOTS];
 };
 
@@ -61,12 +62,15 @@ extern "C" __global__ void __launch_bounds__(256) merge(const Call call)
     before = *reinterpret_cast<const Vector<float>*>(call.running + at * call.dim + lane);
   }
 
+  const float sink = SINKS && inside ? call.sinks[at % call.heads] : none;
+
   float most = none;
   int best = -1;
   #pragma unroll
   for (int i = 0; i <= SLOTS; ++i)
     if (logs[i] > most) { most = logs[i]; best = i; }
-  float rest = 0.f;
+  if (sink > most) { most = sink; best = SLOTS + 1; }
+  float rest = best != SLOTS + 1 && sink > none ? expf(sink - most) : 0.f;
   #pragma unroll
   for (int i = 0; i <= SLOTS; ++i)
     if (i != best && logs[i] > none) rest += expf(logs[i] - most);
