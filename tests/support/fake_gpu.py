@@ -342,6 +342,9 @@ def _merge(call: MergeCall) -> None:
                 log[index] = _view(lse + at * 4, (heads,), (1,), np.float32)
         values.append(value)
         logs.append(log)
+    if call.sinks:
+        values.append(np.zeros((len(rows), heads, dim)))
+        logs.append(np.tile(_view(call.sinks, (heads,), (1,), np.float32), (len(rows), 1)))
     target = DTYPES[call.target]
     at = call.start * heads
     out = _view(
@@ -351,10 +354,6 @@ def _merge(call: MergeCall) -> None:
         target,
     )
     lse = _view(call.lse + at * 4, (len(rows), heads), (heads, 1), np.float32)
-    if call.sinks:
-        sinks = _view(call.sinks, (heads,), (1,), np.float32)
-        values.append(np.zeros((len(rows), heads, dim)))
-        logs.append(np.broadcast_to(sinks, (len(rows), heads)).astype(float))
     if not logs:
         out[...], lse[...] = 0, -np.inf
         return

@@ -6,8 +6,8 @@ denominator, and that denominator's logarithm. With ``L`` the greatest of them, 
     lse    = L + log1p(sum of exp(lse_i - L), the greatest left out)
     output = sum of exp(lse_i - lse) · output_i
 
-A partial of no keys has LSE −∞ and weighs nothing; a row of none gives 0 and −∞. A head's sink is a
-partial with output 0, whose logarithm is the sink itself.
+A partial of no keys has LSE −∞ and weighs nothing; a row of none gives 0 and −∞. A sink is one more
+partial, whose output is 0.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MergeCall:
         Row 0 of a float32 result to go on from; 0 where there is none. The output may be one of
         the parts, or `running`, at the same rows.
     sinks
-        ``[heads]`` in float32; 0 where there are none.
+        The sinks of all heads in float32; 0 where there are none.
 
     """
 
@@ -122,8 +122,8 @@ class MergeCall:
         ]
         flat += [0] * 4 * (self.slots - len(self.parts))
         return (
-            self.output, self.lse, self.running, self.running_lse,
-            self.sinks, self.start * heads, self.stop * heads, self.dim, heads, *flat,
+            self.output, self.lse, self.running, self.running_lse, self.sinks,
+            self.start * heads, self.stop * heads, self.dim, heads, *flat,
         )  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from mdattn_mpi.devices.cuda.flash.engine import FlashEngine, why_not
 from mdattn_mpi.devices.cuda.memory import contiguous_strides
 from mdattn_mpi.devices.presence import gpu_count
 from mdattn_mpi.errors import DeviceError
+from tests.support.no_triton import import_quack
 
 pytestmark = pytest.mark.skipif(
     not find_spec("flash_attn") or bool(why_not((9, 0))), reason=why_not((9, 0)) or "not installed"
@@ -59,6 +60,8 @@ def call_of(
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlashEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MDATTN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CUTE_DSL_ARCH", "sm_90a")
+        import_quack()
         yield FlashEngine((9, 0), 0)
 
 
