@@ -19,6 +19,7 @@ from mdattn_mpi.models.outputs import Pool, outputs_of
 from mdattn_mpi.models.proof import Proof, prove
 from mdattn_mpi.models.sequence import ONE_DOCUMENT, TokenSequence, owners_of
 from mdattn_mpi.problem import ModelPlan, ModelProblem, Span
+from mdattn_mpi.text import counted, memory_size
 
 if TYPE_CHECKING:
     import torch
@@ -120,8 +121,8 @@ class Transformer:
         ranks, room = self._group.size, self._costs.memory
         if room and self._size.memory(problem, ranks, self._costs) > room:
             raise RejectedError(
-                f"{problem.tokens} tokens don't fit {ranks} ranks of {room / 2**30:.3g} GiB: "
-                + self._size.describe(problem, ranks, self._costs),
+                f"{problem.tokens} tokens don't fit {counted(ranks, 'rank')} of "
+                f"{memory_size(room)}: " + self._size.describe(problem, ranks, self._costs),
                 fix=self._enough(problem),
             )
 
@@ -134,7 +135,7 @@ class Transformer:
         )
         if enough is None:
             return "use devices with more memory: no number of ranks is enough"
-        return f"share it among {max(enough, self._group.size + 1)} ranks or more"
+        return f"share it among at least {max(enough, self._group.size + 1)} ranks"
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """An array for `begin`."""
@@ -162,7 +163,7 @@ class Transformer:
                 running.outputs = self._run(running)
         except torch.OutOfMemoryError as error:
             raise DeviceError(
-                f"{running.plan.problem.tokens} tokens on {self._group.size} ranks: {error}",
+                f"{running.plan.problem.tokens} tokens on {counted(self._group.size, 'rank')}: {error}",
                 fix=self._enough(running.plan.problem) + ", or leave such items out (--items)",
             ) from error
 
@@ -182,13 +183,17 @@ class Transformer:
     def _run(self, running: Running) -> list[Any]:
         """Collective. Make the outputs in their order: tensors, or arrays of the host."""
         sequence, network = running.sequence, self.network
-        shared = self._shared(len(sequence.ids), running.plan.strategy)
+        segments = tuple(sequence.starts.tolist())
+        shared = self._shared(len(sequence.ids), running.plan.strategy, segments)
         hidden = network.run(sequence, shared)
         found = outputs_of(network, hidden, sequence, self._group, self._give, self._pool)
         return [found[tensor.name] for tensor in running.plan.problem.outputs]
 
-    def _shared(self, tokens: int, strategy: StrategyWish) -> SharedAttention:
-        return SharedAttention(self._backend.device, self.name, self.owners(tokens), strategy)
+    def _shared(
+        self, tokens: int, strategy: StrategyWish, segments: tuple[int, ...] = ()
+    ) -> SharedAttention:
+        owners = self.owners(tokens)
+        return SharedAttention(self._backend.device, self.name, owners, strategy, segments)
 
     def collect(self, running: Running) -> Arrays:
         """Start bringing the outputs to the host."""
@@ -209,7 +214,7 @@ class Transformer:
 
         network = self.network
         return {
-            "model": f"{network.name} in {network.dtype}, {network.nbytes / 2**30:.2f} GiB a rank",
+            "model": f"{network.name} in {network.dtype}, {memory_size(network.nbytes)} a rank",
             **self._backend.describe(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -16,6 +16,7 @@ from mdattn_mpi.models.folder import ModelFolder, Weight
 from mdattn_mpi.models.outputs import LOGIT_BYTES
 from mdattn_mpi.models.pieces import PIECE
 from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, DTypeName, ModelProblem
+from mdattn_mpi.text import memory_size
 
 EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "decoder")  # in names of weights that are looked up
 DENSE = 1.3  # matrix products of large models are so much faster than attention, about
@@ -129,11 +130,11 @@ class ModelSize:
         own = -(-problem.tokens // ranks)
         total = self.memory(problem, ranks, costs)
         rest = total - self.nbytes - self.activations(own)
-        parts = (self.nbytes, self.activations(own), rest)
-        weights, activations, attention = (f"{part / 2**30:.3g}" for part in parts)
+        parts = (total, self.nbytes, self.activations(own), rest)
+        whole, weights, activations, attention = map(memory_size, parts)
         return (
-            f"memory: {total / 2**30:.3g} GiB a rank (weights {weights}, activations "
-            f"{activations}, attention {attention})"
+            f"memory: {whole} a rank (weights {weights}, activations {activations}, attention "
+            f"{attention})"
         )
 
 

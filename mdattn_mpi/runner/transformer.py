@@ -25,6 +25,7 @@ from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import Measure, make_schedule
 from mdattn_mpi.runner.work import Shard, Task
+from mdattn_mpi.text import memory_size
 
 
 class TransformerWork:
@@ -176,8 +177,6 @@ def _open_tokens(
 
     def problem(tokens: int, documents: int) -> ModelProblem:
         network.check_length(tokens, spec.beyond_positions)
-        if documents > 1:
-            raise RejectedError("packed documents aren't there yet", fix="convert without --pack")
         outputs = given_tensors(give, tokens, documents, network.width, network.dtype)
         return ModelProblem(tokens, outputs, size.flops(tokens))
 
@@ -204,8 +203,8 @@ def _load(spec: JobSpec, folder: ModelFolder, backend: str, world: World, room: 
     nbytes = 2 * folder.parameters
     if nbytes > room:
         raise RejectedError(
-            f"its weights take {nbytes / 2**30:.3g} GiB of every rank, which has "
-            f"{room / 2**30:.3g} GiB for them",
+            f"its weights take {memory_size(nbytes)} of every rank, which has "
+            f"{memory_size(room)} for them",
             fix="use devices with more memory, or fewer ranks a node: each holds all weights",
             file=spec.model,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,25 +17,29 @@ import torch
 from mdattn_mpi.models.attention import SharedAttention, StrategyWish
 from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.proof import Proof, prove
-from mdattn_mpi.models.sequence import ONE_DOCUMENT, TokenSequence, owners_of
+from mdattn_mpi.models.sequence import TokenSequence, owners_of
 from mdattn_mpi.problem import STRATEGY_NAMES
 from tests.support.model_ranks import on_ranks
 
 TOKENS = 53
 IDS = random_ids(TOKENS).numpy()
-MASKED = ("mistral", "gemma2", "gemma3", "gpt-oss", "modernbert")
 
 
 def shared_run(
-    family: str, ranks: int, strategy: StrategyWish, tokens: int = TOKENS
+    family: str,
+    ranks: int,
+    strategy: StrategyWish,
+    tokens: int = TOKENS,
+    starts: Sequence[int] = (0,),
 ) -> tuple[Any, list[Proof]]:
     """Hidden states of all ranks put together, and the proofs that the ranks made."""
 
     def body(network: Network, device: Any, group: Any) -> Any:
         proof = prove(network, device, "cpu", group, strategy)
         owners = owners_of(tokens, ranks, network.causal)
-        sequence = TokenSequence(IDS[:tokens], ONE_DOCUMENT, owners[device.rank])
-        hidden = network.run(sequence, SharedAttention(device, "cpu", owners, strategy))
+        sequence = TokenSequence(IDS[:tokens], np.array(starts), owners[device.rank])
+        shared = SharedAttention(device, "cpu", owners, strategy, tuple(starts))
+        hidden = network.run(sequence, shared)
         return sequence.places, hidden.float(), proof
 
     found = on_ranks(ranks, tiny_model(family), body)
@@ -50,7 +55,7 @@ def distance(found: Any, right: Any) -> float:
 
 @pytest.mark.parametrize("strategy", STRATEGY_NAMES)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in MASKED])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_together_are_as_exact_as_one_process(
     family: str, ranks: int, strategy: StrategyWish
 ) -> None:
@@ -72,3 +77,19 @@ def test_a_rank_may_have_no_token(family: str) -> None:
     hidden, _ = shared_run(family, 3, "ring", tokens=2)
     right = hidden_state(tiny_model(family), IDS[:2])
     assert distance(hidden, right) < 0.03
+
+
+@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("ranks", [1, 3])
+@pytest.mark.parametrize("family", ["llama", "roberta", "gpt2", "gpt-oss", "modernbert"])
+def test_packed_documents_are_as_each_alone(
+    family: str, ranks: int, strategy: StrategyWish
+) -> None:
+    starts = (0, 1, 20, 41)
+    hidden, _ = shared_run(family, ranks, strategy, starts=starts)
+    folder = tiny_model(family)
+    documents = np.split(IDS, starts[1:])
+    right = torch.cat([hidden_state(folder, ids) for ids in documents])
+    apart = [hidden_state(folder, ids, "bfloat16").float() for ids in documents]
+    assert distance(hidden, right) <= 2 * distance(torch.cat(apart), right)
+    assert distance(hidden_state(folder, IDS), right) > 0.1  # packed or not makes a difference

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_models import tiny_model
+from tests.support.tiny_models import WINDOWED, tiny_model
 
 pytest.importorskip("transformers", reason="needs the extra transformers")
 
 import torch
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.models.attention import Layer
 from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.proof import Proof, probe_ids, probe_length, prove
 from tests.support.model_ranks import on_ranks
@@ -77,6 +78,21 @@ def see_everything(network: Network) -> None:
 def test_another_mask_is_refused_at_the_first_attention() -> None:
     with pytest.raises(RejectedError, match="at the attention of layer 0"):
         proof_of("llama", see_everything, ranks=1).check()
+
+
+@pytest.mark.parametrize(
+    ("family", "option", "empty"),
+    [*((family, "window", None) for family in WINDOWED), ("gemma2", "softcap", None)],
+)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_an_option_that_is_left_out_is_refused(
+    family: str, option: str, empty: Any, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over = Layer.over
+    without = lambda layer, *rest: over(layer._replace(**{option: empty}), *rest)  # noqa: E731
+    monkeypatch.setattr(Layer, "over", without)
+    with pytest.raises(RejectedError, match=r"at the attention of layer [01]"):
+        proof_of(family, lambda network: None, ranks).check()
 
 
 def attend_to_nothing(network: Network) -> None:
