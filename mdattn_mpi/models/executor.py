@@ -162,8 +162,9 @@ class Transformer:
             with self._marked():
                 running.outputs = self._run(running)
         except torch.OutOfMemoryError as error:
+            ranks = counted(self._group.size, "rank")
             raise DeviceError(
-                f"{running.plan.problem.tokens} tokens on {counted(self._group.size, 'rank')}: {error}",
+                f"{running.plan.problem.tokens} tokens on {ranks}: {error}",
                 fix=self._enough(running.plan.problem) + ", or leave such items out (--items)",
             ) from error
 
