@@ -29,6 +29,7 @@ from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.outputs import Pool, embeddings, logprobs
 from mdattn_mpi.models.proof import prove
 from mdattn_mpi.models.sequence import ONE_DOCUMENT, Ids, TokenSequence, owners_of
+from mdattn_mpi.models.size import Shape
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -140,7 +141,11 @@ class ParallelModel:
         owners = owners_of(len(ids), self._session.world.size, self._network.causal)
         sequence = TokenSequence(ids, ONE_DOCUMENT, owners[self._session.world.rank])
         with self._session.left_on_error(), self._device() as device:
-            shared = SharedAttention(device, self.backend, owners, self._strategy)
+            shape = Shape.of(self._network.config)
+            reserved = shape.activations(-(-len(ids) // len(owners)))
+            shared = SharedAttention(
+                device, self.backend, owners, self._strategy, reserved=reserved
+            )
             hidden = self._network.run(sequence, shared)
         return States(self._session, self._network, sequence, hidden)
 

@@ -159,10 +159,14 @@ class Bench:
     def _ours(self, ids: Any, strategy: Any) -> Callable[[], None]:
         from mdattn_mpi.models.attention import SharedAttention
         from mdattn_mpi.models.sequence import ONE_DOCUMENT, TokenSequence, owners_of
+        from mdattn_mpi.models.size import Shape
 
         owners = owners_of(len(ids), self.world.size, self.network.causal)
         sequence = TokenSequence(ids, ONE_DOCUMENT, owners[self.world.rank])
-        shared = SharedAttention(self.backend.device, self.backend.name, owners, strategy)
+        reserved = Shape.of(self.network.config).activations(-(-len(ids) // self.world.size))
+        shared = SharedAttention(
+            self.backend.device, self.backend.name, owners, strategy, reserved=reserved
+        )
 
         def run() -> None:
             self.hidden[strategy] = None

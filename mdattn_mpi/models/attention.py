@@ -13,7 +13,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from mdattn_mpi.errors import RejectedError
@@ -197,6 +198,8 @@ class SharedAttention:
         One of ours, or ``auto``.
     segments
         The first tokens of the documents that are packed into the sequence.
+    reserved
+        Bytes of the device that are the model's own.
 
     Attributes
     ----------
@@ -210,6 +213,7 @@ class SharedAttention:
     owners: tuple[tuple[Span, ...], ...]
     strategy: StrategyWish = "auto"
     segments: tuple[int, ...] = ()
+    reserved: int = 0
     layers: Counter[Layer] = field(default_factory=Counter)
     _plans: dict[Layer, Plan] = field(default_factory=dict)
 
@@ -237,7 +241,7 @@ class SharedAttention:
 
     def _attend(self, q: Any, k: Any, v: Any, wanted: Options) -> Any:
         """Collective. Run a strategy to its end over ``[S, N, H]``."""
-        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies import STRATEGIES, Attend, allgather
 
         shards = shards_of(q, k, v)
         layer = Layer(
@@ -259,7 +263,10 @@ class SharedAttention:
             sinks = wanted.sinks.detach().float()
             given.append(sinks.numpy() if self.backend == "cpu" else sinks)
         adopted = map(self.device.adopt, given)
-        out, _ = _run(STRATEGIES[plan.strategy](self.device, plan, *adopted))
+        attend: Attend = STRATEGIES[plan.strategy]
+        if plan.strategy == "allgather":  # nothing else hides its transfers
+            attend = partial(allgather.attend, head_start=self.device.head_start(plan.problem))
+        out, _ = _run(attend(self.device, plan, *adopted))
         return shards.give(self.device.export(out))
 
     def plan(self, layer: Layer) -> Plan:
@@ -277,9 +284,10 @@ class SharedAttention:
             problem = layer.over(sum(map(token_count, self.owners)), self.segments)
             ranks, both = len(self.owners), Partition(self.owners, self.owners)
             kernel = self.device.check(problem)
-            name, reasons = choose(
-                problem, ranks, self.strategy, self.device.costs(problem), batch=False, owners=both
-            )
+            costs = self.device.costs(problem)
+            if costs.memory:
+                costs = replace(costs, memory=max(1, costs.memory - self.reserved))
+            name, reasons = choose(problem, ranks, self.strategy, costs, batch=False, owners=both)
             reasons = (*reasons, *kernel)
             self._plans[layer] = Plan(
                 problem, name, ranks, self.backend, partition=both, reasons=reasons

@@ -194,7 +194,9 @@ class Transformer:
         self, tokens: int, strategy: StrategyWish, segments: tuple[int, ...] = ()
     ) -> SharedAttention:
         owners = self.owners(tokens)
-        return SharedAttention(self._backend.device, self.name, owners, strategy, segments)
+        reserved = self._size.activations(tokens, self._group.size)
+        device = self._backend.device
+        return SharedAttention(device, self.name, owners, strategy, segments, reserved)
 
     def collect(self, running: Running) -> Arrays:
         """Start bringing the outputs to the host."""
