@@ -10,8 +10,14 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
+from operator import index
 from typing import NamedTuple
+
+from mdattn_mpi.errors import RejectedError
+
+UNBOUNDED = (-1, -1)  # a window
+MAX_SEGMENTS = 4096  # each is a call of a kernel at least, and a word in an attribute
 
 
 @dataclass(frozen=True, order=True)
@@ -69,6 +75,12 @@ class Mask:
     def hides_keys(self) -> bool:
         """Whether some queries are far from some keys: beyond what causality hides."""
         return self.low is not None or len(self.documents) > 1
+
+    def reach(self, keys: int) -> int:
+        """Bound how many keys, of so many, a run of rows sees beside those of its own tokens."""
+        if self.low is not None and self.high is not None:
+            keys = min(keys, self.high - self.low)
+        return min(keys, max(map(len, self.documents), default=keys))
 
     def pairs(self, rows: Span, keys: Span) -> int:
         """Count the pairs that `rows` see of `keys`."""
@@ -129,3 +141,56 @@ def seen_pairs(q_rows: int, kv_rows: int, diagonal: int) -> int:
         return 0
     ramp = full - first
     return ramp * (first + diagonal + 1) + ramp * (ramp - 1) // 2 + (q_rows - full) * kv_rows
+
+
+def window_of(given: object) -> tuple[int, int]:
+    """Take two integers, NumPy's too, as a window.
+
+    Raises
+    ------
+    RejectedError
+        They aren't, or one is below -1.
+
+    """
+    try:
+        before, after = map(index, given)  # type: ignore[call-overload]
+        if min(before, after) >= -1:
+            return before, after
+    except (TypeError, ValueError):
+        pass
+    raise RejectedError(
+        f"window is {given!r}",
+        fix="give two integers, how many keys a query sees before and after the diagonal; -1: all",
+    )
+
+
+def segments_of(given: object, q_tokens: int, kv_tokens: int) -> tuple[int, ...]:
+    """Take integers, NumPy's too, as the first tokens of documents; () where there is only one.
+
+    Raises
+    ------
+    RejectedError
+        They don't ascend from 0 to within the sequence, or there are too many.
+
+    """
+    fix = "give the first token of each document, ascending, beginning with 0"
+    try:
+        starts = tuple(map(index, given))  # type: ignore[call-overload]
+    except TypeError:
+        raise RejectedError("segments aren't integers", fix=fix) from None
+    if len(starts) > MAX_SEGMENTS:
+        fix = f"pack at most {MAX_SEGMENTS} documents into one item"
+        raise RejectedError(f"{len(starts)} segments", fix=fix)
+    if starts and q_tokens != kv_tokens:
+        raise RejectedError(
+            f"segments with {q_tokens} query and {kv_tokens} kv tokens",
+            fix="give as many keys as queries, or leave the segments out",
+        )
+    if starts and starts[0] != 0:
+        raise RejectedError(f"segments begin with {starts[0]}", fix=fix)
+    for before, start in pairwise(starts):
+        if start <= before:
+            raise RejectedError(f"segments: {start} comes after {before}", fix=fix)
+    if starts and starts[-1] >= q_tokens:
+        raise RejectedError(f"segments: {starts[-1]} is none of {q_tokens} tokens", fix=fix)
+    return starts if len(starts) > 1 else ()

@@ -64,10 +64,10 @@ def equal_partition(problem: AttentionProblem, ranks: int) -> Partition:
 def partition(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> Partition:
     """Choose the owner of every token, so that all ranks have as many, and as much work.
 
-    Contiguous without a mask, zigzag under a causal one. `allgather` then keeps the keys contiguous,
-    so that gathering them gives the sequence in order. Where a window or documents hide keys, a rank
-    owns the keys of its queries, which are those that it sees most of: contiguous if that is even,
-    else by `even_shares`.
+    Contiguous without a mask, zigzag under a causal one. `allgather` then keeps the keys
+    contiguous, so that gathering them gives the sequence in order. Where a window or documents hide
+    keys, a rank owns the keys of its own queries, most of which it sees: contiguous if that is
+    even, else by `even_shares`.
     """
     if ranks < 1:
         raise RejectedError(f"{ranks} ranks", fix="use at least one rank")
@@ -128,11 +128,8 @@ class _Circle:
         """Return the runs of an arc, in the order of the sequence."""
         start %= max(1, self._tokens)
         stop = min(start + tokens, self._tokens)
-        return tuple(
-            span
-            for place in (Span(0, start + tokens - stop), Span(start, stop))
-            for span in tokens_of(self._spans, place)
-        )
+        around = Span(0, start + tokens - stop)
+        return tokens_of(self._spans, (around, Span(start, stop)))
 
     def fair_start(self, tokens: int) -> int:
         """Find where an arc begins whose pairs are its tokens' share of all."""
@@ -199,18 +196,17 @@ def pieces(spans: tuple[Span, ...]) -> tuple[tuple[Span, Span], ...]:
     return tuple(found)
 
 
-def tokens_of(spans: tuple[Span, ...], rows: Span) -> tuple[Span, ...]:
-    """Return the tokens of local `rows`, where `spans` lie one after the other."""
+def tokens_of(spans: tuple[Span, ...], rows: Sequence[Span]) -> tuple[Span, ...]:
+    """Return the tokens of runs of local rows, where `spans` lie one after the other."""
     return tuple(
         both.shift(tokens.start - local.start)
+        for run in rows
         for local, tokens in pieces(spans)
-        if len(both := local.meet(rows))
+        if len(both := local.meet(run))
     )
 
 
-def common(
-    one: tuple[Span, ...], other: tuple[Span, ...]
-) -> Iterator[tuple[Span, Span]]:
+def common(one: tuple[Span, ...], other: tuple[Span, ...]) -> Iterator[tuple[Span, Span]]:
     """Yield where each run that two shards have in common lies in either."""
     for local, tokens in pieces(one):
         for other_local, other_tokens in pieces(other):
@@ -258,8 +254,8 @@ def blocks(query: tuple[Span, ...], kv: tuple[Span, ...], mask: Mask) -> tuple[B
     """Cut "these queries against these keys" into rectangles that any kernel can run.
 
     Kernels know bands about a diagonal that ends in the lower right corner; what a shard sees of
-    another is cut so that nothing else is needed. Rectangles without a visible key are left out, and
-    neighbours are joined, so that a zigzag ring runs one call where one suffices.
+    another is cut so that nothing else is needed. Rectangles without a visible key are left out,
+    and neighbours are joined, so that a zigzag ring runs one call where one suffices.
 
     Parameters
     ----------
@@ -292,17 +288,18 @@ def _rectangles(q: Span, kv: Span, mask: Mask) -> Iterator[Block]:
 def _cut(q: Span, kv: Span, low: int | None, high: int | None) -> Iterator[Block]:
     """Cut what is visible of ``q × kv`` under ``low <= j - i <= high``.
 
-    First to what has no row or key of no use: the last row then sees the last key. Kernels want no
-    more rows than keys where there is a bound; else the upper rows go into a rectangle of their own.
+    First to rows that see a key and keys that are seen: the last row then sees the last key.
+    Kernels want no more rows than keys where there is a bound; else there are two rectangles, one
+    above the other.
     """
-    q = q.meet(Span(
-        q.start if high is None else kv.start - high, q.stop if low is None else kv.stop - low
-    ))
+    q = q.meet(
+        Span(q.start if high is None else kv.start - high, q.stop if low is None else kv.stop - low)
+    )
     if not len(q):
         return
-    kv = kv.meet(Span(
-        kv.start if low is None else q.start + low, kv.stop if high is None else q.stop + high
-    ))
+    kv = kv.meet(
+        Span(kv.start if low is None else q.start + low, kv.stop if high is None else q.stop + high)
+    )
     if low is not None and q.stop - 1 + low <= kv.start:
         low = None
     if high is not None and q.start + high >= kv.stop - 1:
@@ -314,7 +311,7 @@ def _cut(q: Span, kv: Span, low: int | None, high: int | None) -> Iterator[Block
         after = None if high is None else high - corner
         yield Block(q, kv, Band(before, after))
         return
-    # Rows from `most` on need not see the first key; from `full` on they see the last one.
+    # Rows before `full` and one see the last key; rows up to `most` see the first.
     full = q.stop if high is None else kv.stop - high
     most = q.stop - 1 if low is None else kv.start - low
     cut = min(max(q.start + excess, full), most)
@@ -327,18 +324,23 @@ def _join(found: Sequence[Block]) -> list[Block]:
     joined: list[Block] = []
     for block in found:
         last = joined[-1] if joined else None
-        if last and last.q == block.q and last.kv.stop == block.kv.start:
-            if last.band.after is None and block.band.before is None:
-                before = None if last.band.before is None else last.band.before + len(block.kv)
-                kv = Span(last.kv.start, block.kv.stop)
-                joined[-1] = Block(last.q, kv, Band(before, block.band.after))
-                continue
-        if last and last.kv == block.kv and last.q.stop == block.q.start:
-            if last.band == block.band == FULL:
-                joined[-1] = Block(Span(last.q.start, block.q.stop), last.kv, FULL)
-                continue
-        joined.append(block)
+        both = _joined(last, block) if last else None
+        if both:
+            joined[-1] = both
+        else:
+            joined.append(block)
     return joined
+
+
+def _joined(last: Block, block: Block) -> Block | None:
+    """Join two blocks, if they touch and what they see together is one band."""
+    (before, after), (next_before, next_after) = last.band, block.band
+    if last.q == block.q and last.kv.stop == block.kv.start and after is next_before is None:
+        before = None if before is None else before + len(block.kv)
+        return Block(last.q, Span(last.kv.start, block.kv.stop), Band(before, next_after))
+    if last.kv == block.kv and last.q.stop == block.q.start and last.band == block.band == FULL:
+        return Block(Span(last.q.start, block.q.stop), last.kv, FULL)
+    return None
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,11 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from itertools import pairwise
 from math import sqrt
-from operator import index
 from typing import Any, Literal, get_args
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.mask import Mask
+from mdattn_mpi.mask import UNBOUNDED, Mask, segments_of, window_of
 from mdattn_mpi.mask import Span as Span
 
 Causal = Literal["none", "upper_left", "lower_right"]
@@ -37,7 +35,6 @@ KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 DTYPES: dict[str, DTypeName] = {"bf16": "bfloat16", "fp16": "float16"}  # by what users type
 
 MAX_HEAD_DIM = 256
-UNBOUNDED = (-1, -1)  # a window
 MIN_SCALE, MAX_SCALE = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the positive numbers of float32
 
 
@@ -78,9 +75,9 @@ class AttentionProblem:
     ``segments`` are the first tokens of documents packed into one sequence: a query sees its own
     alone. ``softcap`` c makes ``c · tanh(score / c)`` of every score; 0: none.
 
-    With ``sinks``, each query head has one score more, which takes weight and has no value (gpt-oss,
-    arXiv 2508.10925; after Xiao et al., arXiv 2309.17453). The scores are an input like Q, K and V.
-    They are neither scaled nor capped, and the LSE includes them.
+    With ``sinks``, each query head has one score more, which takes weight and has no value
+    (gpt-oss, arXiv 2508.10925; after Xiao et al., arXiv 2309.17453). The scores are an input like
+    Q, K and V. They are neither scaled nor capped, and the LSE includes them.
 
     Raises
     ------
@@ -130,7 +127,8 @@ class AttentionProblem:
         object.__setattr__(self, "scale", scale)
         object.__setattr__(self, "window", self._checked_window())
         object.__setattr__(self, "softcap", softcap_of(self.softcap))
-        object.__setattr__(self, "segments", self._checked_segments())
+        segments = segments_of(self.segments, self.q_tokens, self.kv_tokens)
+        object.__setattr__(self, "segments", segments)
 
     def _checked_window(self) -> tuple[int, int]:
         """Return the window as two integers, by the one way of several to say the same."""
@@ -144,25 +142,6 @@ class AttentionProblem:
                 fix=f"use ({before}, 0), or causal none",
             )
         return (before, 0) if before >= 0 else UNBOUNDED
-
-    def _checked_segments(self) -> tuple[int, ...]:
-        """Return the first tokens of the documents as integers; () where there is only one."""
-        starts = tuple(map(int, self.segments))
-        fix = "give the first token of each document, ascending, beginning with 0"
-        if starts and self.q_tokens != self.kv_tokens:
-            raise RejectedError(
-                f"segments with {self.q_tokens} query and {self.kv_tokens} kv tokens",
-                fix="give as many keys as queries, or leave the segments out",
-            )
-        if starts and starts[0] != 0:
-            raise RejectedError(f"segments begin with {starts[0]}", fix=fix)
-        for before, start in pairwise((*starts, self.q_tokens)):
-            if start <= before:
-                what = f"{start} comes after {before}"
-                if before >= self.q_tokens:
-                    what = f"{before} is none of {self.q_tokens} tokens"
-                raise RejectedError(f"segments: {what}", fix=fix)
-        return starts if len(starts) > 1 else ()
 
     @property
     def tokens(self) -> int:
@@ -224,7 +203,13 @@ class AttentionProblem:
     @cached_property
     def digest(self) -> int:
         """63 bits that differ when any field differs."""
-        return digest_of(asdict(self))
+        return digest_of(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """Return all fields by name; masks and options that came later only where they are used."""
+        later = {"window": UNBOUNDED, "softcap": 0.0, "sinks": False, "segments": ()}
+        facts = asdict(self).items()
+        return {name: value for name, value in facts if name not in later or value != later[name]}
 
     def __str__(self) -> str:
         """For example ``8192 tokens, 8 query and 2 kv heads of 128, bfloat16, upper_left``."""
@@ -289,27 +274,6 @@ def softcap_of(given: object) -> float:
     return softcap
 
 
-def window_of(given: object) -> tuple[int, int]:
-    """Take two integers, NumPy's too, as a window.
-
-    Raises
-    ------
-    RejectedError
-        They aren't, or one is below -1.
-
-    """
-    try:
-        before, after = map(index, given)  # type: ignore[call-overload]
-        if min(before, after) >= -1:
-            return before, after
-    except (TypeError, ValueError):
-        pass
-    raise RejectedError(
-        f"window is {given!r}",
-        fix="give two integers, how many keys a query sees before and after the diagonal; -1: all",
-    )
-
-
 @dataclass(frozen=True)
 class Partition:
     """Who owns which tokens: ``query[r]`` and ``kv[r]`` are the spans of rank ``r``.
@@ -366,6 +330,10 @@ class ModelProblem:
     def flops(self) -> int:
         """Return 0: nobody has counted a model's operations."""
         return 0
+
+    def facts(self) -> dict[str, Any]:
+        """Return all fields by name."""
+        return asdict(self)
 
     def __str__(self) -> str:
         """For example ``8192 tokens, giving hidden float16 [8192, 4096]``."""

@@ -15,7 +15,7 @@ from mdattn_mpi.problem import AttentionProblem, StrategyName
 from tests.support.group import take
 from tests.support.reference import DTYPES, Array, attention, random_inputs
 
-Inputs = tuple[AttentionProblem, tuple[Array, Array, Array]]
+Inputs = tuple[AttentionProblem, tuple[Array, ...]]
 
 
 class Files(NamedTuple):
