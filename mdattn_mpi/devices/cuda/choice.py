@@ -89,6 +89,8 @@ class Chooser:
                 reason = "; ".join((f"{engine.name}: {why}", *refusals))
                 return Choice(engine, not engine.refusal(partial), reason)
             refusals.append(f"not {engine.name}: {refusal}")
+        if self._missing:
+            refusals.append(f"not flash: {self._missing}")
         major, minor = self._sm
         others = [name for name in KERNEL_NAMES if name != self._wanted]
         fix = "-b cpu" if self._wanted == "auto" else f"--kernel {others[0]}, or -b cpu"
