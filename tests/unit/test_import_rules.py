@@ -42,6 +42,7 @@ ROOMS: dict[str, set[str]] = {
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
+    "corpus": {"dataset"},
     "models": {
         "library.arrays",
         "estimate",
@@ -76,6 +77,7 @@ ROOMS: dict[str, set[str]] = {
         "onnx",
         "bench",
         "models",
+        "corpus",
     },
     "bench": {
         "partition",
@@ -120,7 +122,8 @@ ONLY: dict[str, set[str]] = {
         "devices.cuda.interop",
         "models",
     },
-    "transformers": {"models", "bench.model"},
+    "transformers": {"models", "bench.model", "corpus.tokenizer"},
+    "pyarrow": {"corpus.texts"},
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),
