@@ -12,6 +12,7 @@ from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.spec import EngineSpec, Extent
 from mdattn_mpi.trt.store import Cache, Manifest, describe
 
+REVISION = 2  # goes up when a network of the same spec is written otherwise
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile = dict[str, Range]
 
@@ -39,7 +40,7 @@ def make_attention(library: Library, spec: EngineSpec, sm: SM, cache: Cache | No
 
 def cache_key(library: Library, network: str, sm: SM) -> str:
     """Hash what decides the bytes of an engine: network and profile, flavour, version, GPU."""
-    return hashlib.sha256(f"{network} {library} {show_sm(sm)}".encode()).hexdigest()
+    return hashlib.sha256(f"{REVISION} {network} {library} {show_sm(sm)}".encode()).hexdigest()
 
 
 @uncollected()
@@ -86,6 +87,7 @@ def build_network(
     """Build any network for GPUs of `sm`, with one optimization profile, or raise DeviceError."""
     log.clear()
     config = builder.create_builder_config()
+    config.profiling_verbosity = library.api.ProfilingVerbosity.DETAILED  # for the inspector
     _set_target(library, config, sm)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):

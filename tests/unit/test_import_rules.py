@@ -35,12 +35,13 @@ ROOMS: dict[str, set[str]] = {
         "devices.presence",
         "devices.cuda.driver",
         "devices.cuda.memory",
+        "verifier",  # an engine is proven before it is used
     },
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
     "runner": {"estimate", "partition", "devices", "dataset", "lockstep", "backends", "trt"},
-    "doctor": {"devices", "lockstep"},
+    "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {
         "doctor",
         "partition",

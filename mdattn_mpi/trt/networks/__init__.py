@@ -13,6 +13,7 @@ from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import allgather, ring, ulysses
 from mdattn_mpi.trt.networks.draft import Draft
 from mdattn_mpi.trt.spec import EngineSpec, Shapes
+from mdattn_mpi.trt.versions import form_for
 
 
 class NetworkModule(Protocol):
@@ -39,11 +40,12 @@ NETWORKS: dict[str, NetworkModule] = {
 
 
 def define(library: Library, builder: Any, spec: EngineSpec) -> Any:
-    """Make the strongly typed ``INetworkDefinition`` of `spec`."""
+    """Make the strongly typed ``INetworkDefinition`` of `spec`, as `library` can bear it."""
     api = library.api
     flag = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flag)
     network.name = f"{spec.strategy}-{spec.ranks}"
-    draft = Draft(api, network, spec)
+    form = form_for(library.flavour, library.version, spec.strategy, spec.dtype, spec.ranks)
+    draft = Draft(api, network, spec, form)
     NETWORKS[spec.strategy].define(draft)
     return network
