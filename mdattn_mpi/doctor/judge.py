@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from mdattn_mpi.doctor.filesystem import BLOCK, LOCAL
 from mdattn_mpi.doctor.finding import AllRanks, Case, Facts, Finding, Level, Ranks, by_value, find
+from mdattn_mpi.doctor.tensorrt import tensorrt
 
 MIB = 1 << 20
 SHM = 64 * MIB  # a rank: what Open MPI and NCCL put there
@@ -349,7 +350,7 @@ def folder(job: AllRanks) -> Iterator[Finding]:
 
 CHECKS = (
     launcher, mpi, versions, environment, cores, limits, shared_memory, sessions, clocks, gpus,
-    nccl, folder,
+    nccl, tensorrt, folder,
 )  # fmt: skip
 
 

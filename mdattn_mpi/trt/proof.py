@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.partition import equal_partition
-from mdattn_mpi.problem import AttentionProblem, Partition
+from mdattn_mpi.problem import AttentionProblem, Causal, Partition
 from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import NETWORKS
 from mdattn_mpi.trt.spec import EngineSpec, Extent, Shapes
@@ -54,18 +54,12 @@ def shortest_problem(spec: EngineSpec) -> AttentionProblem:
 
     """
     queries, keys = list(_totals(spec.q, spec)), list(_totals(spec.kv, spec))
-    for q_tokens, kv_tokens in (*zip(queries, keys, strict=False), *product(queries, keys)):
-        problem = AttentionProblem(
-            q_tokens,
-            kv_tokens,
-            spec.q_heads,
-            spec.kv_heads,
-            spec.head_dim,
-            spec.head_dim,
-            spec.dtype,
-            spec.mask,
-            spec.scale,
-        )
+    alike = [(tokens, tokens) for tokens in queries if tokens in keys]
+    # An engine's lower-right mask may be a rank's part of an upper-left one.
+    masks: tuple[Causal, ...] = (spec.mask, "upper_left")[: 1 + (spec.mask == "lower_right")]
+    heads = (spec.q_heads, spec.kv_heads, spec.head_dim, spec.head_dim)
+    for mask, lengths in product(masks, (*alike, *product(queries, keys))):
+        problem = AttentionProblem(*lengths, *heads, spec.dtype, mask, spec.scale)
         if _takes(spec, problem):
             return problem
     raise RejectedError(f"no attention fits an engine for {spec}", fix="build it again")
@@ -220,17 +214,17 @@ def _visible(problem: AttentionProblem, rows: Array) -> NDArray[np.bool_]:
 
 def _attend(query: Array, key: Array, value: Array, seen: Array, scale: float) -> Array:
     """Attend in float64 to the keys that are ``seen [R, Skv]``; 0 where there is none."""
-    some = np.flatnonzero(seen.any(axis=0))
-    seen, key, value = seen[:, None, some], key[some], value[some]
-    rows, q_heads, dim = query.shape
-    found = np.zeros((rows, key.shape[1], q_heads // key.shape[1], dim))
-    queries = scale * query.reshape(found.shape).astype(np.float64)
+    some, group = np.flatnonzero(seen.any(axis=0)), query.shape[1] // key.shape[1]
+    seen, found = np.repeat(seen[:, some], group, axis=0), np.empty(query.shape)
     for head in range(key.shape[1]):
-        k, v = key[:, head].astype(np.float64), value[:, head].astype(np.float64)
-        scores = np.where(seen, queries[:, head] @ k.T, -np.inf)
-        weights = np.exp(scores - scores.max(axis=2, keepdims=True, initial=-1e300))
-        found[:, head] = weights @ v / np.maximum(weights.sum(axis=2, keepdims=True), 1e-300)
-    return found.reshape(query.shape)
+        heads = slice(head * group, (head + 1) * group)
+        k, v = (array[some, head].astype(np.float64) for array in (key, value))
+        rows = scale * query[:, heads].reshape(-1, query.shape[2]).astype(np.float64)
+        scores = np.where(seen, rows @ k.T, -np.inf)
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True, initial=-1e300))
+        mean = weights @ v / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
+        found[:, heads] = mean.reshape(found[:, heads].shape)
+    return found
 
 
 def _name(item: KnownItem, rank: int, truth: Reference, found: Array) -> str:

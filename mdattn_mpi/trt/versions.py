@@ -43,10 +43,13 @@ class Fault:
         In a word, and in a sentence without its dot.
     since, fixed
         The first version that has it, and the first that hasn't; None where none is known.
+    strategies
+        Those of ours that it would make wrong; none where nothing of ours can meet it.
     words
         A regular expression for what the library says when it happens.
-    way_round
-        Which `Form` avoids it.
+    way_round, at_once
+        Which `Form` avoids it, and whether it is taken at once, or only after the builder has
+        failed in these words.
     fix
         What a user can do where nothing avoids it.
     source
@@ -64,6 +67,7 @@ class Fault:
     dtypes: tuple[str, ...] = ("bfloat16", "float16")
     words: str = ""
     way_round: WayRound = ""
+    at_once: bool = True
     fix: str = USE_CUDA
 
     def concerns(self, flavour: str, version: str) -> bool:
@@ -101,6 +105,7 @@ FAULTS: tuple[Fault, ...] = (
         strategies=COLLECTIVES,
         words=r"toMyelinCommKind|CollectiveOperation.*not supported",
         way_round="border",
+        at_once=False,  # it doubles what travels, and small networks are seldom fused
         fix="use another strategy, another TensorRT, or -b cuda",
         source="pytorch/TensorRT #4381",
     ),
@@ -110,7 +115,7 @@ FAULTS: tuple[Fault, ...] = (
         "nothing",
         since=(11,),
         fixed=None,
-        strategies=("ring", *COLLECTIVES),
+        strategies=(),  # an engine of ours has one context, and is held to it
         flavours=("tensorrt", "tensorrt_rtx"),
         words=r"Invalid communicator ID",
         fix="this is a bug of mdattn: please report it; meanwhile use -b cuda",
@@ -181,7 +186,7 @@ def form_for(flavour: str, version: str, strategy: str, dtype: str, ranks: int) 
     ways = {
         fault.way_round
         for fault in faults_of(flavour, version, strategy, dtype)
-        if ranks > 1 or fault.way_round == "wide"
+        if fault.at_once and (ranks > 1 or fault.way_round == "wide")
     }
     return Form(border="border" in ways, wide="wide" in ways)
 
