@@ -163,9 +163,10 @@ def test_fp16_that_is_summed_in_fp16(world: World) -> None:
     from tests.support.tensorrt_double import DoubleBackend
 
     half = problem(dtype="float16")
-    error = refusal(world, "allgather", "fp16", half, version="11.2.3")
-    assert "rounded as if they were summed in FP16" in error.what
-    assert "FP16 accumulation" in error.what
+    for strategy in ("ring", "allgather", "ulysses"):
+        error = refusal(world, strategy, "fp16", half, version="11.2.3")
+        assert "rounded as if they were summed in FP16" in error.what
+        assert "FP16 accumulation" in error.what
     for version, dtype in (("11.3.0", "float16"), ("11.2.3", "bfloat16")):
         backend = DoubleBackend(world, library(), lies="fp16", version=version)
         plan = backend.plan(problem(dtype=dtype), "allgather", lse=False)

@@ -209,11 +209,9 @@ class Double:
         with recorded(api) as collectives:
             network = define(self.library(), builder, spec)
         layers = {"ATTENTION_INPUT": attention_in_fp16} if self.tape.lies == "fp16" else {}
-        return interpret(api, network, inputs, self._ranks(connected), collectives, layers)[
-            "output"
-        ]
+        return interpret(api, network, inputs, self.ranks(connected), collectives, layers)["output"]
 
-    def _ranks(self, connected: bool) -> Ranks:
+    def ranks(self, connected: bool) -> Ranks:
         if not connected or self.tape.lies == "single device":
             return Silent(self.comm.rank, self.comm.size)
         if self.tape.lies == "groups":
@@ -225,19 +223,25 @@ def attention_in_fp16(layer: Any, query: Any, key: Any, value: Any) -> Any:
     """Attend as a kernel does that sums 16 products at a time in FP16, if its inputs are FP16."""
     if query.dtype != np.float16:
         return attention(layer, query, key, value)
+    if layer.attention.num_ranks > 1:
+        key, value = (np.concatenate(layer.ranks.all_gather(x), axis=2) for x in (key, value))
     groups = query.shape[1] // key.shape[1]
     key, value = (np.repeat(array, groups, axis=1).astype(np.float64) for array in (key, value))
-    query, scores = query.astype(np.float64), np.float16(0)
-    for start in range(0, query.shape[-1], 16):
+    scores = _summed_in_fp16(query.astype(np.float64), key.swapaxes(-1, -2)).astype(np.float64)
+    rows, columns = scores.shape[-2:]
+    kind = layer.attention.causal_kind.name
+    if kind != "NONE":
+        diagonal = columns - rows if kind == "LOWER_RIGHT" else 0
+        scores[..., np.arange(columns) > np.arange(rows)[:, None] + diagonal] = -np.inf
+    return _summed_in_fp16(softmax(scores).astype(np.float16).astype(np.float64), value)
+
+
+def _summed_in_fp16(left: Any, right: Any) -> Any:
+    total = np.float16(0)
+    for start in range(0, left.shape[-1], 16):
         some = slice(start, start + 16)
-        product = query[..., some] @ key[..., some].swapaxes(-1, -2)
-        scores = (scores + product).astype(np.float16)
-    weights, found = softmax(scores.astype(np.float64)).astype(np.float16), np.float16(0)
-    for start in range(0, key.shape[2], 16):
-        some = slice(start, start + 16)
-        product = weights[..., some].astype(np.float64) @ value[:, :, some]
-        found = (found + product).astype(np.float16)
-    return found
+        total = (total + left[..., some] @ right[..., some, :]).astype(np.float16)
+    return total
 
 
 class ModelEngine:
@@ -323,7 +327,7 @@ class ModelEngine:
             for node in self._model.graph.node
             if node.op_type == "DistCollective"
         }
-        ranks = MpiRanks(self._double.comm)
+        ranks = self._double.ranks(connected=True)
         found = interpret(self._api, self._network, inputs, ranks, collectives)
         for name, result in found.items():
             _view(self._addresses[name], result.shape, result.dtype)[:] = result
