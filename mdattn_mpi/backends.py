@@ -119,7 +119,7 @@ class StrategyBackend:
         from mdattn_mpi.strategies import choose
 
         kernel = self.device.check(problem)
-        name, reasons = choose(problem, self.device.ranks, strategy, self.device.costs())
+        name, reasons = choose(problem, self.device.ranks, strategy, self.device.costs(problem))
         reasons = (*reasons, *kernel)
         return Plan(problem, name, self.device.ranks, self.name, lse, reasons=reasons)
 

@@ -4,11 +4,13 @@ It knows constants of the hardware and nothing that was measured just now, so th
 resumed job come to the same answer. With F, B, L, M, C the `flops`, `bandwidth`, `latency`, `merge`
 and `call` of `Costs`, for the busiest of P ranks::
 
-    compute     its query–key pairs (`ring`, `allgather`: its tokens; `ulysses`: its heads) / F
+    compute     its query–key pairs (`ring`, `allgather`: its tokens; `ulysses`: its heads) / F,
+                and on a GPU what the kernel's last wave of tiles leaves idle
     ring        (P−1) · max(compute/P + C, hop) + compute/P + C + merge
                 hop = L + K‖V shard / B;  merge = P partial results / M
     allgather   max(compute + C, gather) in a batch, else their sum
                 gather = L + (P−1) · K‖V shard / B
+                with a head start: compute + 3 · C + merge of its rows
     ulysses     max(compute + C, gather) in a batch, else their sum, + merge + the way back
                 gather = L + Q, K, V of its heads from the others / B
                 way back = L + output and LSE to the others / B;  merge = packing both ways / M
@@ -31,6 +33,7 @@ from mdattn_mpi.problem import (
     StrategyName,
     seen_pairs,
 )
+from mdattn_mpi.text import duration, memory_size
 
 # Attention as cuDNN does it, per multiprocessor and by the major number of the SM architecture:
 # SM 9 measured on an H200, the others scaled from data sheets.
@@ -72,6 +75,11 @@ class Costs:
         Bytes that a rank may use for arrays, the smallest over the group; 0 where unknown.
     partials
         Partial results in float32 that `ring` holds of a row at a time, if there are as many ranks.
+    exact_merge
+        Whether what is merged is as exact as what one call gives: then the fastest strategy is
+        taken, however much it merges.
+    multiprocessors
+        Tiles of rows that a GPU's kernel works on at a time; 0 where it isn't done by tiles.
 
     """
 
@@ -84,6 +92,8 @@ class Costs:
     preparing: float = 0.0
     memory: int = 0
     partials: int = 1
+    exact_merge: bool = False
+    multiprocessors: int = 0
 
 
 def gpu_costs(
@@ -93,6 +103,7 @@ def gpu_costs(
     near: bool = True,
     memory: int = 0,
     preparing: float = PREPARING,
+    exact_merge: bool = False,
 ) -> Costs:
     """Costs of a GPU; `near` where all GPUs of its group reach each other by peer copies."""
     return Costs(
@@ -105,6 +116,8 @@ def gpu_costs(
         preparing=preparing,
         memory=memory,
         partials=PARTIALS,
+        exact_merge=exact_merge,
+        multiprocessors=multiprocessors,
     )
 
 
@@ -145,11 +158,11 @@ class Estimate:
     memory: int
 
     def __str__(self) -> str:
-        """For example ``1.2e-02 s (compute 1.1e-02, exchange 4e-03, merge 1e-03), 0.3 GiB``."""
-        return (
-            f"{self.seconds:.2g} s (compute {self.compute:.2g}, exchange {self.exchange:.2g}, "
-            f"merge {self.merge:.2g}), {self.memory / 2**30:.2g} GiB a rank"
+        """For example ``12.0 ms (compute 11.0 ms, exchange 58 µs, merge 1.0 ms), 3 GiB a rank``."""
+        parts = ", ".join(
+            f"{name} {duration(getattr(self, name))}" for name in ("compute", "exchange", "merge")
         )
+        return f"{duration(self.seconds)} ({parts}), {memory_size(self.memory)} a rank"
 
 
 def estimate(
@@ -178,9 +191,11 @@ def estimate(
     partial_row = problem.q_heads * (4 * problem.v_head_dim + 8)
     shards = q_tokens * (q_row + out_row) + kv_tokens * kv_row
     held = BATCH if batch else 1
+    tiles = -(-q_tokens // TILE) * problem.q_heads
 
     if strategy == "ring":
         compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
+        compute += _idle(problem, tiles * ranks, compute, costs)  # calls fill each other's ends
         hop = costs.latency + kv_tokens * kv_row / costs.bandwidth
         step = compute / ranks + costs.call
         merge = ranks * q_tokens * partial_row / costs.merge
@@ -191,13 +206,20 @@ def estimate(
 
     if strategy == "allgather":
         compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
+        compute += _idle(problem, tiles, compute, costs)
         gather = costs.latency + (ranks - 1) * kv_tokens * kv_row / costs.bandwidth
         memory = held * (shards + problem.kv_bytes) + q_tokens * partial_row
-        seconds = _overlapped(compute + costs.call, gather, batch)
-        return Estimate(seconds, compute, gather, 0.0, memory)
+        # Under a mask, the rows of a head start see few of their own rank's keys, or none.
+        early = 0 if batch or problem.causal != "none" else head_start(problem, ranks, costs)
+        merge = 2 * early * partial_row / costs.merge
+        calls = 3 if early else 1
+        seconds = _overlapped(compute + calls * costs.call, gather, batch or early > 0) + merge
+        return Estimate(seconds, compute, gather, merge, memory)
 
     q_share, kv_share = _largest_head_shares(problem.q_heads, problem.kv_heads, ranks)
     compute = q_share * problem.flops / costs.flops
+    tiles = -(-problem.q_tokens // TILE) * round(q_share * problem.q_heads)
+    compute += _idle(problem, tiles, compute, costs)
     inwards = int(problem.q_tokens * q_row * q_share + problem.kv_tokens * kv_row * kv_share)
     outwards = int(problem.q_tokens * out_row * q_share)
     others = (ranks - 1) / ranks
@@ -244,13 +266,14 @@ def least_ranks(problem: AttentionProblem, costs: Costs) -> int | None:
     return next((n for n in numbers if least_memory(problem, n, costs) <= costs.memory), None)
 
 
-def head_start(problem: AttentionProblem, ranks: int, costs: Costs, multiprocessors: int) -> int:
+def head_start(problem: AttentionProblem, ranks: int, costs: Costs) -> int:
     """Query rows whose attention to a GPU's own keys takes as long as gathering the others.
 
     For an item that nothing else hides the transfer of; see `strategies.allgather`. 0 if it is
-    so short that asking for two calls more would take longer than they save.
+    so short that asking for two calls more would take longer than they save, and on a CPU.
     """
-    if ranks == 1 or problem.flops / ranks / costs.flops < HEAD_START:
+    multiprocessors = costs.multiprocessors
+    if ranks == 1 or not multiprocessors or problem.flops / ranks / costs.flops < HEAD_START:
         return 0
     rows, keys = problem.q_tokens // ranks, problem.kv_tokens // ranks
     gather = 2 * costs.latency + (ranks - 1) / ranks * problem.kv_bytes / costs.bandwidth
@@ -288,6 +311,17 @@ def _largest_head_shares(q_heads: int, kv_heads: int, ranks: int) -> tuple[float
     """Return the largest shares of the query heads, and of the kv heads, that a rank attends to."""
     shards = head_shards(q_heads, kv_heads, min(ranks, q_heads))  # nobody gets less than a head
     return max(len(s.q) for s in shards) / q_heads, max(len(s.kv) for s in shards) / kv_heads
+
+
+def _idle(problem: AttentionProblem, tiles: int, compute: float, costs: Costs) -> float:
+    """Seconds that multiprocessors wait for the last of `tiles`, all of which take `compute`.
+
+    Without a mask, when all tiles are alike; else the longest go first, and short ones fill up.
+    """
+    if not costs.multiprocessors or problem.causal != "none":
+        return 0.0
+    waves = tiles / costs.multiprocessors
+    return (ceil(waves) - waves) * compute / waves
 
 
 def _overlapped(compute: float, exchange: float, batch: bool) -> float:

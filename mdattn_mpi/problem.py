@@ -27,6 +27,8 @@ Causal = Literal["none", "upper_left", "lower_right"]
 DTypeName = Literal["bfloat16", "float16"]
 StrategyName = Literal["ring", "allgather", "ulysses"]
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
+KernelName = Literal["cudnn", "flash"]
+KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 
 DTYPES: dict[str, DTypeName] = {"bf16": "bfloat16", "fp16": "float16"}  # by what users type
 

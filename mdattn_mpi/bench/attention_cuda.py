@@ -90,7 +90,7 @@ def taken_by_auto(device: CudaDevice, problem: AttentionProblem) -> str:
 
     if device.ranks == 1:
         return ONE
-    name, _ = choose(problem, device.ranks, "auto", device.costs(), batch=False)
+    name, _ = choose(problem, device.ranks, "auto", device.costs(problem), batch=False)
     early = name == "allgather" and device.head_start(problem)
     return f"{name}, head start" if early else name
 
@@ -109,7 +109,7 @@ def measure(
     sides = list(our_sides(world, device, problem, inputs))
     if rivals is not None:
         sides += rivals.sides(problem, inputs)
-    expected = estimate(problem, world.size, "ring", device.costs(), batch=False).seconds
+    expected = estimate(problem, world.size, "ring", device.costs(problem), batch=False).seconds
     for turn in range(rounds * len(sides)):
         lap, place = divmod(turn, len(sides))
         side = sides[(lap + place) % len(sides)]

@@ -6,9 +6,10 @@ than the slowest of them; wall / slowest says how much is lost.
 
   mpirun -n 2 mdattn bench job -b cuda --folder /local/scratch
 
-Items take turns through the lengths, head dims and masks that are named; --mixed is 18 lengths from
-4k to 60k. The first pass of computing pays for what a length costs when it comes first; the time
-of the kernels is the GPU's own, merges left out, in a second pass.
+Items take turns through the lengths, head dims and masks that are named, and are computed in the
+order of the job, the dearest first; --mixed is 18 lengths from 4k to 60k. The first pass of
+computing pays for what a length costs when it comes first; the time of the kernels is the GPU's
+own, merges left out, in a second pass.
 With --group-sizes, the whole job runs once for each, on executors opened anew.
 
   mpirun -n 2 mdattn bench job -b cuda --mixed --items 24 --q-heads 16 --kv-heads 4 --causal \
@@ -136,10 +137,11 @@ def _measure(world: World, spec: JobSpec) -> tuple[dict[str, float], dict[str, s
     assert job.output is not None
     files = files_of(job, job.output)
     memory, timings = _in_memory(job, files), job.executor.timings
+    items = in_order(job)
     parts: dict[str, Callable[[], None]] = {
-        "warm-up": lambda: _compute(job, memory, job.todo[:2]),
-        "computing": lambda: _compute(job, memory, job.todo),
-        "computing again": lambda: _compute(job, memory, job.todo),
+        "warm-up": lambda: _compute(job, memory, items[-2:]),
+        "computing": lambda: _compute(job, memory, items),
+        "computing again": lambda: _compute(job, memory, items),
         "reading": lambda: _read(job, files),
         "writing": lambda: _write(job, files),
         "whole job": lambda: run_items(job),
@@ -191,6 +193,11 @@ def close(job: Job) -> None:
 def _tasks(job: Job, items: Sequence[AnyItem]) -> Iterator[Task]:
     plans, rank = job.groups[0].plans, job.world.rank
     return (job.kind.task(item, plans[item.name], rank) for item in items)
+
+
+def in_order(job: Job) -> list[AnyItem]:
+    """All items, in the order in which the job takes them."""
+    return [job.items[number] for queue in job.schedule.queues for number in queue.items]
 
 
 def _room(job: Job, task: Task) -> list[HostArray]:

@@ -138,8 +138,8 @@ class HostedDevice(Device[A, T, P], Protocol[A, T, P]):
         """Make ready for calls that are going to come."""
         ...
 
-    def costs(self) -> Costs:
-        """Rough figures of the device, alike on all ranks."""
+    def costs(self, problem: AttentionProblem) -> Costs:
+        """Rough figures of the device and what attends to `problem`, alike on all ranks."""
         ...
 
     def head_start(self, problem: AttentionProblem) -> int:

@@ -16,6 +16,7 @@ from mdattn_mpi.library.spans import Order, owners_of
 from mdattn_mpi.problem import (
     AttentionProblem,
     Causal,
+    KernelName,
     Partition,
     Plan,
     StrategyName,
@@ -35,6 +36,7 @@ def attention(
     causal: Causal = "none",
     scale: float | None = None,
     strategy: Literal["auto"] | StrategyName = "auto",
+    kernel: Literal["auto"] | KernelName = "auto",
     order: Order = "contiguous",
     return_lse: bool = False,
     deadline: float | None = None,
@@ -57,6 +59,9 @@ def attention(
         What scores are multiplied with; by default 1/√H.
     strategy
         ``ring``, ``allgather``, ``ulysses``, or ``auto``, which picks one of them.
+    kernel
+        What attends on GPUs: ``cudnn``, ``flash`` (FlashAttention 4), or ``auto``, the faster one
+        of those that are there. Each that is used opens the GPU once more, with memory of its own.
     order
         Which tokens the shards are. ``contiguous``: in rank order, any number on each rank.
         ``zigzag``: those that `shard_spans` gives, which balances the work under a causal mask.
@@ -88,7 +93,7 @@ def attention(
         Some ranks didn't come before the deadline; on the others, naming them.
 
     """
-    options = Options(causal, scale, strategy, order, return_lse)
+    options = Options(causal, scale, strategy, kernel, order, return_lse)
     request = _agree_on(comm, (q, k, v), options, deadline)
     made = request.session.made.get(request.key)
     if made is None:
@@ -107,7 +112,7 @@ class Attention:
 
     Parameters
     ----------
-    comm, causal, scale, strategy, order, return_lse, deadline
+    comm, causal, scale, strategy, kernel, order, return_lse, deadline
         As in `attention`.
     q, k, v
         Arrays of the shapes and dtype that all calls will bring, in the place where they will be.
@@ -122,6 +127,7 @@ class Attention:
 
     _session: Session
     _plan: Plan
+    _kernel: str
     _expected: str
     _started: deque[Call]
 
@@ -135,11 +141,12 @@ class Attention:
         causal: Causal = "none",
         scale: float | None = None,
         strategy: Literal["auto"] | StrategyName = "auto",
+        kernel: Literal["auto"] | KernelName = "auto",
         order: Order = "contiguous",
         return_lse: bool = False,
         deadline: float | None = None,
     ) -> None:
-        options = Options(causal, scale, strategy, order, return_lse)
+        options = Options(causal, scale, strategy, kernel, order, return_lse)
         self._plan_for(_agree_on(comm, (q, k, v), options, deadline))
 
     def _plan_for(self, request: _Request) -> None:
@@ -147,6 +154,7 @@ class Attention:
         from mdattn_mpi.lockstep import together
 
         self._session = session = request.session
+        self._kernel = request.options.kernel
         self._expected = _kind(request.shards)
         self._started = deque()
         with session.left_if_alone():
@@ -239,7 +247,9 @@ class Call:
         with session.left_on_error():
             session.under_way.append(self)
             try:
-                device = self._device = self._open.enter_context(session.device(plan.backend))
+                device = self._device = self._open.enter_context(
+                    session.device(plan.backend, self._made._kernel)
+                )
                 q, k, v = map(device.adopt, self._shards[:3])
                 attend: Attend = STRATEGIES[plan.strategy]
                 if plan.strategy == "allgather":  # where it is alone it hides behind itself
@@ -358,10 +368,10 @@ def _plan(request: _Request) -> Plan:
         query=owners_of("query", query, options.order), kv=owners_of("kv", kv, options.order)
     )
     ranks, lse = len(query), options.return_lse
-    with request.session.device(shards.backend) as device:
+    with request.session.device(shards.backend, options.kernel) as device:
         device.check(problem)
         strategy, reasons = choose(
-            problem, ranks, options.strategy, device.costs(), batch=False, owners=owners
+            problem, ranks, options.strategy, device.costs(problem), batch=False, owners=owners
         )
     return Plan(problem, strategy, ranks, shards.backend, lse, partition=owners, reasons=reasons)
 

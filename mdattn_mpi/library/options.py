@@ -6,7 +6,14 @@ from typing import Literal, NamedTuple, get_args
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.library.spans import Order, check_order
-from mdattn_mpi.problem import STRATEGY_NAMES, Causal, StrategyName, scale_of
+from mdattn_mpi.problem import (
+    KERNEL_NAMES,
+    STRATEGY_NAMES,
+    Causal,
+    KernelName,
+    StrategyName,
+    scale_of,
+)
 
 
 class Options(NamedTuple):
@@ -15,6 +22,7 @@ class Options(NamedTuple):
     causal: Causal
     scale: float | None
     strategy: Literal["auto"] | StrategyName
+    kernel: Literal["auto"] | KernelName
     order: Order
     return_lse: bool
 
@@ -29,12 +37,15 @@ class Options(NamedTuple):
         """
         check_order(self.order)
         _check_causal(self.causal)
-        if self.strategy not in ("auto", *STRATEGY_NAMES):
-            raise RejectedError(
-                f"strategy is {self.strategy!r}", fix=f"use auto, {', '.join(STRATEGY_NAMES)}"
-            )
+        _check_name("strategy", self.strategy, STRATEGY_NAMES)
+        _check_name("kernel", self.kernel, KERNEL_NAMES)
         scale = None if self.scale is None else scale_of(self.scale)
         return self._replace(scale=scale, return_lse=bool(self.return_lse))
+
+
+def _check_name(option: str, given: object, names: tuple[str, ...]) -> None:
+    if given not in ("auto", *names):
+        raise RejectedError(f"{option} is {given!r}", fix=f"use auto, {', '.join(names)}")
 
 
 def _check_causal(causal: object) -> None:

@@ -74,7 +74,7 @@ class Session:
             del self.made[next(iter(self.made))]
 
     @contextmanager
-    def device(self, name: str) -> Iterator[AnyDevice]:
+    def device(self, name: str, kernel: str) -> Iterator[AnyDevice]:
         """Collective if it isn't open. The device of a backend, for as long as the block lasts.
 
         A GPU stays open for the next call. A CPU doesn't: it keeps BLAS to one thread, also when
@@ -82,17 +82,18 @@ class Session:
         """
         from mdattn_mpi.backends import StrategyBackend, open_backend
 
-        if name not in self._backends:
-            backend = open_backend(name, self.world)
+        key = name if name == "cpu" else f"{name} {kernel}"
+        if key not in self._backends:
+            backend = open_backend(name, self.world, kernel=kernel)
             assert isinstance(backend, StrategyBackend)
-            self._backends[name] = backend
-        self._users[name] += 1
+            self._backends[key] = backend
+        self._users[key] += 1
         try:
-            yield self._backends[name].device
+            yield self._backends[key].device
         finally:
-            self._users[name] -= 1
-            if name == "cpu" and not self._users[name]:
-                self._backends.pop(name).close()
+            self._users[key] -= 1
+            if name == "cpu" and not self._users[key]:
+                self._backends.pop(key).close()
 
     @contextmanager
     def left_on_error(self) -> Iterator[None]:

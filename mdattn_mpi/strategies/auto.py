@@ -9,7 +9,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.estimate import Costs, Estimate, estimate, least_ranks
 from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, Partition, StrategyName
 
-TIE = 1.05  # the less a strategy merges the more exact it is: worth this much time
+TIE = 1.05  # where merging costs exactness, merging less is worth this much time
 
 
 def choose(
@@ -21,7 +21,9 @@ def choose(
     batch: bool = True,
     owners: Partition | None = None,
 ) -> tuple[StrategyName, tuple[str, ...]]:
-    """Pick the fastest strategy that fits into memory; near ties go to the one that merges least.
+    """Pick the fastest strategy that fits into memory.
+
+    Where merging costs exactness, near ties go to the one that merges least.
 
     Parameters
     ----------
@@ -61,7 +63,8 @@ def choose(
         return "ring", ("ring: one rank, nothing to exchange",)
     best = min(found.seconds for found in fitting.values())
     least_merged: tuple[StrategyName, ...] = ("allgather", "ulysses", "ring")
-    chosen = next(n for n in least_merged if n in fitting and fitting[n].seconds <= TIE * best)
+    worth = 1.0 if costs.exact_merge else TIE
+    chosen = next(n for n in least_merged if n in fitting and fitting[n].seconds <= worth * best)
     ordered = sorted(estimates, key=lambda name: (name != chosen, estimates[name].seconds))
     return chosen, tuple(
         f"{name}: {'chosen; ' if name == chosen else ''}"

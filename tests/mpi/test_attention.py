@@ -130,6 +130,7 @@ def test_all_ranks_raise_the_same_when_one_has_it_wrong(world: Any) -> None:
             mdattn_mpi.attention(world.comm, *inputs_for(world, **changes))
     for message, options in {
         "causal is 'left'": {"causal": "left"},
+        "kernel is 'triton'.*Fix: use auto, cudnn, flash": {"kernel": "triton"},
         'causal is True.*Fix: write causal="upper_left"': {"causal": True},
         'causal is False.*Fix: write causal="none"': {"causal": False},
         "scale is 'half'": {"scale": "half"},

@@ -101,8 +101,25 @@ def test_hardware_differs_by_architecture_links_and_backend() -> None:
 
 def test_head_start_is_whole_waves_of_tiles() -> None:
     problem = AttentionProblem(32768, 32768, 8, 8, 128, 128)
-    assert head_start(problem, 1, GPU, 132) == 0
-    assert head_start(AttentionProblem(4096, 4096, 8, 8, 128, 128), 2, GPU, 132) == 0
-    rows = head_start(problem, 2, GPU, 132)
+    assert head_start(problem, 1, GPU) == 0
+    assert head_start(AttentionProblem(4096, 4096, 8, 8, 128, 128), 2, GPU) == 0
+    rows = head_start(problem, 2, GPU)
     assert 0 < rows <= 16384
     assert rows % (132 // 8 * 128) == 0
+    assert head_start(problem, 2, cpu_costs()) == 0
+
+
+def test_what_the_last_wave_of_tiles_leaves_idle() -> None:
+    """4096 tiles on 132 multiprocessors are 31.03 waves: 32; in two halves 62.06: 63 of half."""
+    problem = AttentionProblem(131072, 131072, 8, 8, 128, 128)
+    even = replace(GPU, multiprocessors=0)
+    for name, waves in (("allgather", 32 / (4096 / 132)), ("ring", 63 / (8192 / 132))):
+        with_idle, without = (
+            estimate(problem, 2, name, costs, batch=True).compute  # type: ignore[arg-type]
+            for costs in (GPU, even)
+        )
+        assert with_idle == pytest.approx(waves * without)
+    causal = replace(problem, causal="upper_left")
+    assert estimate(causal, 2, "ring", GPU, batch=True) == estimate(
+        causal, 2, "ring", even, batch=True
+    )

@@ -15,6 +15,7 @@ from mdattn_mpi.lockstep import board
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
+    from mdattn_mpi.problem import AttentionProblem
 
 PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
 TAG = 7
@@ -79,7 +80,7 @@ class CpuDevice(HostDevice):
         for transfer in self._under_way:
             transfer.poll()
 
-    def costs(self) -> Costs:
+    def costs(self, problem: AttentionProblem) -> Costs:
         """Rough figures of a core, however many the rank has: alike on all ranks."""
         return cpu_costs()
 

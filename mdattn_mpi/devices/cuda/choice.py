@@ -9,8 +9,7 @@ from mdattn_mpi.devices.cuda.attention import AttentionCall, Engine
 from mdattn_mpi.devices.cuda.flash.engine import why_not
 from mdattn_mpi.devices.presence import gpu_count, gpu_sm
 from mdattn_mpi.errors import RejectedError
-
-KERNELS = ("auto", "cudnn", "flash")
+from mdattn_mpi.problem import KERNEL_NAMES
 
 # cuDNN's time over FlashAttention's, by the major number of the SM architecture and head dim: on an
 # H200, 64k to 128k tokens, the smaller of full and causal. What isn't here wasn't measured.
@@ -61,7 +60,7 @@ class Chooser:
             No engine can do it, or not the one that was asked for.
 
         """
-        kind = (*call[2:7], call.causal)
+        kind = (*call[2:7], call.mask, call.softcap > 0)
         if kind not in self._chosen:
             self._chosen[kind] = self._choose(call._replace(out_dtype=call.dtype))
         return self._chosen[kind]
@@ -90,7 +89,7 @@ class Chooser:
                 return Choice(engine, not engine.refusal(partial), reason)
             refusals.append(f"not {engine.name}: {refusal}")
         major, minor = self._sm
-        others = [name for name in ("cudnn", "flash") if name != self._wanted]
+        others = [name for name in KERNEL_NAMES if name != self._wanted]
         fix = "-b cpu" if self._wanted == "auto" else f"--kernel {others[0]}, or -b cpu"
         raise RejectedError(
             f"no attention kernel for head dims {call.head_dim} and {call.v_head_dim} in "

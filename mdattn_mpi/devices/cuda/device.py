@@ -20,10 +20,11 @@ from mdattn_mpi.devices.cuda.clock import Clock
 from mdattn_mpi.devices.cuda.copies import Copies, PeerCopies
 from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Network
 from mdattn_mpi.devices.cuda.interop import Interop
-from mdattn_mpi.devices.cuda.kernels import Kernels, Partials
+from mdattn_mpi.devices.cuda.kernels import Kernels
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, HostBuffers, Memory
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
+from mdattn_mpi.devices.cuda.partials import Partials
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
 from mdattn_mpi.estimate import Costs, gpu_costs, head_start
 from mdattn_mpi.problem import AttentionProblem, Span
@@ -300,17 +301,23 @@ class CudaDevice:
         """Make calls of the kernel ready, in a thread, before they are wanted."""
         self._kernels.prepare(problem, calls)
 
-    def costs(self) -> Costs:
-        """Rough figures of this GPU and its links."""
+    def costs(self, problem: AttentionProblem) -> Costs:
+        """Rough figures of this GPU, its links, and the kernel that takes `problem`."""
         near = len(self._near) == self._ranks - 1
         memory = int(0.92 * self._limit)
-        sm, multiprocessors = self._gpu.sm[0], self._gpu.multiprocessors
-        preparing = self._chooser.first.preparing
-        return gpu_costs(sm, multiprocessors, near=near, memory=memory, preparing=preparing)
+        choice = self._kernels.choose(problem)
+        return gpu_costs(
+            self._gpu.sm[0],
+            self._gpu.multiprocessors,
+            near=near,
+            memory=memory,
+            preparing=choice.engine.preparing,
+            exact_merge=choice.float32,
+        )
 
     def head_start(self, problem: AttentionProblem) -> int:
         """Query rows that may attend to the rank's own keys while the others are gathered."""
-        return head_start(problem, self._ranks, self.costs(), self._gpu.multiprocessors)
+        return head_start(problem, self._ranks, self.costs(problem))
 
     @property
     def seconds(self) -> dict[str, float]:

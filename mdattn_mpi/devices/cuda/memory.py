@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +26,7 @@ from mdattn_mpi.errors import DeviceError
 ALIGNMENT = 512
 BLOCK = 1 << 28  # the least that is taken from the driver at a time
 HOST_ALIGNMENT = 4096
+LOOSE = 16  # times the size of an array, at most, that pinned memory for it may have
 
 
 @dataclass(frozen=True)
@@ -318,14 +319,15 @@ def is_one_run(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
 
 
 class HostBuffers:
-    """Pinned host memory, kept for the next array of the same size class.
+    """Pinned host memory, kept for the next array that fits into it and isn't much smaller.
 
-    Taking pinned memory from the system costs milliseconds, so it is taken once.
+    Taking it from the system costs milliseconds, so it is taken once: a job takes its largest items
+    first. For the caller's thread alone; only what arrays give back comes from others.
     """
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
-        self._idle: defaultdict[int, list[int]] = defaultdict(list)
+        self._idle: dict[int, list[int]] = {}  # by size; new ones are added in `empty` alone
         self._closed = False
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -333,11 +335,11 @@ class HostBuffers:
         nbytes = prod(shape) * dtype.itemsize
         if nbytes == 0:
             return np.empty(shape, dtype)
-        size = size_class(nbytes)
-        try:
-            address = self._idle[size].pop()
-        except IndexError:
-            address = self._gpu.pinned(size)
+        least = size_class(nbytes)
+        fitting = [n for n, idle in self._idle.items() if idle and least <= n <= LOOSE * least]
+        size = min(fitting, default=least)
+        idle = self._idle.setdefault(size, [])
+        address = idle.pop() if idle else self._gpu.pinned(size)
         owner = (ctypes.c_ubyte * nbytes).from_address(address)
         weakref.finalize(owner, self._give_back, size, address).atexit = False
         found: NDArray[Any] = np.frombuffer(memoryview(owner), np.uint8).view(dtype).reshape(shape)

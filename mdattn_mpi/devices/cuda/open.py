@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from mdattn_mpi.devices.cuda.attention import Engine
-from mdattn_mpi.devices.cuda.choice import GAIN, KERNELS, Chooser
+from mdattn_mpi.devices.cuda.choice import GAIN, Chooser
 from mdattn_mpi.devices.cuda.copies import PeerCopies
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.gpu import Gpu, Network
@@ -15,6 +15,7 @@ from mdattn_mpi.devices.cuda.memory import Memory
 from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.lockstep import gather_together, together
+from mdattn_mpi.problem import KERNEL_NAMES
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
@@ -63,8 +64,8 @@ def open_cuda(
     """
     if transfer not in ("auto", "copy", "nccl"):
         raise RejectedError(f"transfer {transfer!r}", fix="use auto, copy or nccl")
-    if kernel not in KERNELS:
-        raise RejectedError(f"kernel {kernel!r}", fix=f"use one of {', '.join(KERNELS)}")
+    if kernel not in ("auto", *KERNEL_NAMES):
+        raise RejectedError(f"kernel {kernel!r}", fix=f"use auto, {', '.join(KERNEL_NAMES)}")
     libraries = seam or Libraries()
     local_rank = group.local_rank if local_rank is None else local_rank
     gpu, facts = together(group, "GPU", lambda: _open_own(libraries, local_rank, group.local_size))

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import Costs, estimate
+from mdattn_mpi.estimate import Costs, estimate, gpu_costs
 from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem
 from mdattn_mpi.strategies import STRATEGIES, choose
 from mdattn_mpi.strategies.auto import TIE
@@ -104,3 +104,27 @@ def test_memory_of_a_ring_falls_with_the_ranks_and_that_of_allgather_does_not() 
     )
     assert ring[0] == pytest.approx(2 * ring[1]) == pytest.approx(4 * ring[2])
     assert gathered[2] > LONG.kv_bytes
+
+
+FLASH = gpu_costs(9, 132, exact_merge=True)
+
+
+@pytest.mark.parametrize(
+    ("length", "q_heads", "head_dim", "causal", "chosen"),
+    [
+        (131072, 8, 128, "none", "ring"),
+        (131072, 8, 128, "upper_left", "ring"),
+        (131072, 8, 64, "none", "ring"),
+        (32768, 8, 128, "none", "allgather"),
+        (65536, 32, 128, "upper_left", "allgather"),
+    ],
+)
+def test_where_merging_loses_nothing_the_fastest_is_taken(
+    length: int, q_heads: int, head_dim: int, causal: Any, chosen: str
+) -> None:
+    """The faster ones on two H100s, by 2 % and more (docs/performance.md, FlashAttention)."""
+    shape = length, length, q_heads, 8, head_dim, head_dim
+    problem = AttentionProblem(*shape, "bfloat16", causal)
+    assert choose(problem, 2, "auto", FLASH, batch=False)[0] == chosen
+    rounded = replace(FLASH, exact_merge=False)
+    assert choose(problem, 2, "auto", rounded, batch=False)[0] == "allgather"

@@ -15,10 +15,12 @@ from mdattn_mpi.devices.cuda.memory import (
     Allocation,
     BlockRange,
     DeviceArray,
+    HostBuffers,
     Memory,
+    size_class,
 )
 from mdattn_mpi.errors import DeviceError
-from tests.support.fake_gpu import DTYPES
+from tests.support.fake_gpu import DTYPES, FakeGpu, Machine
 
 
 class Driver:
@@ -91,6 +93,28 @@ def test_no_memory_is_said_with_figures() -> None:
     with pytest.raises(DeviceError, match=r"1 GiB more were needed, 0 GiB are free, 0\.125 GiB"):
         memory.cut(1 << 30)
     assert memory.in_use == memory.peak == BLOCK // 2
+
+
+def test_pinned_memory_of_a_larger_array_serves_a_smaller_one() -> None:
+    taken: list[int] = []
+
+    class Pinning(FakeGpu):
+        def pinned(self, nbytes: int) -> int:
+            taken.append(nbytes)
+            return super().pinned(nbytes)
+
+    buffers = HostBuffers(Pinning(Machine(1)))
+    for tokens in (60000, 41000, 7000, 60000):  # as a job of mixed lengths has them
+        kept = [buffers.empty((tokens, 64), DTYPES["float16"]) for _ in range(2)]
+        addresses = {array.ctypes.data for array in kept}
+        assert len(addresses) == 2
+        del kept
+    assert taken == [size_class(60000 * 128)] * 2
+    large = buffers.empty((60000, 64), DTYPES["float16"])
+    tiny = buffers.empty((60,), DTYPES["float32"])  # not in memory that is 30,000 times as large
+    assert taken[2:] == [size_class(240)]
+    large[...], tiny[...] = 1, 2
+    assert (large == 1).all()
 
 
 def test_a_view_of_everything_is_the_array_itself() -> None:

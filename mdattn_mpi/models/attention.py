@@ -1,0 +1,237 @@
+"""What stands in for the attention of every layer: registered with Transformers under one name.
+
+Transformers calls an attention function with a module, its queries, keys and values, and options
+(``AttentionInterface``, huggingface.co/docs/transformers/attention_interface), and asks for the
+mask beforehand. Here no mask is made: who sees whom follows from the options, and from which tokens
+the rank holds. What answers is set for a while by `attending`: our strategies, or what the proof
+wants to see instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.library.arrays import shards_of
+from mdattn_mpi.partition import token_count
+from mdattn_mpi.problem import AttentionProblem, Partition, Plan, Span, StrategyName
+
+if TYPE_CHECKING:
+    import torch
+
+    from mdattn_mpi.backends import AnyDevice
+
+NAME = "mdattn"
+
+# Options that say nothing about what is computed: without a cache, dropout or gradients.
+SILENT = frozenset(
+    {"position_ids", "cache_position", "deterministic", "dropout", "use_cache", "output_attentions"}
+)
+
+
+class Attending(Protocol):
+    """What can stand in for the attention of all layers."""
+
+    def mask(self, *args: Any, **options: Any) -> Any:
+        """Make the mask that `attend` will be given; arguments as Transformers has them."""
+        ...
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: Any,
+        **options: Any,
+    ) -> torch.Tensor:
+        """Attend ``[1, N, S, H]`` to ``[1, Nkv, S, H]``; return ``[1, S, N, Hv]``."""
+        ...
+
+
+_attending: list[Attending] = []
+
+
+@contextmanager
+def attending(by: Attending) -> Iterator[None]:
+    """Let `by` do the attention of models that were loaded for ours, within the block."""
+    _attending.append(by)
+    try:
+        yield
+    finally:
+        _attending.pop()
+
+
+def register() -> None:
+    """Make our attention known to Transformers."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _mask)
+
+
+def _attend(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+    return _current().attend(module, query, key, value, mask, **options), None
+
+
+def _mask(*args: Any, **options: Any) -> Any:
+    return _current().mask(*args, **options)
+
+
+def _current() -> Attending:
+    if not _attending:
+        raise RejectedError(
+            "a model was called on its own whose attention all ranks compute together",
+            fix="call it on all ranks, by `mdattn run` or mdattn_mpi.transformers.parallelize",
+        )
+    return _attending[-1]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a layer asks for, in our words."""
+
+    causal: bool
+    scale: float | None
+    window: int | None  # keys that a token sees to its left, itself among them
+    softcap: float | None
+    sinks: Any  # [N], or None
+
+
+def options_of(module: Any, mask: Any, options: Mapping[str, Any]) -> Options:
+    """Read a layer's options; all that isn't known is refused by name.
+
+    Raises
+    ------
+    RejectedError
+        It asks for what we can't do: says which layer's class, and what.
+
+    """
+    left = {name: value for name, value in options.items() if value is not None}
+    causal = left.pop("is_causal", None)
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    found = Options(
+        bool(causal),
+        left.pop("scaling", None),
+        left.pop("sliding_window", None),
+        left.pop("softcap", None) or None,
+        left.pop("s_aux", None),
+    )
+    dropout = left.get("dropout", 0.0)
+    unknown = sorted(name for name in left if name not in SILENT)
+    if mask is not None:
+        unknown.append("a mask")
+    if dropout:
+        unknown.append(f"dropout {dropout}")
+    if unknown:
+        raise RejectedError(
+            f"{type(module).__name__} asks its attention for {', '.join(unknown)}, which ranks "
+            "can't compute together",
+            fix="use another model, or `mdattn shard` on an ONNX export of this one",
+        )
+    return found
+
+
+@dataclass
+class SharedAttention:
+    """Our strategies, over a group that holds one sequence together.
+
+    Parameters
+    ----------
+    device
+        The rank's place in the group.
+    owners
+        The tokens of each rank, the same in all layers.
+    strategy
+        One of ours, or ``auto``.
+
+    """
+
+    device: AnyDevice
+    owners: tuple[tuple[Span, ...], ...]
+    strategy: Literal["auto"] | StrategyName = "auto"
+    plans: dict[AttentionProblem, Plan] = field(default_factory=dict)
+
+    def mask(self, *args: Any, **options: Any) -> None:
+        """Make none."""
+
+    def attend(
+        self, module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any
+    ) -> Any:
+        """Collective. Attend with the rank's own tokens to those of all ranks."""
+        wanted = options_of(module, mask, options)
+        own = token_count(self.owners[self.device.rank])
+        rows = query.shape[2]
+        if query.shape[0] != 1 or key.shape[2] != rows or rows not in (own, max(own, 1)):
+            raise RejectedError(
+                f"{type(module).__name__} attends {list(query.shape)} to {list(key.shape)}; the "
+                f"rank holds {own} tokens of one sequence",
+                fix="use a model whose every layer attends from all of a sequence to all of it",
+            )
+        q, k, v = (tensor[0, :, :own].transpose(0, 1) for tensor in (query, key, value))
+        out = self._attend(q, k, v, wanted)
+        if own < rows:  # a rank without tokens runs the model on one of no meaning
+            out = query.new_zeros((rows, query.shape[1], value.shape[3]))
+        return out.unsqueeze(0)
+
+    def _attend(self, q: Any, k: Any, v: Any, wanted: Options) -> Any:
+        """Collective. Run a strategy to its end over ``[S, N, H]``."""
+        from mdattn_mpi.strategies import STRATEGIES
+
+        shards = shards_of(q, k, v)
+        plan = self._plan(shards, wanted)
+        steps = STRATEGIES[plan.strategy](self.device, plan, *map(self.device.adopt, shards[:3]))
+        out, _ = run(steps)
+        return shards.give(self.device.export(out))
+
+    def _plan(self, shards: Any, wanted: Options) -> Plan:
+        tokens = sum(map(token_count, self.owners))
+        problem = problem_of(shards, wanted, tokens)
+        if problem not in self.plans:
+            from mdattn_mpi.strategies import choose
+
+            self.device.check(problem)
+            both = Partition(self.owners, self.owners)
+            name, reasons = choose(
+                problem,
+                len(self.owners),
+                self.strategy,
+                self.device.costs(problem),
+                batch=False,
+                owners=both,
+            )
+            self.plans[problem] = Plan(
+                problem, name, len(self.owners), shards.backend, partition=both, reasons=reasons
+            )
+        return self.plans[problem]
+
+
+def problem_of(shards: Any, wanted: Options, tokens: int) -> AttentionProblem:
+    """Say what a layer computes over a whole sequence of `tokens`."""
+    if wanted.softcap or wanted.sinks is not None or (wanted.window and wanted.window < tokens):
+        raise RejectedError("windows, softcap and sinks aren't there yet", fix="use another model")
+    return AttentionProblem(
+        tokens,
+        tokens,
+        q_heads=shards.q.shape[1],
+        kv_heads=shards.k.shape[1],
+        head_dim=shards.q.shape[2],
+        v_head_dim=shards.v.shape[2],
+        dtype=shards.dtype,
+        causal="upper_left" if wanted.causal else "none",
+        scale=wanted.scale,  # type: ignore[arg-type]
+    )
+
+
+def run(steps: Any) -> Any:
+    """Run a strategy to its end; return what it returns."""
+    try:
+        while True:
+            next(steps)
+    except StopIteration as end:
+        return end.value
