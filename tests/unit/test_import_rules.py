@@ -38,6 +38,7 @@ ROOMS: dict[str, set[str]] = {
         "devices.presence",
         "devices.cuda.driver",
         "devices.cuda.memory",
+        "verifier",  # an engine is proven before it is used
     },
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "verifier": {"dataset"},
@@ -63,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
         "trt",
         "models",
     },
-    "doctor": {"devices", "lockstep"},
+    "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {
         "doctor",
         "partition",
