@@ -10,10 +10,11 @@ wants to see instead.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from mdattn_mpi.errors import RejectedError
@@ -107,7 +108,7 @@ class Options(NamedTuple):
 
     causal: bool
     scale: float | None
-    window: int | None  # keys that a token sees to its left, itself among them
+    window: int | None  # keys that a token sees on a side, itself among them
     softcap: float | None
     sinks: Any  # [N], or None
 
@@ -161,10 +162,9 @@ class Layer(NamedTuple):
     softcap: float | None
     sinks: bool
 
-    def over(self, tokens: int) -> AttentionProblem:
-        """Say what it computes over a sequence."""
-        if self.softcap or self.sinks or (self.window and self.window < tokens):
-            raise RejectedError("windows, softcap, sinks aren't there yet", fix="use another model")
+    def over(self, tokens: int, segments: Sequence[int] = ()) -> AttentionProblem:
+        """Say what it computes over a sequence; `segments` are where its documents begin."""
+        before = -1 if self.window is None else self.window - 1
         return AttentionProblem(
             tokens,
             tokens,
@@ -175,6 +175,10 @@ class Layer(NamedTuple):
             self.dtype,
             "upper_left" if self.causal else "none",
             self.scale,  # type: ignore[arg-type]
+            window=(before, -1 if self.causal else before),
+            softcap=self.softcap or 0.0,
+            sinks=self.sinks,
+            segments=tuple(segments),
         )
 
 
@@ -192,6 +196,10 @@ class SharedAttention:
         The tokens of each rank, the same in all layers.
     strategy
         One of ours, or ``auto``.
+    segments
+        The first tokens of the documents that are packed into the sequence.
+    reserved
+        Bytes of the device that are the model's own.
 
     Attributes
     ----------
@@ -204,6 +212,8 @@ class SharedAttention:
     backend: str
     owners: tuple[tuple[Span, ...], ...]
     strategy: StrategyWish = "auto"
+    segments: tuple[int, ...] = ()
+    reserved: int = 0
     layers: Counter[Layer] = field(default_factory=Counter)
     _plans: dict[Layer, Plan] = field(default_factory=dict)
 
@@ -231,7 +241,7 @@ class SharedAttention:
 
     def _attend(self, q: Any, k: Any, v: Any, wanted: Options) -> Any:
         """Collective. Run a strategy to its end over ``[S, N, H]``."""
-        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies import STRATEGIES, Attend, allgather
 
         shards = shards_of(q, k, v)
         layer = Layer(
@@ -248,8 +258,15 @@ class SharedAttention:
         )
         self.layers[layer] += 1
         plan = self.plan(layer)
-        adopted = map(self.device.adopt, shards[:3])
-        out, _ = _run(STRATEGIES[plan.strategy](self.device, plan, *adopted))
+        given = [*shards[:3]]
+        if wanted.sinks is not None:
+            sinks = wanted.sinks.detach().float()
+            given.append(sinks.numpy() if self.backend == "cpu" else sinks)
+        adopted = map(self.device.adopt, given)
+        attend: Attend = STRATEGIES[plan.strategy]
+        if plan.strategy == "allgather":  # nothing else hides its transfers
+            attend = partial(allgather.attend, head_start=self.device.head_start(plan.problem))
+        out, _ = _run(attend(self.device, plan, *adopted))
         return shards.give(self.device.export(out))
 
     def plan(self, layer: Layer) -> Plan:
@@ -264,12 +281,13 @@ class SharedAttention:
         if layer not in self._plans:
             from mdattn_mpi.strategies import choose
 
-            problem = layer.over(sum(map(token_count, self.owners)))
+            problem = layer.over(sum(map(token_count, self.owners)), self.segments)
             ranks, both = len(self.owners), Partition(self.owners, self.owners)
             kernel = self.device.check(problem)
-            name, reasons = choose(
-                problem, ranks, self.strategy, self.device.costs(problem), batch=False, owners=both
-            )
+            costs = self.device.costs(problem)
+            if costs.memory:
+                costs = replace(costs, memory=max(1, costs.memory - self.reserved))
+            name, reasons = choose(problem, ranks, self.strategy, costs, batch=False, owners=both)
             reasons = (*reasons, *kernel)
             self._plans[layer] = Plan(
                 problem, name, ranks, self.backend, partition=both, reasons=reasons

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,6 +19,7 @@ from mdattn_mpi.models.outputs import Pool, outputs_of
 from mdattn_mpi.models.proof import Proof, prove
 from mdattn_mpi.models.sequence import ONE_DOCUMENT, TokenSequence, owners_of
 from mdattn_mpi.problem import ModelPlan, ModelProblem, Span
+from mdattn_mpi.text import counted, memory_size
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +85,7 @@ class Transformer:
         self._backend, self._group = backend, group
         self._give, self._pool, self._strategy = give, pool, strategy
         self._size, self._costs = size, costs
-        self._seconds = 0.0
+        self._marks: list[tuple[Any, Any]] = []  # on a GPU, before and after every item
         self.proof: Proof | None = None
 
     def prove(self) -> None:
@@ -120,8 +121,8 @@ class Transformer:
         ranks, room = self._group.size, self._costs.memory
         if room and self._size.memory(problem, ranks, self._costs) > room:
             raise RejectedError(
-                f"{problem.tokens} tokens don't fit {ranks} ranks of {room / 2**30:.3g} GiB: "
-                + self._size.describe(problem, ranks, self._costs),
+                f"{problem.tokens} tokens don't fit {counted(ranks, 'rank')} of "
+                f"{memory_size(room)}: " + self._size.describe(problem, ranks, self._costs),
                 fix=self._enough(problem),
             )
 
@@ -134,7 +135,7 @@ class Transformer:
         )
         if enough is None:
             return "use devices with more memory: no number of ranks is enough"
-        return f"share it among {max(enough, self._group.size + 1)} ranks or more"
+        return f"share it among at least {max(enough, self._group.size + 1)} ranks"
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """An array for `begin`."""
@@ -157,26 +158,45 @@ class Transformer:
         """
         import torch
 
-        began = time.perf_counter()
         try:
-            running.outputs = self._run(running)
+            with self._marked():
+                running.outputs = self._run(running)
         except torch.OutOfMemoryError as error:
+            ranks = counted(self._group.size, "rank")
             raise DeviceError(
-                f"{running.plan.problem.tokens} tokens on {self._group.size} ranks: {error}",
+                f"{running.plan.problem.tokens} tokens on {ranks}: {error}",
                 fix=self._enough(running.plan.problem) + ", or leave such items out (--items)",
             ) from error
-        self._seconds += time.perf_counter() - began
+
+    @contextmanager
+    def _marked(self) -> Iterator[None]:
+        import torch
+
+        if self.network.device.type == "cpu":
+            yield
+            return
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
+        yield
+        after.record()
+        self._marks.append((before, after))
 
     def _run(self, running: Running) -> list[Any]:
         """Collective. Make the outputs in their order: tensors, or arrays of the host."""
         sequence, network = running.sequence, self.network
-        shared = self._shared(len(sequence.ids), running.plan.strategy)
+        segments = tuple(sequence.starts.tolist())
+        shared = self._shared(len(sequence.ids), running.plan.strategy, segments)
         hidden = network.run(sequence, shared)
         found = outputs_of(network, hidden, sequence, self._group, self._give, self._pool)
         return [found[tensor.name] for tensor in running.plan.problem.outputs]
 
-    def _shared(self, tokens: int, strategy: StrategyWish) -> SharedAttention:
-        return SharedAttention(self._backend.device, self.name, self.owners(tokens), strategy)
+    def _shared(
+        self, tokens: int, strategy: StrategyWish, segments: tuple[int, ...] = ()
+    ) -> SharedAttention:
+        owners = self.owners(tokens)
+        reserved = self._size.activations(tokens, self._group.size)
+        device = self._backend.device
+        return SharedAttention(device, self.name, owners, strategy, segments, reserved)
 
     def collect(self, running: Running) -> Arrays:
         """Start bringing the outputs to the host."""
@@ -197,15 +217,22 @@ class Transformer:
 
         network = self.network
         return {
-            "model": f"{network.name} in {network.dtype}, {network.nbytes / 2**30:.2f} GiB a rank",
+            "model": f"{network.name} in {network.dtype}, {memory_size(network.nbytes)} a rank",
             **self._backend.describe(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
 
     def timings(self) -> Mapping[str, float]:
-        """Ask the device, which knows of attention alone; ``model`` is the host's time in all."""
-        return {**self._backend.timings(), "model": self._seconds}
+        """Seconds of the GPU, all of the model's layers in ``compute``; a CPU's are the host's."""
+        found = dict(self._backend.timings())
+        attention = found.pop("compute", 0.0)
+        if self._marks:
+            self._marks[-1][1].synchronize()
+            whole = sum(before.elapsed_time(after) for before, after in self._marks) / 1e3
+            others = found.get("exchange", 0.0) + found.get("merge", 0.0)
+            found["compute"] = max(attention, whole - others)
+        return found
 
     def close(self) -> None:
         """Release the device."""

@@ -59,6 +59,7 @@ class Head:
 
         self._given.hidden = hidden[None]
         ids = torch.zeros((1, len(hidden)), dtype=torch.int64, device=hidden.device)
-        logits: torch.Tensor = self._model(input_ids=ids).logits[0]
+        with torch.no_grad():
+            logits: torch.Tensor = self._model(input_ids=ids).logits[0]
         self._given.hidden = None
         return logits

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdattn_mpi.errors import ItemError, RejectedError
+from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.models.attention import Attending, attending
 from mdattn_mpi.models.head import Head
 from mdattn_mpi.models.pieces import Pieces
@@ -98,14 +98,10 @@ class Network:
             else "cut it, or go beyond what the model was trained for: --beyond-positions",
         )
 
-    def check_ids(self, ids: NDArray[Any], file: str, item: str) -> None:
-        """Refuse an item with ids that the model counts or leaves out over the whole sequence.
+    def fault_of(self, ids: NDArray[Any]) -> tuple[str, str] | None:
+        """Look for ids that can't be: beyond the vocabulary, or counted over the whole sequence.
 
-        Raises
-        ------
-        ItemError
-            Says which id is where.
-
+        Returns what is wrong with the first one, and the fix.
         """
         wrong = (ids < 0) | (ids >= self.vocabulary)
         why = f"the model's vocabulary has ids from 0 to {self.vocabulary - 1}"
@@ -114,9 +110,10 @@ class Network:
             wrong = ids == self._counted
             why = "the mask, by whose share in the whole sequence the model scales all tokens"
             fix = "leave masks out, or set token_dropout to false in the model's config"
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise ItemError(f"input_ids[{at}] is {ids[at]}: {why}", fix=fix, file=file, item=item)
+        if not wrong.any():
+            return None
+        at = int(np.argmax(wrong))
+        return f"input_ids[{at}] is {ids[at]}: {why}", fix
 
     @property
     def device(self) -> torch.device:
@@ -156,7 +153,7 @@ class Network:
             name: torch.from_numpy(np.ascontiguousarray(array)).to(self.device)[None]
             for name, array in inputs.items()
         }
-        with attending(by), torch.inference_mode():
+        with attending(by), torch.no_grad():
             hidden: torch.Tensor = self.backbone(**given)[0][0]
         return hidden
 

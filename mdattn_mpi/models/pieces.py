@@ -1,6 +1,7 @@
 """What works token by token, done in pieces of tokens, for it is wide inside.
 
-An MLP holds two or three arrays of its inner width at a time, several times the hidden states.
+An MLP holds two or three arrays of its inner width at a time, several times the hidden states; a
+norm some in float32.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-NAMES = frozenset({"mlp", "ffn", "feed_forward", "block_sparse_moe"})  # of modules in a layer
+NAMES = ("mlp", "ffn", "feed_forward", "block_sparse_moe", "norm")  # ends of modules' names
 METHOD = "feed_forward_chunk"  # of a layer, in the family of BERT
 PIECE = 8192  # tokens
 
 
 class Pieces:
-    """The MLPs of a model; `tokens` says how many they take at a time, 0 stands for all."""
+    """The MLPs and norms of a model; they take `tokens` at a time, 0 stands for all."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.tokens = PIECE
@@ -38,7 +39,7 @@ class Pieces:
 
 def _token_by_token(model: torch.nn.Module) -> Iterator[tuple[Any, str]]:
     for name, module in model.named_modules():
-        if name.rpartition(".")[2] in NAMES:
+        if name.endswith(NAMES):
             yield module, "forward"
         elif hasattr(module, METHOD):
             yield module, METHOD

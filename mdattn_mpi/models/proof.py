@@ -25,6 +25,7 @@ from mdattn_mpi.models.attention import Attending, Layer, SharedAttention, Strat
 from mdattn_mpi.models.pieces import PIECE
 from mdattn_mpi.models.sequence import ONE_DOCUMENT, Ids, TokenSequence, owners_of
 from mdattn_mpi.problem import Span
+from mdattn_mpi.text import counted
 
 if TYPE_CHECKING:
     from mdattn_mpi.backends import AnyDevice
@@ -88,9 +89,9 @@ class Proof:
         wrong = next((place for place in self.places if place.parts), None)
         if wrong is not None:
             raise RejectedError(
-                f"the model on {self.ranks} ranks isn't the model in one process: at {wrong.name} "
-                f"they part by {wrong.error:.2g}, where rounding explains {wrong.allowed:.2g} "
-                f"({self.tokens} random tokens)",
+                f"the model on {counted(self.ranks, 'rank')} isn't the model in one process: at "
+                f"{wrong.name} they part by {wrong.error:.2g}, where rounding explains "
+                f"{wrong.allowed:.2g} ({self.tokens} random tokens)",
                 fix="use another model: something in this one mixes tokens in a way that isn't "
                 "understood, in its attention or beside it",
             )
@@ -99,9 +100,9 @@ class Proof:
         """Say what was proved, and what wasn't."""
         worst = max(self.places, key=lambda place: place.error / place.allowed)
         told = [
-            f"proof: {len(self.places)} places of {self.tokens} random tokens on {self.ranks} "
-            f"ranks as in one process; worst {worst.name}, {worst.error:.2g} of "
-            f"{worst.allowed:.2g} allowed"
+            f"proof: {len(self.places)} places of {self.tokens} random tokens on "
+            f"{counted(self.ranks, 'rank')} as in one process; worst {worst.name}, "
+            f"{worst.error:.2g} of {worst.allowed:.2g} allowed"
         ]
         if self.ranks > 1:
             told[0] += f"; attention inside each rank only would be {self._least():.2g} off"
@@ -202,8 +203,9 @@ def probe_length(
 
 def probe_ids(config: Mapping[str, Any], vocabulary: int, tokens: int) -> Ids:
     """Draw random ids, none with a meaning of its own such as padding; the same on all ranks."""
-    special = {value for name, value in config.items() if name.endswith("_token_id")}
-    allowed = np.setdiff1d(np.arange(vocabulary), [n for n in special if isinstance(n, int)])
+    special = [config[name] for name in config if name.endswith("_token_id")]
+    flat = [n for each in special for n in (each if isinstance(each, list) else [each])]
+    allowed = np.setdiff1d(np.arange(vocabulary), [n for n in flat if isinstance(n, int)])
     return np.random.default_rng(1).choice(allowed, tokens).astype(np.int64)
 
 

@@ -16,6 +16,7 @@ from mdattn_mpi.models.folder import ModelFolder, Weight
 from mdattn_mpi.models.outputs import LOGIT_BYTES
 from mdattn_mpi.models.pieces import PIECE
 from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, DTypeName, ModelProblem
+from mdattn_mpi.text import memory_size
 
 EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "decoder")  # in names of weights that are looked up
 DENSE = 1.3  # matrix products of large models are so much faster than attention, about
@@ -23,7 +24,7 @@ INNER = 6  # bytes a number of an MLP's inner width takes: gate, up and their pr
 
 
 class Shape(NamedTuple):
-    """What all layers have in common, as far as a config says it."""
+    """What all layers have in common, as far as a config says it, whose names differ by family."""
 
     layers: int
     width: int
@@ -31,7 +32,36 @@ class Shape(NamedTuple):
     q_heads: int
     kv_heads: int
     head_dim: int
-    causal: bool
+
+    @staticmethod
+    def of(config: Mapping[str, Any]) -> Shape:
+        """Read a config."""
+        nested = config.get("text_config")
+        config = nested if isinstance(nested, Mapping) else config
+        width = _number(config, "hidden_size", "n_embd", "d_model", "dim")
+        heads = _number(config, "num_attention_heads", "n_head", "n_heads") or 1
+        return Shape(
+            layers=_number(config, "num_hidden_layers", "n_layer", "n_layers") or 1,
+            width=width,
+            inner=_number(config, "intermediate_size", "n_inner", "d_ff") or 4 * width,
+            q_heads=heads,
+            kv_heads=_number(config, "num_key_value_heads") or heads,
+            head_dim=_number(config, "head_dim") or max(1, width // heads),
+        )
+
+    @property
+    def row(self) -> int:
+        """Numbers of one token's query, key and value."""
+        return self.head_dim * (self.q_heads + 2 * self.kv_heads)
+
+    def activations(self, own: int) -> int:
+        """Estimate bytes beside weights and attention, of a rank with so many tokens.
+
+        Most are held where queries are rotated: the layer's input and what its norm made of it, the
+        queries, and some 3.5 times as much on the way; keys and values are fewer.
+        """
+        rotating = 2 * self.width + self.head_dim * int(4.5 * self.q_heads + 2 * self.kv_heads)
+        return 2 * own * rotating + min(own, PIECE) * self.inner * INNER
 
 
 @dataclass(frozen=True)
@@ -48,24 +78,13 @@ class ModelSize:
 
     @cached_property
     def shape(self) -> Shape:
-        """Read the config, whose names differ by family."""
-        config = _text_config(self.folder.config)
-        width = _number(config, "hidden_size", "n_embd", "d_model", "dim")
-        heads = _number(config, "num_attention_heads", "n_head", "n_heads") or 1
-        return Shape(
-            layers=_number(config, "num_hidden_layers", "n_layer", "n_layers") or 1,
-            width=width,
-            inner=_number(config, "intermediate_size", "n_inner", "d_ff") or 4 * width,
-            q_heads=heads,
-            kv_heads=_number(config, "num_key_value_heads") or heads,
-            head_dim=_number(config, "head_dim") or max(1, width // heads),
-            causal=self.causal,
-        )
+        """Read the folder's config."""
+        return Shape.of(self.folder.config)
 
     @cached_property
     def multiplied(self) -> int:
         """Weights that every token is multiplied with: of a mixture's experts those used."""
-        config = _text_config(self.folder.config)
+        config = self.folder.config
         experts = _number(config, "num_local_experts", "num_experts")
         used = _number(config, "num_experts_per_tok") or 1
         share = used / experts if experts else 1.0
@@ -93,7 +112,7 @@ class ModelSize:
             shape.head_dim,
             shape.head_dim,
             self.dtype,
-            "upper_left" if shape.causal else "none",
+            "upper_left" if self.causal else "none",
         )
 
     def flops(self, tokens: int) -> int:
@@ -111,14 +130,12 @@ class ModelSize:
         """Estimate the bytes that a sequence takes of each rank, weights and all."""
         tokens = problem.tokens
         attention = min(each.memory for each in self._attentions(tokens, ranks, costs))
-        return self.nbytes + self.activations(-(-tokens // ranks)) + attention
+        shards = 2 * -(-tokens // ranks) * self.shape.row  # counted in both
+        return self.nbytes + self.activations(tokens, ranks) + attention - shards
 
-    def activations(self, own: int) -> int:
-        """Estimate bytes beside weights and attention, of a rank with so many tokens."""
-        shape = self.shape
-        heads = shape.head_dim * (2 * shape.q_heads + 3 * shape.kv_heads)
-        inside = min(own, PIECE) * shape.inner * INNER
-        return own * 2 * (6 * shape.width + heads) + inside + (2 * LOGIT_BYTES * self.logits)
+    def activations(self, tokens: int, ranks: int) -> int:
+        """Estimate bytes beside weights and attention, of each rank."""
+        return self.shape.activations(-(-tokens // ranks)) + 2 * LOGIT_BYTES * self.logits
 
     def _attentions(self, tokens: int, ranks: int, costs: Costs) -> list[Estimate]:
         problem = self.attention(tokens)
@@ -126,20 +143,16 @@ class ModelSize:
 
     def describe(self, problem: ModelProblem, ranks: int, costs: Costs) -> str:
         """Say what the memory of a rank is taken by."""
-        own = -(-problem.tokens // ranks)
         total = self.memory(problem, ranks, costs)
-        rest = total - self.nbytes - self.activations(own)
-        parts = (self.nbytes, self.activations(own), rest)
-        weights, activations, attention = (f"{part / 2**30:.3g}" for part in parts)
-        return (
-            f"memory: {total / 2**30:.3g} GiB a rank (weights {weights}, activations "
-            f"{activations}, attention {attention})"
+        activations = self.activations(problem.tokens, ranks)
+        rest = total - self.nbytes - activations
+        whole, weights, inside, attention = map(
+            memory_size, (total, self.nbytes, activations, rest)
         )
-
-
-def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    nested = config.get("text_config")
-    return nested if isinstance(nested, Mapping) else config
+        return (
+            f"memory: {whole} a rank (weights {weights}, activations {inside}, attention "
+            f"{attention})"
+        )
 
 
 def _number(config: Mapping[str, Any], *names: str) -> int:

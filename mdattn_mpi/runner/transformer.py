@@ -25,6 +25,7 @@ from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import Measure, make_schedule
 from mdattn_mpi.runner.work import Shard, Task
+from mdattn_mpi.text import memory_size
 
 
 class TransformerWork:
@@ -58,7 +59,9 @@ class TransformerWork:
 
     def check(self, task: Task, shards: Sequence[HostArray]) -> None:
         """Refuse ids that the model has no embedding of, and documents that aren't in order."""
-        self.network.check_ids(shards[0], self.spec.data, task.item.name)
+        if fault := self.network.fault_of(shards[0]):
+            what, fix = fault
+            raise ItemError(what, fix=fix, file=self.spec.data, item=task.item.name)
         self.dataset.starts(task.item)
 
     def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:
@@ -200,8 +203,8 @@ def _load(spec: JobSpec, folder: ModelFolder, backend: str, world: World, room: 
     nbytes = 2 * folder.parameters
     if nbytes > room:
         raise RejectedError(
-            f"its weights take {nbytes / 2**30:.3g} GiB of every rank, which has "
-            f"{room / 2**30:.3g} GiB for them",
+            f"its weights take {memory_size(nbytes)} of every rank, which has "
+            f"{memory_size(room)} for them",
             fix="use devices with more memory, or fewer ranks a node: each holds all weights",
             file=spec.model,
         )
