@@ -7,7 +7,7 @@ error says how much rounding there is. Documents of a packed sequence are run on
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from mdattn_mpi.errors import ItemError, OutputError, RejectedError
 from mdattn_mpi.models.folder import ModelFolder, open_folder
 from mdattn_mpi.models.load import load
 from mdattn_mpi.problem import DTYPES, Span
-from mdattn_mpi.verifier.check import Verdict
+from mdattn_mpi.verifier.check import Cells, Verdict
 
 Array = NDArray[Any]
 
@@ -29,7 +29,7 @@ OVERALL = 3.0  # times the rounding error of one process, root mean square over 
 WORST = 4.0  # times its largest, at one row
 TELLING = 0.3  # allowed relative errors beyond this tell nothing: those of zeros are 1
 SUMS = 1e-5  # of a sum over float32 numbers, relative to what was summed
-PROBE = 32  # tokens that show whether a model is causal
+PROBE = 64  # tokens that show whether a model is causal
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,7 @@ class ModelReport:
     measures: dict[str, Measures] = field(default_factory=dict)
     rows: int = 0  # tokens that were compared
     ranks: int = 0  # whose tokens these are
+    drawn: bool = False
     bad_shards: tuple[int, ...] = ()
     faults: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -97,12 +98,17 @@ class ModelReport:
         wrong = any(found.used > 1 for found in self.measures.values())
         if self.faults or self.bad_shards or wrong:
             return "wrong"
+        if not self.drawn:
+            return "by checksum"
         return "right" if self.rows and self.measures else "not judged"
 
     @property
-    def worst(self) -> Measures | None:
-        """Of the tensor that uses most of what it is allowed."""
-        return max(self.measures.values(), key=lambda found: found.used, default=None)
+    def cells(self) -> Cells | None:
+        """What a table says of it: of the tensor that uses most of what it is allowed."""
+        if not self.measures:
+            return None
+        worst = max(self.measures.values(), key=lambda found: found.used)
+        return Cells(self.rows, worst.error, worst.allowed, worst.used)
 
     def complaints(self) -> Iterator[str]:
         """Say what is wrong, or couldn't be compared, one sentence each."""
@@ -137,6 +143,7 @@ class OneProcess:
 
     def __init__(self, folder: ModelFolder, dtype: str, device: str, *, head: bool) -> None:
         self._model: Any = load(folder, dtype, device, "eager", head=head)  # type: ignore[arg-type]
+        self._model.config.get_text_config().use_cache = False
         self._head = head
         self._device = device
 
@@ -150,14 +157,12 @@ class OneProcess:
         try:
             with torch.inference_mode():
                 tensor = torch.from_numpy(ids).to(self._device)[None]
-                given = self._model(input_ids=tensor, use_cache=False)
+                given = self._model(input_ids=tensor)
                 found = {HIDDEN: _numpy(kept[0][0])}
                 if self._head:
                     logits = given.logits[0, :-1].float()
                     chosen = logits.log_softmax(-1).gather(1, tensor[0, 1:, None])[:, 0]
                     found[LOGPROBS] = np.concatenate([[0.0], _numpy(chosen)])
-        except TypeError:  # an encoder knows no cache
-            raise
         finally:
             hook.remove()
         return found
@@ -227,20 +232,20 @@ class _Verifier:
         self._causal: bool | None = None
 
     def reports(self, items: Sequence[Any]) -> list[ModelReport]:
-        """Look at all items' bytes; compare the numbers of some."""
+        """Look at all items' bytes, and compare the numbers of some."""
         reports = [self._look(item) for item in items]
         done = [report for report in reports if report.entry.state == "done"]
         count = len(done) if self._extent.items is None else min(len(done), self._extent.items)
         draw = np.random.default_rng(self._extent.seed)
         drawn = [done[at] for at in sorted(draw.choice(len(done), count, replace=False))]
         for report in drawn:
+            report.drawn = True
             try:
                 self._compare(report)
             except (ItemError, OutputError) as error:
                 report.faults.append(str(error))
         _judge(drawn)
-        chosen = set(map(id, drawn))
-        return [r for r in reports if id(r) in chosen or r.verdict in ("wrong", "unfinished")]
+        return reports
 
     def _look(self, item: ModelItem) -> ModelReport:
         report = ModelReport(item, self._output.ledger.entry(item))
@@ -331,7 +336,7 @@ class _Verifier:
             whole = stop - start <= limit
             if left <= 0:
                 continue
-            if not whole and not self._is_causal(item, Span(start, start + 2 * PROBE)):
+            if not whole and not self._is_causal(item, Span(start, min(stop, start + PROBE))):
                 long += 1
                 continue
             yield Document(number, start, stop if whole else start + limit, whole)
@@ -351,14 +356,15 @@ class _Verifier:
         """Find out whether later tokens change what earlier ones give."""
         if self._causal is None:
             ids = self._dataset.ids(item, (span,))
-            whole, prefix = (self._exact.run(some)[HIDDEN][:PROBE] for some in (ids, ids[:PROBE]))
+            half = len(ids) // 2
+            whole, prefix = (self._exact.run(some)[HIDDEN][:half] for some in (ids, ids[:half]))
             self._causal = max(_relative(prefix, whole)) < 1e-3
         return self._causal
 
 
 def _pooled(hidden: Array, pool: str) -> Array:
     """``[1, D]`` of ``[S, D]``."""
-    rows = {"mean": hidden.mean(0), "last": hidden[-1], "first": hidden[0]}
+    rows: dict[str, Array] = {"mean": hidden.mean(0), "last": hidden[-1], "first": hidden[0]}
     return rows[pool][None]
 
 
@@ -391,9 +397,3 @@ def _judge(reports: Sequence[ModelReport]) -> None:
 
 def _rms(errors: Array) -> float:
     return float(np.sqrt(np.mean(np.square(errors))))
-
-
-def summary(reports: Sequence[ModelReport], items: int) -> Mapping[str, int]:
-    """Count what was compared, and what only by its checksum."""
-    compared = sum(report.rows > 0 for report in reports)
-    return {"compared": compared, "checksum_only": items - len(reports)}

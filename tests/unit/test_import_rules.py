@@ -41,7 +41,7 @@ ROOMS: dict[str, set[str]] = {
         "verifier",  # an engine is proven before it is used
     },
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
-    "verifier": {"dataset"},
+    "verifier": {"models.folder", "models.load", "dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
     "corpus": {"dataset"},
     "models": {
