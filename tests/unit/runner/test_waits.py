@@ -48,6 +48,6 @@ def test_others_are_silent(said: Queue[str], rank: int, quiet: bool) -> None:
     board = Board()
     world: Any = SimpleNamespace(rank=rank, board=board)
     late(board, "dataset")
-    with waits.announced_waits(JobSpec("data.h5", "out.h5", quiet=quiet), world):
-        with pytest.raises(Empty):
-            said.get(timeout=0.05)
+    spec = JobSpec("data.h5", "out.h5", quiet=quiet)
+    with waits.announced_waits(spec, world), pytest.raises(Empty):
+        said.get(timeout=0.05)
