@@ -62,7 +62,7 @@ def printable(value: object) -> str:
 
 
 def show(text: str) -> None:
-    """Print on standard output at once; a reader that has seen enough and left is no error."""
+    """Print on standard output at once; a reader that has seen enough may have left."""
     try:
         print(text, flush=True)
     except BrokenPipeError:  # as in `mdattn inspect … | head`

@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(argv[:1])
     arguments = _parse(parser, argv or ["--help"])
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may be of bytes that are no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the bytes of a path may not be text
         sys.stdout.reconfigure(errors=sys.stderr.errors or "backslashreplace")
     command_main: Main = arguments.main
     try:

@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     again = parser.add_argument_group("again, and how long")
     add = again.add_argument
-    add("--overwrite", action="store_true", help="start anew, whatever the output holds")
+    add("--overwrite", action="store_true", help="start over, whatever the output holds")
     add(
         "--allow-change",
         action="store_true",
@@ -85,7 +85,9 @@ def duration(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90, 15m, 2h or HH:MM:SS")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} isn't a duration; write 90, 15m, 2h or HH:MM:SS"
+        )
     return seconds
 
 

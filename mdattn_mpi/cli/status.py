@@ -76,7 +76,7 @@ def status(path: str) -> dict[str, Any]:
 
 
 def _state(records: Sequence[Record], note: object, counts: Mapping[str, int], now: float) -> str:
-    """Say in a word how it is."""
+    """Name the state of the job."""
     from mdattn_mpi.lockstep.record import ENDED
 
     if note:

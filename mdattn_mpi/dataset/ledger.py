@@ -159,7 +159,7 @@ class Ledger:
             region.read(self.fd, (rows,), column)
         except OSError as error:
             raise RejectedError(
-                f"the ledger can't be read: {error}", fix="start anew: --overwrite", file=self.path
+                f"the ledger can't be read: {error}", fix="start over: --overwrite", file=self.path
             ) from error
         return column
 

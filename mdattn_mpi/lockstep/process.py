@@ -1,4 +1,4 @@
-"""What Linux says of a process, and does for one; nothing on other systems."""
+"""What Linux knows about a process, and does for one; nothing on other systems."""
 
 from __future__ import annotations
 

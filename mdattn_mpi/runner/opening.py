@@ -38,7 +38,7 @@ def _kind_of_work(spec: JobSpec) -> Callable[[JobSpec, World], Job]:
 
 
 def describe_plans(job: Job) -> str:
-    """What will be computed how, and why so: one entry a kind of item."""
+    """What will be computed, how and why: one entry a kind of item."""
     shapes = {item.name: job.dataset.describe(item) for item in job.items}
     counts = Counter((plan, shapes[name]) for name, plan in job.plans.items())
     about = ", ".join(f"{name} {value}" for name, value in job.executor.describe().items())

@@ -17,7 +17,7 @@ PATIENCE = 2.0  # seconds
 LOOK = 0.2
 WORDS = {
     "run folder": "another job that writes this output to end",
-    "dataset": "a look at the dataset",
+    "dataset": "the dataset to be scanned",
     "output": "the output to be made",
     "open output": "the output to be opened",
     "prepare": "kernels or engines to be made ready",
