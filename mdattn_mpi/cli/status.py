@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.text import counted, duration, printable, show
@@ -16,7 +17,7 @@ from mdattn_mpi.text import counted, duration, printable, show
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.record import Record
 
-EPILOG = "Exit codes: 0 answered; 2 no such output."
+EPILOG = "Exit codes: 0 answered; 2 no such output, and no job in Slurm's queue that will write it."
 
 SILENCE = 20.0  # seconds after which a job that says nothing is called silent
 
@@ -53,7 +54,12 @@ def status(path: str) -> dict[str, Any]:
     from mdattn_mpi.dataset import open_output
     from mdattn_mpi.lockstep import death_note
     from mdattn_mpi.lockstep.board import BoardFile
+    from mdattn_mpi.slurm import job_of_output
 
+    job = job_of_output(path)
+    shown = str(job) if job else None
+    if job and job.waits and not Path(path).exists():
+        return {"path": path, "state": "queued", "slurm": shown}
     with open_output(path) as output:
         work = [
             (entry.state, item.problem.work)
@@ -65,9 +71,12 @@ def status(path: str) -> dict[str, Any]:
     note = death_note.read(folder)
     now = note["time"] if note else now  # nothing goes on after it
     state = _state(records, note, counts, now)
+    if job and job.waits and state != "running" and counts["todo"]:
+        state = "queued"
     return {
         "path": path,
         "state": state,
+        "slurm": shown,
         "items": {"total": len(work), **counts},
         **_speed(records, work, counts, now, running=state == "running"),
         "ranks": [_rank(record, now) for record in records],
@@ -128,11 +137,16 @@ def _rank(record: Record, now: float) -> dict[str, Any]:
 
 
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    queue = [f"  Slurm's {facts['slurm']}"] if facts["slurm"] else []
+    if "items" not in facts:
+        yield from (f"{facts['path']}: {facts['state']}", *queue)
+        return
     items = facts["items"]
     ranks = facts["ranks"]
     yield f"{facts['path']}: {facts['state']}" + (
         f", {counted(len(ranks), 'rank')}" if ranks else ""
     )
+    yield from queue
     failed = f", {items['failed']} failed" if items["failed"] else ""
     done = f"{items['done']} of {counted(items['total'], 'item')} done"
     yield f"  {done}, {items['todo']} left{failed}"

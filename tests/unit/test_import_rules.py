@@ -39,6 +39,7 @@ ROOMS: dict[str, set[str]] = {
         "devices.cuda.memory",
     },
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
+    "slurm": set(),
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
     "models": {
@@ -74,6 +75,7 @@ ROOMS: dict[str, set[str]] = {
         "verifier",
         "onnx",
         "bench",
+        "slurm",
         "models",
     },
     "bench": {
