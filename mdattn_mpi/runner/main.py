@@ -21,7 +21,7 @@ from mdattn_mpi.runner.folder import (
 )
 from mdattn_mpi.runner.job import Job, add_seconds, say, tell
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.opening import describe_plans, open_files, open_job
+from mdattn_mpi.runner.opening import describe_plans, open_files, open_job, recorded_items
 from mdattn_mpi.runner.waits import announced_waits
 from mdattn_mpi.text import show
 
@@ -37,6 +37,8 @@ def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
     """
     began = perf_counter()
     spec = together(world, "arguments", make_spec)
+    if spec.redo:
+        spec = recorded_items(spec, world)
     with announced_waits(spec, world), watched_folder(spec, world):
         return _run(spec, world, began)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output, scan_file
+from mdattn_mpi.dataset.index import select_items
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
@@ -121,10 +123,31 @@ def _facts(job: Job) -> dict[str, str | int]:
     }
 
 
+def recorded_items(spec: JobSpec, world: World) -> JobSpec:
+    """Collective. Have the job's items be those that its output was begun with."""
+
+    def read() -> bytes:
+        with open_output(spec.output) as output:
+            return str(output.attributes.get("items", "*")).encode()
+
+    pattern = together(world, "redo", lambda: read() if world.rank == 0 else b"")
+    return replace(spec, items=world.bcast_bytes(pattern).decode())
+
+
+def _reopen_items(job: Job) -> None:
+    """Declare the items that are to be computed again not done."""
+    with open_output(job.spec.output, writable=True) as output:
+        output.check_resume(job.items, _facts(job), allow_change=job.spec.allow_change)
+        for item in select_items(output.items, job.spec.redo, output.path):
+            output.ledger.reopen(item)
+
+
 def _made_output(job: Job) -> bytes:
     """Make a new output, unless there is one; return its catalog."""
     spec = job.spec
-    if spec.overwrite or not Path(spec.output).exists():
+    if spec.redo:
+        _reopen_items(job)
+    elif spec.overwrite or not Path(spec.output).exists():
         create_output(
             spec.output,
             job.items,
