@@ -8,6 +8,7 @@ Reads files only; the job doesn't notice. Ages compare the clocks of two hosts.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,11 +92,26 @@ def _state(records: Sequence[Record], note: object, counts: Mapping[str, int], n
     if note:
         return "lost a rank"
     if records and any(record.state != ENDED for record in records):
-        heard = max(record.heartbeat for record in records)
-        return "running" if now - heard < SILENCE else "silent"
+        asked = any(record.stop for record in records)
+        if any(record.state != ENDED and _is_gone(record) for record in records):
+            return "interrupted"
+        if now - max(record.heartbeat for record in records) < SILENCE:
+            return "stopping" if asked else "running"
+        return "interrupted" if asked else "silent"
     if counts["todo"]:
         return "stopped" if records else "not started"
     return "finished with failures" if counts["failed"] else "finished"
+
+
+def _is_gone(record: Record) -> bool:
+    """Whether a rank that hasn't ended was on this host, and its watchdog is no more."""
+    from mdattn_mpi.lockstep.board import pid_namespace
+    from mdattn_mpi.lockstep.process import WATCHDOG, Process
+
+    if (record.host, record.pid_namespace) != (os.uname().nodename, pid_namespace()):
+        return False
+    watchdog = Process.look(record.watchdog_pid)
+    return not (watchdog and watchdog.is_alive and watchdog.name == WATCHDOG)
 
 
 def _speed(
@@ -150,6 +166,8 @@ def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     failed = f", {items['failed']} failed" if items["failed"] else ""
     done = f"{items['done']} of {counted(items['total'], 'item')} done"
     yield f"  {done}, {items['todo']} left{failed}"
+    if facts["state"] in ("interrupted", "stopped"):
+        yield "  to go on, run the same command again"
     if facts["items_per_second"]:
         yield (
             f"  {facts['items_per_second']:.3g} items/s, "

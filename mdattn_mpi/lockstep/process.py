@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+WATCHDOG = "mdattn-watchdog"  # its name for ps and top
 _PR_SET_PDEATHSIG = 1
 
 
