@@ -10,13 +10,14 @@ from pathlib import Path
 
 from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output, scan_file
 from mdattn_mpi.dataset.index import select_items
+from mdattn_mpi.dataset.writer import check_place, file_bytes
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
 from mdattn_mpi.runner.folder import provenance, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.text import counted
+from mdattn_mpi.text import counted, quantity
 
 KINDS = 6  # kinds of item that are described one by one
 
@@ -104,6 +105,24 @@ def _open_for(job: Job, catalog: bytes) -> Output:
     if _left(output, job.items):
         output.allow_writing()
     return output
+
+
+def check_output(job: Job) -> None:
+    """Collective. Make sure, without writing anything, that the output can be made or resumed."""
+    spec = job.spec
+
+    def check() -> None:
+        if spec.overwrite or not Path(spec.output).exists():
+            nbytes = file_bytes(job.items, spec.lse)
+            check_place(spec.output, nbytes, overwrite=spec.overwrite)
+            say(spec, job.world, f"mdattn: {spec.output} will take {quantity(nbytes, 'B')}")
+            return
+        with open_output(spec.output) as output:
+            output.check_resume(job.items, _facts(job), allow_change=spec.allow_change)
+            left = len(_left(output, job.items))
+        say(spec, job.world, f"mdattn: {left} of {counted(len(job.items), 'item')} left to do")
+
+    together(job.world, "output", lambda: check() if job.world.rank == 0 else None)
 
 
 def _read_only(spec: JobSpec, world: World) -> bool:

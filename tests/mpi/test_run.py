@@ -149,7 +149,16 @@ def test_dry_run_leaves_no_trace(data: Path, tmp_path: Path) -> None:
     done = run(2, data, "-o", tmp_path / "out.h5", "--dry-run")
     assert done.returncode == 0
     assert "allgather" in done.stderr
+    assert "out.h5 will take" in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())
+    refused(run(1, data, "-o", tmp_path / "none/out.h5", "--dry-run"), 2, "doesn't exist")
+    out = tmp_path / "out.h5"
+    assert run(1, data, "-o", out, "--items", "item1", "-q").returncode == 0
+    before = out.read_bytes()
+    refused(run(1, data, "-o", out, "--dry-run"), 2, "belongs to another job")
+    again = run(1, data, "-o", out, "--items", "item1", "--dry-run")
+    assert "0 of 1 item left to do" in again.stderr
+    assert out.read_bytes() == before
 
 
 def test_some_items_from_a_job_file(data: Path, tmp_path: Path) -> None:
