@@ -181,7 +181,7 @@ def check_place(path: str | os.PathLike[str], nbytes: int, *, overwrite: bool = 
         )
     if not os.access(folder, os.W_OK):
         number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
-        words = os.strerror(number).lower()
+        words = os.strerror(number)
         raise RejectedError(f"can't be made: {words}", fix=_fix_of(number), file=shown)
     about = os.statvfs(folder)
     free = about.f_bavail * about.f_frsize
