@@ -111,12 +111,13 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_control_c_gets_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mdattn_mpi", "make-data", str(tmp_path / "d.h5")]
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program += "; from mdattn_mpi.cli import main; sys.exit(main())"  # SIGINT as from a terminal
+    command = [sys.executable, "-c", program, "make-data", str(tmp_path / "d.h5")]
     made = subprocess.Popen(
         [*command, "--items", "40", "--length", "8192"],
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as from a terminal
     )
     while made.poll() is None and not list(tmp_path.glob(".d.h5*")):
         time.sleep(0.05)
