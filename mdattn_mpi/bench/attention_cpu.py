@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.bench.measure import alternate, report
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.text import install
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.cpu.host import Array, HostDevice
@@ -79,9 +80,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise RejectedError(
-            f"PyTorch can't be imported ({error})", fix="pip install 'mdattn_mpi[bench]'"
-        ) from None
+        raise RejectedError(f"PyTorch can't be imported ({error})", fix=install("bench")) from None
     return torch
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -154,7 +155,8 @@ def use_folder(spec: JobSpec, world: World) -> None:
         )  # errors are printed anyway
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False  # the terminal belongs to rank 0's progress
-    LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, sys.argv)
+    command = shlex.join(sys.argv)
+    LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, command)
 
 
 def _close_log() -> None:
@@ -166,7 +168,7 @@ def _close_log() -> None:
 def provenance(executor: Executor) -> dict[str, str]:
     """Versions, device and command; never the environment."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "backend": executor.name,
         "device": ", ".join(f"{name} {value}" for name, value in executor.describe().items()),
         "versions": ", ".join(
