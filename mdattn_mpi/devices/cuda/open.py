@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.devices.cuda.attention import Engine
 from mdattn_mpi.devices.cuda.choice import GAIN, Chooser
@@ -20,7 +20,6 @@ from mdattn_mpi.problem import KERNEL_NAMES
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
 
-TransferName = Literal["auto", "copy", "nccl"]
 LEAST_SM = (8, 0)
 Facts = dict[str, Any]
 
