@@ -195,7 +195,7 @@ def _call(words: Sequence[Any]) -> Call:
 
     mask = words[6]
     band = Band(*mask) if isinstance(mask, list) else LOWER_RIGHT if mask else FULL
-    return Call(*words[:6], band)
+    return Call(*(*words[:6], band))
 
 
 def _save(world: World, path: str, timings: Timings) -> None:
