@@ -44,7 +44,7 @@ def check_finite(
             continue
         raise ItemError(
             f"{name} holds {shard.reshape(-1)[at]} at {_place(at, shard.shape, runs)}",
-            fix="mend the input, or take it as it is with --nonfinite pass",
+            fix="correct the input, or take it as it is with --nonfinite pass",
             file=file,
             item=item,
         )
