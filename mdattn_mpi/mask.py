@@ -17,6 +17,7 @@ from typing import NamedTuple
 from mdattn_mpi.errors import RejectedError
 
 UNBOUNDED = (-1, -1)  # a window
+MAX_RUNS = 8  # of a rank's tokens, where a mask hides keys; 5 are the most that were seen
 MAX_SEGMENTS = 4096  # each is a call of a kernel at least, and a word in an attribute
 
 

@@ -212,7 +212,8 @@ def _problem(
     causal = how.causal or _mask(said.get("causal", "none"), same=shapes[0][0] == shapes[1][0])
     dtype = _dtype(tensors, how)
     try:
-        return problem_of(shapes, dtype, causal, scale)
+        masks = {name: said[name] for name in ("window", "softcap") if name in said}
+        return problem_of(shapes, dtype, causal, scale, **masks)
     except RejectedError as error:
         what = f"{error.what} (shapes {_shapes(tensors)})"
         raise _reject(what, f"{error.fix}; see --layout") from None
