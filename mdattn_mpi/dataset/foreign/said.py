@@ -89,7 +89,8 @@ class Surroundings:
         start = bisect_left(self._names, prefix)
         for name in takewhile(lambda n: n.startswith(prefix), self._names[start:]):
             rest = name.removeprefix(prefix)
-            known = name in self._matched or rest in HARMLESS or rest in ITEM_ATTRIBUTES
+            option = rest in ITEM_ATTRIBUTES and self._file.others.get(name) is not None
+            known = name in self._matched or rest in HARMLESS or option
             if not known and not {"/", "."} & set(rest):
                 yield rest, f"array or value {shown(rest)}"
 
