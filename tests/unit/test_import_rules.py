@@ -15,8 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "mdattn_mpi"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# A room may import itself, errors, files, mask, problem, text and what stands here (with all
-# below it).
+# A room may import itself, errors, files, mask, problem, text and what stands here (and below).
 ROOMS: dict[str, set[str]] = {
     "__init__": {"library", "dataset"},
     "__main__": {"cli", "lockstep"},

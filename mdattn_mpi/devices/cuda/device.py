@@ -294,7 +294,7 @@ class CudaDevice:
     def finish(
         self, accumulator: Partials, sinks: DeviceArray | None = None
     ) -> tuple[DeviceArray, DeviceArray]:
-        """Merge what has more than one result, or a sink, in float32; round once."""
+        """Merge what has more than one result, or a sink, in float32, rounded once."""
         return self._kernels.finish(accumulator, sinks)
 
     # -- what it is and what it takes --------------------------------------------------------------
