@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.bench.measure import report, surroundings
 from mdattn_mpi.bench.options import add_shapes, numbers, problems
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 from mdattn_mpi.problem import AttentionProblem, Plan
 
 if TYPE_CHECKING:
@@ -179,7 +180,11 @@ def _load(world: World, path: str) -> Timings:
     if world.rank == 0 and Path(path).exists():
         text = Path(path).read_bytes()
     found = json.loads(world.bcast_bytes(text) or "{}")
-    times = {Call(*each["call"]): each for each in found.get("attend", ())}
+    times = {}
+    for each in found.get("attend", ()):
+        call, mask = Call(*each["call"]), each["call"][-1]  # older files: whether it is causal
+        band = Band(*mask) if isinstance(mask, list) else LOWER_RIGHT if mask else FULL
+        times[call._replace(band=band)] = each
     return Timings(
         {call: each["seconds"] for call, each in times.items()},
         after={call: each["after"] for call, each in times.items() if "after" in each},
