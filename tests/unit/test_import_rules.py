@@ -114,6 +114,7 @@ ONLY: dict[str, set[str]] = {
     "torch": {
         "bench.attention_cpu",
         "bench.attention_cuda",
+        "bench.rivals",
         "bench.kernels",
         "dataset.foreign.torch_file",
         "devices.cuda.interop",
