@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import h5py
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import hdf5_type
+from mdattn_mpi.dataset.dtypes import float32_type, hdf5_type
 from mdattn_mpi.dataset.layout import (
     BESIDE,
     DATASET_FORMAT,
@@ -305,7 +304,7 @@ def _create_item(folder: Any, item: Item, encoding: Encoding, layout: Layout) ->
             put_attributes(group[tensor].id, {"dtype": "bfloat16"})
         places[tensor] = _Place(group, start, start + 2 * prod(shape))
     if problem.sinks:
-        start = allocate(group, "sinks", (problem.q_heads,), h5py.h5t.IEEE_F32LE)
+        start = allocate(group, "sinks", (problem.q_heads,), float32_type())
         places["sinks"] = _Place(group, start, start + 4 * problem.q_heads)
     if problem.segments:
         starts = np.array(problem.segments, "<i8")
