@@ -90,6 +90,8 @@ def random_network(world: World, shape: AttentionProblem, arguments: argparse.Na
         attn_implementation=NAME,
     )
     device = "cpu" if arguments.backend == "cpu" else f"cuda:{world.local_rank}"
+    if device != "cpu":
+        torch.cuda.set_device(device)
     torch.manual_seed(11)
     kind: Any = transformers.LlamaForCausalLM if arguments.logprobs else transformers.LlamaModel
     with torch.device(device):

@@ -112,6 +112,7 @@ def test_ids_beyond_the_vocabulary_fail_their_item_alone(data: Path) -> None:
     assert done(data.with_name("out.h5")) == 3
 
 
+@pytest.mark.timeout(300)  # four jobs, each of which imports PyTorch on every rank
 def test_a_killed_job_goes_on_to_the_same_bytes(data: Path) -> None:
     out = data.with_name("out.h5")
     killed = run(data, "llama", *ALL, "--chaos", "kill@enqueue:item4:1")
