@@ -38,10 +38,12 @@ ROOMS: dict[str, set[str]] = {
         "devices.presence",
         "devices.cuda.driver",
         "devices.cuda.memory",
+        "verifier",  # an engine is proven before it is used
     },
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
+    "corpus": {"dataset"},
     "models": {
         "library.arrays",
         "estimate",
@@ -62,7 +64,7 @@ ROOMS: dict[str, set[str]] = {
         "trt",
         "models",
     },
-    "doctor": {"devices", "lockstep"},
+    "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {
         "doctor",
         "partition",
@@ -76,6 +78,7 @@ ROOMS: dict[str, set[str]] = {
         "onnx",
         "bench",
         "models",
+        "corpus",
     },
     "bench": {
         "partition",
@@ -120,7 +123,8 @@ ONLY: dict[str, set[str]] = {
         "devices.cuda.interop",
         "models",
     },
-    "transformers": {"models", "bench.model"},
+    "transformers": {"models", "bench.model", "corpus.tokenizer"},
+    "pyarrow": {"corpus.texts"},
     "pickle": set(),
     "marshal": set(),
     "shelve": set(),
