@@ -76,7 +76,8 @@ class Network:
         self.table = _positions_table(self.backbone)
         self.longest = int(getattr(config, "max_position_embeddings", 0) or 0)
         if self.table:
-            self.longest = self.table - self.numbering.first
+            held = self.table - self.numbering.first
+            self.longest = min(held, self.longest or held)
 
     def check_length(self, tokens: int, beyond: bool) -> None:
         """Refuse a sequence that is longer than the model's positions.
