@@ -62,7 +62,7 @@ def kind_of(path: str) -> Kind:
         if _has_superblock(file):
             return HDF5
     if not start:
-        return Kind("empty", "copy it again, or make it anew")
+        return Kind("empty", "copy it again, or make a new one")
     for magic, kind in _STARTS.items():
         if start.startswith(magic):
             return kind
@@ -101,7 +101,7 @@ def _kind_of_zip(path: str) -> Kind:
 
 
 def must_be_regular(path: str) -> None:
-    """Refuse a path that leads to no regular file: opening a pipe could wait for ever.
+    """Refuse a path that doesn't lead to a regular file: opening a pipe could hang.
 
     Raises
     ------

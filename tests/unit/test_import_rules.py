@@ -42,6 +42,7 @@ ROOMS: dict[str, set[str]] = {
         "verifier",  # an engine is proven before it is used
     },
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
+    "slurm": set(),
     "verifier": {"dataset"},
     "library": {"partition", "strategies", "lockstep", "backends"},
     "corpus": {"dataset"},
@@ -78,6 +79,7 @@ ROOMS: dict[str, set[str]] = {
         "verifier",
         "onnx",
         "bench",
+        "slurm",
         "models",
         "corpus",
     },
