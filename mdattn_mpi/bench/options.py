@@ -8,6 +8,7 @@ from itertools import product
 from typing import get_args
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import DTYPES, AttentionProblem, Causal
 
 
@@ -50,8 +51,24 @@ def add_shapes(
     add("--dtype", choices=(*DTYPES, "both"), default=dtype, help=f"default: {dtype}")
 
 
+def add_masks(parser: argparse.ArgumentParser) -> None:
+    """Declare what `problems` reads besides, where a benchmark has it."""
+    add = parser.add_argument
+    add(
+        "--window",
+        nargs=2,
+        type=int,
+        default=UNBOUNDED,
+        metavar=("BEFORE", "AFTER"),
+        help="keys seen before and after the diagonal; -1: all (default)",
+    )
+    add("--softcap", type=float, default=0.0, metavar="C", help="scores become C·tanh(s/C)")
+
+
 def problems(arguments: argparse.Namespace) -> Iterator[AttentionProblem]:
-    """All combinations of lengths, head dims, dtypes and masks."""
+    """All combinations of lengths, head dims, dtypes and causal masks."""
+    window = tuple(getattr(arguments, "window", UNBOUNDED))
+    softcap = getattr(arguments, "softcap", 0.0)
     dtypes = list(DTYPES.values()) if arguments.dtype == "both" else [DTYPES[arguments.dtype]]
     both: tuple[Causal, ...] = ("none", "upper_left")
     masks = both if arguments.causal == "both" else (arguments.causal,)
@@ -59,7 +76,9 @@ def problems(arguments: argparse.Namespace) -> Iterator[AttentionProblem]:
     for length, dim, dtype, causal in product(
         arguments.lengths, arguments.head_dims, dtypes, masks
     ):
-        yield AttentionProblem(length, length, *heads, dim, dim, dtype, causal)
+        yield AttentionProblem(
+            *(length, length), *heads, *(dim, dim), dtype, causal, window=window, softcap=softcap
+        )
 
 
 def one_problem(arguments: argparse.Namespace) -> AttentionProblem:
