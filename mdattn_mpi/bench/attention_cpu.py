@@ -15,6 +15,7 @@ from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.mask import UNBOUNDED, Mask, Span
 from mdattn_mpi.partition import blocks
 from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.text import install, show
 from mdattn_mpi.verifier.visible import visible
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def main(problems: Sequence[AttentionProblem], rounds: int, *, as_json: bool) ->
             gains["mask_cost"] = took["ours"] / unmasked
         results.append({**asdict(problem), **took, **gains})
         if not as_json:
-            print(_line(problem, results[-1]), flush=True)
+            show(_line(problem, results[-1]))
     figures = {
         "results": results,
         "geometric_mean": geometric_mean(row["ratio"] for row in results),
@@ -86,9 +87,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise RejectedError(
-            f"PyTorch can't be imported ({error})", fix="pip install 'mdattn_mpi[bench]'"
-        ) from None
+        raise RejectedError(f"PyTorch can't be imported ({error})", fix=install("bench")) from None
     return torch
 
 

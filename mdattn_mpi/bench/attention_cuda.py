@@ -26,6 +26,7 @@ from mdattn_mpi.estimate import estimate
 from mdattn_mpi.mask import UNBOUNDED, Span
 from mdattn_mpi.partition import partition, partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
+from mdattn_mpi.text import show
 from mdattn_mpi.verifier.visible import visible
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ ROWS = 32  # of a rank's query that are compared with float64
 SECONDS = 0.15  # of one turn, roughly
 PAUSE = 0.2  # seconds before a turn
 ONE = "one GPU"
-LONE = ("ring", "allgather", "allgather, head start", "ulysses")
 STREAM = "stream of allgather"
 
 Shards = tuple[Any, Any, Any]
@@ -60,7 +60,7 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
             found = {**asdict(problem), "kernel": kernel, "auto": auto, "sides": sides}
             results.append(found)
             if not arguments.json:
-                print(_lines(problem, found, world.size), flush=True)
+                show(_lines(problem, found, world.size))
     facts = {**device.describe(), **versions("torch"), "rounds": str(arguments.rounds)}
     if rivals:
         rivals.close()

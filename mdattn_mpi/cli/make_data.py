@@ -58,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _range(text: str) -> tuple[int, int]:
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no range; write A:B with 1 <= A <= B")
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a range; write A:B with 1 <= A <= B")
     return int(first), int(last)
 
 

@@ -27,7 +27,7 @@ from mdattn_mpi.problem import AttentionProblem, ModelProblem, TensorSpec
 
 P = TypeVar("P")
 
-_ANEW = "start anew: --overwrite"
+_ANEW = "start over: --overwrite"
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def check_format(root: Node, wanted: str) -> None:
     found, version = root.attribute("format"), root.attribute("version")
     if found is None:
         raise reject(
-            f"has no attribute format, so it is no {wanted}",
+            f"has no attribute format, so it isn't an {wanted}",
             "make one from it with `mdattn convert`",
         )
     if found != wanted:
@@ -128,7 +128,7 @@ def find_items(
     Raises
     ------
     RejectedError
-        The file is no dataset, or a pattern matches nothing.
+        The file isn't a dataset, or a pattern matches nothing.
 
     """
     root, patterns = file.root, patterns_of(file.select)
@@ -202,7 +202,7 @@ def _items(
         raise reject(f"its name {fault}", "rename it")
     item = group.child(name)
     if item is None or not item.is_group:
-        raise reject("is no group", f"store it as /{ITEMS}/{name}/query, key and value")
+        raise reject("isn't a group", f"store it as /{ITEMS}/{name}/query, key and value")
     if "input_ids" in item.names() and "query" not in item.names():
         raise reject("holds token ids, no query, key and value", "name a model: --model DIR")
     refuse_unknown(unknown_in(item, (*TENSORS, *BESIDE)), ignore, group.file.path)

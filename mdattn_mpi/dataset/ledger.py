@@ -144,6 +144,10 @@ class Ledger:
         self._write(item, "reason", text)
         self._set_state(item, "failed")
 
+    def reopen(self, item: AnyItem) -> None:
+        """Declare `item` not done: it is to be computed again."""
+        self._set_state(item, "todo")
+
     def _set_state(self, item: AnyItem, state: State) -> None:
         self._sync(item)
         self._write(item, "state", STATES.index(state))
@@ -173,7 +177,7 @@ class Ledger:
             region.read(self.fd, (rows,), column)
         except OSError as error:
             raise RejectedError(
-                f"the ledger can't be read: {error}", fix="start anew: --overwrite", file=self.path
+                f"the ledger can't be read: {error}", fix="start over: --overwrite", file=self.path
             ) from error
         return column
 

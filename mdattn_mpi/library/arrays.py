@@ -58,7 +58,7 @@ def shards_of(q: Any, k: Any, v: Any, sinks: Any = None) -> Shards:
     Raises
     ------
     RejectedError
-        They are of a kind, dtype or shape that can't be, or don't fit together.
+        Their kind, dtype or shape isn't supported, or they don't fit together.
 
     """
     backends = {_backend_for(array) for array in (q, k, v)}
@@ -134,7 +134,7 @@ def _as_it_is(array: Any) -> Any:
     return array
 
 
-# PyTorch is not imported for this: who has a tensor has imported it.
+# PyTorch is not imported for this: whoever has a tensor has imported it.
 
 
 def _torch() -> Any:

@@ -99,8 +99,8 @@ def attention(
     Raises
     ------
     RejectedError
-        Arrays, options or sizes that can't be. The same error on all ranks, unless it is `comm`
-        that can't be.
+        Invalid arrays, options or sizes. The same error on all ranks, unless `comm` itself is
+        invalid.
     DisagreementError
         Ranks differ in heads, dtype or options. The same error on all ranks.
     DeviceError
@@ -207,8 +207,8 @@ class Attention:
         Raises
         ------
         RejectedError
-            A rank's arrays are others than this was made for. The same error on all ranks, and no
-            call has started.
+            A rank's arrays differ from those that this was made for. The same error on all ranks,
+            and no call has started.
         DeviceError
             A rank has no memory for its buffers, for example. The same error on all ranks.
         InterruptedJobError

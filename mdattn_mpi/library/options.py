@@ -38,7 +38,7 @@ class Options(NamedTuple):
         Raises
         ------
         RejectedError
-            A value that can't be; says what to write instead.
+            An invalid value; says what to write instead.
 
         """
         check_order(self.order)

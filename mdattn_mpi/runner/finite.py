@@ -47,7 +47,7 @@ def check_finite(
         place = f"head {at}" if name == "sinks" else _place(at, shard.shape, runs)
         raise ItemError(
             f"{name} holds {shard.reshape(-1)[at]} at {place}",
-            fix="mend the input, or take it as it is with --nonfinite pass",
+            fix="correct the input, or take it as it is with --nonfinite pass",
             file=file,
             item=item,
         )

@@ -8,6 +8,7 @@ from typing import Any
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import AttentionProblem, StrategyName
+from mdattn_mpi.text import install
 from mdattn_mpi.trt.library import SM, Capabilities, Library, show_sm
 from mdattn_mpi.trt.networks import NETWORKS
 from mdattn_mpi.trt.spec import EngineSpec, Extent, Shapes
@@ -66,7 +67,7 @@ def _what_works(library: Library, can: Capabilities, sm: SM) -> str:
     if can.strategies:
         return "use -s allgather or -s ulysses, -b cuda -s ring, or full TensorRT since SM 10.0"
     if library.flavour == "tensorrt_rtx" and sm >= (8, 0):
-        return "use -b cuda, or full TensorRT: pip install 'mdattn_mpi[tensorrt]'"
+        return f"use -b cuda, or full TensorRT: {install('tensorrt')}"
     return "use -b cpu, or a GPU of SM 8.0 or later"
 
 

@@ -13,8 +13,9 @@ from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.devices.cuda.flash.tvm import FunctionLaunch, open_library
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.files import cache_folder
+from mdattn_mpi.text import install
 
-EXTRA = "pip install 'mdattn_mpi[flash]'"
+EXTRA = install("flash")
 # Of a beta: other versions may compile, and compute something else. setup.cfg has the same.
 PINNED = {"flash-attn-4": "4.0.0b36", "nvidia-cutlass-dsl": "4.8.1"}
 ALSO = ("apache-tvm-ffi", "quack-kernels")
