@@ -92,6 +92,7 @@ ROOMS: dict[str, set[str]] = {
         "strategies",  # it times them
         "runner",
         "models",
+        "verifier",
     },
     "onnx": set(),
 }
@@ -118,6 +119,8 @@ ONLY: dict[str, set[str]] = {
     "torch": {
         "bench.attention_cpu",
         "bench.attention_cuda",
+        "bench.inputs",
+        "bench.attention_pytorch",
         "bench.kernels",
         "bench.model",
         "bench.rival",

@@ -15,7 +15,7 @@ from mdattn_mpi.mask import Span
 from mdattn_mpi.problem import AttentionProblem
 
 if TYPE_CHECKING:
-    from mdattn_mpi.bench.attention_cuda import Inputs
+    from mdattn_mpi.bench.inputs import Inputs
     from mdattn_mpi.devices.cuda.device import CudaDevice
     from mdattn_mpi.lockstep import World
 
