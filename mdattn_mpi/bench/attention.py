@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 
 from mdattn_mpi.bench.measure import on_all_ranks
-from mdattn_mpi.bench.options import add_backend, add_masks, add_rounds, add_shapes, problems
+from mdattn_mpi.bench.options import add_backend, add_rounds, add_shapes, add_window, problems
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shapes(
         parser, lengths=(2048, 8192, 16384), head_dims=(64, 128), causal="both", dtype="both"
     )
-    add_masks(parser)
+    add_window(parser)
     add_rounds(parser)
     add = parser.add_argument
     add(

@@ -112,12 +112,8 @@ def sides(
     ------
     DeviceError
         Their results differ.
-    RejectedError
-        PyTorch's has no soft cap.
 
     """
-    if problem.softcap:
-        raise RejectedError("PyTorch's attention has no soft cap on a CPU", fix="leave it out")
     import numpy as np
 
     from mdattn_mpi.dataset import NUMPY

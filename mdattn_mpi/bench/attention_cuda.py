@@ -16,27 +16,45 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.bench.attention_pytorch import FLEX, THEIRS, Rivals, Side, flex_attention
-from mdattn_mpi.bench.inputs import Inputs
 from mdattn_mpi.bench.measure import report, table, versions
+from mdattn_mpi.bench.rivals import FLEX, THEIRS, Rivals
 from mdattn_mpi.estimate import estimate
-from mdattn_mpi.mask import UNBOUNDED, Span
 from mdattn_mpi.partition import partition, partition_of
-from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
+from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
 from mdattn_mpi.text import show
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.cuda.device import CudaDevice
     from mdattn_mpi.lockstep import World
 
+SETS = 3  # inputs that rotate
+ROWS = 32  # of a rank's query that are compared with float64
 SECONDS = 0.15  # of one turn, roughly
 PAUSE = 0.2  # seconds before a turn
 ONE = "one GPU"
 STREAM = "stream of allgather"
+
+Shards = tuple[Any, Any, Any]
+
+
+@dataclass
+class Side:
+    """One of the sides that are compared: ``run(n)`` gives the milliseconds of n calls."""
+
+    name: str
+    run: Callable[[int], list[float]]
+    error: float = float("nan")
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def milliseconds(self) -> float:
+        """The median call."""
+        return median(self.times) if self.times else float("nan")
 
 
 def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse.Namespace) -> None:
@@ -45,12 +63,10 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
 
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = open_cuda(world, transfer=arguments.transfer, kernel=arguments.kernel, timings=False)
-    masked = any(problem.window != UNBOUNDED or problem.softcap for problem in problems)
-    rivals = Rivals(world, device) if arguments.rivals and not masked else None
+    rivals = Rivals(world) if arguments.rivals else None
     results = []
     for problem in problems:
-        theirs = rivals.sides if rivals else flex_attention if arguments.rivals else None
-        sides = measure(world, device, problem, arguments.rounds, theirs)
+        sides = measure(world, device, problem, arguments.rounds, rivals)
         kernel, auto = device.check(problem)[0], taken_by_auto(device, problem)
         if world.rank == 0:
             found = {**asdict(problem), "kernel": kernel, "auto": auto, "sides": sides}
@@ -82,15 +98,16 @@ def measure(
     device: CudaDevice,
     problem: AttentionProblem,
     rounds: int,
-    theirs: Callable[[AttentionProblem, Inputs], list[Side]] | None,
+    rivals: Rivals | None,
 ) -> dict[str, dict[str, Any]]:
     """Collective. Time all sides in turn; milliseconds and errors by name."""
     import torch
 
     inputs = Inputs(problem, seed=17)
     sides = list(our_sides(world, device, problem, inputs))
-    if theirs:
-        sides += theirs(problem, inputs)
+    if rivals is not None:
+        theirs = rivals.runners(problem, inputs.sets)
+        sides += [Side(name, run) for name, run in theirs.items()]
     expected = estimate(problem, world.size, "ring", device.costs(problem), batch=False).seconds
     for turn in range(rounds * len(sides)):
         lap, place = divmod(turn, len(sides))
@@ -117,6 +134,67 @@ def pause() -> None:
     end = time.perf_counter() + PAUSE
     while time.perf_counter() < end:
         pass
+
+
+class Inputs:
+    """Random inputs, the same on all ranks, and what is right for some of their rows."""
+
+    def __init__(self, problem: AttentionProblem, seed: int) -> None:
+        import torch
+
+        self.problem = problem
+        torch.manual_seed(seed)
+        dtype = getattr(torch, problem.dtype)
+        q = (problem.q_tokens, problem.q_heads, problem.head_dim)
+        k = (problem.kv_tokens, problem.kv_heads, problem.head_dim)
+        v = (problem.kv_tokens, problem.kv_heads, problem.v_head_dim)
+        self.sets = [
+            tuple(torch.randn(*shape, device="cuda", dtype=dtype) for shape in (q, k, v))
+            for _ in range(SETS if problem.q_tokens <= 1 << 17 else 1)
+        ]
+
+    def shards(self, plan: Plan, rank: int) -> list[Shards]:
+        """The shards of a rank, by PyTorch, one a set."""
+        import torch
+
+        owners = partition_of(plan)
+        spans = (owners.query[rank], owners.kv[rank], owners.kv[rank])
+        return [
+            tuple(
+                torch.cat([array[span.slice] for span in own]).contiguous()
+                for array, own in zip(arrays, spans, strict=True)
+            )
+            for arrays in self.sets
+        ]
+
+    def error(self, output: Any, spans: Sequence[Span], among: Sequence[Span]) -> float:
+        """Mean of ‖output − right‖ / ‖right‖ over some rows of set 0.
+
+        `output` holds the rows of `spans`; those that are looked at are among the rows of `among`.
+        """
+        import torch
+
+        q, k, v = self.sets[0]
+        tokens, wanted = (
+            torch.cat([torch.arange(span.start, span.stop) for span in some])
+            for some in (spans, among)
+        )
+        rows = wanted[torch.linspace(0, len(wanted) - 1, ROWS).long()]
+        local = torch.stack([(tokens == row).nonzero()[0, 0] for row in rows]).to(output.device)
+        rows, group = rows.to(q.device), self.problem.group_heads
+        low, high = self.problem.mask.low, self.problem.mask.high
+        after = torch.arange(len(k), device=q.device)[None] - rows[:, None]
+        errors = []
+        for head in range(self.problem.q_heads):
+            scores = q[rows, head].double() @ k[:, head // group].double().T * self.problem.scale
+            if high is not None:
+                scores[after > high] = -torch.inf
+            if low is not None:
+                scores[after < low] = -torch.inf
+            right = scores.softmax(-1) @ v[:, head // group].double()
+            wrong = output[local, head].double() - right
+            errors.append((wrong.norm(dim=-1) / right.norm(dim=-1)).mean())
+        return float(torch.stack(errors).mean())
 
 
 def our_sides(

@@ -51,10 +51,9 @@ def add_shapes(
     add("--dtype", choices=(*DTYPES, "both"), default=dtype, help=f"default: {dtype}")
 
 
-def add_masks(parser: argparse.ArgumentParser) -> None:
-    """Declare what `problems` reads besides, where a benchmark has it."""
-    add = parser.add_argument
-    add(
+def add_window(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--window``, which `problems` reads where a benchmark has it."""
+    parser.add_argument(
         "--window",
         nargs=2,
         type=int,
@@ -62,13 +61,11 @@ def add_masks(parser: argparse.ArgumentParser) -> None:
         metavar=("BEFORE", "AFTER"),
         help="keys seen before and after the diagonal; -1: all (default)",
     )
-    add("--softcap", type=float, default=0.0, metavar="C", help="scores become C·tanh(s/C)")
 
 
 def problems(arguments: argparse.Namespace) -> Iterator[AttentionProblem]:
     """All combinations of lengths, head dims, dtypes and causal masks."""
     window = tuple(getattr(arguments, "window", UNBOUNDED))
-    softcap = getattr(arguments, "softcap", 0.0)
     dtypes = list(DTYPES.values()) if arguments.dtype == "both" else [DTYPES[arguments.dtype]]
     both: tuple[Causal, ...] = ("none", "upper_left")
     masks = both if arguments.causal == "both" else (arguments.causal,)
@@ -76,9 +73,7 @@ def problems(arguments: argparse.Namespace) -> Iterator[AttentionProblem]:
     for length, dim, dtype, causal in product(
         arguments.lengths, arguments.head_dims, dtypes, masks
     ):
-        yield AttentionProblem(
-            *(length, length), *heads, *(dim, dim), dtype, causal, window=window, softcap=softcap
-        )
+        yield AttentionProblem(*(length, length), *heads, *(dim, dim), dtype, causal, window=window)
 
 
 def one_problem(arguments: argparse.Namespace) -> AttentionProblem:

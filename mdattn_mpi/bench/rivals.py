@@ -1,90 +1,29 @@
-"""PyTorch's sides of ``mdattn bench attention -b cuda``, over the same inputs."""
+"""PyTorch beside us on the same GPUs, for `mdattn bench attention -b cuda`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.mask import Span
 from mdattn_mpi.problem import AttentionProblem
 
 if TYPE_CHECKING:
-    from mdattn_mpi.bench.inputs import Inputs
-    from mdattn_mpi.devices.cuda.device import CudaDevice
     from mdattn_mpi.lockstep import World
 
-FLEX = "PyTorch flex, one GPU"
 THEIRS = ("PyTorch, all-gather", "PyTorch, all-to-all")
+FLEX = "PyTorch flex_attention, one GPU"
 
-
-@dataclass
-class Side:
-    """One of the sides that are compared: ``run(n)`` gives the milliseconds of n calls."""
-
-    name: str
-    run: Callable[[int], list[float]]
-    error: float = float("nan")
-    times: list[float] = field(default_factory=list)
-
-    @property
-    def milliseconds(self) -> float:
-        """The median call."""
-        return median(self.times) if self.times else float("nan")
-
-
-def flex_attention(problem: AttentionProblem, inputs: Inputs) -> list[Side]:
-    """PyTorch's attention with any mask, compiled, on one GPU."""
-    import torch
-    from torch.nn.attention import flex_attention as flex
-
-    (before, after), softcap = problem.window, problem.softcap
-
-    def seen(batch: Any, head: Any, row: Any, key: Any) -> Any:
-        found = key >= row - before if before >= 0 else key >= 0
-        if problem.causal != "none":
-            found = found & (key <= row)
-        return found & (key <= row + after) if after >= 0 else found
-
-    def cap(score: Any, *_: Any) -> Any:
-        return softcap * torch.tanh(score / softcap)
-
-    tokens = problem.q_tokens, problem.kv_tokens
-    mask = flex.create_block_mask(seen, None, None, *tokens, device="cuda", _compile=True)
-    attend = torch.compile(flex.flex_attention, dynamic=False)
-    heads = [[array.transpose(0, 1)[None] for array in arrays] for arrays in inputs.sets]
-
-    def call(number: int) -> Any:
-        return attend(
-            *heads[number % len(heads)],
-            score_mod=cap if softcap else None,
-            block_mask=mask,
-            scale=problem.scale,
-            enable_gqa=problem.group_heads > 1,
-        )
-
-    def run(calls: int) -> list[float]:
-        marks = []
-        for number in range(calls + 2):
-            call(number)
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(marks[1:])]
-
-    every = (Span(0, problem.q_tokens),)
-    return [Side(FLEX, run, inputs.error(call(0)[0].transpose(0, 1), every, every))]
+Runner = Callable[[int], list[float]]  # so many calls: milliseconds of each
 
 
 class Rivals:
-    """PyTorch's context parallelism over the same ranks and GPUs."""
+    """PyTorch's context parallelism over the same ranks and GPUs; without it, its one kernel."""
 
-    def __init__(self, world: World, device: CudaDevice) -> None:
+    def __init__(self, world: World) -> None:
         import torch
         import torch.distributed as dist
         from torch.distributed.device_mesh import init_device_mesh
@@ -99,13 +38,17 @@ class Rivals:
         self._mesh = init_device_mesh("cuda", (world.size,))
         self._world = world
 
-    def sides(self, problem: AttentionProblem, inputs: Inputs) -> list[Side]:
-        """Both ways in which it moves K and V."""
+    def runners(
+        self, problem: AttentionProblem, inputs: Sequence[Sequence[Any]]
+    ) -> dict[str, Runner]:
+        """Both ways in which it moves K and V; it has none for windows, but a kernel."""
         heads = [
-            [array.transpose(0, 1)[None].contiguous() for array in arrays] for arrays in inputs.sets
+            [array.transpose(0, 1)[None].contiguous() for array in arrays] for arrays in inputs
         ]
+        if problem.mask.low is not None:
+            return {FLEX: self._flex(problem, heads)}
         ways = zip(THEIRS, ("allgather", "alltoall"), strict=True)
-        return [Side(name, self._runner(problem, heads, way)) for name, way in ways]
+        return {name: self._runner(problem, heads, way) for name, way in ways}
 
     def close(self) -> None:
         """End PyTorch's process group."""
@@ -113,9 +56,36 @@ class Rivals:
 
         dist.destroy_process_group()
 
-    def _runner(
-        self, problem: AttentionProblem, heads: list[list[Any]], way: str
-    ) -> Callable[[int], list[float]]:
+    def _flex(self, problem: AttentionProblem, heads: list[list[Any]]) -> Runner:
+        import torch
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        low, high = problem.mask.low or 0, problem.mask.high
+        high = problem.kv_tokens if high is None else high
+
+        def seen(batch: Any, head: Any, i: Any, j: Any) -> Any:
+            return (j - i >= low) & (j - i <= high)
+
+        sizes = problem.q_tokens, problem.kv_tokens
+        mask = create_block_mask(seen, None, None, *sizes, device="cuda", _compile=True)
+        attend = torch.compile(flex_attention)
+
+        def run(calls: int) -> list[float]:
+            marks = []
+            for call in range(calls + 2):
+                q, k, v = heads[call % len(heads)]
+                attend(
+                    q, k, v, block_mask=mask, scale=problem.scale,
+                    enable_gqa=problem.group_heads > 1,
+                )  # fmt: skip
+                marks.append(torch.cuda.Event(enable_timing=True))
+                marks[-1].record()
+            torch.cuda.synchronize()
+            return [a.elapsed_time(b) for a, b in pairwise(marks[1:])]
+
+        return run
+
+    def _runner(self, problem: AttentionProblem, heads: list[list[Any]], way: str) -> Runner:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
