@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mdattn_mpi.lockstep import Board, death_note
-from mdattn_mpi.lockstep.board import BoardFile, pid_namespace
+from mdattn_mpi.lockstep.board import pid_namespace
+from mdattn_mpi.lockstep.node import NodeBoard
 from mdattn_mpi.lockstep.process import process_state
 from mdattn_mpi.lockstep.publisher import Publisher, within_patience
 
@@ -166,12 +167,12 @@ def test_files_that_hang_are_not_waited_for() -> None:
 
 
 def published(folder: Path, rank: int, watchdog_pid: int, namespace: int) -> Board:
-    """The board of one rank of two, of whose page the run folder has a copy."""
+    """The board of one rank of two, of whose page the node has a copy."""
     board = Board()
     board.attach(folder, rank, 2)
     board.identify(watchdog_pid=watchdog_pid, pid_namespace=namespace)
     board.started()
-    BoardFile(folder).publish(bytes(board.page), rank, 2)
+    NodeBoard(board.record()).write(rank, bytes(board.page))
     return board
 
 
@@ -184,4 +185,6 @@ def test_a_watchdog_that_was_gone_before_it_was_met(tmp_path: Path, same_contain
     published(tmp_path, 1, gone.pid, pid_namespace() + (not same_container))
     publisher = Publisher(own, os.getpid())
     publisher.look()
+    publisher.look()  # the first one learns who is there
+    publisher.close()
     assert (publisher.vanished is not None) == same_container
