@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mdattn_mpi.devices.cuda.attention import AttentionCall, Mask
+from mdattn_mpi.devices.cuda.attention import AttentionCall, MaskKind
 
 
 class KernelKey(NamedTuple):
@@ -16,7 +16,7 @@ class KernelKey(NamedTuple):
     group_heads: int
     dtype: str
     out_dtype: str
-    mask: Mask
+    mask: MaskKind
     capped: bool
 
     @staticmethod

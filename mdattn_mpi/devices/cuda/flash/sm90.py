@@ -77,7 +77,7 @@ def soft_cap(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors, aux_sc
 
 
 def compile_kernel(key: KernelKey):
-    """Compile ``attend(q, k, v, output, lse, scale, softcap, left, right, stream)``.
+    """Compile ``attend(q, k, v, output, lse, scale, softcap, before, after, stream)``.
 
     For any lengths, strides and bounds. Tensors have a batch dim of one before ours; the LSE is
     given as ``[1, heads, tokens]``, with the strides that it has.
@@ -112,13 +112,13 @@ def compile_kernel(key: KernelKey):
     @cute.jit
     def attend(
         q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, output: cute.Tensor, lse: cute.Tensor,
-        scale: Float32, softcap: Float32, left: Int32, right: Int32, stream: cu.CUstream,
+        scale: Float32, softcap: Float32, before: Int32, after: Int32, stream: cu.CUstream,
     ):  # fmt: skip
         capping = (softcap, 2.0 * math.log2(math.e) / softcap) if const_expr(key.capped) else None
         kernel(
             q, k, v, output, lse, scale,
-            window_size_left=left if const_expr(band) else None,
-            window_size_right=right if const_expr(band) else None,
+            window_size_left=before if const_expr(band) else None,
+            window_size_right=after if const_expr(band) else None,
             aux_data=AuxData(None, capping), stream=stream,
         )  # fmt: skip
 

@@ -79,7 +79,7 @@ class FunctionLaunch:
         numbers, bounds = self._arguments[5:7], self._arguments[7:9]
         for argument, number in zip(numbers, (call.scale, call.softcap), strict=True):
             argument.type, argument.value.number = FLOAT, number
-        for argument, bound in zip(bounds, (call.left, call.right), strict=True):
+        for argument, bound in zip(bounds, call.band, strict=True):
             argument.type = INTEGER
             argument.value.integer = UNBOUNDED if bound is None else bound
         self._stream = self._arguments[9]
