@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
+from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import AttentionProblem, StrategyName
 from mdattn_mpi.trt.library import SM, Capabilities, Library, show_sm
 from mdattn_mpi.trt.networks import NETWORKS
@@ -75,6 +76,18 @@ def refuse_everywhere(problem: AttentionProblem) -> None:
         raise RejectedError(
             f"value heads of {problem.v_head_dim} under query heads of {problem.head_dim}: "
             "TensorRT's attention takes one head dim",
+            fix="use -b cuda or -b cpu",
+        )
+    extras = {
+        "a window": problem.window != UNBOUNDED,
+        "documents": bool(problem.segments),
+        "soft caps": bool(problem.softcap),
+        "sinks": problem.sinks,
+    }
+    asked = [name for name, wanted in extras.items() if wanted]
+    if asked:
+        raise RejectedError(
+            f"{' and '.join(asked)}: no network of ours for TensorRT has them",
             fix="use -b cuda or -b cpu",
         )
     if problem.causal == "lower_right" and problem.q_tokens > problem.kv_tokens:
