@@ -13,6 +13,7 @@ import hashlib
 import os
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from mdattn_mpi.lockstep.board import LOST_MAGIC, Notice, decode, decode_notice
 from mdattn_mpi.lockstep.record import PAGE, Record
 
 MEMORY = "/dev/shm"
+STALE = (
+    3600.0  # seconds without a write, after which a file is left over from a job that was killed
+)
 
 
 class NodeBoard:
@@ -42,6 +46,7 @@ class NodeBoard:
 
     def _open(self, name: str) -> int:
         places = (MEMORY, tempfile.gettempdir(), self.folder)
+        _sweep(Path(MEMORY))
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         for place in places:
             self._path = Path(place) / name
@@ -93,6 +98,13 @@ class NodeBoard:
             self._path.unlink()
 
     def close(self) -> None:
-        """Leave it."""
-        self.hide()
+        """Leave it. The name stays: others may be about to open it."""
         os.close(self._file)
+
+
+def _sweep(place: Path) -> None:
+    """Remove what jobs left that were killed before all their ranks had met."""
+    for path in place.glob(f"mdattn-{os.getuid()}-*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > STALE:
+                path.unlink()

@@ -102,10 +102,12 @@ class Publisher(threading.Thread):
         if record:
             BoardFile(record.folder).publish({record.rank: self._shown}, record.size)
 
-    def close(self) -> None:
-        """Leave the node's board: whoever else is there has it open."""
-        if self._node is not None:
-            self._node.hide()
+    def leave(self) -> None:
+        """Take the name of the node's board away, if all of the node have met there."""
+        own = self.board.record()
+        here = [record for record in self.records() if record.shares_pids_with(own)]
+        if own.folder and len(here) == (own.local_size or own.size):
+            self._node_of(own).hide()
 
     def look(self) -> None:
         """Look for the notice of a lost rank; publish and look further, if it is up to this one."""
@@ -192,11 +194,11 @@ class Lead:
 
     def _find_watchdogs(self) -> bool:
         """Look for ranks of this node that are new; True if there are some."""
-        before = len(self._watchdogs)
-        if before < (self.own.local_size or self.own.size):
+        before, expected = len(self._watchdogs), self.own.local_size or self.own.size
+        if before < expected:
             for record in self._records_here():
                 self._watchdogs.setdefault(record.rank, record.watchdog_pid)
-            if len(self._watchdogs) == self.own.local_size:
+            if len(self._watchdogs) == expected:
                 self.node.hide()  # all have it open
         return len(self._watchdogs) > before
 

@@ -89,7 +89,7 @@ class Watchdog:
                 return self._stop_now()
             code = self._look()
             if code is not None:
-                self.publisher.close()
+                within_patience(self.publisher.leave)
                 return code
 
     def _until_next_look(self) -> float:

@@ -57,7 +57,8 @@ class Ranks:
 
     def close(self) -> None:
         for each in self.publishers:
-            each.close()
+            if each._node:
+                each._node.hide()
 
 
 @pytest.fixture
@@ -187,11 +188,37 @@ def test_a_place_that_is_not_ours_is_left_alone(
     board.attach(tmp_path, 0, 1)
     first = NodeBoard(board.record())
     name = first._path.name
-    first.close()
+    first.hide()
     monkeypatch.setattr(node, "MEMORY", str(tmp_path / "memory"))
     (tmp_path / "memory").mkdir()
     (tmp_path / "memory" / name).symlink_to(tmp_path / "elsewhere")
     second = NodeBoard(board.record())
     assert second._path.parent != tmp_path / "memory"
     assert not (tmp_path / "elsewhere").exists()
-    second.close()
+    second.hide()
+
+
+def test_what_killed_jobs_left_is_swept(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, clock: object
+) -> None:
+    monkeypatch.setattr(node, "MEMORY", str(tmp_path))
+    old, young = (tmp_path / f"mdattn-{os.getuid()}-{name}" for name in ("old", "young"))
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (0, 0))
+    board = Board()
+    board.attach(tmp_path / "run", 0, 1)
+    NodeBoard(board.record()).close()
+    assert not old.exists()
+    assert young.exists()
+
+
+def test_who_comes_after_one_has_gone_finds_the_others(ranks: Any) -> None:
+    job = ranks("aaa")
+    first, second, third = job.publishers
+    first.show()
+    second.show()
+    first.look()
+    second._node.close()  # its rank is lost before the third one has come
+    third.show()
+    assert [record.rank for record in first.records()] == [0, 1, 2]

@@ -174,7 +174,7 @@ def published(request: Any, folder: Path, rank: int, watchdog_pid: int, namespac
     board.started()
     node = NodeBoard(board.record())
     node.write(rank, bytes(board.page))
-    request.addfinalizer(node.close)
+    request.addfinalizer(node.hide)
     return board
 
 
@@ -190,5 +190,4 @@ def test_a_watchdog_that_was_gone_before_it_was_met(
     publisher = Publisher(own, os.getpid())
     publisher.look()
     publisher.look()  # the first one learns who is there
-    publisher.close()
     assert (publisher.vanished is not None) == same_container
