@@ -222,7 +222,7 @@ def parse_range(text: str) -> tuple[int, int]:
     first, colon, last = text.partition(":")
     low, high = int(first), int(last if colon else first)
     if not 1 <= low <= high:
-        raise ValueError(f"{text!r} is no range of lengths")
+        raise ValueError(f"{text!r} isn't a range of lengths")
     return low, high
 
 

@@ -118,7 +118,7 @@ def _names_an_interface(value: str, rank: Facts) -> bool:
 
 
 def cores(job: AllRanks) -> Iterator[Finding]:
-    """Every rank has cores, and not those of others alone."""
+    """Every rank has cores of its own."""
     usable: dict[str, set[int]] = defaultdict(set)
     physical: dict[str, set[int]] = defaultdict(set)
     for rank in job.ranks:
@@ -188,7 +188,7 @@ def shared_memory(job: AllRanks) -> Iterator[Finding]:
     """Room in /dev/shm for all ranks of a node."""
     poor = job.where(lambda rank: rank["shm"].get("free", 0) < SHM * rank["local_size"])
     free = memory_size(poor.first["shm"].get("free", 0))
-    stopped = poor.first["gpus"]["count"] > 0  # NCCL can't do without; Open MPI goes by files
+    stopped = poor.first["gpus"]["count"] > 0  # NCCL can't do without it; Open MPI uses files then
     return find(
         "/dev/shm",
         (poor, "FAIL" if stopped else "WARN",

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from typing import TypeVar
 
 from mdattn_mpi.lockstep import death_note
@@ -56,9 +57,11 @@ class Publisher(threading.Thread):
         self.lost = False
         self.vanished: Record | None = None
         self._node: NodeBoard | None = None
+        self._opening = threading.Lock()  # the watchdog's own thread comes here too
         self._shown = b""
         self._heartbeat = 0.0
         self._lead: Lead | None = None
+        self._stop_noted = False
 
     def run(self) -> None:
         """Show the page and look around, again and again."""
@@ -68,17 +71,29 @@ class Publisher(threading.Thread):
             with suppress(OSError):
                 self.show(at_once=hurried)
             with suppress(OSError):
+                self.note_stop()
+            with suppress(OSError):
                 self.look()
 
     def _node_of(self, record: Record) -> NodeBoard:
         """The board of this node for the folder and the job that the rank has now."""
-        node = self._node
-        if node is None or (node.folder, node.job) != (record.folder, record.job):
-            if node is not None:
-                node.close()
-            node, self._lead, self._shown = NodeBoard(record), None, b""
-            self._node = node
-        return node
+        with self._opening:
+            node = self._node
+            if node is None or (node.folder, node.job) != (record.folder, record.job):
+                if node is not None:
+                    node.close()
+                node = self._node = NodeBoard(record)
+                self._lead, self._shown = None, b""
+            return node
+
+    def note_stop(self) -> None:
+        """Say once in the rank's log that it was asked to stop: soon it may be killed."""
+        record = self.board.record()
+        if record.stop and record.folder and not self._stop_noted:
+            self._stop_noted = True
+            now = datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
+            with open(f"{record.folder}/rank-{record.rank:04}.log", "a") as log:
+                log.write(f"{now} WARNING asked to stop; the item in hand is finished first\n")
 
     def show(self, *, at_once: bool = True) -> Record | None:
         """Copy the page to the node's board; or only if it changed or the heartbeat is due."""

@@ -8,6 +8,7 @@ from typing import Any
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import AttentionProblem, StrategyName
+from mdattn_mpi.text import install
 from mdattn_mpi.trt.library import SM, Capabilities, Library, show_sm
 from mdattn_mpi.trt.networks import NETWORKS
 from mdattn_mpi.trt.spec import EngineSpec, Extent, Shapes
@@ -66,7 +67,7 @@ def _what_works(library: Library, can: Capabilities, sm: SM) -> str:
     if can.strategies:
         return "use -s allgather or -s ulysses, -b cuda -s ring, or full TensorRT since SM 10.0"
     if library.flavour == "tensorrt_rtx" and sm >= (8, 0):
-        return "use -b cuda, or full TensorRT: pip install 'mdattn_mpi[tensorrt]'"
+        return f"use -b cuda, or full TensorRT: {install('tensorrt')}"
     return "use -b cpu, or a GPU of SM 8.0 or later"
 
 
@@ -78,16 +79,16 @@ def refuse_everywhere(problem: AttentionProblem) -> None:
             "TensorRT's attention takes one head dim",
             fix="use -b cuda or -b cpu",
         )
-    extras = {
+    masked = {
         "a window": problem.window != UNBOUNDED,
         "documents": bool(problem.segments),
-        "soft caps": bool(problem.softcap),
+        "a soft cap": bool(problem.softcap),
         "sinks": problem.sinks,
     }
-    asked = [name for name, wanted in extras.items() if wanted]
-    if asked:
+    unknown = [name for name, there in masked.items() if there]
+    if unknown:
         raise RejectedError(
-            f"{' and '.join(asked)}: no network of ours for TensorRT has them",
+            f"{' and '.join(unknown)}: our TensorRT engines know causal masks alone",
             fix="use -b cuda or -b cpu",
         )
     if problem.causal == "lower_right" and problem.q_tokens > problem.kv_tokens:

@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 from mdattn_mpi.devices.presence import gpu_count, gpu_sm
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.text import install
 from mdattn_mpi.trt.versions import Flavour, recognize
 
 SM = tuple[int, int]
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 INSTALL = (
-    "pip install 'mdattn_mpi[tensorrt]' (any GPU since SM 8.0; fetches TensorRT from NVIDIA's "
-    "index) or 'mdattn_mpi[tensorrt-rtx]' (SM 8.0, 8.6, 8.9 and 12.x; a complete wheel)"
+    f"{install('tensorrt')} (any GPU since SM 8.0; fetches TensorRT from NVIDIA's index) or "
+    f"{install('tensorrt-rtx')} (SM 8.0, 8.6, 8.9 and 12.x; a complete wheel)"
 )
 LOGGER = logging.getLogger("mdattn_mpi.tensorrt")
 LOGGER.addHandler(logging.NullHandler())  # who wants its words asks for them; errors carry theirs

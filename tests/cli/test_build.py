@@ -101,7 +101,7 @@ def test_an_engine_from_elsewhere_is_adopted_on_purpose(
         (("--problem", "tokens=8"), "--problem without 'heads'", 2),
         (("--adopt", "none.engine", "--problem", SHAPES), "cannot read the engine", 2),
         (("--onnx", "m.onnx"), "--onnx without --tokens", 2),
-        (("--onnx", "m.onnx", "--tokens", "9:3"), "no range of lengths", 2),
+        (("--onnx", "m.onnx", "--tokens", "9:3"), "isn't a range of lengths", 2),
         (("--onnx", "m.onnx", "--tokens", "9"), "cannot read the model", 2),
         (("nowhere.h5",), "nowhere.h5", 2),
     ],
