@@ -25,7 +25,7 @@ COMMANDS = {  # and what `mdattn --help` says of them
     "run": "compute attention over every item of a dataset",
     "verify": "compare an output with float64 attention",
     "make-data": "write a synthetic dataset",
-    "convert": "make a dataset of .npz, .npy, .safetensors, .pt or HDF5",
+    "convert": "make a dataset of other files: tensors, or texts for a model",
     "inspect": "say what a file holds, and what is finished",
     "status": "say how a job is doing, from another shell",
     "bench": "measure speed, memory, and what each guarantee costs",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from mdattn_mpi.doctor.filesystem import LOCAL
 from mdattn_mpi.doctor.finding import AllRanks, Case, Facts, Finding, Level, Ranks, by_value, find
+from mdattn_mpi.doctor.tensorrt import tensorrt
 from mdattn_mpi.text import counted, memory_size
 
 MIB = 1 << 20
@@ -366,5 +367,5 @@ def folder(job: AllRanks) -> Iterator[Finding]:
 
 CHECKS = (
     launcher, mpi, versions, environment, cores, limits, shared_memory, sessions, clocks, gpus,
-    nccl, folder,
+    nccl, tensorrt, folder,
 )  # fmt: skip
