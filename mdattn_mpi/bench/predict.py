@@ -22,6 +22,7 @@ from mdattn_mpi.bench.measure import report, surroundings
 from mdattn_mpi.bench.options import add_shapes, numbers, problems
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.files import write_whole
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 from mdattn_mpi.problem import AttentionProblem, Plan
 
 if TYPE_CHECKING:
@@ -191,7 +192,6 @@ def _load(world: World, path: str) -> Timings:
 def _call(words: Sequence[Any]) -> Call:
     """Make a call of a line of the file; earlier versions wrote whether it is causal."""
     from mdattn_mpi.bench.timeline import Call
-    from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 
     mask = words[6]
     band = Band(*mask) if isinstance(mask, list) else LOWER_RIGHT if mask else FULL

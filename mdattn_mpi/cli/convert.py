@@ -239,8 +239,15 @@ def _reading(arguments: argparse.Namespace) -> Reading:
         packing=Packing(arguments.heads, arguments.packed_dim),
         causal=arguments.causal,
         scale=None if arguments.scale is None else scale_of(arguments.scale),
+        masks=_masks(arguments),
         ignore=tuple(arguments.ignore or ()),
     )
+
+
+def _masks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Say what the user says of windows and soft caps."""
+    given = {"window": arguments.window, "softcap": arguments.softcap}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def rounded_blocks(

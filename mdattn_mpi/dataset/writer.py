@@ -33,6 +33,7 @@ from mdattn_mpi.dataset.layout import (
 from mdattn_mpi.dataset.ledger import ledger_columns
 from mdattn_mpi.dataset.positioned import write_exactly
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import MAX_RUNS
 from mdattn_mpi.problem import TensorSpec
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -73,7 +74,8 @@ def create_output(
             put_attributes(folder.id, {"index": index, **describe(item)})
             for tensor in outputs_of(item, lse):
                 allocate(folder, tensor.name, tensor.shape, _stored(tensor))
-        _create_ledger(add_group(file, LEDGER), len(items), max(ranks, MIN_LEDGER_WIDTH))
+        columns = ledger_columns(len(items), max(ranks, MIN_LEDGER_WIDTH), _runs(items))
+        _create_ledger(add_group(file, LEDGER), columns)
 
 
 def outputs_of(item: AnyItem, lse: bool) -> tuple[TensorSpec, ...]:
@@ -99,9 +101,15 @@ def _stored(tensor: TensorSpec) -> Any:
     return h5py.h5t.py_create(dtype.newbyteorder("<"))
 
 
-def _create_ledger(group: Any, items: int, width: int) -> None:
+def _runs(items: Sequence[AnyItem]) -> int:
+    """How many runs of query tokens a rank may own."""
+    sparse = (item.problem.mask.hides_keys for item in items if isinstance(item, Item))
+    return MAX_RUNS if any(sparse) else 2
+
+
+def _create_ledger(group: Any, columns: Sequence[TensorSpec]) -> None:
     """Make the ledger, all zeros: every item is to be done."""
-    for column in ledger_columns(items, width):
+    for column in columns:
         stored = _stored(column)
         offset = allocate(group, column.name, column.shape, stored)
         nbytes = prod(column.shape) * stored.get_size()

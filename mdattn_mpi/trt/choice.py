@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
+from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import AttentionProblem, StrategyName
 from mdattn_mpi.text import install
 from mdattn_mpi.trt.library import SM, Capabilities, Library, show_sm
@@ -76,6 +77,18 @@ def refuse_everywhere(problem: AttentionProblem) -> None:
         raise RejectedError(
             f"value heads of {problem.v_head_dim} under query heads of {problem.head_dim}: "
             "TensorRT's attention takes one head dim",
+            fix="use -b cuda or -b cpu",
+        )
+    masked = {
+        "a window": problem.window != UNBOUNDED,
+        "documents": bool(problem.segments),
+        "a soft cap": bool(problem.softcap),
+        "sinks": problem.sinks,
+    }
+    unknown = [name for name, there in masked.items() if there]
+    if unknown:
+        raise RejectedError(
+            f"{' and '.join(unknown)}: our TensorRT engines know causal masks alone",
             fix="use -b cuda or -b cpu",
         )
     if problem.causal == "lower_right" and problem.q_tokens > problem.kv_tokens:
