@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 
 from mdattn_mpi.cli.options import add_opening_options
 from mdattn_mpi.errors import RejectedError, VerificationError
+from mdattn_mpi.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,7 +206,7 @@ def _conclude(arguments: argparse.Namespace, reports: list[AnyReport]) -> None:
         _print_json(arguments, reports, count, exit_code=1 if bad else 0)
     else:
         summary = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
-        print(f"{arguments.output}: {len(reports)} items, {summary}")
+        print(f"{arguments.output}: {counted(len(reports), 'item')}, {summary}")
     if count["wrong"]:
         raise VerificationError(
             f"{count['wrong']} of {len(reports)} items are wrong",

@@ -63,11 +63,6 @@ def bfloat16_type() -> Any:
     return made
 
 
-def float32_type() -> Any:
-    """Name the HDF5 type of float32, as sinks are stored."""
-    return h5py.h5t.IEEE_F32LE
-
-
 def hdf5_type(dtype: DTypeName, encoding: Encoding = "float") -> Any:
     """Make the HDF5 type that stores `dtype`; FP16 has one encoding only."""
     if dtype == "float16":

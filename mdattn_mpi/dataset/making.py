@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import float32_type, hdf5_type
+from mdattn_mpi.dataset.dtypes import hdf5_type
 from mdattn_mpi.dataset.layout import (
     BESIDE,
     DATASET_FORMAT,
@@ -304,7 +304,8 @@ def _create_item(folder: Any, item: Item, encoding: Encoding, layout: Layout) ->
             put_attributes(group[tensor].id, {"dtype": "bfloat16"})
         places[tensor] = _Place(group, start, start + 2 * prod(shape))
     if problem.sinks:
-        start = allocate(group, "sinks", (problem.q_heads,), float32_type())
+        write_array(group, "sinks", np.zeros(problem.q_heads, "<f4"))
+        start = group["sinks"].id.get_offset()
         places["sinks"] = _Place(group, start, start + 4 * problem.q_heads)
     if problem.segments:
         starts = np.array(problem.segments, "<i8")

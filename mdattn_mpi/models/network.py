@@ -147,6 +147,13 @@ class Network:
         """Return hidden states ``[S, D]`` of a whole sequence, at positions of the model's own."""
         return self._forward(by, input_ids=ids)
 
+    def release(self) -> None:
+        """Give back what PyTorch keeps of the GPU's memory for itself."""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
     def _forward(self, by: Attending, **inputs: Ids) -> torch.Tensor:
         import torch
 

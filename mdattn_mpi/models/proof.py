@@ -141,6 +141,8 @@ def prove(
             f"{network.name} can't be run on some of a sequence's tokens: {error}",
             fix="use another model: layers of this one want more than tokens and their positions",
         ) from error
+    finally:
+        network.release()  # long items want other sizes
 
 
 def _prove(

@@ -93,6 +93,7 @@ ROOMS: dict[str, set[str]] = {
         "strategies",  # it times them
         "runner",
         "models",
+        "verifier",
     },
     "onnx": set(),
 }
