@@ -1,9 +1,11 @@
-"""Write a dataset of normally distributed Q, K and V.
+"""Write a dataset of normally distributed Q, K and V, or of token ids.
 
   mdattn make-data data.h5 --items 4 --length 8192 --q-heads 8 --kv-heads 2
+  mdattn make-data tokens.h5 --items 200 --lengths 1000:200000 --vocabulary 32000
 
-The same arguments and seed give the same bytes. A tensor is drawn from a generator of its own, so
-the first items stay the same when there are more of them.
+The second writes token ids for a model; many items are short and few are long. The same arguments
+and seed give the same bytes. A tensor is drawn from a generator of its own, so the first items stay
+the same when there are more of them.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--head-dim", type=int, default=128, metavar="H", help="of query and key (default 128)")
     add("--v-head-dim", type=int, metavar="H", help="of value (default: the same)")
     add("--sinks", action="store_true", help="draw a sink for each query head")
+    add("--vocabulary", type=int, metavar="V", help="instead of Q, K, V: token ids below V")
     add("--documents", type=int, metavar="N", help="pack so many, of long-tailed lengths")
     add("--dtype", choices=DTYPES, default="bf16", help="default bf16")
     add(
@@ -69,6 +72,9 @@ def main(arguments: argparse.Namespace) -> int:
     from mdattn_mpi.dataset import DatasetWriter
     from mdattn_mpi.dataset.making import shapes
 
+    if arguments.vocabulary is not None:
+        return _make_tokens(arguments)
+
     items = plan_items(arguments)
     sizes = [
         (item, tensor, shape[0] * shape[1] * shape[2])
@@ -101,6 +107,34 @@ def main(arguments: argparse.Namespace) -> int:
     if not arguments.quiet:
         held = f"{counted(len(items), 'item')}, {quantity(total, 'B')}, seed {arguments.seed}"
         show(f"{arguments.path}: {held}")
+    return 0
+
+
+def _make_tokens(arguments: argparse.Namespace) -> int:
+    """Write token ids; of lengths from A to B many are short and few long: their logs are even."""
+    import numpy as np
+
+    from mdattn_mpi.dataset import DatasetWriter
+    from mdattn_mpi.errors import RejectedError
+
+    if arguments.items < 1 or arguments.seed < 0 or arguments.vocabulary < 1:
+        raise RejectedError(
+            f"--items is {arguments.items}, --seed {arguments.seed}, "
+            f"--vocabulary {arguments.vocabulary}",
+            fix="use at least one item and id, and a seed that is not negative",
+        )
+    first, last = np.log(arguments.lengths or (arguments.length, arguments.length))
+    tokens = 0
+    with DatasetWriter(arguments.path, overwrite=arguments.overwrite) as writer:
+        for number in range(arguments.items):
+            draw = np.random.default_rng([arguments.seed, number])
+            length = round(np.exp(draw.uniform(first, last)))
+            ids = draw.integers(0, arguments.vocabulary, length, np.int32)
+            writer.add_tokens(f"item{number}", ids)
+            tokens += length
+    if not arguments.quiet:
+        told = f"{counted(arguments.items, 'item')}, {counted(tokens, 'token')}"
+        show(f"{arguments.path}: {told}, seed {arguments.seed}")
     return 0
 
 

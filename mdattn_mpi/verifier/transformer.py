@@ -318,7 +318,7 @@ class _Verifier:
         shards = report.entry.shards
         seen = [any(compared[span.slice].any() for span in spans) for spans in shards]
         report.ranks = sum(seen)
-        if report.ranks == 1 < len(shards):
+        if report.ranks == 1 < len(shards) and not compared.all():
             report.notes.append(
                 f"only tokens of rank {seen.index(True)} were compared: --tokens "
                 f"{item.problem.tokens} would compare those of all {len(shards)}"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mdattn_mpi.cli import main, make_data
-from mdattn_mpi.dataset import Item, open_dataset
+from mdattn_mpi.dataset import Item, open_dataset, open_tokens
 from mdattn_mpi.problem import AttentionProblem, Span
 from tests.support.complaint import complaint
 
@@ -141,3 +141,18 @@ def test_scales_that_float32_cannot_hold(
     assert main(["make-data", str(tmp_path / "d.h5"), f"--scale={scale}"]) == 2
     assert f"scale is {float(scale)}" in complaint(capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_token_ids_of_long_tailed_lengths(tmp_path: Path) -> None:
+    made = []
+    for name in "a.h5", "b.h5":
+        path = tmp_path / name
+        command = ["make-data", str(path), "--items", "60", "--lengths", "10:1000"]
+        assert main([*command, "--vocabulary", "50", "--quiet"]) == 0
+        made.append(path.read_bytes())
+    assert made[0] == made[1]
+    with open_tokens(tmp_path / "a.h5") as file:
+        lengths = [item.problem.tokens for item in file.items]
+        assert len(lengths) == 60
+        assert 10 <= min(lengths) < sorted(lengths)[30] < 300 < max(lengths) <= 1000
+        assert {number for item in file.items for number in file.ids(item)} == set(range(50))
