@@ -12,6 +12,7 @@ from mdattn_mpi.devices.cuda.copies import PeerCopies
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.gpu import Gpu, Network
 from mdattn_mpi.devices.cuda.memory import Memory
+from mdattn_mpi.devices.cuda.peers import Peers
 from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.lockstep import gather_together, together
@@ -249,7 +250,8 @@ def _open_copies(
     # Opened by all ranks or none: also a rank without a near one takes part.
     comm = group.comm.Dup()
     try:
-        copies = together(group, "copies", lambda: PeerCopies(comm, gpu, memory, near))
+        peers = Peers(comm, gpu, memory, near)
+        copies = together(group, "copies", lambda: PeerCopies(gpu, peers))
         handles = copies.share()
         together(group, "open copies", lambda: copies.connect(handles))
     except MdattnError as error:
