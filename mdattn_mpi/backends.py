@@ -132,7 +132,7 @@ class StrategyBackend:
         from mdattn_mpi.strategies import STRATEGIES
 
         q, k, v = map(self.device.upload, shards)
-        steps = STRATEGIES[plan.strategy](self.device, plan, q, k, v)
+        steps = self.device.perform(STRATEGIES[plan.strategy], plan, q, k, v, ahead=True)
         next(steps)
         return Execution(steps)
 

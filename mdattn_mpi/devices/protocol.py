@@ -10,10 +10,10 @@ it. `exchange` is the one exception: it returns at once, and what it receives ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.problem import AttentionProblem, Plan, Span
 
 if TYPE_CHECKING:
     import numpy as np
@@ -128,6 +128,25 @@ class HostedDevice(Device[A, T, P], Protocol[A, T, P]):
     @property
     def seconds(self) -> Mapping[str, float]:
         """Seconds spent so far in ``compute``, ``exchange`` and ``merge``."""
+        ...
+
+    def perform(
+        self,
+        attend: Callable[..., Any],
+        plan: Plan,
+        q: A,
+        k: A,
+        v: A,
+        *,
+        ahead: bool = False,
+        **options: Any,
+    ) -> Generator[None, None, tuple[A, A]]:
+        """Collective. ``attend(device, plan, q, k, v, **options)``, a strategy; or its replay.
+
+        A device may note what a strategy asks it for, and do just that for later calls of one plan
+        and the same options. `ahead` says that what stands before the ``yield`` is to go on while
+        the call before computes.
+        """
         ...
 
     def check(self, problem: AttentionProblem) -> tuple[str, ...]:

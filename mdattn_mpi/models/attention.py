@@ -185,7 +185,8 @@ class SharedAttention:
 
         shards = shards_of(q, k, v)
         plan = self._plan(shards, wanted)
-        steps = STRATEGIES[plan.strategy](self.device, plan, *map(self.device.adopt, shards[:3]))
+        inputs = map(self.device.adopt, shards[:3])
+        steps = self.device.perform(STRATEGIES[plan.strategy], plan, *inputs)
         out, _ = run(steps)
         return shards.give(self.device.export(out))
 

@@ -305,7 +305,7 @@ def profile(world: World, kernel: str) -> None:
 @contextlib.contextmanager
 def timeline(device: Any) -> Iterator[list[tuple[str, Any]]]:
     """Note timed events at the beginning and end of what goes on in each stream."""
-    gpu, launches, copies = device._gpu, device._kernels._launches, device._copies
+    gpu, launches, copies = device._gpu, device.kernels._launches, device._copies
     places: list[tuple[str, Any]] = []
     originals = (launches.get, gpu.merge, gpu.copy, copies.arrival, device.mark)
 
@@ -362,6 +362,7 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=40, help="in flight, of each kind")
     parser.add_argument("--rows", default="", help="rows of the table to bench, as 0,3,4")
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
+    parser.add_argument("--no-replays", dest="replays", action="store_false")
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     world, wrong = start(), 0

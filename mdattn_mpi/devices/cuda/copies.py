@@ -76,7 +76,7 @@ class PeerCopies:
         self._outbox = Queue(gpu, gpu.stream(URGENT))  # copies
         self._inbox = Queue(gpu, gpu.stream(URGENT))  # waits for "arrived"
         self._gate = Queue(gpu, gpu.stream(URGENT))  # says "ready"
-        self.queues = (self._outbox, self._inbox, self._gate)
+        self.queues: tuple[Queue, ...] = (self._outbox, self._inbox, self._gate)
         self._sent, self._received = (dict.fromkeys(peers.ranks, 0) for _ in range(2))
         self._counters = gpu.allocate(2 * self._comm.size * SLOT)
         self._outbox.enqueue(gpu.fill, self._counters, 0, 2 * self._comm.size * SLOT // 4)

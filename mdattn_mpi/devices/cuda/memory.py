@@ -98,13 +98,17 @@ class Memory:
 
         """
         self._take_back()
-        size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        size = self.size_of(nbytes)
         spare = self._spare.get(size)
         # The longest idle first: what still uses it, if anything, ends soonest.
         piece = spare.pop(0) if spare else self._cut_hole(size)
         self._in_use += size
         self.peak = max(self.peak, self._in_use)
         return piece
+
+    def size_of(self, nbytes: int) -> int:
+        """Count the bytes of a piece that holds `nbytes`."""
+        return -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
 
     def give_back(self, piece: BlockRange, fence: Fence) -> None:
         """Let a piece be used again after `fence`; a destructor may call, in any thread."""

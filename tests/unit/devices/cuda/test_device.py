@@ -452,7 +452,7 @@ def test_calls_that_were_rehearsed_are_ready_when_they_come() -> None:
             for plan in plans:
                 calls = rehearse(STRATEGIES[strategy], plan, device.rank)
                 device.prepare(plan.problem, calls)
-            launches = device._kernels._launches
+            launches = device.kernels._launches
             expected = {call: coming.result() for call, coming in launches._coming.items()}
             attend_in_turn(device, plans, [random_inputs(p, 1) for p in problems])
             found.append((set(expected), set(launches._ready)))
