@@ -1,6 +1,6 @@
 """Check the CUDA device on real GPUs, then time it; a short table at the end.
 
-    mpirun -n 2 python tests/gpu/run.py [check] [in-flight] [bench] [long] [million] [--json FILE]
+    mpirun -n 2 python tests/gpu/run.py [check] [in-flight] [bench] [layers] [long] [million]
 
 Without words it checks and benches; `long` benches 512k. `in-flight` is the part of `check` that
 calls with arrays that are still being computed (see `in_flight`), `--calls` times each. `--kernel`
@@ -302,6 +302,36 @@ def profile(world: World, kernel: str) -> None:
     device.close()
 
 
+def layers(world: World) -> None:
+    """Collective. A model of 32 layers as the library sees it: what a call takes of the host."""
+    import torch
+
+    torch.cuda.set_device(world.local_rank)
+    for length in (8192, 16384):
+        shape = (length // world.size, 8, 128)
+        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        made = mdattn_mpi.Attention(world.comm, x, x, x)
+        for ways in ("calls alone", "with projections"):
+            host, begin = [], time.perf_counter()
+            for layer in range(32 * 8):
+                q, k, v = (x, x, x) if ways == "calls alone" else (x * 2, x + 1, x - 1)
+                asked = time.perf_counter()
+                out = made.start(q, k, v).wait()
+                host.append(1e6 * (time.perf_counter() - asked))
+                x = x if ways == "calls alone" else (out + x).mul_(0.5)
+                if layer % 32 == 31:
+                    torch.cuda.synchronize()
+                    world.barrier()
+            if world.rank == 0:
+                each = (time.perf_counter() - begin) / len(host) * 1e3
+                few, half, most = np.percentile(host[64:], (10, 50, 90))
+                print(
+                    f"{length}, {ways}: host {half:.0f} us a call ({few:.0f} to "
+                    f"{most:.0f}), all {each:.3f} ms a layer",
+                    flush=True,
+                )
+
+
 @contextlib.contextmanager
 def timeline(device: Any) -> Iterator[list[tuple[str, Any]]]:
     """Note timed events at the beginning and end of what goes on in each stream."""
@@ -379,6 +409,8 @@ def main() -> int:
     if {"check", "in-flight"} & set(arguments.what):
         wrong += in_flight.check(world, arguments.calls, reference, TOLERANCE)
         print(f"rank {world.rank}: {wrong} wrong, {time.perf_counter() - begin:.1f} s", flush=True)
+    if "layers" in arguments.what:
+        layers(world)
     if "profile" in arguments.what:
         profile(world, arguments.kernel)
     if "million" in arguments.what:
