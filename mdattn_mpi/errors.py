@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import textwrap
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,13 +85,6 @@ class MdattnError(Exception):
         if not found.agreed:  # else the rank that it comes from has logged it
             log_traceback(error)
         return found
-
-
-def wrapped(message: str) -> str:
-    """Break a message into lines of 80 columns at most, at words."""
-    return textwrap.fill(
-        message, 80, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-    )
 
 
 def name_ranks(ranks: Sequence[int], most: int = 8) -> str:

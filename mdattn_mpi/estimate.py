@@ -33,6 +33,7 @@ from mdattn_mpi.problem import (
     StrategyName,
     seen_pairs,
 )
+from mdattn_mpi.text import duration, memory_size
 
 # Attention as cuDNN does it, per multiprocessor and by the major number of the SM architecture:
 # SM 9 measured on an H200, the others scaled from data sheets.
@@ -157,11 +158,11 @@ class Estimate:
     memory: int
 
     def __str__(self) -> str:
-        """For example ``1.2e-02 s (compute 1.1e-02, exchange 4e-03, merge 1e-03), 0.3 GiB``."""
-        return (
-            f"{self.seconds:.2g} s (compute {self.compute:.2g}, exchange {self.exchange:.2g}, "
-            f"merge {self.merge:.2g}), {self.memory / 2**30:.2g} GiB a rank"
+        """For example ``12.0 ms (compute 11.0 ms, exchange 58 µs, merge 1.0 ms), 3 GiB a rank``."""
+        parts = ", ".join(
+            f"{name} {duration(getattr(self, name))}" for name in ("compute", "exchange", "merge")
         )
+        return f"{duration(self.seconds)} ({parts}), {memory_size(self.memory)} a rank"
 
 
 def estimate(

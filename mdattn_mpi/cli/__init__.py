@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import argparse
 import io
-import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 
+from mdattn_mpi import __version__
 from mdattn_mpi.cli.options import add_command
-from mdattn_mpi.errors import MdattnError, wrapped
+from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.lockstep import launcher
+from mdattn_mpi.text import stop_showing, wrapped
 
 COMMANDS = {  # and what `mdattn --help` says of them
     "run": "compute attention over every item of a dataset",
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names; return its exit code."""
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(argv[:1])
-    arguments = _parse(parser, argv)
+    arguments = _parse(parser, argv or ["--help"])
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may be of bytes that are no text
         sys.stdout.reconfigure(errors=sys.stderr.errors or "backslashreplace")
     command_main: Main = arguments.main
@@ -49,9 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = command_main(arguments)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:  # whoever read has seen enough, as in `mdattn inspect … | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read has seen enough, as in `mdattn verify … | head`
+        stop_showing()
         return 0
+    except KeyboardInterrupt:
+        print("mdattn: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
     except MdattnError as error:
         print(wrapped(f"mdattn: error: {error}"), file=sys.stderr)
         return error.exit_code
@@ -68,6 +73,7 @@ def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
         epilog="Exit codes: 0 done, 1 some items failed, 2 rejected, 3 ranks disagreed, "
         "4 device or engine error or a bug, 75 interrupted: run the same command again to resume.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, about in COMMANDS.items():
         if name in wanted:

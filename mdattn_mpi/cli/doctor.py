@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.text import show
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,7 +56,7 @@ def examine(arguments: argparse.Namespace) -> int:
     for finding in findings_of(world, arguments.folder, facts):
         findings.append(finding)
         if world.rank == 0 and not arguments.json:
-            print(finding, flush=True)
+            show(str(finding))
     if world.rank == 0 and arguments.json:
         report(findings, facts, as_json=True)
     return exit_code(findings)
@@ -86,18 +87,18 @@ def report(findings: list[Finding], facts: dict[str, Any], as_json: bool) -> Non
     """Print everything at once."""
     if as_json:
         listed = [finding.to_dict() for finding in findings]
-        json.dump({"findings": listed, **facts}, sys.stdout, indent=1)
-        print()
+        show(json.dumps({"findings": listed, **facts}, indent=1))
     else:
-        print(*findings, sep="\n", flush=True)
+        show("\n".join(map(str, findings)))
 
 
 def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Finding]:
     """Collective. All findings, as they are made, alike on all ranks; `facts` is filled."""
     from mdattn_mpi.doctor.facts import gather_facts
     from mdattn_mpi.doctor.filesystem import try_folder
-    from mdattn_mpi.doctor.judge import judge, judge_folder, judge_rates
+    from mdattn_mpi.doctor.judge import judge
     from mdattn_mpi.doctor.network import clock_offset, try_mpi
+    from mdattn_mpi.doctor.trials import judge_folder, judge_rates
 
     offset = clock_offset(world)
     world.board.enter("doctor: facts")
@@ -128,8 +129,9 @@ def nccl_findings(world: World, ranks: list[dict[str, Any]]) -> Iterator[Finding
     """Collective. The collectives over NCCL, where every rank has a GPU of its own."""
     from mdattn_mpi.devices.presence import gpu_count, why_no_cuda
     from mdattn_mpi.doctor.finding import Finding
-    from mdattn_mpi.doctor.judge import every_rank_has_a_gpu, judge_rates
+    from mdattn_mpi.doctor.judge import every_rank_has_a_gpu
     from mdattn_mpi.doctor.network import try_nccl
+    from mdattn_mpi.doctor.trials import judge_rates
 
     if not every_rank_has_a_gpu(ranks):
         return

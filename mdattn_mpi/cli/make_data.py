@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.cli.options import DTYPES, add_writing_options
+from mdattn_mpi.text import counted, quantity, show
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +95,8 @@ def main(arguments: argparse.Namespace) -> int:
                 dataset.append(item, tensor, block)
                 bar.update(block.nbytes)
     if not arguments.quiet:
-        print(f"{arguments.path}: {len(items)} items, {total / 1e6:.1f} MB, seed {arguments.seed}")
+        held = f"{counted(len(items), 'item')}, {quantity(total, 'B')}, seed {arguments.seed}"
+        show(f"{arguments.path}: {held}")
     return 0
 
 

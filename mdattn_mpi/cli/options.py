@@ -54,11 +54,6 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
 
-def printable(value: object) -> str:
-    """`value` as text without control characters, which could drive the terminal."""
-    return "".join(c if c.isprintable() else " " for c in str(value))
-
-
 def add_opening_options(parser: argparse._ActionsContainer) -> None:
     """Declare what every command that opens somebody's file takes: --allow, --ignore."""
     parser.add_argument(

@@ -35,6 +35,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="check everything, print the plan, do nothing")
     add("--json", action="store_true", help="print the summary as JSON on standard output")
 
+    add("-q", "--quiet", action="store_true", help="say nothing but what goes wrong")
+    add("-v", "--verbose", action="store_true", help="say all that rank 0 logs")
+
     how = parser.add_argument_group("how")
     add = how.add_argument
     add("-b", "--backend", metavar="NAME", help="auto (default), cpu, cuda, tensorrt")

@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mdattn_mpi.cli.options import printable
+from mdattn_mpi.text import counted, duration, printable, show
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.record import Record
@@ -33,9 +33,9 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.json:
         import json
 
-        print(json.dumps(facts, indent=1))
+        show(json.dumps(facts, indent=1))
     else:
-        print("\n".join(_lines(facts)))
+        show("\n".join(_lines(facts)))
     return 0
 
 
@@ -130,13 +130,16 @@ def _rank(record: Record, now: float) -> dict[str, Any]:
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
     items = facts["items"]
     ranks = facts["ranks"]
-    yield f"{facts['path']}: {facts['state']}" + (f", {len(ranks)} ranks" if ranks else "")
+    yield f"{facts['path']}: {facts['state']}" + (
+        f", {counted(len(ranks), 'rank')}" if ranks else ""
+    )
     failed = f", {items['failed']} failed" if items["failed"] else ""
-    yield f"  {items['done']} of {items['total']} items done, {items['todo']} left{failed}"
+    done = f"{items['done']} of {counted(items['total'], 'item')} done"
+    yield f"  {done}, {items['todo']} left{failed}"
     if facts["items_per_second"]:
         yield (
             f"  {facts['items_per_second']:.3g} items/s, "
-            f"about {_duration(facts['seconds_left'])} to go"
+            f"about {duration(facts['seconds_left'])} to go"
         )
     for rank in ranks:
         yield f"  rank {rank['rank']}: {_doing(rank, facts['state'])}"
@@ -155,14 +158,6 @@ def _doing(rank: Mapping[str, Any], state: str) -> str:
     notes += ", stopped" if rank["stopped"] else ""
     notes += f", {rank['fault']}" if rank["fault"] else ""
     return printable(
-        f"{rank['phase'] or 'start'}{item} for {_duration(rank['seconds'])} "
+        f"{rank['phase'] or 'start'}{item} for {duration(rank['seconds'])} "
         f"({rank['host']}{device}){notes}"
     )
-
-
-def _duration(seconds: float) -> str:
-    """For example ``0.3 s``, ``12 min``, ``3 h 20 min``."""
-    if seconds < 120:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

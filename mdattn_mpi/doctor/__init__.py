@@ -1,5 +1,6 @@
 """Finding the misconfigured node before the job does.
 
 ``facts``, ``gpus`` and ``filesystem`` gather what a rank knows about itself; ``network`` and
-``filesystem`` try what ranks can only do together; ``judge`` turns all of it into one line a check.
+``filesystem`` try what ranks can only do together; ``judge`` and ``trials`` say what it means, one
+line a check.
 """

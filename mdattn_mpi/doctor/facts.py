@@ -37,6 +37,7 @@ def gather_facts(folder: str) -> dict[str, Any]:
         "python": f"{platform.python_version()} ({sys.prefix})",
         "packages": {name: found for name in PACKAGES if (found := package(name))},
         "cores": sorted(os.sched_getaffinity(0)),
+        "siblings": [first_thread(core) for core in sorted(os.sched_getaffinity(0))],
         "all_cores": os.cpu_count(),
         "limits": {
             "memlock": limit(resource.RLIMIT_MEMLOCK),
@@ -64,6 +65,15 @@ def package(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return ""
+
+
+def first_thread(core: int) -> int:
+    """The first hardware thread of the physical core that has the thread numbered `core`."""
+    try:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{core}/topology/thread_siblings_list")
+        return int(siblings.read_text().replace("-", ",").partition(",")[0])
+    except (OSError, ValueError):
+        return core
 
 
 def limit(which: int) -> int:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
-from mdattn_mpi.doctor.filesystem import BLOCK, LOCAL
+from mdattn_mpi.doctor.filesystem import LOCAL
 from mdattn_mpi.doctor.finding import AllRanks, Case, Facts, Finding, Level, Ranks, by_value, find
+from mdattn_mpi.text import counted, memory_size
 
 MIB = 1 << 20
 SHM = 64 * MIB  # a rank: what Open MPI and NCCL put there
 FILES = 256, 4  # for itself, and for each other rank
+LEAST_FILES = 40  # a job of two ranks on the CPU ended with 28 and did its work with 36
 ROOM = 10 << 30  # bytes free in the folder
 CLOCKS = 1.0  # seconds
-SLOW = {"MPI": 50e6, "NCCL": 1e9}  # bytes a second and rank
-SLOW_FOLDER = 20e6
 QUIET = "NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE", "NCCL_IB_DISABLE"
 INTERFACES = "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES", "OMPI_MCA_btl_tcp_if_include"
 
@@ -119,18 +119,37 @@ def _names_an_interface(value: str, rank: Facts) -> bool:
 def cores(job: AllRanks) -> Iterator[Finding]:
     """Every rank has cores, and not those of others alone."""
     usable: dict[str, set[int]] = defaultdict(set)
+    physical: dict[str, set[int]] = defaultdict(set)
     for rank in job.ranks:
         usable[rank["node"]].update(rank["cores"])
+        physical[rank["node"]].update(rank["siblings"])
     crowded = job.where(lambda rank: rank["local_size"] > len(usable[rank["node"]]))
-    node, here, there = (crowded.first[name] for name in ("node", "local_size", "all_cores"))
-    bound = len(usable[node]) < there
+    paired = job.where(lambda rank: rank["local_size"] > len(physical[rank["node"]]))
+    busy = job.where(lambda rank: _threads(rank) > len(usable[rank["node"]]))
+    node, here, there = (paired.first[name] for name in ("node", "local_size", "all_cores"))
+    of_node = f"of {there} hardware threads of {node}"
+    fewer = "start fewer ranks a node"
     return find(
         "cores",
-        (crowded, "WARN", f"{here} ranks share {len(usable[node])} of {there} cores of {node}",
-         "ask for --cpus-per-task, or mpirun --bind-to none" if bound
-         else "start fewer ranks a node"),
+        (crowded, "WARN", f"{here} ranks share {len(usable[node])} {of_node}",
+         "ask for --cpus-per-task, or mpirun --bind-to none" if len(usable[node]) < there
+         else fewer),
+        (paired, "WARN",
+         f"{here} ranks share {counted(len(physical[node]), 'core')} with {len(usable[node])} "
+         f"{of_node}",
+         fewer),
+        (busy, "WARN",
+         f"OMP_NUM_THREADS={busy.first['settings'].get('OMP_NUM_THREADS')} on {busy}: more "
+         f"threads than the {len(usable[busy.first['node']])} that its node may run at a time",
+         "export OMP_NUM_THREADS=1; --threads says how many a rank computes with"),
         fine=f"{len(job.ranks[0]['cores'])} of {there} for a rank",
     )  # fmt: skip
+
+
+def _threads(rank: Facts) -> int:
+    """The threads that libraries start on a rank's node, as far as a variable says so."""
+    asked = rank["settings"].get("OMP_NUM_THREADS", "").partition(",")[0]
+    return int(asked) * int(rank["local_size"]) if asked.isdecimal() else 0
 
 
 def limits(job: AllRanks) -> Iterator[Finding]:
@@ -144,11 +163,14 @@ def limits(job: AllRanks) -> Iterator[Finding]:
     ) -> Iterator[Finding]:
         low = job.where(lambda rank: 0 <= rank["limits"][name] < least)
         limit = low.first["limits"][name]
-        shown = "unlimited" if limit < 0 else str(limit) if name == "nofile" else _bytes(limit)
+        shown = "unlimited" if limit < 0 else str(limit) if name == "nofile" else memory_size(limit)
         return find(check, (low, level, f"{shown} on {low}: {why}", fix), fine=shown)
 
+    few = job.where(lambda rank: 0 <= rank["limits"]["nofile"] < LEAST_FILES)
+    level: Level = "FAIL" if few else "WARN"
+    least = LEAST_FILES if few else files
     yield from at_least(
-        files, "open files", "nofile", "FAIL", f"at least {files} are needed",
+        least, "open files", "nofile", level, f"a job of this size may need {least}",
         "ulimit -n 65536 in the job script",
     )  # fmt: skip
     yield from at_least(
@@ -161,21 +183,16 @@ def limits(job: AllRanks) -> Iterator[Finding]:
     )  # fmt: skip
 
 
-def _bytes(number: float) -> str:
-    for prefix in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if number < 1024:
-            return f"{number:.3g} {prefix}"
-        number /= 1024
-    return f"{number:.3g} PiB"
-
-
 def shared_memory(job: AllRanks) -> Iterator[Finding]:
     """Room in /dev/shm for all ranks of a node."""
     poor = job.where(lambda rank: rank["shm"].get("free", 0) < SHM * rank["local_size"])
-    free = _bytes(poor.first["shm"].get("free", 0))
+    free = memory_size(poor.first["shm"].get("free", 0))
+    stopped = poor.first["gpus"]["count"] > 0  # NCCL can't do without; Open MPI goes by files
     return find(
         "/dev/shm",
-        (poor, "FAIL", f"{free} free on {poor}, {_bytes(SHM)} a rank are needed",
+        (poor, "FAIL" if stopped else "WARN",
+         f"{free} free on {poor}, {'NCCL needs' if stopped else 'messages are fast with'} "
+         f"{memory_size(SHM)} a rank",
          "remove what earlier jobs left there, or give the container more (--shm-size, or bind "
          "the host's)"),
         fine=f"{free} free",
@@ -335,7 +352,7 @@ def folder(job: AllRanks) -> Iterator[Finding]:
          f"is {kind}: several nodes write one file slowly there", parallel),
         (len(job.ranks) > 1 and facts["stripes"] == 1, "WARN",
          "is Lustre with one stripe: all ranks write to one server", f"lfs setstripe -c -1 {path}"),
-        (free < ROOM, "WARN", f"has {_bytes(free)} left",
+        (free < ROOM, "WARN", f"has {memory_size(free)} left",
          "make room: an output is as large as its queries"),
     )  # fmt: skip
     return find(
@@ -343,7 +360,7 @@ def folder(job: AllRanks) -> Iterator[Finding]:
         *((applies, level, f"{path} {what}", fix) for applies, level, what, fix in cases),
         fine=f"{path}: {kind}, "
         + (f"{facts['stripes']} stripes, " if facts["stripes"] else "")
-        + f"{_bytes(free)} free",
+        + f"{memory_size(free)} free",
     )  # fmt: skip
 
 
@@ -351,45 +368,3 @@ CHECKS = (
     launcher, mpi, versions, environment, cores, limits, shared_memory, sessions, clocks, gpus,
     nccl, folder,
 )  # fmt: skip
-
-
-def judge_rates(library: str, tries: Ranks, hosts: Sequence[str]) -> Iterator[Finding]:
-    """Collectives that were tried: right everywhere, and not absurdly slow."""
-    for name in ("all-reduce", "all-to-all"):
-        found = [rank[name] for rank in tries]
-        wrong = AllRanks(found, hosts).where(lambda each: not each["right"])
-        rate = min(each["rate"] for each in found)
-        yield from find(
-            f"{name} {library}",
-            (wrong, "FAIL", f"wrong values on {wrong}",
-             "take these nodes out (sbatch --exclude) and tell the site"),
-            (rate < SLOW[library] and len(tries) > 1, "WARN", f"{rate / 1e6:.3g} MB/s a rank",
-             "check which network is used: jobs/mpi/ says how to choose"),
-            fine=f"{rate / 1e9:.3g} GB/s a rank",
-        )  # fmt: skip
-
-
-def judge_folder(tries: Ranks, hosts: Sequence[str]) -> Iterator[Finding]:
-    """What writing and reading one file together was like."""
-    job = AllRanks(tries, hosts)
-    failed, locked_out = job.where(lambda found: found["error"]), job.where(lambda f: f["locks"])
-    blind = job.where(lambda found: not found["shared"])
-    wrong = job.where(lambda found: not found["right"])
-    write, read = (
-        BLOCK * len(tries) / max(1e-9, *(found[f"{way}_seconds"] for found in tries))
-        for way in ("write", "read")
-    )
-    rates = f"written at {write / 1e6:.3g} MB/s, read at {read / 1e6:.3g} MB/s, together"
-    cases: tuple[Case, ...] = (
-        (failed, "FAIL", f"{failed.first['error']} on {failed}",
-         "make room or take another folder"),
-        (blind, "FAIL", f"{blind} doesn't see the file of rank 0",
-         "take a folder on a file system that all nodes share"),
-        (wrong, "FAIL", f"{wrong} reads other bytes than were written",
-         "take another file system: this one doesn't keep nodes coherent"),
-        (write < SLOW_FOLDER, "WARN", rates, "take another file system for the output"),
-    )  # fmt: skip
-    yield from find("shared file", *cases, fine=rates)
-    locks = f"{locked_out.first['locks']} on {locked_out}"
-    unlock = "set HDF5_USE_FILE_LOCKING=FALSE"
-    yield from find("file locks", (locked_out, "WARN", locks, unlock), fine="")

@@ -13,12 +13,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import NoReturn
 
-from mdattn_mpi.errors import LOGGER, InternalError, MdattnError, log_traceback, wrapped
+from mdattn_mpi.errors import LOGGER, InternalError, MdattnError, log_traceback
 from mdattn_mpi.lockstep.blame import BY_MPI, INTERRUPTED
 from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.launcher import launcher
 from mdattn_mpi.lockstep.process import set_death_signal
 from mdattn_mpi.lockstep.record import ENDED, RUNNING
+from mdattn_mpi.text import wrapped
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 DUMP = signal.SIGRTMIN + 9  # asks the rank for its stacks

@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mdattn_mpi.errors import name_ranks, wrapped
+from mdattn_mpi.errors import name_ranks
 from mdattn_mpi.lockstep.launcher import Launcher
 from mdattn_mpi.lockstep.record import Record
+from mdattn_mpi.text import wrapped
 
 TEXT, JSON = "death-note.txt", "death-note.json"
 
@@ -86,7 +87,7 @@ def message(note: Note) -> str:
     if note["waited"]:
         text += f" Meanwhile: {_others(note['waited'])}."
     if note["total"]:
-        text += f" Finished: at least {note['done']} of {note['total']} items; they are intact."
+        text += f" Finished items, at least {note['done']} of {note['total']}, are intact."
     if note["folder"]:
         text += f" More in {Path(note['folder']) / TEXT}."
     return f"{wrapped(f'{text} To go on, run the same command again:')}\n  {note['resume']}"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.files import write_whole
 
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
@@ -212,10 +213,8 @@ def save_model(model: Any, source: Path, target: Path) -> None:
             file=str(target),
             fix=f"write to {source.resolve().parent / target.name}",
         )
-    part = target.with_name(f".{target.name}.part")
     try:
-        part.write_bytes(model.SerializeToString())
-        part.replace(target)
+        write_whole(target, model.SerializeToString())
     except OSError as error:
         raise RejectedError(
             f"cannot write the model: {error.strerror}",

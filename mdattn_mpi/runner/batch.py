@@ -69,12 +69,14 @@ class Batch:
         self.output = job.output
         self.deadlines = Deadlines(fixed=spec.deadline)
         self.limit = TimeLimit(spec.max_time)
-        say(world, f"mdattn: deadlines: {self.deadlines}")
+        say(spec, world, f"mdattn: deadlines: {self.deadlines}")
         self.progress = Progress(
             len(job.items),
             len(job.items) - len(job.todo),
             sum(item.problem.work for item in job.todo),
             shown=world.rank == 0,
+            quiet=spec.quiet,
+            bar=not spec.verbose,
         )
         self.elsewhere = {} if world.rank else {item.name: item for item in job.todo}
         self.slowest = 0.0

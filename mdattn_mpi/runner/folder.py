@@ -24,10 +24,11 @@ from typing import Any
 
 from mdattn_mpi.backends import Executor
 from mdattn_mpi.errors import LOGGER, InternalError, MdattnError, OutputError, RejectedError
+from mdattn_mpi.files import write_whole
 from mdattn_mpi.lockstep import World, launcher, together
 from mdattn_mpi.runner.job import Job
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.progress import duration
+from mdattn_mpi.text import counted, duration, quantity
 
 LOCK = "lock"
 LOCK_PATIENCE = 5.0  # seconds: the job before this one may still be dying
@@ -68,7 +69,7 @@ def watched_folder(spec: JobSpec, world: World) -> Iterator[None]:
         together(world, "run folder", lambda: make() if world.rank == 0 else None)
         if folder.is_dir():
             with suppress(OSError):
-                use_folder(folder, world)
+                use_folder(spec, world)
     try:
         yield
     except MdattnError as error:
@@ -124,8 +125,10 @@ def _remove_empty_run(spec: JobSpec, world: World, made: bool) -> None:
         shutil.rmtree(run_folder(spec), ignore_errors=True)
 
 
-def use_folder(folder: Path, world: World) -> None:
+def use_folder(spec: JobSpec, world: World) -> None:
     """Have the watchdog publish in the run folder, and what the package logs go to a file there.
+
+    With ``--verbose`` what rank 0 logs goes to the terminal too.
 
     Raises
     ------
@@ -133,6 +136,7 @@ def use_folder(folder: Path, world: World) -> None:
         The folder or the file can't be made.
 
     """
+    folder = run_folder(spec)
     folder.mkdir(exist_ok=True)
     world.board.attach(folder, world.rank, world.size)
     path = folder.resolve() / f"rank-{world.rank:04}.log"
@@ -142,6 +146,10 @@ def use_folder(folder: Path, world: World) -> None:
     handler.setFormatter(logging.Formatter(LOG_LINE))
     _close_log()
     LOGGER.addHandler(handler)
+    if spec.verbose and world.rank == 0:
+        LOGGER.addHandler(terminal := logging.StreamHandler())
+        terminal.setFormatter(logging.Formatter("mdattn: %(message)s"))
+        terminal.addFilter(lambda record: record.levelno < logging.ERROR)  # these it hears anyway
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False  # the terminal belongs to rank 0's progress
     LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, sys.argv)
@@ -240,10 +248,11 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
     items, code = summary["items"], summary["exit_code"]
     done = items["done_before"] + items["done_now"]
     lines = [time_table(summary["ranks"])] if items["done_now"] else []
-    lines.append(
-        f"mdattn: {done} of {items['all']} items done, {items['done_now']} of them now, in "
-        f"{duration(summary['seconds']['items'])}; {_rate(summary)}"
-    )
+    now = "none of them now"
+    if items["done_now"]:
+        seconds = duration(summary["seconds"]["items"])
+        now = f"{items['done_now']} of them now, in {seconds}; {_rate(summary)}"
+    lines.append(f"mdattn: {done} of {counted(items['all'], 'item')} done, {now}")
     if items["failed"]:
         lines.append("mdattn: failed: " + ", ".join(each["item"] for each in items["failed"]))
     if code == 75:
@@ -255,8 +264,8 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
 def _rate(summary: Mapping[str, Any]) -> str:
     """How fast it was: in operations, where they are known."""
     if summary["flops_per_second"]:
-        return f"{summary['flops_per_second'] / 1e9:.1f} GFLOP/s"
-    return f"{summary['tokens_per_second']:.1f} tokens/s"
+        return quantity(summary["flops_per_second"], "FLOP/s")
+    return quantity(summary["tokens_per_second"], "tokens/s")
 
 
 def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
@@ -269,10 +278,8 @@ def write_summary(folder: Path, summary: Mapping[str, Any]) -> Path:
 
     """
     path = folder / "summary.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(summary, indent=1) + "\n")
-        temporary.replace(path)
+        write_whole(path, json.dumps(summary, indent=1) + "\n")
     except OSError as error:
         raise OutputError(
             f"the summary can't be written: {error.strerror}",

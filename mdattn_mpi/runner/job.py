@@ -13,9 +13,10 @@ from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.problem import AnyPlan
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.progress import wrapped
+from mdattn_mpi.runner.progress import INDENT
 from mdattn_mpi.runner.schedule import Schedule
 from mdattn_mpi.runner.work import Kind
+from mdattn_mpi.text import wrapped
 
 
 @dataclass
@@ -60,7 +61,12 @@ def add_seconds(sums: dict[str, float], more: Mapping[str, float]) -> None:
         sums[name] = sums.get(name, 0.0) + seconds
 
 
-def say(world: World, text: str) -> None:
-    """Print on rank 0, wrapped for a narrow terminal."""
-    if world.rank == 0:
-        print(wrapped(text), file=sys.stderr, flush=True)
+def say(spec: JobSpec, world: World, text: str) -> None:
+    """Tell the user on rank 0, unless it is to be quiet."""
+    if world.rank == 0 and not spec.quiet:
+        tell(text)
+
+
+def tell(text: str) -> None:
+    """Print, wrapped for a narrow terminal."""
+    print(wrapped(text, INDENT), file=sys.stderr, flush=True)

@@ -45,6 +45,8 @@ class JobSpec:
     chaos: str = ""
     dry_run: bool = False
     json: bool = False
+    quiet: bool = False
+    verbose: bool = False
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -60,6 +62,8 @@ class JobSpec:
             raise RejectedError(
                 f"group_size is {self.group_size!r}", fix="use all, auto or a number of ranks"
             )
+        if self.quiet and self.verbose:
+            raise RejectedError("both quiet and verbose", fix="leave one of -q and -v out")
         if self.bind and not self.engine:
             raise RejectedError(
                 "--bind without --engine", fix="name the model's engine: --engine FILE"

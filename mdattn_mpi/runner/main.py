@@ -19,9 +19,10 @@ from mdattn_mpi.runner.folder import (
     watched_folder,
     write_summary,
 )
-from mdattn_mpi.runner.job import Job, add_seconds, say
+from mdattn_mpi.runner.job import Job, add_seconds, say, tell
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.opening import describe_plans, open_files, open_job
+from mdattn_mpi.text import show
 
 
 def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
@@ -43,7 +44,7 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
     launching = seconds_since_launch()
     job = open_job(spec, world)
     try:
-        say(world, describe_plans(job))
+        say(spec, world, describe_plans(job))
         working = not spec.dry_run and open_files(job)
         if working:
             opened = perf_counter()
@@ -80,9 +81,10 @@ def close_job(job: Job) -> int:
     def conclude() -> None:
         summary = summarize(job, ranks, list(failed.values()), code)
         path = write_summary(run_folder(job.spec), summary)
-        say(world, closing_words(summary, path))
+        if code or not job.spec.quiet:
+            tell(closing_words(summary, path))
         if job.spec.json:
-            print(json.dumps(summary))
+            show(json.dumps(summary))
 
     together(world, "summary", lambda: conclude() if world.rank == 0 else None)
     return code

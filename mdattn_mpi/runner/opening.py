@@ -11,9 +11,10 @@ from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output, scan
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
-from mdattn_mpi.runner.folder import provenance, run_folder, use_folder
+from mdattn_mpi.runner.folder import provenance, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.text import counted
 
 KINDS = 6  # kinds of item that are described one by one
 
@@ -42,17 +43,18 @@ def describe_plans(job: Job) -> str:
     counts = Counter((plan, shapes[name]) for name, plan in job.plans.items())
     about = ", ".join(f"{name} {value}" for name, value in job.executor.describe().items())
     lines = [
-        f"{len(job.plans)} items of {job.spec.data} on {job.world.size} ranks",
+        f"{counted(len(job.plans), 'item')} of {job.spec.data} "
+        f"on {counted(job.world.size, 'rank')}",
         f"backend {job.executor.name}: {about}",
     ]
     if job.schedule.signature != "all":
         lines += [f"groups: {reason}" for reason in job.schedule.reasons]
     for (plan, shape), count in counts.most_common(KINDS):
-        why = plan.reasons if job.spec.dry_run else plan.reasons[:1]
+        why = plan.reasons if job.spec.dry_run or job.spec.verbose else plan.reasons[:1]
         lines.append(f"{count} × {shape}; {'; '.join(why)}")
     lines += [f"warning {warning}" for warning in job.dataset.warnings]
     if len(counts) > KINDS:
-        lines.append(f"and {len(counts) - KINDS} more kinds of item")
+        lines.append(f"and {counted(len(counts) - KINDS, 'more kind')} of item")
     return "\n".join(f"mdattn: {line}" for line in lines)
 
 
@@ -68,16 +70,20 @@ def open_files(job: Job) -> bool:
     left = _left(job.output, items)
     job.todo = [items[number] for number in left]
     if not left and _read_only(spec, world):
-        say(world, f"mdattn: all {len(items)} items are done already; nothing is left to do")
+        say(
+            spec,
+            world,
+            f"mdattn: nothing is left to do: {counted(len(items), 'item')} done already",
+        )
         return False
-    together(world, "logs", lambda: use_folder(run_folder(spec), world))
+    together(world, "logs", lambda: use_folder(spec, world))
     job.schedule = job.schedule.only(left)
     for plan in dict.fromkeys(job.plans.values()):
         LOGGER.info("%s: %s", plan.problem, "; ".join(plan.reasons))
     done = len(items) - len(job.todo)
     world.board.progress(done, len(items))
     if done:
-        say(world, f"mdattn: resuming: {done} of {len(items)} items are done already")
+        say(spec, world, f"mdattn: resuming: {done} of {counted(len(items), 'item')} done already")
     return True
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import textwrap
 from collections import deque
 from time import monotonic
 from typing import TextIO
@@ -11,14 +10,15 @@ from typing import TextIO
 from tqdm import tqdm
 
 from mdattn_mpi.problem import AnyProblem
+from mdattn_mpi.text import counted, duration, quantity, wrapped
 
-WIDTH, INDENT = 80, " " * 12
+INDENT = " " * 12
 LOG_SECONDS = 30.0
 RATE_ITEMS = 50
 
 
 class Progress:
-    """Counts finished items; silent where `shown` is False."""
+    """Counts finished items; silent where `shown` is False, but for failures where `quiet`."""
 
     def __init__(
         self,
@@ -27,6 +27,8 @@ class Progress:
         remaining_work: int,
         *,
         shown: bool,
+        quiet: bool = False,
+        bar: bool = True,
         stream: TextIO = sys.stderr,
     ) -> None:
         self.total = total
@@ -39,8 +41,9 @@ class Progress:
         self._recent: deque[tuple[float, int]] = deque([(self.started, 0)], maxlen=RATE_ITEMS)
         self._logged = self.started
         self._stream = stream
-        terminal = shown and stream.isatty()
-        self._lines = shown and not terminal
+        self._shown = shown
+        terminal = shown and bar and not quiet and stream.isatty()
+        self._lines = shown and not quiet and not terminal
         self._bar = tqdm(
             total=total, initial=done, unit="item", disable=not terminal, file=stream,
             dynamic_ncols=True,
@@ -62,8 +65,8 @@ class Progress:
 
     def say(self, message: str) -> None:
         """Print a line without tearing the bar."""
-        if self._lines or not self._bar.disable:
-            tqdm.write(wrapped(message), file=self._stream)
+        if self._shown:
+            tqdm.write(wrapped(message, INDENT), file=self._stream)
 
     @property
     def eta(self) -> float | None:
@@ -76,9 +79,9 @@ class Progress:
         now = monotonic()
         self._recent.append((now, self.work))
         seconds = max(now - self.started, 1e-9)
-        rates = f"{_si(self.tokens / seconds)}tok/s"
+        rates = quantity(self.tokens / seconds, "tok/s")
         if self.flops:
-            rates += f" {_si(self.flops / seconds)}FLOP/s"
+            rates += " " + quantity(self.flops / seconds, "FLOP/s")
         if not self._bar.disable:
             self._bar.set_postfix_str(rates, refresh=False)
             self._bar.update(self.done + self.failed - self._bar.n)
@@ -86,37 +89,8 @@ class Progress:
             self._logged = now
             eta = self.eta
             left = f", ETA {duration(eta)}" if eta is not None else ""
-            self.say(f"mdattn: {self.done}/{self.total} items, {rates}{left}")
+            self.say(f"mdattn: {self.done} of {counted(self.total, 'item')}, {rates}{left}")
 
     def close(self) -> None:
         """Leave the terminal as it was."""
         self._bar.close()
-
-
-def wrapped(text: str) -> str:
-    """`text` for a narrow terminal: no line is longer than `WIDTH` columns, unless a word is."""
-    return "\n".join(
-        textwrap.fill(
-            line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False
-        )
-        for line in text.splitlines()
-    )
-
-
-def duration(seconds: float) -> str:
-    """For example ``12.3 ms``, ``4.2 s``, ``3 min 05 s``, ``11 h 40 min``."""
-    if seconds < 0.9995:
-        return f"{seconds * 1e3:.1f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"
-
-
-def _si(value: float) -> str:
-    for prefix in ("", "k", "M", "G", "T"):
-        if value < 1000:
-            return f"{value:.3g} {prefix}"
-        value /= 1000
-    return f"{value:.3g} P"

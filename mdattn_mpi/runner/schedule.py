@@ -22,6 +22,7 @@ from math import gcd
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.estimate import Costs, item_seconds, least_memory, least_ranks
 from mdattn_mpi.problem import AttentionProblem, digest_of
+from mdattn_mpi.text import counted
 
 Claim = Callable[[int], int]  # a queue's number -> 0, 1, 2, … each once among all groups
 Time = Callable[[int, int], float]  # an item's number and its ranks -> seconds
@@ -152,9 +153,9 @@ def _fixed(size: int, world: int) -> str:
         raise RejectedError(
             f"{world} ranks can't be cut into groups of {size}",
             fix=f"use --group-size {', '.join(sizes)} or auto, or a multiple of "
-            f"{_count(max(size, 1), 'rank')}",
+            f"{counted(max(size, 1), 'rank')}",
         )
-    return f"{_count(world // size, 'group')} of {_count(size, 'rank')}"
+    return f"{counted(world // size, 'group')} of {counted(size, 'rank')}"
 
 
 def _order(nodes: Sequence[str]) -> tuple[int, ...]:
@@ -256,14 +257,10 @@ def _reasons(
         else:
             why = "there are more ranks than items to keep them busy"
         lines.append(
-            f"{_count(len(those), 'item')} of {_range(tokens)} tokens on "
-            f"{_count(size, 'rank')} each: {why}"
+            f"{counted(len(those), 'item')} of {_range(tokens)} tokens on "
+            f"{counted(size, 'rank')} each: {why}"
         )
     return tuple(lines)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _range(numbers: Sequence[int]) -> str:

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import stat
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.files import cache_folder, is_private, write_whole
 from mdattn_mpi.onnx.sharding import Sharding
 from mdattn_mpi.trt.library import SM, Library, show_sm
 from mdattn_mpi.trt.spec import EngineSpec
@@ -119,8 +117,8 @@ def write_engine(path: Path, engine: bytes | memoryview, manifest: Manifest) -> 
 
     """
     try:
-        _put(path, engine)
-        _put(manifest_path(path), manifest.to_json())
+        write_whole(path, engine)
+        write_whole(manifest_path(path), manifest.to_json())
     except OSError as error:
         raise RejectedError(
             f"cannot write the engine: {error.strerror}",
@@ -205,14 +203,12 @@ class Cache:
     @staticmethod
     def default() -> Cache:
         """``$MDATTN_CACHE``, else ``mdattn`` in the user's cache folder."""
-        named = os.environ.get("MDATTN_CACHE")
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        return Cache((Path(named) if named else base / "mdattn") / "engines")
+        return Cache(cache_folder("engines"))
 
     def get(self, key: str) -> tuple[bytes, Manifest] | None:
         """Return the engine of `key`; None where there is none, or one that isn't whole or ours."""
         try:
-            return read_engine(self._path(key)) if _only_ours(self.folder) else None
+            return read_engine(self._path(key)) if is_private(self.folder) else None
         except (OSError, RejectedError):
             return None
 
@@ -224,22 +220,3 @@ class Cache:
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.engine"
-
-
-def _only_ours(folder: Path) -> bool:
-    found = folder.stat()
-    writable_by_others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
-    return found.st_uid == os.geteuid() and not writable_by_others
-
-
-def _put(path: Path, data: bytes | memoryview) -> None:
-    """Write to a temporary name in the same folder, sync, rename."""
-    with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            Path(file.name).replace(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise

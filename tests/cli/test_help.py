@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 
+from mdattn_mpi import __version__
 from mdattn_mpi.cli import COMMANDS, main, make_parser
 from tests.support.complaint import complaint
 
@@ -89,3 +93,30 @@ def test_every_benchmark_is_there(name: str, capsys: pytest.CaptureFixture[str])
     text = capsys.readouterr().out
     assert f"mdattn bench {name}" in text
     assert "--json" in text
+
+
+def test_mdattn_alone_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main([])
+    assert exit.value.code == 0
+    assert "doctor" in capsys.readouterr().out
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"mdattn {__version__}\n"
+
+
+def test_control_c_gets_no_traceback(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mdattn_mpi", "make-data", str(tmp_path / "d.h5")]
+    made = subprocess.Popen(
+        [*command, "--items", "40", "--length", "8192"], stderr=subprocess.PIPE, text=True
+    )
+    while made.poll() is None and not list(tmp_path.glob(".d.h5*")):
+        time.sleep(0.05)
+    made.send_signal(signal.SIGINT)
+    _, errors = made.communicate(timeout=60)
+    assert (made.returncode, errors) == (130, "mdattn: interrupted\n")
+    assert not (tmp_path / "d.h5").exists()

@@ -103,6 +103,21 @@ def test_the_plan_says_shapes_as_they_were_understood(tmp_path: Path) -> None:
         assert ("has more heads than tokens" in said) == (layout == "token_major")
 
 
+def test_quiet_and_verbose(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    quiet = run(2, data, "-o", out, "--items", "item1", "-q")
+    assert (quiet.returncode, quiet.stdout, quiet.stderr) == (0, "", "")
+    verbose = run(2, data, "-o", out, "--items", "item1", "-v", "--overwrite")
+    assert verbose.returncode == 0, verbose.stderr
+    assert "mdattn: item item1 done" in verbose.stderr
+    refused(run(2, data, "-o", out, "-q", "-v"), 2, "both quiet and verbose")
+    copy = Path(shutil.copy(data, tmp_path / "bad.h5"))
+    poison(copy, "item1", (0, 0, 0), 0x7FC0)
+    failing = run(2, copy, "-o", tmp_path / "bad-out.h5", "-q")
+    assert failing.returncode == 1
+    assert "item1" in failing.stderr
+
+
 def test_dry_run_leaves_no_trace(data: Path, tmp_path: Path) -> None:
     done = run(2, data, "-o", tmp_path / "out.h5", "--dry-run")
     assert done.returncode == 0

@@ -43,7 +43,7 @@ def rest_is_done(cluster: Slurm, data: Path, out: Path, whole: Path, items: int 
     assert 0 < left < items
     job = cluster.submit(JOBS / "one-node.sbatch", *SMALL, arguments=[data, out, *RUN])
     succeeded(cluster, job)
-    assert f"resuming: {left} of {items} items are done already" in cluster.log(job)
+    assert f"resuming: {left} of {items} items done already" in cluster.log(job)
     assert results(out) == results(whole)
 
 

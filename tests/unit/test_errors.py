@@ -14,8 +14,8 @@ from mdattn_mpi.errors import (
     OutputError,
     RejectedError,
     name_ranks,
-    wrapped,
 )
+from mdattn_mpi.text import wrapped
 
 
 class Log(logging.Handler):

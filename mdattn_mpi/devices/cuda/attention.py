@@ -1,22 +1,35 @@
 """What an attention kernel is here: the interface that cuDNN and FlashAttention stand behind.
 
 An `Engine` says what it can do, makes a launch for a call, and launches it on a stream with bare
-addresses. Nobody else knows which engine a launch belongs to.
+addresses. Nobody else knows which engine a launch belongs to. What they can do::
+
+                        cuDNN                                   FlashAttention 4
+    no mask, causal     yes                                     yes
+    band                rows <= keys, bounds of 0 and above     yes, any
+    soft cap            no                                      yes
+    float32 output      no                                      yes
+
+Sinks are no kernel's business: they are added when results are finished.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+Mask = Literal["none", "causal", "band"]
 Strides = tuple[int, ...]
 
 
 class AttentionCall(NamedTuple):
     """Everything that a launch depends on but addresses; strides are in elements.
 
-    Arrays are ``[tokens, heads, dim]``, the LSE ``[tokens, heads]`` in float32. ``causal`` means
-    ``lower_right``: the last row sees all keys. ``out_dtype`` is ``dtype``, or ``float32`` for a
-    partial result that will be merged with others.
+    Arrays are ``[tokens, heads, dim]``, the LSE ``[tokens, heads]`` in float32. ``out_dtype`` is
+    ``dtype``, or ``float32`` for a partial result that will be merged with others.
+
+    Row ``i`` sees the keys from ``i + d − left`` to ``i + d + right``, where ``d = kv_tokens −
+    q_tokens``: the diagonal ends in the lower right corner. None: no bound on that side. A causal
+    mask has only the right one, and it is 0. A row that sees no key gives 0, and −∞ as its LSE.
+    Scores become ``softcap · tanh(score / softcap)``, unless it is 0.
     """
 
     q_tokens: int
@@ -27,13 +40,22 @@ class AttentionCall(NamedTuple):
     v_head_dim: int
     dtype: str
     out_dtype: str
-    causal: bool
+    left: int | None
+    right: int | None
     scale: float
+    softcap: float
     q: Strides
     k: Strides
     v: Strides
     output: Strides
     lse: Strides
+
+    @property
+    def mask(self) -> Mask:
+        """Which kind of mask the bounds are."""
+        if self.left is None:
+            return "none" if self.right is None else "band" if self.right else "causal"
+        return "band"
 
 
 class Launch(Protocol):

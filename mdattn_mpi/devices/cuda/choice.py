@@ -60,7 +60,7 @@ class Chooser:
             No engine can do it, or not the one that was asked for.
 
         """
-        kind = (*call[2:7], call.causal)
+        kind = (*call[2:7], call.mask, call.softcap > 0)
         if kind not in self._chosen:
             self._chosen[kind] = self._choose(call._replace(out_dtype=call.dtype))
         return self._chosen[kind]

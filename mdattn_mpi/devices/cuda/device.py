@@ -20,10 +20,11 @@ from mdattn_mpi.devices.cuda.clock import Clock
 from mdattn_mpi.devices.cuda.copies import Carrier, Copies
 from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Network
 from mdattn_mpi.devices.cuda.interop import Interop
-from mdattn_mpi.devices.cuda.kernels import Kernels, Partials
+from mdattn_mpi.devices.cuda.kernels import Kernels
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, HostBuffers, Memory
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
+from mdattn_mpi.devices.cuda.partials import Partials
 from mdattn_mpi.devices.cuda.step import Steps
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
 from mdattn_mpi.estimate import Costs, gpu_costs, head_start

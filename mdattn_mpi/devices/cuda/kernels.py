@@ -6,10 +6,8 @@ the call before it leaves idle, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,6 +21,7 @@ from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
 from mdattn_mpi.devices.cuda.order import Fence, Queue, latest
+from mdattn_mpi.devices.cuda.partials import Launched, Partials, Region, overlap, pieces_of
 from mdattn_mpi.devices.protocol import Rehearsed
 from mdattn_mpi.problem import AttentionProblem, Span
 
@@ -30,82 +29,6 @@ LANES = 4
 FLOAT32, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 SAMPLE = 1024  # tokens of the problem that `choose` tries
 WORKSPACE = 1 << 20
-WIDE_PARTS = 2  # partial results in float32 that wait for being folded; one more is on its way
-
-
-@dataclass(eq=False)
-class Launched:
-    """An attention call, and where its result lies."""
-
-    rows: Span
-    lane: Queue
-    end: Fence
-    output: DeviceArray
-    lse: DeviceArray
-
-
-@dataclass(eq=False)
-class Region:
-    """Some rows of the query, and their results so far; spans of rows count from its first.
-
-    In a region of `partial` results all are in float32 and are rounded once, when they are merged.
-    Elsewhere, and where the kernel can't, the first result for a row goes straight to where the
-    output will be, in 16 bits: where no other comes, nothing is left to do.
-
-    Further results get memory of their own. They are folded into one in float32 when there are too
-    many.
-    """
-
-    rows: Span  # of the query
-    q: DeviceArray
-    output: DeviceArray
-    lse: DeviceArray
-    partial: bool
-    wide: DeviceArray | None = None  # the first results, in float32
-    begin: Fence = field(default_factory=dict)  # what comes before `wide` is written
-    first: list[Launched] = field(default_factory=list)
-    more: list[Launched] = field(default_factory=list)
-    folded: tuple[DeviceArray, DeviceArray] | None = None  # float32, of all rows
-
-    def covers(self, rows: Span) -> bool:
-        """Whether any of `rows` has a result already."""
-        return self.folded is not None or any(_overlap(rows, call.rows) for call in self.first)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether results have to be folded before there is one more."""
-        if self.wide is not None:
-            return len(self.more) >= WIDE_PARTS
-        return len(self.first) + len(self.more) >= PARTS
-
-    @property
-    def unmerged(self) -> list[Span]:
-        """The rows whose output isn't where it belongs yet."""
-        if self.folded or self.wide is not None:
-            return [Span(0, len(self.rows))]
-        alone = [
-            call.rows
-            for call in self.first
-            if not any(_overlap(call.rows, other.rows) for other in self.more)
-        ]
-        return complement(alone, len(self.rows))
-
-
-@dataclass(eq=False)
-class Partials:
-    """The results of one query shard."""
-
-    scale: float
-    output: DeviceArray
-    lse: DeviceArray
-    regions: list[Region]
-    begin: Fence  # what its calls come after, whichever lane they are in
-    start: Event | None
-    calls: int = 0
-
-    def region(self, rows: Span) -> Region:
-        """Find the region that `rows` are in."""
-        return next(each for each in self.regions if rows.start < each.rows.stop)
 
 
 class Kernels:
@@ -280,7 +203,7 @@ class Kernels:
     ) -> None:
         """Merge all results of `rows` into `output` and `lse`, before less urgent calls end."""
         launched = [*region.first, *region.more]
-        calls = [call for call in launched if _overlap(rows, call.rows)]
+        calls = [call for call in launched if overlap(rows, call.rows)]
         if len(calls) > PARTS:  # no row has so many: go on piece by piece
             for piece in pieces_of(rows, region.first):
                 self._merge(partials, region, piece, output, lse, *begin)
@@ -354,7 +277,8 @@ def call_of(
     dtype = name_of(q.dtype)
     return AttentionCall(
         *(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
-        dtype, dtype, causal, scale, q.strides, k.strides, v.strides, output.strides, lse.strides,
+        dtype, dtype, None, 0 if causal else None, scale, 0.0,
+        q.strides, k.strides, v.strides, output.strides, lse.strides,
     )  # fmt: skip
 
 
@@ -367,8 +291,9 @@ def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
     q_heads, kv_heads = call.q_heads, call.kv_heads
     dim, v_dim, dtype = problem.head_dim, problem.v_head_dim, problem.dtype
     return AttentionCall(
-        call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype, call.causal,
-        problem.scale, strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
+        call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype,
+        None, 0 if call.causal else None, problem.scale, 0.0,
+        strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
         strides(q_heads, v_dim), (q_heads, 1),
     )  # fmt: skip
 
@@ -379,26 +304,5 @@ def name_of(dtype: np.dtype[Any]) -> Any:
     return str(dtype)
 
 
-def complement(spans: Sequence[Span], length: int) -> list[Span]:
-    """Find the runs of ``[0, length)`` that no span covers."""
-    found, start = [], 0
-    for span in sorted(spans):
-        found.append(Span(start, span.start))
-        start = max(start, span.stop)
-    return [span for span in (*found, Span(start, length)) if span.stop > span.start]
-
-
-def pieces_of(rows: Span, calls: Sequence[Launched]) -> list[Span]:
-    """Cut `rows` where a call begins or ends."""
-    cuts = {rows.start, rows.stop}
-    for call in calls:
-        cuts |= {cut for cut in (call.rows.start, call.rows.stop) if rows.start < cut < rows.stop}
-    return [Span(start, stop) for start, stop in pairwise(sorted(cuts))]
-
-
 def _part(call: Launched) -> Part:
     return Part(call.output.address, call.lse.address, call.rows.start, call.rows.stop)
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    return max(one.start, other.start) < min(one.stop, other.stop)

@@ -12,7 +12,8 @@ import pytest
 from mdattn_mpi.doctor.facts import gather_facts
 from mdattn_mpi.doctor.filesystem import BLOCK, mount_of, stripes
 from mdattn_mpi.doctor.finding import Finding, by_value, exit_code, who
-from mdattn_mpi.doctor.judge import judge, judge_folder, judge_rates
+from mdattn_mpi.doctor.judge import judge
+from mdattn_mpi.doctor.trials import judge_folder, judge_rates
 
 HOSTS = ["n1", "n1", "n2", "n2"]
 
@@ -22,7 +23,13 @@ def ranks(tmp_path: Path) -> list[dict[str, Any]]:
     """Four ranks on two healthy nodes with a parallel file system."""
     facts = gather_facts(str(tmp_path))
     facts["folder"].update(type="lustre", stripes=4, free=1 << 40)
-    facts.update(cores=list(range(8)), all_cores=8, clock=0.0, launcher="srun of Slurm")
+    facts.update(
+        cores=list(range(8)),
+        siblings=list(range(8)),
+        all_cores=8,
+        clock=0.0,
+        launcher="srun of Slurm",
+    )
     facts.update(mpi={"library": "Open MPI v5.0.11", "threads": True}, settings={}, slurm={})
     facts["limits"] = {"memlock": -1, "nofile": 1 << 16, "stack": 8 << 20}
     facts["shm"] = {"size": 1 << 40, "free": 1 << 40}
@@ -42,6 +49,41 @@ def test_healthy_nodes(ranks: list[dict[str, Any]]) -> None:
     assert {finding.level for finding in judge(ranks)} == {"OK"}
     assert "4 ranks on 2 nodes" in lines(ranks, "launcher")[0].what
     assert "4 stripes" in lines(ranks, "folder")[0].what
+
+
+@pytest.mark.parametrize(("files", "level"), [(39, "FAIL"), (64, "WARN"), (4096, "OK")])
+def test_open_files(ranks: list[dict[str, Any]], files: int, level: str) -> None:
+    ranks[1]["limits"]["nofile"] = files
+    assert [finding.level for finding in lines(ranks, "open files")] == [level]
+
+
+@pytest.mark.parametrize(("gpus", "level"), [(-1, "WARN"), (2, "FAIL")])
+def test_shared_memory(ranks: list[dict[str, Any]], gpus: int, level: str) -> None:
+    ranks[3]["shm"]["free"] = 1 << 20
+    ranks[3]["gpus"]["count"] = gpus
+    (finding,) = lines(ranks, "/dev/shm")
+    assert (finding.level, "1 MiB free on rank 3 (n2)" in finding.what) == (level, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"cores": [0], "siblings": [0]}, "2 ranks share 1 of 8 hardware threads of n1"),
+        (
+            {"cores": [0, 1], "siblings": [0, 0]},
+            "2 ranks share 1 core with 2 of 8",
+        ),
+        ({"settings": {"OMP_NUM_THREADS": "5"}}, "OMP_NUM_THREADS=5 on all ranks: more"),
+    ],
+)
+def test_cores_that_are_not_enough(
+    ranks: list[dict[str, Any]], changes: dict[str, Any], words: str
+) -> None:
+    for rank in ranks:
+        rank.update(copy.deepcopy(changes))
+    (finding,) = lines(ranks, "cores")
+    assert finding.level == "WARN"
+    assert words in finding.what
 
 
 def test_one_stripe(ranks: list[dict[str, Any]]) -> None:
@@ -109,11 +151,11 @@ def tried(**changes: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("changes", "check", "level", "words"),
     [
-        ({}, "shared file", "OK", f"written at {BLOCK * 4 / 1e4:.3g} MB/s"),
+        ({}, "shared file", "OK", f"written at {BLOCK * 4 / 1e7:.3g} GB/s"),
         ({"right": False}, "shared file", "FAIL", "reads other bytes"),
         ({"shared": False}, "shared file", "FAIL", "doesn't see"),
         ({"error": "Quota exceeded"}, "shared file", "FAIL", "Quota exceeded on rank 3"),
-        ({"write_seconds": 60.0}, "shared file", "WARN", "written at 0.559 MB/s"),
+        ({"write_seconds": 60.0}, "shared file", "WARN", "written at 559 kB/s"),
         ({"locks": "No locks available"}, "file locks", "WARN", "No locks available on rank 3"),
     ],
 )

@@ -8,21 +8,6 @@ from pathlib import Path
 import pytest
 
 from mdattn_mpi.runner.folder import TIMES, rank_times, time_table, write_summary
-from mdattn_mpi.runner.progress import duration, wrapped
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.0, "0.0 ms"),
-        (0.0123, "12.3 ms"),
-        (4.24, "4.2 s"),
-        (185, "3 min 05 s"),
-        (42000, "11 h 40 min"),
-    ],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_the_table_names_the_slowest_rank_of_every_phase() -> None:
@@ -51,12 +36,3 @@ def test_a_summary_is_replaced_whole(tmp_path: Path) -> None:
         path = write_summary(tmp_path, {"number": number})
     assert json.loads(path.read_text()) == {"number": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_lines_are_wrapped_between_words_and_tables_stay() -> None:
-    path = "/a/very-long/path" * 8
-    text = f"mdattn: {'word ' * 40}\n{'name':<30}{'1.0 s':>20}\nmdattn: summary in {path}"
-    lines = wrapped(text).splitlines()
-    assert all(len(line) <= 80 or line.strip() == path for line in lines)
-    assert f"{'name':<30}{'1.0 s':>20}" in lines
-    assert lines[-1].strip() == path

@@ -12,6 +12,7 @@ from mdattn_mpi.devices.cuda.flash import store
 from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.devices.cuda.flash.tvm import FunctionLaunch, open_library
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.files import cache_folder
 
 EXTRA = "pip install 'mdattn_mpi[flash]'"
 # Of a beta: other versions may compile, and compute something else. setup.cfg has the same.
@@ -70,7 +71,7 @@ class FlashEngine:
         self._compile, self._load_module = compile_kernel, load_module
         self._library = open_library()
         self._store = store.Store(
-            store.default_folder(), {name: version(name) for name in (*PINNED, *ALSO)}
+            cache_folder("flash"), {name: version(name) for name in (*PINNED, *ALSO)}
         )
         self._functions: dict[KernelKey, Any] = {}
         self._compiling = threading.Lock()

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import platform
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,16 +17,10 @@ from typing import Any
 
 from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.files import is_private, whole_file
 
 SYMBOL = "attend"
 PATIENCE = 120.0  # seconds for another process to compile
-
-
-def default_folder() -> Path:
-    """``flash`` in ``$MDATTN_CACHE``, else in ``mdattn`` in the user's cache folder."""
-    named = os.environ.get("MDATTN_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return (Path(named) if named else base / "mdattn") / "flash"
 
 
 class Store:
@@ -85,13 +77,9 @@ class Store:
                 with suppress(Exception):  # cut short by a full disk, say: made anew
                     return load(str(path))
             self.compiled += 1
-            new = path.with_name(f".{path.stem}.{os.getpid()}.o")
-            try:
-                compile_kernel(key).export_to_c(object_file_path=str(new), function_name=SYMBOL)
-                new.chmod(0o600)
-                new.replace(path)
-            finally:
-                new.unlink(missing_ok=True)
+            kernel = compile_kernel(key)
+            with whole_file(path) as new:
+                kernel.export_to_c(object_file_path=str(new), function_name=SYMBOL)
         return load(str(path))
 
 
@@ -110,9 +98,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _check_owner(folder: Path) -> None:
-    found = folder.stat()
-    others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
-    if found.st_uid != os.geteuid() or others:
+    if not is_private(folder):
         raise RejectedError(
             "others may write into the folder of compiled kernels, which are machine code",
             file=str(folder),

@@ -521,7 +521,7 @@ def test_head_start_covers_the_gathering() -> None:
 
 
 def test_spans_without_a_result_are_found() -> None:
-    from mdattn_mpi.devices.cuda.kernels import complement
+    from mdattn_mpi.devices.cuda.partials import complement
 
     assert complement([Span(2, 4), Span(6, 8)], 9) == [Span(0, 2), Span(4, 6), Span(8, 9)]
     assert complement([Span(0, 9)], 9) == []

@@ -18,13 +18,13 @@ from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.dlpack import Tensor
 from mdattn_mpi.devices.cuda.flash import engine
 from mdattn_mpi.devices.cuda.flash.key import KernelKey
-from mdattn_mpi.devices.cuda.flash.store import Store, default_folder
-from mdattn_mpi.devices.cuda.flash.tvm import FunctionLaunch
+from mdattn_mpi.devices.cuda.flash.store import Store
+from mdattn_mpi.devices.cuda.flash.tvm import UNBOUNDED, FunctionLaunch
 from mdattn_mpi.errors import DeviceError, RejectedError
 
 CALL = AttentionCall(
     q_tokens=6, kv_tokens=10, q_heads=4, kv_heads=2, head_dim=16, v_head_dim=8,
-    dtype="bfloat16", out_dtype="float32", causal=True, scale=0.25,
+    dtype="bfloat16", out_dtype="float32", left=None, right=0, scale=0.25, softcap=0.0,
     q=(64, 16, 1), k=(32, 16, 1), v=(16, 8, 1), output=(32, 8, 1), lse=(4, 1),
 )  # fmt: skip
 KEY = KernelKey.of(CALL, (9, 0))
@@ -80,11 +80,15 @@ def test_what_its_kernel_can_not_do(change: dict[str, Any], why: str) -> None:
 def test_a_kernel_is_for_all_lengths_and_strides() -> None:
     longer = CALL._replace(q_tokens=7, kv_tokens=99, q=(640, 16, 1), scale=0.5)
     assert KernelKey.of(longer, (9, 0)) == KEY
+    band = CALL._replace(left=3, softcap=20.0)
+    assert KernelKey.of(band._replace(left=0, right=7, softcap=50.0), (9, 0)) == KernelKey.of(
+        band, (9, 0)
+    )
     more_heads = CALL._replace(q_heads=8, kv_heads=4)
     assert KernelKey.of(more_heads, (9, 0)) == KEY
     for change in (
-        {"causal": False}, {"out_dtype": "bfloat16"}, {"dtype": "float16"}, {"q_heads": 2},
-        {"head_dim": 24}, {"v_head_dim": 24},
+        {"right": None}, {"left": 3}, {"softcap": 30.0}, {"out_dtype": "bfloat16"},
+        {"dtype": "float16"}, {"q_heads": 2}, {"head_dim": 24}, {"v_head_dim": 24},
     ):  # fmt: skip
         assert KernelKey.of(CALL._replace(**change), (9, 0)) != KEY  # type: ignore[arg-type]
 
@@ -109,7 +113,8 @@ class Library:
                 device = tensor.device_type, tensor.device_id
                 found.append((tensor.data, shape, strides, tensor.code, tensor.bits, device))
             else:
-                found.append(value.number if argument.type == 3 else value.pointer)
+                kind = {1: "integer", 3: "number", 4: "pointer"}[argument.type]
+                found.append(getattr(value, kind))
         self.seen.append(found)
         return -1 if self.fails else 0
 
@@ -137,9 +142,13 @@ def test_a_launch_gives_addresses_strides_scale_and_stream() -> None:
         (48, (1, 10, 2, 8), (160, 16, 8, 1), 4, 16, on_gpu),
         (64, (1, 6, 4, 8), (192, 32, 8, 1), 2, 32, on_gpu),
         (80, (1, 4, 6), (24, 1, 4), 2, 32, on_gpu),
-        0.25,
+        *(0.25, 0.0, UNBOUNDED, 0),
         1234,
     ]
+    band = CALL._replace(left=3, right=None, softcap=30.0)
+    launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), band, ordinal=3)
+    launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))
+    assert library.seen[2][6:10] == [0.25, 30.0, 3, UNBOUNDED]
     assert [tensor[0] for tensor in library.seen[1][1:6]] == [17, 33, 49, 65, 81]
     assert library.seen[1][-1] == 5678
 
@@ -174,11 +183,11 @@ def test_a_kernel_is_compiled_once_for_each_key_and_version(tmp_path: Path) -> N
     folder = tmp_path / "deep" / "flash"
     store = Store(folder, VERSIONS)
     assert folder.stat().st_mode & 0o777 == 0o700
-    for key in (KEY, KEY, KEY._replace(causal=False)):
-        assert store.get(key, lambda key: Compiled(str(key.causal)), load) == f"attend {key.causal}"
+    for key in (KEY, KEY, KEY._replace(mask="none")):
+        assert store.get(key, lambda key: Compiled(key.mask), load) == f"attend {key.mask}"
     assert store.compiled == 2
     again = Store(folder, VERSIONS)
-    assert again.get(KEY, lambda key: Compiled("other"), load) == "attend True"
+    assert again.get(KEY, lambda key: Compiled("other"), load) == "attend causal"
     assert again.compiled == 0
     other = Store(folder, {**VERSIONS, "flash-attn-4": "1.1"})
     assert other.get(KEY, lambda key: Compiled("other"), load) == "attend other"
@@ -222,16 +231,6 @@ def test_without_a_place_to_keep_them_kernels_are_compiled_all_the_same(tmp_path
     (tmp_path / "file").write_text("")
     store = Store(tmp_path / "file" / "flash", VERSIONS)
     assert store.get(KEY, lambda key: Compiled(), load) == "attend code"
-
-
-def test_the_cache_stands_where_the_user_says(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("MDATTN_CACHE", raising=False)
-    assert default_folder() == tmp_path / "mdattn" / "flash"
-    monkeypatch.setenv("MDATTN_CACHE", str(tmp_path / "own"))
-    assert default_folder() == tmp_path / "own" / "flash"
 
 
 def slowly(key: KernelKey) -> Compiled:

@@ -1,0 +1,53 @@
+"""Files that appear whole or not at all, and folders that only their owner may write."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from secrets import token_hex
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give the name of a new file beside `path`; it replaces `path` when the block ends well.
+
+    It is on the disk by then. When the block fails, nothing is left of it.
+
+    Raises
+    ------
+    OSError
+        The folder can't be written, or has no room.
+
+    """
+    temporary = path.with_name(f".{token_hex(4)}.{path.name}")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):  # it is in place, or was never made
+            temporary.unlink()
+
+
+def write_whole(path: Path, data: bytes | memoryview | str) -> None:
+    """Write a file, or replace it, whole or not at all; see `whole_file`."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def cache_folder(name: str) -> Path:
+    """Folder `name` in ``$MDATTN_CACHE``, else in ``mdattn`` in the user's cache folder."""
+    named = os.environ.get("MDATTN_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(named) if named else base / "mdattn") / name
+
+
+def is_private(folder: Path) -> bool:
+    """Whether a folder is the user's own, and nobody else may write into it."""
+    found = folder.stat()
+    writable_by_others = stat.S_IMODE(found.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    return found.st_uid == os.geteuid() and not writable_by_others
