@@ -134,14 +134,11 @@ class HostedDevice(Device[A, T, P], Protocol[A, T, P]):
         self,
         attend: Callable[..., Any],
         plan: Plan,
-        q: A,
-        k: A,
-        v: A,
-        *,
+        *inputs: A,
         ahead: bool = False,
         **options: Any,
     ) -> Generator[None, None, tuple[A, A]]:
-        """Collective. ``attend(device, plan, q, k, v, **options)``, a strategy; or its replay.
+        """Collective. ``attend(device, plan, *inputs, **options)``, a strategy; or its replay.
 
         A device may note what a strategy asks it for, and do just that for later calls of one plan
         and the same options. `ahead` says that what stands before the ``yield`` is to go on while

@@ -76,15 +76,12 @@ class HostDevice:
         self,
         attend: Callable[..., Any],
         plan: Plan,
-        q: Array,
-        k: Array,
-        v: Array,
-        *,
+        *inputs: Array,
         ahead: bool = False,
         **options: Any,
     ) -> Generator[None, None, tuple[Array, Array]]:
         """Do what the strategy does."""
-        steps: Generator[None, None, tuple[Array, Array]] = attend(self, plan, q, k, v, **options)
+        steps: Generator[None, None, tuple[Array, Array]] = attend(self, plan, *inputs, **options)
         return steps
 
     def poll(self) -> None:

@@ -25,7 +25,6 @@ from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, HostBuffers, Memory
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
 from mdattn_mpi.devices.cuda.partials import Partials
-from mdattn_mpi.devices.cuda.step import Steps
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
 from mdattn_mpi.estimate import Costs, gpu_costs, head_start
 from mdattn_mpi.problem import AttentionProblem, Plan, Span
@@ -79,8 +78,6 @@ class CudaDevice:
         Bytes of GPU memory that every rank of the group has.
     timings
         Whether `seconds` is wanted: it costs a lone short item some microseconds.
-    steps
-        What is recorded and replayed; None where nothing can be.
 
     Attributes
     ----------
@@ -103,7 +100,6 @@ class CudaDevice:
         facts: Mapping[str, str] | None = None,
         limit: int = 0,
         timings: bool = True,
-        steps: Steps | None = None,
     ) -> None:
         self._rank, self._ranks = rank, ranks
         self._gpu, self._chooser = gpu, launches.chooser
@@ -117,7 +113,6 @@ class CudaDevice:
         self._within, self._net = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream(URGENT))
         self._uploading = Held()
         self._interop = Interop(gpu)
-        self._steps = steps
         self._open = True
 
     @property
@@ -312,20 +307,12 @@ class CudaDevice:
         self,
         attend: Callable[..., Any],
         plan: Plan,
-        q: DeviceArray,
-        k: DeviceArray,
-        v: DeviceArray,
-        *,
+        *inputs: DeviceArray,
         ahead: bool = False,
         **options: Any,
     ) -> Generator[None, None, tuple[DeviceArray, DeviceArray]]:
-        """Collective. ``attend(self, plan, q, k, v, **options)``, replayed where it can be.
-
-        `ahead` says that what stands before the ``yield`` is to run while the call before computes.
-        """
-        if self._steps is None:
-            return attend(self, plan, q, k, v, **options)  # type: ignore[no-any-return]
-        return self._steps.perform(self, attend, plan, (q, k, v), ahead, options)
+        """See `protocol.HostedDevice`; only a `replaying.ReplayingDevice` does more than that."""
+        return attend(self, plan, *inputs, **options)  # type: ignore[no-any-return]
 
     # -- what it is and what it takes --------------------------------------------------------------
 
@@ -364,8 +351,7 @@ class CudaDevice:
 
     def describe(self) -> dict[str, str]:
         """The GPU, the libraries and the way of the messages."""
-        replayed = {"replayed": self._steps.describe()} if self._steps else {}
-        return {"kernel": self._chooser.describe(), **self._facts, **replayed}
+        return {"kernel": self._chooser.describe(), **self._facts}
 
     def close(self) -> None:
         """Collective. Release everything, in order."""
@@ -373,8 +359,6 @@ class CudaDevice:
             return
         self._gpu.synchronize()
         self._open = False
-        if self._steps is not None:
-            self._steps.close()
         if self._copies is not None:
             self._copies.close()
         if self._nccl is not None:

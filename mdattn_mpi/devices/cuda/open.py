@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from mdattn_mpi.devices.cuda.arena import Arena
@@ -16,6 +17,7 @@ from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import Memory
 from mdattn_mpi.devices.cuda.peers import Peers
 from mdattn_mpi.devices.cuda.recorder import Recorder
+from mdattn_mpi.devices.cuda.replaying import ReplayingDevice
 from mdattn_mpi.devices.cuda.step import Steps
 from mdattn_mpi.devices.cuda.windows import Windows
 from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
@@ -82,17 +84,17 @@ def open_cuda(
     _check_alike(everyone)
     near = _near(group, gpu, everyone, transfer)
     memory = Memory(gpu)
-    chooser = _open_engines(group, libraries, gpu, kernel)
+    launches = Launches(_open_engines(group, libraries, gpu, kernel), gpu.use)
     peers, copies, note = _open_copies(group, gpu, memory, near, transfer)
     near = near if copies else []
     # All ranks or none: also one that reaches all others by copies takes part.
     some_are_far = any(group.allgather(len(near) < group.size - 1))
     nccl = libraries.nccl(group) if some_are_far else None
-    launches = Launches(chooser, gpu.use)
-    steps = None
+    device: Callable[..., CudaDevice] = CudaDevice
     if replays and peers and not some_are_far:
         steps = _open_steps(group, gpu, launches, memory, peers)
-    return CudaDevice(
+        device = partial(ReplayingDevice, steps)
+    return device(
         group.rank,
         group.size,
         gpu,
@@ -102,7 +104,6 @@ def open_cuda(
         nccl=nccl,
         near=near,
         timings=timings,
-        steps=steps,
         limit=min(each["memory"] for each in everyone),
         facts={
             "gpu": f"{gpu.name} (SM {gpu.sm[0]}.{gpu.sm[1]}, {gpu.total_bytes / 2**30:.0f} GiB)",

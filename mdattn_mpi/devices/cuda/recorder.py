@@ -10,20 +10,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mdattn_mpi.devices.cuda.arena import Arena, Holding
+from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.gpu import Gpu, Graph
 from mdattn_mpi.devices.cuda.memory import Allocation, DeviceArray
 from mdattn_mpi.devices.cuda.order import Fence, Queue
 from mdattn_mpi.devices.cuda.windows import Route, Windows
 from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.problem import Plan
-
-if TYPE_CHECKING:
-    from mdattn_mpi.devices.cuda.device import CudaDevice
 
 BYTE = np.dtype(np.uint8)
 
@@ -51,7 +49,7 @@ class Work:
     Parameters
     ----------
     attend, plan, options
-        As in ``attend(device, plan, q, k, v, **options)``.
+        As in ``attend(device, plan, *inputs, **options)``.
     inputs
         The layouts of this rank's shards.
     ahead

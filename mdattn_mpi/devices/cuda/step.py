@@ -14,8 +14,9 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.gpu import Gpu, Graph
 from mdattn_mpi.devices.cuda.memory import ALIGNMENT, DeviceArray, Memory
 from mdattn_mpi.devices.cuda.order import Queue, events
@@ -25,9 +26,6 @@ from mdattn_mpi.devices.cuda.windows import Route
 from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.estimate import estimate
 from mdattn_mpi.problem import Plan
-
-if TYPE_CHECKING:
-    from mdattn_mpi.devices.cuda.device import CudaDevice
 
 MOST = 64  # plans that are remembered
 MOST_BYTES = 1 << 31  # of all frames

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mdattn_mpi.devices.cuda.device import CudaDevice
+from mdattn_mpi.devices.cuda.replaying import ReplayingDevice
 from mdattn_mpi.devices.cuda.windows import Windows
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
@@ -80,7 +81,8 @@ def check(
 
     def act(device: CudaDevice) -> Any:
         found = way(device, plans, inputs)
-        counts.append(device._steps.counts["replayed"] if device._steps else 0)
+        assert isinstance(device, ReplayingDevice)
+        counts.append(device.steps.counts["replayed"])
         return found
 
     shards = in_group(plans[0].ranks, act, seed, **options)
