@@ -21,7 +21,7 @@ import numpy as np
 from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.gpu import Gpu, View
 from mdattn_mpi.devices.cuda.merge import MergeCall
-from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.errors import DeviceError, RejectedError
 
 DEADLINE = 30.0
 POISON = 0x7FC0
@@ -242,8 +242,8 @@ class FakeGpu:
         stream.capture = Capture(stream)
 
     def end_capture(self, stream: Stream) -> list[Node]:
-        assert stream.capture is not None
-        assert stream.capture.origin is stream
+        if stream.capture is None or stream.capture.origin is not stream:
+            raise DeviceError("no capture has begun with this stream")
         return stream.capture.end()
 
     def launch(self, graph: list[Node], stream: Stream) -> None:

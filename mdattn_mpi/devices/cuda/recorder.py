@@ -20,7 +20,6 @@ from mdattn_mpi.devices.cuda.gpu import Gpu, Graph
 from mdattn_mpi.devices.cuda.memory import Allocation, DeviceArray
 from mdattn_mpi.devices.cuda.order import Fence, Queue
 from mdattn_mpi.devices.cuda.windows import Route, Windows
-from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.problem import Plan
 
 BYTE = np.dtype(np.uint8)
@@ -160,7 +159,7 @@ class Recorder:
         return self._origin.enqueue(self._gpu.end_capture)
 
     def _give_up(self, graphs: Sequence[Graph]) -> None:
-        with suppress(MdattnError):  # what was wrong is being raised already
+        with suppress(Exception):  # what was wrong is being raised already
             self._gpu.destroy(self._end())
         self.destroy(graphs)
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.gpu import Gpu, Graph
-from mdattn_mpi.devices.cuda.memory import ALIGNMENT, DeviceArray, Memory
+from mdattn_mpi.devices.cuda.loans import Loans
+from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.order import Queue, events
 from mdattn_mpi.devices.cuda.peers import Peers
 from mdattn_mpi.devices.cuda.recorder import BYTE, Frame, Layout, Recorder, Result, Work
@@ -66,11 +67,14 @@ class Step:
         Of one frame, as the same estimate says on all ranks.
     why_not
         Why it isn't recorded; empty where it may be.
+    loans
+        What its outputs lie in.
 
     """
 
     nbytes: int
     why_not: str
+    loans: Loans | None = None
     frames: list[ReplayFrame] = field(default_factory=list)
     turn: int = 0
 
@@ -95,6 +99,14 @@ class Steps:
     recorder, peers
         What records; the other ranks.
 
+    Attributes
+    ----------
+    counts
+        How many calls were ``replayed``, and how many ``called`` as ever; how many times a step was
+        ``recorded`` once more, for other addresses.
+    why_not
+        Why the last step wasn't recorded that should have been; empty if all were.
+
     """
 
     def __init__(self, gpu: Gpu, memory: Memory, recorder: Recorder, peers: Peers) -> None:
@@ -102,6 +114,7 @@ class Steps:
         self._ahead = Queue(gpu, gpu.stream(5))
         self._steps: OrderedDict[Any, Step] = OrderedDict()
         self.counts: Counter[str] = Counter()
+        self.why_not = ""
 
     def perform(
         self,
@@ -114,18 +127,19 @@ class Steps:
     ) -> Generator[None, None, Any]:
         """Collective. Attend as `attend` does: by replaying it, once it was recorded."""
         work = Work(attend, plan, options, tuple(map(Layout.of, inputs)), ahead)
-        frame = self._frame(device, work)
+        step, frame = self._frame(device, work)
         if frame is None:
             self.counts["called"] += 1
             steps: Generator[None, None, Any] = attend(device, plan, *inputs, **options)
             return steps
         self.counts["replayed"] += 1
-        return self._replay(device, work, frame, inputs)
+        return self._replay(device, step, work, frame, inputs)
 
     def describe(self) -> str:
         """Say how many calls were replayed, for example ``38 of 40 calls``."""
         replayed, called = self.counts["replayed"], self.counts["called"]
-        return f"{replayed} of {replayed + called} calls"
+        why = f" (not recorded: {self.why_not})" if self.why_not else ""
+        return f"{replayed} of {replayed + called} calls{why}"
 
     def close(self) -> None:
         """Forget everything; the GPU has come to rest."""
@@ -135,17 +149,17 @@ class Steps:
 
     # -- what is recorded --------------------------------------------------------------------------
 
-    def _frame(self, device: CudaDevice, work: Work) -> ReplayFrame | None:
+    def _frame(self, device: CudaDevice, work: Work) -> tuple[Step, ReplayFrame | None]:
         """Collective. Find a frame for a call, or make one; None: do it as ever."""
         key = (work.plan.digest, work.ahead, *sorted(work.options.items()))
         step = self._steps.get(key)
         if step is None:
-            self._steps[key] = self._new_step(device, work)
+            step = self._steps[key] = self._new_step(device, work)
             self._forget_old()
-            return None
+            return step, None
         self._steps.move_to_end(key)
         if step.why_not:
-            return None
+            return step, None
         frame = step.free_frame()
         if frame is None:
             step.frames += self._record(step, work)
@@ -154,7 +168,7 @@ class Steps:
             step.turn = max(0, len(step.frames) - 1)
         if frame is not None:
             frame.busy = True
-        return frame
+        return step, frame
 
     def _new_step(self, device: CudaDevice, work: Work) -> Step:
         plan = work.plan
@@ -182,21 +196,23 @@ class Steps:
         self._ahead.enqueue(self._gpu.fill, flags.address, 0, flags.nbytes // 4)
         try:  # the first time only to learn what arrays there are
             self._recorder.destroy(self._recorder.record(frame, work, {}))
-        except MdattnError as error:
-            wrong = error.what
+        except Exception as error:  # all ranks must hear of it
+            wrong = MdattnError.wrap(error).what
         self._ahead.mark().sync()  # nobody may raise a flag before it is down
         graphs: tuple[Graph, ...] = ()
         if self._peers.all_agree(not wrong):
             self._recorder.windows.agree(frame.route)
             try:
                 graphs = self._recorder.record(frame, work, {})
-            except MdattnError as error:
-                wrong = error.what
+            except Exception as error:
+                wrong = MdattnError.wrap(error).what
         if self._peers.all_agree(bool(graphs)):
-            return [ReplayFrame(frame, self._copied(frame, work, graphs))]
+            copied = self._copied(frame, work, graphs)
+            step.loans = step.loans or Loans(self._memory, copied.outputs)
+            return [ReplayFrame(frame, copied)]
         self._recorder.destroy(graphs)
         self._recorder.release(frame)
-        step.why_not = wrong or "another rank can't"
+        step.why_not = self.why_not = wrong or "another rank can't"
         return []
 
     def _copied(self, frame: Frame, work: Work, graphs: tuple[Graph, ...]) -> Recording:
@@ -223,12 +239,13 @@ class Steps:
                 found.seen.popitem(last=False)
             return found.copied
         results = found.frame.results
-        if not _may_be_direct(inputs, outputs, results):
+        if not _may_be_direct((*inputs, *outputs), results):
             return found.copied
         numbers = (*range(len(inputs)), *(result.number for result in results))
         try:
             graphs = self._recorder.record(found.frame, work, dict(zip(numbers, at, strict=True)))
-        except MdattnError:  # the other one is there
+        except Exception as error:  # this rank can go on as before
+            self.why_not = MdattnError.wrap(error).what
             return found.copied
         self.counts["recorded"] += 1
         found.direct[at] = Recording(graphs)
@@ -249,15 +266,18 @@ class Steps:
                 self._recorder.destroy(recording.graphs)
             self._recorder.release(found.frame)
         step.frames.clear()
+        step.loans = None
 
     # -- what is replayed --------------------------------------------------------------------------
 
     def _replay(
-        self, device: CudaDevice, work: Work, found: ReplayFrame, inputs: Arrays
+        self, device: CudaDevice, step: Step, work: Work, found: ReplayFrame, inputs: Arrays
     ) -> Generator[None, None, Any]:
         """Do what was recorded, in the order of the device's kernels and transfers."""
-        frame, kernels, memory = found.frame, device.kernels, device.memory
-        outputs = tuple(memory.empty(*result.layout) for result in frame.results)
+        frame, kernels = found.frame, device.kernels
+        assert step.loans is not None
+        at = tuple(array.address for array in inputs)
+        outputs = step.loans.take({key[len(at) :] for key in found.direct if key[: len(at)] == at})
         recording = self._recording(found, work, inputs, outputs)
         before = [
             frame.idle, frame.holding.begin, *(array.allocation.written for array in inputs)
@@ -302,9 +322,8 @@ class Steps:
             device.move(queue, array, target)
 
 
-def _may_be_direct(inputs: Arrays, outputs: Arrays, results: tuple[Result, ...]) -> bool:
-    return (
-        all(array.is_contiguous and array.address % LOAD == 0 for array in inputs)
-        and all(array.address % ALIGNMENT == 0 for array in outputs)
-        and all(result.number >= 0 for result in results)
+def _may_be_direct(arrays: Arrays, results: tuple[Result, ...]) -> bool:
+    """Whether kernels can work on arrays as they are, and write results where they belong."""
+    return all(array.is_contiguous and array.address % LOAD == 0 for array in arrays) and all(
+        result.number >= 0 for result in results
     )

@@ -493,6 +493,11 @@ def zeros(problem: AttentionProblem) -> list[Any]:
     return [np.zeros(shape, np.float16) for _ in range(3)]
 
 
+CALLS = (
+    "record", "wait", "copy", "copy_rows", "raise_flag", "await_flag", "merge", "fill", "launch",
+)  # fmt: skip
+
+
 def count_calls(gpu: Any, asked: list[int]) -> None:
     """Add each call that enqueues something to the last of `asked`."""
 
@@ -504,7 +509,7 @@ def count_calls(gpu: Any, asked: list[int]) -> None:
 
         return ask
 
-    for name in ("record", "wait", "copy", "copy_rows", "raise_flag", "await_flag", "merge"):
+    for name in CALLS:
         setattr(gpu, name, counted(getattr(gpu, name)))
 
 

@@ -11,15 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mdattn_mpi.devices.cuda.device import CudaDevice
+from mdattn_mpi.devices.cuda import step
 from mdattn_mpi.devices.cuda.replaying import ReplayingDevice
 from mdattn_mpi.devices.cuda.windows import Windows
+from mdattn_mpi.errors import DeviceError
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
 from mdattn_mpi.strategies import STRATEGIES
+from tests.support import fake_gpu
 from tests.support.group import take
 from tests.support.reference import TOLERANCE, attention, problems, random_inputs
-from tests.unit.devices.cuda.test_device import in_group, whole_heads
+from tests.unit.devices.cuda.test_device import count_calls, in_group, whole_heads
 
 Array = NDArray[Any]
 Inputs = list[tuple[Array, ...]]
@@ -32,7 +34,7 @@ def shards_of(plan: Plan, arrays: tuple[Array, ...], rank: int) -> list[Array]:
     return [take(array, own[rank]) for array, own in zip(arrays, spans, strict=True)]
 
 
-def in_a_batch(device: CudaDevice, plans: list[Plan], inputs: Inputs) -> list[Any]:
+def in_a_batch(device: Any, plans: list[Plan], inputs: Inputs) -> list[Any]:
     """Begin an item before the one before it is enqueued."""
     downloads, running = [], None
     for plan, arrays in [*zip(plans, inputs, strict=True), (None, ())]:
@@ -47,7 +49,7 @@ def in_a_batch(device: CudaDevice, plans: list[Plan], inputs: Inputs) -> list[An
     return [download.wait() for download in downloads]
 
 
-def one_by_one(device: CudaDevice, plans: list[Plan], inputs: Inputs) -> list[Any]:
+def one_by_one(device: Any, plans: list[Plan], inputs: Inputs) -> list[Any]:
     """Calls that stand alone, with arrays that are freed and overwritten at once."""
     downloads = []
     for plan, arrays in zip(plans, inputs, strict=True):
@@ -62,9 +64,11 @@ def one_by_one(device: CudaDevice, plans: list[Plan], inputs: Inputs) -> list[An
 
 
 def end_of(steps: Any) -> Any:
-    with pytest.raises(StopIteration) as end:
+    try:
         next(steps)
-    return end.value.value
+    except StopIteration as end:
+        return end.value
+    raise AssertionError
 
 
 def check(
@@ -79,10 +83,11 @@ def check(
     inputs = [random_inputs(plan.problem, seed + index) for index, plan in enumerate(plans)]
     counts: list[int] = []
 
-    def act(device: CudaDevice) -> Any:
+    def act(device: Any) -> Any:
         found = way(device, plans, inputs)
         assert isinstance(device, ReplayingDevice)
         counts.append(device.steps.counts["replayed"])
+        assert device.steps.why_not == ""
         return found
 
     shards = in_group(plans[0].ranks, act, seed, **options)
@@ -130,6 +135,97 @@ def test_whatever_plans_take_turns_the_results_are_right(
     check(plans, seed, way, kernel=kernel)
 
 
+def lone_calls(device: Any, plan: Plan, calls: int, **options: Any) -> Any:
+    """Attend to the same arrays again and again; yield before each call."""
+    shards = list(map(device.upload, shards_of(plan, random_inputs(plan.problem, 1), device.rank)))
+    for _ in range(calls):
+        yield
+        steps = device.perform(STRATEGIES[plan.strategy], plan, *shards, **options)
+        next(steps)
+        end_of(steps)
+
+
+@pytest.mark.parametrize("strategy", NAMES)
+def test_a_replay_asks_the_driver_for_next_to_nothing(strategy: StrategyName) -> None:
+    def act(device: Any) -> list[int]:
+        asked: list[int] = []
+        count_calls(device._gpu, asked)
+        for _ in lone_calls(device, Plan(PROBLEM, strategy, 2), 16):
+            asked.append(0)
+        return asked[10:]
+
+    # A launch, and what the memory of the output has to wait for.
+    for counts in in_group(2, act):
+        assert all(1 <= count <= 3 for count in counts), counts
+
+
+def test_addresses_that_come_again_have_a_recording_of_their_own() -> None:
+    def act(device: Any) -> tuple[int, int]:
+        for _ in lone_calls(device, Plan(PROBLEM, "ring", 2), 10):
+            pass
+        launched: list[Any] = []
+        launch = device._gpu.launch
+        device._gpu.launch = lambda graph, stream: (launched.append(graph), launch(graph, stream))
+        steps = device.steps
+        for _ in lone_calls(device, Plan(PROBLEM, "ring", 2), 10):
+            pass
+        (step,) = steps._steps.values()
+        (frame,) = step.frames
+        assert frame.copied.graphs[0] not in launched[-4:]
+        return steps.counts["recorded"], len(frame.direct)
+
+    for recorded, kept in in_group(2, act):
+        assert 1 <= recorded <= 12
+        assert kept <= 8
+
+
+@pytest.mark.parametrize("when", [1, 2])
+def test_where_a_rank_cannot_record_all_do_without(when: int) -> None:
+    def act(device: Any) -> tuple[str, int]:
+        if device.rank == 1:
+            ends = iter(range(100))
+            end = device._gpu.end_capture
+
+            def end_capture(stream: Any) -> Any:
+                graph = end(stream)
+                if next(ends) + 1 == when:
+                    raise DeviceError("not this time")
+                return graph
+
+            device._gpu.end_capture = end_capture
+        for _ in lone_calls(device, Plan(PROBLEM, "ring", 2), 5):
+            pass
+        (step,) = device.steps._steps.values()
+        return step.why_not, device.steps.counts["replayed"]
+
+    assert in_group(2, act) == [("another rank can't", 0), ("not this time", 0)]
+
+
+def test_what_is_too_large_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "MOST_BYTES", 4 * 1000)
+    check([Plan(PROBLEM, "ring", 2)] * 4, 1, replayed=0)
+
+
+@pytest.mark.parametrize("way", [one_by_one, in_a_batch])
+def test_old_steps_make_room_for_new_ones(
+    monkeypatch: pytest.MonkeyPatch, way: Callable[..., Any]
+) -> None:
+    monkeypatch.setattr(step, "MOST", 3)
+    problems = [AttentionProblem(n, n, 2, 2, 8, 8) for n in (20, 24, 28, 32, 36)]
+    plans = [Plan(problem, "ring", 2) for problem in problems for _ in range(4)]
+    used: list[int] = []
+
+    def way_and_size(device: Any, *args: Any) -> Any:
+        found = way(device, *args)
+        assert len(device.steps._steps) <= 3
+        used.append(device.memory.in_use)
+        return found
+
+    check(plans + plans, 3, way_and_size)
+    check(plans, 3, way_and_size)
+    assert len(set(used)) == 1  # twice as many calls hold no more
+
+
 def skip(kind: int) -> Callable[..., Any]:
     take_flag = Windows._take
 
@@ -145,6 +241,7 @@ def test_without_one_of_the_flags_it_would_be_wrong(
     monkeypatch: pytest.MonkeyPatch, kind: int
 ) -> None:
     monkeypatch.setattr(Windows, "_take", skip(kind))
+    monkeypatch.setattr(fake_gpu, "DEADLINE", 1.0)
     plan = Plan(AttentionProblem(32, 32, 2, 2, 8, 8), "ring", 3)
 
     def wrong(seed: int) -> bool:
