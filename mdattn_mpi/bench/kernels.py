@@ -24,7 +24,8 @@ from mdattn_mpi.bench.measure import report, table, versions
 from mdattn_mpi.bench.options import add_rounds, add_shapes, numbers, problems
 from mdattn_mpi.devices.cuda.attention import AttentionCall, Engine
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import AttentionProblem, Plan, seen_pairs
+from mdattn_mpi.mask import seen_pairs
+from mdattn_mpi.problem import AttentionProblem, Plan
 
 SECONDS = 0.1  # of one turn, roughly
 FLOPS = 6e14  # by which the calls of a turn are counted

@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -255,7 +255,7 @@ class TensorFile:
 
     def _meaning(self, item: AnyItem) -> int:
         """Say in bits what an item is, besides its tensors."""
-        return digest_of(asdict(item.problem))
+        return digest_of(item.problem.facts())
 
     def checksum(self, item: AnyItem, tensor: str) -> int | None:
         """CRC-32 over the whole dataset that holds the tensor; None when it isn't contiguous.

@@ -23,7 +23,8 @@ from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
 from mdattn_mpi.devices.cuda.order import Fence, Queue, latest
 from mdattn_mpi.devices.cuda.partials import Launched, Partials, Region, overlap, pieces_of
 from mdattn_mpi.devices.protocol import Rehearsed
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.problem import AttentionProblem
 
 LANES = 4
 FLOAT32, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
@@ -68,7 +69,9 @@ class Kernels:
             if lane is self.main or not self.main.follows(lane, lane.count)
         ]
 
-    def accumulator(self, q: DeviceArray, v_head_dim: int, scale: float, merged: Span) -> Partials:
+    def accumulator(
+        self, q: DeviceArray, v_head_dim: int, scale: float, softcap: float, merged: Span
+    ) -> Partials:
         """See `Device.accumulator`."""
         rows, heads = q.shape[:2]
         output = self._memory.empty((rows, heads, v_head_dim), q.dtype)
@@ -81,10 +84,10 @@ class Kernels:
             for span in (Span(0, merged.start), merged, Span(merged.stop, rows))
             if len(span)
         ]
-        return Partials(scale, output, lse, regions, self._begin(), start)
+        return Partials(scale, softcap, output, lse, regions, self._begin(), start)
 
     def attend(
-        self, partials: Partials, rows: Span, k: DeviceArray, v: DeviceArray, causal: bool
+        self, partials: Partials, rows: Span, k: DeviceArray, v: DeviceArray, band: Band
     ) -> None:
         """See `Device.attend`."""
         if not (len(rows) and k.size and v.size and partials.output.size):
@@ -97,7 +100,7 @@ class Kernels:
         lane.wait(partials.begin, k.allocation.written, v.allocation.written)
         q, lse = region.q[rows.slice], region.lse[rows.slice]
         output = region.output[rows.slice]
-        call = call_of(q, k, v, output, lse, causal, partials.scale)
+        call = call_of(q, k, v, output, lse, band, partials.scale, partials.softcap)
         wide = self._is_wide(region, call)
         if wide:
             call = call._replace(out_dtype="float32")
@@ -115,13 +118,16 @@ class Kernels:
         launched = Launched(rows, lane, lane.now, output, lse)
         (region.first if first else region.more).append(launched)
 
-    def finish(self, partials: Partials) -> tuple[DeviceArray, DeviceArray]:
+    def finish(
+        self, partials: Partials, sinks: DeviceArray | None = None
+    ) -> tuple[DeviceArray, DeviceArray]:
         """See `Device.finish`."""
         output, lse = partials.output, partials.lse
         if output.size:
             for region in partials.regions:
-                for rows in region.unmerged:
-                    self._merge(partials, region, rows, region.output, region.lse)
+                every = [Span(0, len(region.rows))]
+                for rows in region.unmerged if sinks is None else every:
+                    self._merge(partials, region, rows, region.output, region.lse, sinks=sinks)
         self.join()
         for array in (output, lse):  # one place to wait for, whichever lanes wrote it
             array.allocation.written = self.main.now
@@ -133,7 +139,9 @@ class Kernels:
         """Choose the engine for a problem's calls, or refuse it with the reason."""
         rows, keys = (min(SAMPLE, n) for n in (problem.q_tokens, problem.kv_tokens))
         heads = problem.q_heads, problem.kv_heads
-        call = Rehearsed(rows, max(rows, keys), *heads, problem.causal != "none", False)
+        low, high = problem.mask.low, problem.mask.high
+        band = Band(None if low is None else 0, None if high is None else 0)  # of the same kind
+        call = Rehearsed(rows, max(rows, keys), *heads, band, False)
         return self._launches.chooser.choose(plain_call(problem, call))
 
     def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
@@ -200,19 +208,22 @@ class Kernels:
         output: DeviceArray,
         lse: DeviceArray,
         *begin: Fence,
+        sinks: DeviceArray | None = None,
     ) -> None:
         """Merge all results of `rows` into `output` and `lse`, before less urgent calls end."""
         launched = [*region.first, *region.more]
         calls = [call for call in launched if overlap(rows, call.rows)]
         if len(calls) > PARTS:  # no row has so many: go on piece by piece
             for piece in pieces_of(rows, region.first):
-                self._merge(partials, region, piece, output, lse, *begin)
+                self._merge(partials, region, piece, output, lse, *begin, sinks=sinks)
             return
         # `main`, unless it has more to do first: then the lane of the last of these calls.
         others = {call.lane for call in launched if call not in calls}
         lane = calls[-1].lane if calls and self.main in others else self.main
         running = region.folded
         lane.wait(partials.begin, *begin, *(call.end for call in calls))
+        if sinks is not None:
+            lane.wait(sinks.allocation.written)
         if running:
             lane.wait(*(array.allocation.written for array in running))
         start = self._clock.time(lane)
@@ -230,13 +241,15 @@ class Kernels:
                 parts=[_part(call) for call in calls],
                 running=running[0].address if running else 0,
                 running_lse=running[1].address if running else 0,
+                sinks=0 if sinks is None else sinks.address,
             ),
         )
         self._clock.merged(start, self._clock.time(lane))
         end = lane.now
         for array in (output, lse):
             array.allocation.wrote(end)
-        for array in (*(a for call in calls for a in (call.output, call.lse)), *(running or ())):
+        read = [a for call in calls for a in (call.output, call.lse)]
+        for array in (*read, *(running or ()), *([] if sinks is None else [sinks])):
             array.allocation.read(end)
 
     def _fold(self, partials: Partials, region: Region) -> None:
@@ -270,14 +283,15 @@ def call_of(
     v: DeviceArray,
     output: DeviceArray,
     lse: DeviceArray,
-    causal: bool,
+    band: Band,
     scale: float,
+    softcap: float,
 ) -> AttentionCall:
     """Describe a call with the result in the dtype of the query."""
     dtype = name_of(q.dtype)
     return AttentionCall(
         *(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
-        dtype, dtype, None, 0 if causal else None, scale, 0.0,
+        dtype, dtype, *band, scale, softcap,
         q.strides, k.strides, v.strides, output.strides, lse.strides,
     )  # fmt: skip
 
@@ -292,7 +306,7 @@ def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
     dim, v_dim, dtype = problem.head_dim, problem.v_head_dim, problem.dtype
     return AttentionCall(
         call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype,
-        None, 0 if call.causal else None, problem.scale, 0.0,
+        *call.band, problem.scale, problem.softcap,
         strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
         strides(q_heads, v_dim), (q_heads, 1),
     )  # fmt: skip

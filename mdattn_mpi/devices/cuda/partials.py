@@ -78,6 +78,7 @@ class Partials:
     """The results of one query shard."""
 
     scale: float
+    softcap: float
     output: DeviceArray
     lse: DeviceArray
     regions: list[Region]
