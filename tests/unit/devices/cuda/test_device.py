@@ -43,7 +43,7 @@ def in_group(
     machine, shared = machine or Machine(seed), {}
     results: list[Any] = [None] * ranks
     errors: list[BaseException] = []
-    options = {name: wrong.pop(name) for name in ("transfer", "kernel") if name in wrong}
+    options = {name: wrong.pop(name) for name in ("transfer", "kernel", "replays") if name in wrong}
     wrong = {"gpus": ranks, **wrong}
 
     def run(rank: int) -> None:
