@@ -10,19 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mdattn_mpi.devices.cuda.arena import Arena
 from mdattn_mpi.devices.cuda.clock import Clock
-from mdattn_mpi.devices.cuda.copies import Carrier, Copies
+from mdattn_mpi.devices.cuda.copies import Carrier
 from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Network
 from mdattn_mpi.devices.cuda.interop import Interop
 from mdattn_mpi.devices.cuda.kernels import Kernels
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, HostBuffers, Memory
+from mdattn_mpi.devices.cuda.messages import Transfer, before, by_peer, spans
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
 from mdattn_mpi.devices.cuda.partials import Partials
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
@@ -32,17 +33,6 @@ from mdattn_mpi.problem import AttentionProblem, Plan
 
 ALIGNED = 16  # bytes
 URGENT = 5  # as a stream; see `driver.Gpu.stream`
-
-
-class Transfer(NamedTuple):
-    """Messages under way; keeps their arrays."""
-
-    received: list[DeviceArray]
-    kept: list[DeviceArray]
-    sent: list[DeviceArray]
-    copies: Copies | None
-    ends: Fence
-    last: Event | None  # a timed event of the last of `ends`; None without any
 
 
 @dataclass(eq=False)
@@ -142,7 +132,7 @@ class CudaDevice:
         """Copy `source` into `target`; same shape, any strides."""
         if source.size:
             main = self.kernels.main
-            main.wait(*_before([source], [target]))
+            main.wait(*before([source], [target]))
             self.move(main, source, target)
             source.allocation.read(main.now)
             target.allocation.wrote(main.now)
@@ -204,7 +194,7 @@ class CudaDevice:
         self, send: Sequence[Message[DeviceArray]], receive: Sequence[Message[DeviceArray]]
     ) -> Transfer:
         """Collective. Start sending and receiving; return once the hosts have spoken."""
-        away, coming = _by_peer(send), _by_peer(receive)
+        away, coming = by_peer(send), by_peer(receive)
         own, kept = away.pop(self._rank, []), coming.pop(self._rank, [])
         received = [array for arrays in coming.values() for array in arrays]
         sent = [array for arrays in away.values() for array in arrays]
@@ -243,7 +233,7 @@ class CudaDevice:
 
     def _keep(self, sources: list[DeviceArray], targets: list[DeviceArray]) -> Event:
         """Copy a message to the rank itself; return a timed event of its end."""
-        self._within.wait(*_before(sources, targets))
+        self._within.wait(*before(sources, targets))
         for source, target in zip(sources, targets, strict=True):
             self.move(self._within, source, target)
         return self._within.mark(timed=True)
@@ -252,8 +242,8 @@ class CudaDevice:
         self, send: dict[int, list[DeviceArray]], receive: dict[int, list[DeviceArray]]
     ) -> Event:
         """Exchange with ranks that NCCL reaches; return a timed event of the end."""
-        self._net.wait(*_before(chain(*send.values()), chain(*receive.values())))
-        out, into, nccl = _spans(send), _spans(receive), self._nccl
+        self._net.wait(*before(chain(*send.values()), chain(*receive.values())))
+        out, into, nccl = spans(send), spans(receive), self._nccl
         assert nccl is not None
         self._net.enqueue(lambda stream: nccl.exchange(out, into, int(stream.handle)))
         return self._net.mark(timed=True)
@@ -382,27 +372,3 @@ class CudaDevice:
         self.kernels.abort()
         if self._nccl is not None:
             self._nccl.abort()
-
-
-def _by_peer(messages: Sequence[Message[DeviceArray]]) -> dict[int, list[DeviceArray]]:
-    found: dict[int, list[DeviceArray]] = {}
-    for array, peer in messages:
-        if array.size:
-            assert array.is_contiguous, "a message is contiguous"
-            found.setdefault(peer, []).append(array)
-    return found
-
-
-def _before(read: Iterable[DeviceArray], write: Iterable[DeviceArray]) -> list[Fence]:
-    """Return what comes before some arrays are read, and others written."""
-    return [
-        *(array.allocation.written for array in read),
-        *(array.allocation.used for array in write),
-    ]
-
-
-def _spans(messages: dict[int, list[DeviceArray]]) -> dict[int, list[tuple[int, int]]]:
-    return {
-        peer: [(array.address, array.nbytes) for array in arrays]
-        for peer, arrays in messages.items()
-    }

@@ -63,6 +63,8 @@ class Step:
 
     Attributes
     ----------
+    work
+        What its calls do.
     nbytes
         Of one frame, as the same estimate says on all ranks.
     why_not
@@ -72,6 +74,7 @@ class Step:
 
     """
 
+    work: Work
     nbytes: int
     why_not: str
     loans: Loans | None = None
@@ -126,14 +129,22 @@ class Steps:
         options: dict[str, Any],
     ) -> Generator[None, None, Any]:
         """Collective. Attend as `attend` does: by replaying it, once it was recorded."""
-        work = Work(attend, plan, options, tuple(map(Layout.of, inputs)), ahead)
-        step, frame = self._frame(device, work)
-        if frame is None:
+        key = (plan.digest, ahead, *sorted(options.items()))
+        step = self._steps.get(key)
+        frame = None
+        if step is None:
+            work = Work(attend, plan, options, tuple(map(Layout.of, inputs)), ahead)
+            self._steps[key] = self._new_step(device, work)
+            self._forget_old()
+        else:
+            self._steps.move_to_end(key)
+            frame = self._frame(step)
+        if step is None or frame is None:
             self.counts["called"] += 1
             steps: Generator[None, None, Any] = attend(device, plan, *inputs, **options)
             return steps
         self.counts["replayed"] += 1
-        return self._replay(device, step, work, frame, inputs)
+        return self._replay(device, step, frame, inputs)
 
     def describe(self) -> str:
         """Say how many calls were replayed, for example ``38 of 40 calls``."""
@@ -149,26 +160,20 @@ class Steps:
 
     # -- what is recorded --------------------------------------------------------------------------
 
-    def _frame(self, device: CudaDevice, work: Work) -> tuple[Step, ReplayFrame | None]:
+    def _frame(self, step: Step) -> ReplayFrame | None:
         """Collective. Find a frame for a call, or make one; None: do it as ever."""
-        key = (work.plan.digest, work.ahead, *sorted(work.options.items()))
-        step = self._steps.get(key)
-        if step is None:
-            step = self._steps[key] = self._new_step(device, work)
-            self._forget_old()
-            return step, None
-        self._steps.move_to_end(key)
         if step.why_not:
-            return step, None
+            return None
         frame = step.free_frame()
         if frame is None:
-            step.frames += self._record(step, work)
+            frame = self._record(step)
+            if frame is None:
+                return None
+            step.turn = len(step.frames)
+            step.frames.append(frame)
             self._forget_old()
-            frame = None if step.why_not else step.frames[-1]
-            step.turn = max(0, len(step.frames) - 1)
-        if frame is not None:
-            frame.busy = True
-        return step, frame
+        frame.busy = True
+        return frame
 
     def _new_step(self, device: CudaDevice, work: Work) -> Step:
         plan = work.plan
@@ -176,7 +181,7 @@ class Steps:
         nbytes = estimate(
             plan.problem, plan.ranks, plan.strategy, costs, batch=False, owners=plan.partition
         ).memory
-        return Step(nbytes, "it is too large" if nbytes > MOST_BYTES // 4 else "")
+        return Step(work, nbytes, "it is too large" if nbytes > MOST_BYTES // 4 else "")
 
     def _forget_old(self) -> None:
         """Keep within bounds, on all ranks alike."""
@@ -188,8 +193,9 @@ class Steps:
             if not busy and (step.frames or len(self._steps) > MOST):
                 self._release(self._steps.pop(key))
 
-    def _record(self, step: Step, work: Work) -> list[ReplayFrame]:
-        """Collective. Agree on a frame's buffers, and record in it; empty where a rank can't."""
+    def _record(self, step: Step) -> ReplayFrame | None:
+        """Collective. Agree on a frame's buffers, and record in it; None where a rank can't."""
+        work = step.work
         flags = self._memory.empty((self._recorder.windows.flag_bytes,), BYTE)
         frame, wrong = Frame(Route(flags)), ""
         self._ahead.wait(flags.allocation.used)
@@ -207,13 +213,14 @@ class Steps:
             except Exception as error:
                 wrong = MdattnError.wrap(error).what
         if self._peers.all_agree(bool(graphs)):
+            frame.idle = frame.holding.begin
             copied = self._copied(frame, work, graphs)
             step.loans = step.loans or Loans(self._memory, copied.outputs)
-            return [ReplayFrame(frame, copied)]
+            return ReplayFrame(frame, copied)
         self._recorder.destroy(graphs)
         self._recorder.release(frame)
         step.why_not = self.why_not = wrong or "another rank can't"
-        return []
+        return None
 
     def _copied(self, frame: Frame, work: Work, graphs: tuple[Graph, ...]) -> Recording:
         """What reads and writes arrays of the frame's own."""
@@ -271,40 +278,39 @@ class Steps:
     # -- what is replayed --------------------------------------------------------------------------
 
     def _replay(
-        self, device: CudaDevice, step: Step, work: Work, found: ReplayFrame, inputs: Arrays
+        self, device: CudaDevice, step: Step, found: ReplayFrame, inputs: Arrays
     ) -> Generator[None, None, Any]:
         """Do what was recorded, in the order of the device's kernels and transfers."""
-        frame, kernels = found.frame, device.kernels
+        frame, main = found.frame, device.kernels.main
         assert step.loans is not None
         at = tuple(array.address for array in inputs)
         outputs = step.loans.take({key[len(at) :] for key in found.direct if key[: len(at)] == at})
-        recording = self._recording(found, work, inputs, outputs)
-        before = [
-            frame.idle, frame.holding.begin, *(array.allocation.written for array in inputs)
-        ]  # fmt: skip
+        recording = self._recording(found, step.work, inputs, outputs)
         *first, last = recording.graphs
+        before = [frame.idle, *(array.allocation.written for array in inputs)]
         if first:
             self._take_in(device, self._ahead, before, recording, inputs)
             self._ahead.enqueue(self._gpu.launch, first[0])
-            before = [self._ahead.now, *before]
+            before = [self._ahead.now]
             for array in inputs:
                 array.allocation.read(self._ahead.now)
         yield
-        main = kernels.main
-        kernels.join()
+        device.kernels.join()
         start = device.clock.time(main)
-        if not first:
+        if first:
+            main.wait(*before)
+        else:
             self._take_in(device, main, before, recording, inputs)
-        main.wait(*before, *(array.allocation.used for array in outputs))
+        main.wait(*(array.allocation.used for array in outputs))
         main.enqueue(self._gpu.launch, last)
         for array, source in zip(outputs, recording.outputs, strict=False):
             device.move(main, source, array)
         device.clock.computed(start, device.clock.time(main))
+        end = frame.idle = main.now
         for array in inputs:
-            array.allocation.read(main.now)
+            array.allocation.read(end)
         for array in outputs:
-            array.allocation.wrote(main.now)
-        frame.idle = main.now
+            array.allocation.wrote(end)
         found.busy = False
         return outputs
 
