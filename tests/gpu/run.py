@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
 import itertools
 import os
+import pstats
 import sys
 import time
 from collections.abc import Iterator
@@ -271,9 +273,6 @@ def million(world: World, kernel: str) -> int:
 
 def profile(world: World, kernel: str) -> None:
     """Collective. Where the time of a lone call goes: on the GPU, and on the host."""
-    import cProfile
-    import pstats
-
     from mdattn_mpi.bench import attention_cuda as bench
 
     device = open_cuda(world, kernel=kernel, timings=False)
@@ -411,6 +410,11 @@ def main() -> int:
         print(f"rank {world.rank}: {wrong} wrong, {time.perf_counter() - begin:.1f} s", flush=True)
     if "layers" in arguments.what:
         layers(world)
+    if "profile-layers" in arguments.what:
+        profiler = cProfile.Profile()
+        profiler.runcall(layers, world)
+        if world.rank == 0:
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(24)
     if "profile" in arguments.what:
         profile(world, arguments.kernel)
     if "million" in arguments.what:
