@@ -83,7 +83,7 @@ class Arrivals:
     """Waiting for the ranks of a communicator of our own, again and again.
 
     A byte goes from every rank to every other one in messages that are prepared once: on two ranks
-    that took 22 µs, and the collective of `wait_for_all`, which no message of a program can meet, 81.
+    that took 22 µs, where the collective of `wait_for_all` takes 81.
 
     Parameters
     ----------

@@ -121,6 +121,7 @@ class Recorder:
             steps = work.attend(self._device, work.plan, *inputs, **work.options)
             next(steps)
             if work.ahead:
+                self.windows.settle()
                 graphs.append(self._end())
                 self._begin()
             arrays = _end_of(steps)

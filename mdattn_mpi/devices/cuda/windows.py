@@ -62,6 +62,7 @@ class Windows:
         self.queues: tuple[Queue, ...] = (self._line,)
         self._route: Route
         self._going: dict[int, Iterator[int]] = {}
+        self._open: list[Copies] = []  # that nobody has waited for
 
     @property
     def flag_bytes(self) -> int:
@@ -70,7 +71,7 @@ class Windows:
 
     def start(self, route: Route) -> None:
         """Begin to record a step. Until its addresses are agreed on, its messages go nowhere."""
-        self._route = route
+        self._route, self._open = route, []
         if route.going is None:
             route.coming = {peer: [] for peer in self._peers.ranks}
             route.sizes = {peer: [] for peer in self._peers.ranks}
@@ -102,13 +103,22 @@ class Windows:
             for array in send[peer]:
                 line.enqueue(gpu.copy, self._target(peer, array), array.address, array.nbytes)
             line.enqueue(gpu.raise_flag, self._at(self._theirs(peer), ARRIVED, me), 1)
-        return Copies(dict.fromkeys(receive, 1), line.now if send else {})
+        copies = Copies(dict.fromkeys(receive, 1), line.now if send else {})
+        self._open.append(copies)
+        return copies
 
     def arrival(self, copies: Copies) -> tuple[Fence, Event]:
         """See `copies.Carrier`."""
+        self._open.remove(copies)
         for peer in copies.expected:
             self._take(ARRIVED, peer)
         return self._line.now, self._line.mark(timed=True)
+
+    def settle(self) -> None:
+        """Wait for everything here: nobody need wait for it in what is recorded from now on."""
+        for copies in self._open[:]:
+            self.arrival(copies)
+            copies.expected.clear()
 
     def close(self) -> None:
         """See `copies.Carrier`: nothing is its own."""
