@@ -284,6 +284,10 @@ class FakeGpu:
         flag = ctypes.c_uint32.from_address(address)
         stream.push(lambda: None, lambda: flag.value >= value)
 
+    def take_flag(self, address: int, stream: Stream) -> None:
+        flag = ctypes.c_uint32.from_address(address)
+        stream.push(lambda: setattr(flag, "value", 0), lambda: flag.value == 1)
+
     def reaches(self, pci_bus_id: str) -> bool:
         return True
 

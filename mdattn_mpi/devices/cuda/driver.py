@@ -187,6 +187,18 @@ class Gpu:
         at_least = cu.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
         check(cu.cuStreamWaitValue32(stream.handle, address, value, int(at_least)))
 
+    def take_flag(self, address: int, stream: Any) -> None:
+        """Hold `stream` until the word at `address` is 1, then set it to 0: in one operation."""
+        wait, write = cu.CUstreamBatchMemOpParams(), cu.CUstreamBatchMemOpParams()
+        kinds = cu.CUstreamBatchMemOpType
+        wait.operation = wait.waitValue.operation = kinds.CU_STREAM_MEM_OP_WAIT_VALUE_32
+        wait.waitValue.address, wait.waitValue.value = cu.CUdeviceptr(address), 1
+        wait.waitValue.flags = int(cu.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
+        write.operation = write.writeValue.operation = kinds.CU_STREAM_MEM_OP_WRITE_VALUE_32
+        write.writeValue.address, write.writeValue.value = cu.CUdeviceptr(address), 0
+        write.writeValue.flags = int(cu.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT)
+        check(cu.cuStreamBatchMemOp(stream.handle, 2, [wait, write], 0))
+
     # -- other processes ---------------------------------------------------------------------------
 
     def reaches(self, pci_bus_id: str) -> bool:

@@ -125,9 +125,7 @@ class Windows:
 
     def _take(self, kind: int, peer: int) -> None:
         """Wait for a flag, and take it back."""
-        at = self._at(self._route.flags.address, kind, peer)
-        self._line.enqueue(self._gpu.await_flag, at, 1)
-        self._line.enqueue(self._gpu.raise_flag, at, 0)
+        self._line.enqueue(self._gpu.take_flag, self._at(self._route.flags.address, kind, peer))
 
     def _target(self, peer: int, array: DeviceArray) -> int:
         if self._route.going is None:
