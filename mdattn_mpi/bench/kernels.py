@@ -26,6 +26,7 @@ from mdattn_mpi.devices.cuda.attention import AttentionCall, Engine
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.mask import seen_pairs
 from mdattn_mpi.problem import AttentionProblem, Plan
+from mdattn_mpi.text import show
 
 SECONDS = 0.1  # of one turn, roughly
 FLOPS = 6e14  # by which the calls of a turn are counted
@@ -73,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
             found = measure(call, engines, arguments.rounds)
             results.append({"call": call._asdict(), "sides": found})
             if not arguments.json:
-                print(_lines(call, found), flush=True)
+                show(_lines(call, found))
     facts = {
         "gpu": gpu.name,
         **{name: engine.version for name, engine in engines.items()},
@@ -208,10 +209,10 @@ def reference(call: AttentionCall, q: Any, k: Any, v: Any, rows: Any) -> Any:
             scores = call.softcap * torch.tanh(scores / call.softcap)
         keys = torch.arange(call.kv_tokens, device=q.device)
         after = keys[None] - rows[:, None] - (call.kv_tokens - call.q_tokens)  # of the diagonal
-        if call.right is not None:
-            scores[after > call.right] = -torch.inf
-        if call.left is not None:
-            scores[after < -call.left] = -torch.inf
+        if call.band.after is not None:
+            scores[after > call.band.after] = -torch.inf
+        if call.band.before is not None:
+            scores[after < -call.band.before] = -torch.inf
         heads.append(scores.softmax(-1) @ v[:, head // group].double())
     return torch.stack(heads, 1)
 
@@ -219,17 +220,17 @@ def reference(call: AttentionCall, q: Any, k: Any, v: Any, rows: Any) -> Any:
 def flops_of(call: AttentionCall) -> int:
     """Floating-point operations of the two matrix products."""
     rows, keys = call.q_tokens, call.kv_tokens
-    right = keys if call.right is None else call.right
-    pairs = seen_pairs(rows, keys, keys - rows + right)
-    if call.left is not None:
-        pairs -= seen_pairs(rows, keys, keys - rows - call.left - 1)
+    before, after = call.band
+    pairs = rows * keys if after is None else seen_pairs(rows, keys, keys - rows + after)
+    if before is not None:
+        pairs -= seen_pairs(rows, keys, keys - rows - before - 1)
     return 2 * pairs * call.q_heads * (call.head_dim + call.v_head_dim)
 
 
 def _lines(call: AttentionCall, sides: Mapping[str, Mapping[str, float]]) -> str:
     """A table of one call."""
     first = sides["cuDNN"]["ms"] if "cuDNN" in sides else float("nan")
-    mask = {"none": "full", "causal": "lower right"}.get(call.mask, f"{call.left}, {call.right}")
+    mask = {"none": "full", "causal": "lower right"}.get(call.mask, str(call.band))
     title = (
         f"{call.q_tokens} × {call.kv_tokens} tokens, {call.q_heads}/{call.kv_heads} heads of "
         f"{call.head_dim}, {call.dtype}, {mask}"

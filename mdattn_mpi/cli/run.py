@@ -1,11 +1,12 @@
 """Compute exact attention over every item of a dataset, by all ranks together.
 
   mpirun -n 4 mdattn run data.h5 -o out.h5
+  mpirun -n 4 mdattn run tokens.h5 --model DIR -o out.h5
 
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
-output. With --engine and --bind it is a model's engine that they run. The same command again does
-only what isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, and a death
-note if a rank is lost.
+output. With --model it is a whole transformer that they run over token ids; with --engine and
+--bind, a model's TensorRT engine. The same command again does only what isn't done. Beside the
+output, OUT.h5.run/ gets one log a rank, summary.json, and a death note if a rank is lost.
 """
 
 from __future__ import annotations
@@ -50,6 +51,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     bind = "bind a model's input or output to a dataset: hidden=items/*/hidden:0"
     add("--bind", action="append", metavar="TENSOR=PATH", help=bind)
 
+    model = parser.add_argument_group("a transformer over token ids")
+    add = model.add_argument
+    add("--model", metavar="DIR", help="a folder with config.json and safetensors")
+    give = "last_hidden_state (default), embedding, logprobs; several with commas"
+    add("--give", metavar="NAMES", help=give)
+    add("--pool", metavar="HOW", help="of an embedding: mean (default), last, first")
+    add("--dtype", metavar="T", help="of weights and hidden states: bf16 (default), fp16")
+    beyond = "take sequences longer than the model's positions, if it computes these"
+    add("--beyond-positions", action="store_true", help=beyond)
+
     what = parser.add_argument_group("what")
     add = what.add_argument
     add("--items", metavar="PATTERN", help="only these: names or globs, separated by commas")
@@ -60,7 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     again = parser.add_argument_group("again, and how long")
     add = again.add_argument
-    add("--overwrite", action="store_true", help="start anew, whatever the output holds")
+    add("--overwrite", action="store_true", help="start over, whatever the output holds")
+    add("--redo", action="store_true", help="compute the items that --items names again")
     add(
         "--allow-change",
         action="store_true",
@@ -85,7 +97,9 @@ def duration(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90, 15m, 2h or HH:MM:SS")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} isn't a duration; write 90, 15m, 2h or HH:MM:SS"
+        )
     return seconds
 
 
@@ -127,6 +141,12 @@ def spec_of(arguments: argparse.Namespace) -> Any:
         for name, value in vars(arguments).items()
         if name not in ("main", "job")
     }
+    if given.pop("redo", False):
+        if "items" not in given:
+            raise RejectedError(
+                "--redo without --items", fix="say what to compute again: --items NAME --redo"
+            )
+        given["redo"] = given.pop("items")
     fields = {**(load_job_file(arguments.job) if "job" in arguments else {}), **given}
     for name, shown in (("data", "DATA.h5"), ("output", "-o OUT.h5")):
         if name not in fields:

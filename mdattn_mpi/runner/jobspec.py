@@ -31,6 +31,7 @@ class JobSpec:
     layout: Literal["auto", "token_major", "head_major"] = "auto"
     nonfinite: Literal["refuse", "pass"] = "refuse"
     overwrite: bool = False
+    redo: str = ""
     allow_change: bool = False
     allow: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -42,6 +43,11 @@ class JobSpec:
     kernel: Literal["auto", "cudnn", "flash"] = "auto"
     engine: str = ""
     bind: tuple[str, ...] = ()
+    model: str = ""
+    give: str = "last_hidden_state"
+    pool: Literal["mean", "last", "first"] = "mean"
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    beyond_positions: bool = False
     chaos: str = ""
     dry_run: bool = False
     json: bool = False
@@ -64,6 +70,10 @@ class JobSpec:
             )
         if self.quiet and self.verbose:
             raise RejectedError("both quiet and verbose", fix="leave one of -q and -v out")
+        if self.redo and self.overwrite:
+            raise RejectedError(
+                "both redo and overwrite", fix="leave --redo out to compute all items again"
+            )
         if self.bind and not self.engine:
             raise RejectedError(
                 "--bind without --engine", fix="name the model's engine: --engine FILE"
@@ -77,7 +87,7 @@ class JobSpec:
 def load_job_file(path: str) -> dict[str, Any]:
     """Read a TOML job file: a flat table with the fields of `JobSpec`.
 
-    ``data`` and ``output`` are taken relative to the job file's folder.
+    ``data``, ``output`` and ``model`` are taken relative to the job file's folder.
 
     Raises
     ------
@@ -104,7 +114,7 @@ def load_job_file(path: str) -> dict[str, Any]:
         ) from error
     _check(table, path)
     folder = Path(path).resolve().parent
-    for name in ("data", "output"):
+    for name in ("data", "output", "model"):
         if name in table:
             table[name] = str(folder / table[name])
     return {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}

@@ -30,6 +30,7 @@ from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.devices.cuda.memory import contiguous_strides
 from mdattn_mpi.devices.cuda.open import Libraries
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import Band
 
 TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}
 LSE_TOLERANCE = 2e-3
@@ -79,12 +80,11 @@ class Case:
         """Changes of the call of which the results should have been wrong, and weren't."""
         call, changes = self.call, list[dict[str, Any]]()
         visible = reference_mask(call).sum()
-        for name in ("left", "right"):
-            bound = getattr(call, name)
+        for name, bound in call.band._asdict().items():
             if bound is not None:
-                change = {name: bound + 1}
-                if reference_mask(call._replace(**change)).sum() != visible:
-                    changes.append(change)
+                wider = call._replace(band=call.band._replace(**{name: bound + 1}))
+                if reference_mask(wider).sum() != visible:
+                    changes.append({"band": wider.band})
         if call.softcap:
             changes.append({"softcap": 0.0})
         missed = []
@@ -101,10 +101,10 @@ def reference_mask(call: AttentionCall) -> Any:
     rows = torch.arange(call.q_tokens, device="cuda") + call.kv_tokens - call.q_tokens
     after = keys[None] - rows[:, None]
     seen = torch.ones_like(after, dtype=torch.bool)
-    if call.right is not None:
-        seen &= after <= call.right
-    if call.left is not None:
-        seen &= after >= -call.left
+    if call.band.after is not None:
+        seen &= after <= call.band.after
+    if call.band.before is not None:
+        seen &= after >= -call.band.before
     return seen
 
 
@@ -149,7 +149,7 @@ def calls() -> list[AttentionCall]:
                   (rows, q_heads, v_dim), (rows, q_heads))  # fmt: skip
         strides = [contiguous_strides(each) for each in arrays]
         for out in (dtype, "float32"):
-            about = (*shape, out, *bounds, dim**-0.5, cap)
+            about = (*shape, out, Band(*bounds), dim**-0.5, cap)
             found.append(AttentionCall(*about, *strides))  # type: ignore[arg-type]
     return found
 
@@ -187,7 +187,7 @@ def main() -> int:
         engine: Any = getattr(libraries, name)(gpu)
         done, refused = 0, dict[str, int]()
         for call in calls():
-            what = f"{name}: {call[:10]} scale {call.scale:.3f} softcap {call.softcap}"
+            what = f"{name}: {call[:9]} scale {call.scale:.3f} softcap {call.softcap}"
             try:
                 why = engine.refusal(call)
                 if why:

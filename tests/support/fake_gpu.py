@@ -417,10 +417,10 @@ def _attend(key: AttentionCall, addresses: Sequence[int]) -> None:
     if key.softcap:
         scores = key.softcap * np.tanh(scores / key.softcap)
     after = np.arange(skv)[None] - np.arange(sq)[:, None] - (skv - sq)  # of the diagonal
-    if key.right is not None:
-        scores[:, after > key.right] = -np.inf
-    if key.left is not None:
-        scores[:, after < -key.left] = -np.inf
+    if key.band.after is not None:
+        scores[:, after > key.band.after] = -np.inf
+    if key.band.before is not None:
+        scores[:, after < -key.band.before] = -np.inf
     most = scores.max(axis=2, keepdims=True)
     weights = np.exp(scores - np.where(np.isneginf(most), 0, most))
     total = weights.sum(axis=2, keepdims=True)

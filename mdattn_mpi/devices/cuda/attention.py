@@ -4,8 +4,7 @@ An `Engine` says what it can do, makes a launch for a call, and launches it on a
 addresses. Nobody else knows which engine a launch belongs to. What they can do::
 
                         cuDNN                                   FlashAttention 4
-    no mask, causal     yes                                     yes
-    band                rows <= keys, bounds of 0 and above     yes, any
+    any band            rows <= keys, bounds of 0 and above     yes
     soft cap            no                                      yes
     float32 output      no                                      yes
 
@@ -16,7 +15,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple, Protocol
 
-Mask = Literal["none", "causal", "band"]
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
+
+MaskKind = Literal["none", "causal", "band"]
 Strides = tuple[int, ...]
 
 
@@ -25,10 +26,6 @@ class AttentionCall(NamedTuple):
 
     Arrays are ``[tokens, heads, dim]``, the LSE ``[tokens, heads]`` in float32. ``out_dtype`` is
     ``dtype``, or ``float32`` for a partial result that will be merged with others.
-
-    Row ``i`` sees the keys from ``i + d − left`` to ``i + d + right``, where ``d = kv_tokens −
-    q_tokens``: the diagonal ends in the lower right corner. None: no bound on that side. A causal
-    mask has only the right one, and it is 0. A row that sees no key gives 0, and −∞ as its LSE.
     Scores become ``softcap · tanh(score / softcap)``, unless it is 0.
     """
 
@@ -40,8 +37,7 @@ class AttentionCall(NamedTuple):
     v_head_dim: int
     dtype: str
     out_dtype: str
-    left: int | None
-    right: int | None
+    band: Band
     scale: float
     softcap: float
     q: Strides
@@ -51,11 +47,11 @@ class AttentionCall(NamedTuple):
     lse: Strides
 
     @property
-    def mask(self) -> Mask:
-        """Which kind of mask the bounds are."""
-        if self.left is None:
-            return "none" if self.right is None else "band" if self.right else "causal"
-        return "band"
+    def mask(self) -> MaskKind:
+        """Which kind of band it is."""
+        if self.band == FULL:
+            return "none"
+        return "causal" if self.band == LOWER_RIGHT else "band"
 
 
 class Launch(Protocol):

@@ -13,9 +13,9 @@ import threading
 from typing import Any
 
 from mdattn_mpi.devices.cuda.attention import AttentionCall, Strides
+from mdattn_mpi.devices.presence import EXTRA
 from mdattn_mpi.errors import RejectedError
 
-EXTRA = "pip install 'mdattn_mpi[cuda]'"
 Q, K, V, OUTPUT, LSE = range(1, 6)
 
 
@@ -138,10 +138,11 @@ class CudnnEngine:
         mask: dict[str, Any] = {}
         if key.mask != "none":
             mask["diagonal_alignment"] = cudnn.diagonal_alignment.BOTTOM_RIGHT
-        if key.right is not None:
-            mask["diagonal_band_right_bound"] = key.right
-        if key.left is not None:  # cuDNN counts the diagonal's own key
-            mask["diagonal_band_left_bound"] = key.left + 1
+        before, after = key.band
+        if after is not None:
+            mask["diagonal_band_right_bound"] = after
+        if before is not None:  # cuDNN counts the diagonal's own key
+            mask["diagonal_band_left_bound"] = before + 1
         output, lse = graph.sdpa(
             name="sdpa", q=q, k=k, v=v, attn_scale=key.scale, generate_stats=True, **mask
         )

@@ -298,7 +298,7 @@ class CudaDevice:
     def finish(
         self, accumulator: Partials, sinks: DeviceArray | None = None
     ) -> tuple[DeviceArray, DeviceArray]:
-        """Merge what has more than one result, or a sink, in float32; round once."""
+        """Merge what has more than one result, or a sink, in float32, rounded once."""
         return self.kernels.finish(accumulator, sinks)
 
     def perform(

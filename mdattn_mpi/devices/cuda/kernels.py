@@ -23,13 +23,14 @@ from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
 from mdattn_mpi.devices.cuda.order import Fence, Queue, latest
 from mdattn_mpi.devices.cuda.partials import Launched, Partials, Region, overlap, pieces_of
 from mdattn_mpi.devices.protocol import Rehearsed
-from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.mask import LOWER_RIGHT, Band, Span
 from mdattn_mpi.problem import AttentionProblem
 
 LANES = 4
 FLOAT32, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 SAMPLE = 1024  # tokens of the problem that `choose` tries
 WORKSPACE = 1 << 20
+NOTHING: Fence = {}
 
 
 class Kernels:
@@ -100,7 +101,7 @@ class Kernels:
         lane.wait(partials.begin, k.allocation.written, v.allocation.written)
         q, lse = region.q[rows.slice], region.lse[rows.slice]
         output = region.output[rows.slice]
-        call = call_of(q, k, v, output, lse, band, partials.scale, partials.softcap)
+        call = call_of(partials, q, k, v, output, lse, band)
         wide = self._is_wide(region, call)
         if wide:
             call = call._replace(out_dtype="float32")
@@ -119,7 +120,7 @@ class Kernels:
         (region.first if first else region.more).append(launched)
 
     def finish(
-        self, partials: Partials, sinks: DeviceArray | None = None
+        self, partials: Partials, sinks: DeviceArray | None
     ) -> tuple[DeviceArray, DeviceArray]:
         """See `Device.finish`."""
         output, lse = partials.output, partials.lse
@@ -127,7 +128,7 @@ class Kernels:
             for region in partials.regions:
                 every = [Span(0, len(region.rows))]
                 for rows in region.unmerged if sinks is None else every:
-                    self._merge(partials, region, rows, region.output, region.lse, sinks=sinks)
+                    self._merge(partials, region, rows, region.output, region.lse, sinks)
         self.join()
         for array in (output, lse):  # one place to wait for, whichever lanes wrote it
             array.allocation.written = self.main.now
@@ -138,11 +139,10 @@ class Kernels:
     def choose(self, problem: AttentionProblem) -> Choice:
         """Choose the engine for a problem's calls, or refuse it with the reason."""
         rows, keys = (min(SAMPLE, n) for n in (problem.q_tokens, problem.kv_tokens))
-        heads = problem.q_heads, problem.kv_heads
-        low, high = problem.mask.low, problem.mask.high
-        band = Band(None if low is None else 0, None if high is None else 0)  # of the same kind
-        call = Rehearsed(rows, max(rows, keys), *heads, band, False)
-        return self._launches.chooser.choose(plain_call(problem, call))
+        sizes = rows, max(rows, keys), problem.q_heads, problem.kv_heads
+        calls = (Rehearsed(*sizes, band, False) for band in bands_of(problem))
+        choices = [self._launches.chooser.choose(plain_call(problem, call)) for call in calls]
+        return choices[0]
 
     def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
         """Make calls ready that will come."""
@@ -207,21 +207,21 @@ class Kernels:
         rows: Span,
         output: DeviceArray,
         lse: DeviceArray,
-        *begin: Fence,
         sinks: DeviceArray | None = None,
+        begin: Fence = NOTHING,
     ) -> None:
         """Merge all results of `rows` into `output` and `lse`, before less urgent calls end."""
         launched = [*region.first, *region.more]
         calls = [call for call in launched if overlap(rows, call.rows)]
         if len(calls) > PARTS:  # no row has so many: go on piece by piece
             for piece in pieces_of(rows, region.first):
-                self._merge(partials, region, piece, output, lse, *begin, sinks=sinks)
+                self._merge(partials, region, piece, output, lse, sinks, begin)
             return
         # `main`, unless it has more to do first: then the lane of the last of these calls.
         others = {call.lane for call in launched if call not in calls}
         lane = calls[-1].lane if calls and self.main in others else self.main
         running = region.folded
-        lane.wait(partials.begin, *begin, *(call.end for call in calls))
+        lane.wait(partials.begin, begin, *(call.end for call in calls))
         if sinks is not None:
             lane.wait(sinks.allocation.written)
         if running:
@@ -248,13 +248,14 @@ class Kernels:
         end = lane.now
         for array in (output, lse):
             array.allocation.wrote(end)
-        read = [a for call in calls for a in (call.output, call.lse)]
-        for array in (*read, *(running or ()), *([] if sinks is None else [sinks])):
+        inputs = [array for call in calls for array in (call.output, call.lse)]
+        inputs += [*(running or ()), *(() if sinks is None else (sinks,))]
+        for array in inputs:
             array.allocation.read(end)
 
     def _fold(self, partials: Partials, region: Region) -> None:
         """Merge all results so far into one in float32, to bound memory."""
-        begin: Fence = {}
+        begin = NOTHING
         if region.folded:
             output, lse = region.folded
         elif region.wide is not None:
@@ -263,7 +264,7 @@ class Kernels:
             output = self._memory.empty(region.output.shape, FLOAT32)
             lse = self._memory.empty(region.lse.shape, FLOAT32)
             begin = latest(output.allocation.used, lse.allocation.used)
-        self._merge(partials, region, Span(0, len(region.rows)), output, lse, begin)
+        self._merge(partials, region, Span(0, len(region.rows)), output, lse, begin=begin)
         region.folded = output, lse
         region.first, region.more = [], []
 
@@ -278,22 +279,31 @@ class Kernels:
 
 
 def call_of(
+    partials: Partials,
     q: DeviceArray,
     k: DeviceArray,
     v: DeviceArray,
     output: DeviceArray,
     lse: DeviceArray,
     band: Band,
-    scale: float,
-    softcap: float,
 ) -> AttentionCall:
     """Describe a call with the result in the dtype of the query."""
     dtype = name_of(q.dtype)
     return AttentionCall(
         *(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
-        dtype, dtype, *band, scale, softcap,
+        dtype, dtype, band, partials.scale, partials.softcap,
         q.strides, k.strides, v.strides, output.strides, lse.strides,
     )  # fmt: skip
+
+
+def bands_of(problem: AttentionProblem) -> list[Band]:
+    """Return a band of each kind that the calls of a problem may have, the commonest first."""
+    mask = problem.mask
+    if mask.low is None and problem.causal != "none":
+        return [LOWER_RIGHT]
+    befores = (None,) if mask.low is None else (1, None)
+    afters = (None,) if mask.high is None else (1, 0, None)
+    return [Band(before, after) for before in befores for after in afters]
 
 
 def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
@@ -306,7 +316,7 @@ def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
     dim, v_dim, dtype = problem.head_dim, problem.v_head_dim, problem.dtype
     return AttentionCall(
         call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype,
-        *call.band, problem.scale, problem.softcap,
+        call.band, problem.scale, problem.softcap,
         strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
         strides(q_heads, v_dim), (q_heads, 1),
     )  # fmt: skip

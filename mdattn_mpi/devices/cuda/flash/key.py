@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mdattn_mpi.devices.cuda.attention import AttentionCall, Mask
+from mdattn_mpi.devices.cuda.attention import AttentionCall, MaskKind
 
 
 class KernelKey(NamedTuple):
@@ -16,8 +16,13 @@ class KernelKey(NamedTuple):
     group_heads: int
     dtype: str
     out_dtype: str
-    mask: Mask
+    mask: MaskKind
     capped: bool
+
+    @property
+    def ones(self) -> int:
+        """Dims of one before those of output and LSE: the batch, and on SM 10.0 the split."""
+        return 2 if self.sm[0] == 10 and self.out_dtype != self.dtype else 1
 
     @staticmethod
     def of(call: AttentionCall, sm: tuple[int, int]) -> KernelKey:

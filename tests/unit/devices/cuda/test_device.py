@@ -199,6 +199,23 @@ def test_a_ring_is_as_exact_as_one_gpu(ranks: int, causal: Any) -> None:
     assert error(ranks, "cudnn") > 1.05 * alone  # results of 16 bits are rounded twice
 
 
+@pytest.mark.parametrize("strategy", NAMES)
+def test_sinks_cost_no_exactness(strategy: StrategyName) -> None:
+    """Results are in float32 until the sinks are added, where the kernel can."""
+    problem = AttentionProblem(333, 333, 4, 2, 64, 64, "bfloat16", window=(70, 20), sinks=True)
+    inputs = random_inputs(problem, 7)
+    right, _ = attention(problem, *inputs)
+
+    def error(kernel: str) -> float:
+        plan = Plan(problem, strategy, 2)
+        shards = in_group(2, lambda device: attend_in_turn(device, [plan], [inputs]), kernel=kernel)
+        return error_of(shards, plan, right)
+
+    once = float(np.linalg.norm(right.astype(inputs[0].dtype).astype(float) - right))
+    assert error("flash") <= 1.05 * once
+    assert error("cudnn") > 1.05 * once
+
+
 def test_where_one_result_is_all_there_is_nothing_to_merge() -> None:
     calls = []
 
@@ -332,6 +349,22 @@ def test_what_no_kernel_can_do_is_refused_before_the_job(kernel: str, fix: str) 
         in_group(1, lambda device: device.check(problem), kernel=kernel)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"kernel": "cudnn"}, r"no soft cap.*Fix: use --kernel flash, or -b cpu"),
+        ({"no_flash": "isn't there"}, r"no soft cap; not flash: rank 0: isn't there.*-b cpu"),
+    ],
+)
+def test_a_soft_cap_is_refused_where_only_cudnn_is(wrong: dict[str, Any], what: str) -> None:
+    problem = AttentionProblem(50, 50, 2, 2, 16, 16, causal="upper_left", softcap=30.0)
+    with pytest.raises(RejectedError, match=what) as refused:
+        in_group(1, lambda device: device.check(problem), **wrong)
+    assert "multiples of 8" not in str(refused.value)
+    choice = in_group(1, lambda device: device.check(problem), kernel="flash")
+    assert "flash: asked for" in choice[0][0]
+
+
 def test_out_of_memory_says_how_much_and_what_to_do() -> None:
     def act(device: CudaDevice) -> None:
         like = device.upload(np.zeros((1, 1, 8), np.float16))
@@ -419,7 +452,7 @@ def test_different_gpus_in_one_group_are_refused() -> None:
         ),
         ({"sm": (10, 0)}, "cudnn double", "kernel cudnn: flash wasn't measured on SM 10.0"),
         ({"kernel": "cudnn"}, "cudnn double", "kernel cudnn: asked for"),
-        ({"kernel": "flash", "sm": (10, 0)}, "flash double", "kernel flash: asked for"),
+        ({"kernel": "flash", "sm": (10, 0)}, "flash double", "flash: asked for; built.*never exec"),
     ],
 )
 def test_the_kernel_is_chosen_by_what_was_measured(
@@ -448,6 +481,7 @@ def test_all_ranks_do_without_what_one_of_them_lacks() -> None:
 
 def test_calls_that_were_rehearsed_are_ready_when_they_come() -> None:
     problems = [AttentionProblem(n, n, 2, 1, 8, 8, causal="upper_left") for n in (40, 48, 64)]
+    problems += [replace(problems[2], window=(9, 0), sinks=True, segments=(0, 30))]
 
     def act(device: CudaDevice) -> list[tuple[set[Any], set[Any]]]:
         found = []

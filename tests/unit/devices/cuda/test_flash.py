@@ -21,10 +21,11 @@ from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.devices.cuda.flash.store import Store
 from mdattn_mpi.devices.cuda.flash.tvm import UNBOUNDED, FunctionLaunch
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 
 CALL = AttentionCall(
     q_tokens=6, kv_tokens=10, q_heads=4, kv_heads=2, head_dim=16, v_head_dim=8,
-    dtype="bfloat16", out_dtype="float32", left=None, right=0, scale=0.25, softcap=0.0,
+    dtype="bfloat16", out_dtype="float32", band=LOWER_RIGHT, scale=0.25, softcap=0.0,
     q=(64, 16, 1), k=(32, 16, 1), v=(16, 8, 1), output=(32, 8, 1), lse=(4, 1),
 )  # fmt: skip
 KEY = KernelKey.of(CALL, (9, 0))
@@ -41,7 +42,8 @@ def test_setup_cfg_pins_what_the_engine_wants() -> None:
     ("installed", "sm", "why"),
     [
         (engine.PINNED, (9, 0), ""),
-        (engine.PINNED, (10, 0), "not built for SM 10.0"),
+        (engine.PINNED, (10, 0), ""),
+        (engine.PINNED, (8, 0), "not built for SM 8.0"),
         (dict(list(engine.PINNED.items())[:1]), (9, 0), r"cutlass-dsl isn't installed.*\[flash\]"),
         ({**engine.PINNED, "flash-attn-4": "9"}, (9, 0), "flash-attn-4 is 9, and 4.*checked"),
     ],
@@ -72,22 +74,33 @@ def test_why_it_can_not_be_used(
     ],
 )
 def test_what_its_kernel_can_not_do(change: dict[str, Any], why: str) -> None:
-    found = engine.refusal(CALL._replace(**change))
+    found = engine.refusal(CALL._replace(**change), (9, 0))
     assert why in found
     assert bool(found) == bool(why)
+
+
+def test_other_architectures_have_other_limits() -> None:
+    large = CALL._replace(head_dim=256)
+    assert "multiples of 8 up to 128" in engine.refusal(large, (10, 0))
+    assert not engine.refusal(large, (9, 0))
+    wide, plain = (
+        KernelKey.of(CALL._replace(out_dtype=t), (10, 0)) for t in ("float32", "bfloat16")
+    )
+    assert (wide.ones, plain.ones, KEY.ones) == (2, 1, 1)  # one split of the keys comes first
 
 
 def test_a_kernel_is_for_all_lengths_and_strides() -> None:
     longer = CALL._replace(q_tokens=7, kv_tokens=99, q=(640, 16, 1), scale=0.5)
     assert KernelKey.of(longer, (9, 0)) == KEY
-    band = CALL._replace(left=3, softcap=20.0)
-    assert KernelKey.of(band._replace(left=0, right=7, softcap=50.0), (9, 0)) == KernelKey.of(
-        band, (9, 0)
+    band, other = (
+        CALL._replace(band=Band(*bounds), softcap=cap)
+        for *bounds, cap in ((3, 0, 20.0), (0, 7, 50.0))
     )
+    assert KernelKey.of(band, (9, 0)) == KernelKey.of(other, (9, 0))
     more_heads = CALL._replace(q_heads=8, kv_heads=4)
     assert KernelKey.of(more_heads, (9, 0)) == KEY
     for change in (
-        {"right": None}, {"left": 3}, {"softcap": 30.0}, {"out_dtype": "bfloat16"},
+        {"band": FULL}, {"band": Band(3, 0)}, {"softcap": 30.0}, {"out_dtype": "bfloat16"},
         {"dtype": "float16"}, {"q_heads": 2}, {"head_dim": 24}, {"v_head_dim": 24},
     ):  # fmt: skip
         assert KernelKey.of(CALL._replace(**change), (9, 0)) != KEY  # type: ignore[arg-type]
@@ -145,7 +158,12 @@ def test_a_launch_gives_addresses_strides_scale_and_stream() -> None:
         *(0.25, 0.0, UNBOUNDED, 0),
         1234,
     ]
-    band = CALL._replace(left=3, right=None, softcap=30.0)
+    launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), CALL, 3, ones=2)
+    launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))
+    assert [found[1] for found in library.seen.pop()[3:6]] == [
+        (1, 10, 2, 8), (1, 1, 6, 4, 8), (1, 1, 4, 6)
+    ]  # fmt: skip
+    band = CALL._replace(band=Band(3, None), softcap=30.0)
     launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), band, ordinal=3)
     launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))
     assert library.seen[2][6:10] == [0.25, 30.0, 3, UNBOUNDED]

@@ -2,12 +2,16 @@
 
     python -m pytest tests/unit/devices/cuda/test_flash_contract.py
 
-Every kind of kernel that a problem of the tests needs is compiled for SM 9.0 and loaded again. A
-launch gets as far as CUDA: what it was given was found right by the compiled function itself.
+Every kind of kernel that a problem of the tests needs is compiled for SM 9.0 and loaded again, and
+some for SM 10.0 in a process of their own, for a process compiles for one architecture. A launch
+gets as far as CUDA: what it was given was found right by the compiled function itself.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +21,11 @@ from typing import Any
 import pytest
 
 from mdattn_mpi.devices.cuda.attention import AttentionCall
-from mdattn_mpi.devices.cuda.flash.engine import FlashEngine, why_not
+from mdattn_mpi.devices.cuda.flash.engine import ARCHITECTURES, FlashEngine, why_not
 from mdattn_mpi.devices.cuda.memory import contiguous_strides
 from mdattn_mpi.devices.presence import gpu_count
 from mdattn_mpi.errors import DeviceError
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 from tests.support.no_triton import import_quack
 
 pytestmark = pytest.mark.skipif(
@@ -33,36 +38,43 @@ HEADS = (
     (4, 2, 192, 128), (6, 3, 72, 56), (2, 2, 8, 8), (6, 2, 64, 64),
     (4, 2, 96, 72),
 )  # fmt: skip
-NONE, CAUSAL, BAND = (None, None), (None, 0), (7, 3)
+WINDOW = Band(7, 3)
 MASKS = (
-    ("bfloat16", NONE, 0.0), ("float16", CAUSAL, 0.0), ("bfloat16", BAND, 0.0),
-    ("float16", NONE, 30.0), ("bfloat16", CAUSAL, 50.0), ("float16", BAND, 50.0),
+    ("bfloat16", FULL, 0.0), ("float16", LOWER_RIGHT, 0.0), ("bfloat16", WINDOW, 0.0),
+    ("float16", FULL, 30.0), ("bfloat16", LOWER_RIGHT, 50.0), ("float16", WINDOW, 50.0),
 )  # fmt: skip
 KINDS = [
-    (*heads, dtype, out, bounds, softcap)
+    (*heads, dtype, out, band, softcap)
     for number, heads in enumerate(HEADS)
-    for dtype, bounds, softcap in (MASKS[number % 2], MASKS[2 + number % 4])
+    for dtype, band, softcap in (MASKS[number % 2], MASKS[2 + number % 4])
     for out in (dtype, "float32")
 ]
+SM = (int(os.environ.get("FLASH_CONTRACT_SM", "9")), 0)
+if SM[0] == 10:  # they take longer
+    KINDS = [
+        (8, 8, 128, 128, "bfloat16", "bfloat16", FULL, 0.0),
+        (32, 8, 128, 128, "float16", "float32", LOWER_RIGHT, 0.0),
+        (6, 3, 72, 56, "bfloat16", "float32", WINDOW, 50.0),
+    ]
 
 
 def call_of(
     q_heads: int, kv_heads: int, dim: int, v_dim: int, dtype: str, out: str,
-    bounds: tuple[int | None, int | None], softcap: float,
+    band: Band, softcap: float,
 ) -> AttentionCall:  # fmt: skip
     shapes = (100, q_heads, dim), (201, kv_heads, dim), (201, kv_heads, v_dim)
     strides = map(contiguous_strides, (*shapes, (100, q_heads, v_dim), (100, q_heads)))
     about = 100, 201, q_heads, kv_heads, dim, v_dim, dtype, out
-    return AttentionCall(*about, *bounds, 0.1, softcap, *strides)
+    return AttentionCall(*about, band, 0.1, softcap, *strides)
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlashEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MDATTN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("CUTE_DSL_ARCH", "sm_90a")
+        patch.setenv("CUTE_DSL_ARCH", ARCHITECTURES[SM[0]])
         import_quack()
-        yield FlashEngine((9, 0), 0)
+        yield FlashEngine(SM, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -93,3 +105,16 @@ def test_another_process_loads_what_was_compiled(engine: FlashEngine, tmp_path: 
     compiled = store.compiled
     assert store.get(next(iter(engine._functions)), never, engine._load)
     assert store.compiled == compiled
+
+
+@pytest.mark.skipif(SM[0] == 10, reason="it is what is tested")
+@pytest.mark.timeout(400)
+def test_kernels_of_sm_10_compile_too() -> None:
+    """And take our calls, as far as that can be seen without such a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-k", "every_kernel", __file__]
+    environment = {**os.environ, "FLASH_CONTRACT_SM": "10"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=380, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout
