@@ -187,6 +187,8 @@ def test_each_rule_is_needed(
 ) -> None:
     if what is StreamCaller and names == "give_back" and replays:
         pytest.skip("the caller waits for the output, whose end is that of the whole replay")
+    if what is Memory and replays:
+        pytest.skip("flags lie in such memory too: the ranks wait for each other instead")
     for name in names.split():
         monkeypatch.setattr(what, name, instead)
     pattern = default_stream if hides else a_stream_a_call

@@ -209,6 +209,12 @@ def test_what_is_too_large_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> N
     check([Plan(PROBLEM, "ring", 2)] * 4, 1, replayed=0)
 
 
+def test_in_a_batch_what_hides_its_host_is_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "HIDES_HOST", 0.0)
+    check([Plan(PROBLEM, "ring", 2)] * 4, 1, in_a_batch, replayed=0)
+    check([Plan(PROBLEM, "ring", 2)] * 4, 1, one_by_one, replayed=3)
+
+
 @pytest.mark.parametrize("way", [one_by_one, in_a_batch])
 def test_old_steps_make_room_for_new_ones(
     monkeypatch: pytest.MonkeyPatch, way: Callable[..., Any]
