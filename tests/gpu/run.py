@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import cProfile
+import faulthandler
 import itertools
 import os
 import pstats
@@ -93,6 +94,8 @@ def check(world: World, transfer: str, kernel: str, wanted: list[AttentionProble
         following = begin(*batch[index + 1]) if index + 1 < len(batch) else None
         backend.enqueue(running)
         downloads.append(backend.collect(running))
+        if world.rank == 0 and index % 33 == 32:
+            print(f"    {index + 1} of {len(batch)} items asked for", flush=True)
         running = following
     wrong = sum(
         _wrong(world, transfer, plan, arrays, *download.wait())
@@ -360,9 +363,14 @@ def main() -> int:
     parser.add_argument("--rows", default="", help="rows of the table to bench, as 0,3,4")
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
     parser.add_argument("--no-replays", dest="replays", action="store_false")
+    parser.add_argument(
+        "--stacks", type=float, default=0.0, help="seconds after which to show them"
+    )
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     world, wrong = start(), 0
+    if arguments.stacks:
+        faulthandler.dump_traceback_later(arguments.stacks)
     begin = time.perf_counter()
     if "masks" in arguments.what:
         wrong += check(world, "auto", arguments.kernel, masked_problems())

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.devices.cuda.memory import Allocation, BlockRange, DeviceArray, Memory
+from mdattn_mpi.devices.cuda.memory import SIMILAR, Allocation, BlockRange, DeviceArray, Memory
 from mdattn_mpi.devices.cuda.order import Fence, extend
 from mdattn_mpi.errors import DeviceError
 
@@ -64,8 +64,10 @@ class Arena:
         self._asked, self._free = 0, {}
         self._pass += 1
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        """An array with undefined contents.
+    def empty(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], *, newest: bool = False
+    ) -> DeviceArray:
+        """An array with undefined contents; `newest` changes nothing.
 
         Raises
         ------
@@ -105,7 +107,7 @@ class Arena:
         """Find a place that is free again, or take memory for it."""
         size = self._memory.size_of(nbytes)
         for place in self._free:
-            if place.stop - place.start == size:
+            if size <= place.stop - place.start <= SIMILAR * size:
                 return place
         piece, fence = self._memory.cut(nbytes)
         extend(self._holding.begin, fence)

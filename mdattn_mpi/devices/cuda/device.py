@@ -144,7 +144,7 @@ class CudaDevice:
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """Take an array from the host; from `host` it goes while the host goes on."""
         source = np.ascontiguousarray(array)
-        target = self.memory.empty(source.shape, source.dtype)
+        target = self.memory.empty(source.shape, source.dtype, newest=True)
         if not source.size:
             return target
         up = self._upwards

@@ -160,8 +160,8 @@ def test_a_library_without_streams(strategy: StrategyName, ranks: int) -> None:
         assert attend(strategy, ranks, seed, hides=True)
 
 
-def without_fence(memory: Memory, nbytes: int, cut: Any = Memory.cut) -> Any:
-    return cut(memory, nbytes)[0], {}
+def without_fence(memory: Memory, nbytes: int, cut: Any = Memory.cut, **options: Any) -> Any:
+    return cut(memory, nbytes, **options)[0], {}
 
 
 @pytest.mark.parametrize("replays", [False, True])
