@@ -40,7 +40,8 @@ class ReplayingDevice(CudaDevice):
 
     def describe(self) -> dict[str, str]:
         """The GPU, the libraries, the way of the messages, and how many calls were replayed."""
-        return {**super().describe(), "replayed": self.steps.describe()}
+        replayed = {"replayed": self.steps.describe()} if self.steps.counts else {}
+        return {**super().describe(), **replayed}
 
     def close(self) -> None:
         """Collective. Release everything, in order."""
