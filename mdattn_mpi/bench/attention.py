@@ -34,6 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--kernel", default="auto", metavar="NAME", help="on GPUs: auto (default), cudnn, flash")
     add("--no-rivals", dest="rivals", action="store_false", help="GPUs: leave PyTorch out")
+    add(
+        "--no-replays",
+        dest="replays",
+        action="store_false",
+        help="GPUs: ask for every copy and kernel of every call",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -31,7 +31,9 @@ if TYPE_CHECKING:
 
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}  # NVIDIA's data sheets
 ONE, THEIRS = "one rank", "PyTorch context_parallel"
-SHARPNESS = 3.0  # of queries and keys: random attention is nearly uniform, and wrong looks right
+# Standard deviation of random scores: nearly uniform attention looks right when it is wrong, and
+# a much sharper one makes of every rounding another answer.
+SCORES = 2.0
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +104,7 @@ def random_network(world: World, shape: AttentionProblem, arguments: argparse.Na
         model = kind._from_config(config, dtype=getattr(torch, shape.dtype))
     for name, weight in model.named_parameters():
         if "q_proj" in name or "k_proj" in name:
-            weight.data.mul_(SHARPNESS)
+            weight.data.normal_(std=(SCORES**0.5) / config.hidden_size**0.5)
     return Network(model.eval().requires_grad_(False))
 
 

@@ -24,7 +24,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.models.attention import Attending, Layer, SharedAttention, StrategyWish
 from mdattn_mpi.models.pieces import PIECE
 from mdattn_mpi.models.sequence import ONE_DOCUMENT, Ids, TokenSequence, owners_of
-from mdattn_mpi.problem import Span
+from mdattn_mpi.problem import Plan, Span
 from mdattn_mpi.text import counted
 
 if TYPE_CHECKING:
@@ -234,6 +234,10 @@ class _Alone:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)
+
+    def perform(self, attend: Any, plan: Plan, *inputs: Any, **options: Any) -> Any:
+        """Do what a strategy does alone; nothing is replayed."""
+        return attend(self, plan, *inputs, **options)
 
 
 class _Own:
