@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "slurm": set(),
-    "verifier": {"dataset"},
+    "verifier": {"dataset", "models.folder", "models.load"},
     "library": {"partition", "strategies", "lockstep", "backends"},
     "corpus": {"dataset"},
     "models": {
@@ -93,6 +93,7 @@ ROOMS: dict[str, set[str]] = {
         "strategies",  # it times them
         "runner",
         "models",
+        "verifier",
     },
     "onnx": set(),
 }
@@ -126,6 +127,7 @@ ONLY: dict[str, set[str]] = {
         "dataset.foreign.torch_file",
         "devices.cuda.interop",
         "models",
+        "verifier.transformer",
     },
     "transformers": {"models", "bench.model", "corpus.tokenizer"},
     "pyarrow": {"corpus.texts"},

@@ -115,11 +115,15 @@ class Memory:
 
         """
         self._take_back()
-        size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
+        size = self.size_of(nbytes)
         piece, fence = self._take_spare(size, newest) or self._cut_hole(size)
         self._in_use += piece.stop - piece.start
         self.peak = max(self.peak, self._in_use)
         return piece, fence
+
+    def size_of(self, nbytes: int) -> int:
+        """Count the bytes of a piece that holds `nbytes`."""
+        return -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
 
     def give_back(self, piece: BlockRange, fence: Fence) -> None:
         """Let a piece be used again after `fence`; a destructor may call, in any thread."""
