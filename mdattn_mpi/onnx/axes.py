@@ -8,11 +8,14 @@ is given some.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isqrt
 from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import graph_inputs
-from mdattn_mpi.onnx.shapes import Labels, infer_shapes, labels_of
+from mdattn_mpi.onnx.lengths import Lengths
+from mdattn_mpi.onnx.model import Labels, graph_inputs, labels_of
+
+PRIMES = [n for n in range(11, 300) if all(n % d for d in range(2, isqrt(n) + 1))]
 
 
 class TokenDim(NamedTuple):
@@ -113,10 +116,44 @@ def _attention_dims(
 
     The label of an input's dim, a length, or None where inference doesn't carry it so far.
     """
-    graph = infer_shapes(model, labels)
-    shapes = {value.name: labels_of(value) for value in (*graph.value_info, *graph.input)}
-    found = [[shapes.get(tensor, []) for tensor in node.input[:3]] for node in attentions]
-    return [[dims[-2] if len(dims) > 2 else None for dims in three] for three in found]
+    fixed = {dim for dims in labels.values() for dim in dims if isinstance(dim, int)}
+    symbols = dict.fromkeys(dim for dims in labels.values() for dim in dims if isinstance(dim, str))
+    spare = (prime for prime in PRIMES if prime not in fixed)
+    numbers = dict(zip(symbols, spare, strict=False))
+    back: dict[int, str | int | None] = {number: symbol for symbol, number in numbers.items()}
+    shapes = Lengths(
+        model, {name: [numbers.get(dim, dim) for dim in dims] for name, dims in labels.items()}
+    ).shapes
+    found = [[shapes.get(tensor, ()) for tensor in node.input[:3]] for node in attentions]
+    return [
+        [back.get(dims[-2], dims[-2]) if len(dims) > 2 else None for dims in three]
+        for three in found
+    ]
+
+
+def at_lengths(
+    model: Any,
+    places: Mapping[str, Sequence[TokenDim]],
+    lengths: Mapping[str, int],
+    others: Sequence[int] = (1,),
+) -> dict[str, list[int]]:
+    """Return the dims of all inputs at some lengths of the sequences.
+
+    Other symbols count 1, as in an engine that is built of the model; or each one of `others`.
+    """
+    symbols: dict[str, int] = {}
+    found = {}
+    for value in graph_inputs(model):
+        tokens = {place.dim: lengths[place.sequence] for place in places.get(value.name, ())}
+        found[value.name] = [
+            tokens[number]
+            if number in tokens
+            else symbols.setdefault(dim, others[len(symbols) % len(others)])
+            if isinstance(dim, str)
+            else dim
+            for number, dim in enumerate(labels_of(value))
+        ]
+    return found
 
 
 def _sequences(

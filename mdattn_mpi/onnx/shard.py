@@ -8,6 +8,7 @@ from typing import Any
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import TokenDim, token_dims
 from mdattn_mpi.onnx.check import check
+from mdattn_mpi.onnx.faults import Faults
 from mdattn_mpi.onnx.model import (
     ATTENTION,
     STANDARD,
@@ -18,7 +19,8 @@ from mdattn_mpi.onnx.model import (
     operator,
 )
 from mdattn_mpi.onnx.patterns import fuse_patterns
-from mdattn_mpi.onnx.sharding import Sharding, write_sharding
+from mdattn_mpi.onnx.sharding import POSITIONS, Sharding, write_sharding
+from mdattn_mpi.onnx.simplify import simplify
 from mdattn_mpi.onnx.site import Site, mask_of
 from mdattn_mpi.onnx.tokens import Tokens, trace_tokens
 from mdattn_mpi.problem import StrategyName
@@ -64,9 +66,16 @@ def shard_model(
             fix="export it with scaled dot-product attention (opset 23 has the operator)",
         )
     _name_apart(sharded, attentions)
-    tokens = _trace(sharded, token_dims(sharded, attentions, named_axes))
+    found: Places = token_dims(sharded, attentions, named_axes)
+    faults = Faults()
     if ranks > 1:
-        check(tokens)
+        told, added = simplify(sharded, found, faults)
+        done += told
+        found = {**found, **added}
+    tokens = _trace(sharded, found)
+    if ranks > 1:
+        check(tokens, faults)
+        faults.end()
         done += _share(sharded, tokens, strategy, ranks)
     else:
         done.append("one rank has all tokens; the model is left as it is")
@@ -78,9 +87,10 @@ def shard_model(
     _free_token_dims(sharded, places)
     sharding = Sharding(strategy, ranks, {name: place.dim for name, place in places.items()})
     for value in graph_inputs(model):
-        if sharding.counts_keys(value.name):
+        if sharding.given_by_rank(value.name):
             raise RejectedError(
-                f"the input {value.name!r} would be taken for a number of keys", fix="rename it"
+                f"the input {value.name!r} would be taken for one of those that sharding adds",
+                fix="rename it",
             )
     write_sharding(sharded, sharding)
     return sharded, done
@@ -105,13 +115,12 @@ def _name_apart(model: Any, attentions: Sequence[Any]) -> None:
 
 def _trace(model: Any, places: Places) -> Tokens:
     """Find the tokens; where sequences can only be of one length, they are one."""
-    try:
-        return trace_tokens(model, places)
-    except RejectedError:
-        if len({place.sequence for each in places.values() for place in each}) == 1:
-            raise
+    tokens = trace_tokens(model, places)
+    several = len({place.sequence for each in places.values() for place in each}) > 1
+    if several and any(tokens.failure(name) for node in model.graph.node for name in node.output):
         one = {name: [TokenDim("tokens", p.dim) for p in each] for name, each in places.items()}
         return trace_tokens(model, one)
+    return tokens
 
 
 def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> list[str]:
@@ -143,7 +152,7 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
         numbers.update(dict.fromkeys(site.numbers))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _add_numbers(model, list(numbers))
+    _add_inputs(model, list(numbers))
     return done
 
 
@@ -155,7 +164,7 @@ def _left_alone(node: Any, tokens: Tokens) -> str:
     if mask != "none":
         raise tokens.refuse(
             node,
-            f"is causal ({mask}) over keys that no rank cuts, and every rank would count its "
+            f"has a mask ({mask}) over keys that no rank cuts, and every rank would count its "
             "queries from 0",
             fix=_cut_keys_too(node, tokens) if mask == "upper_left" else "use -n 1",
         )
@@ -173,14 +182,18 @@ def _cut_keys_too(node: Any, tokens: Tokens) -> str:
     return f"cut the keys too: -s ulysses {named}; or use -n 1"
 
 
-def _add_numbers(model: Any, names: Sequence[str]) -> None:
-    """Add inputs of one number each."""
+def _add_inputs(model: Any, names: Sequence[str]) -> None:
+    """Add inputs of one number each, and of positions."""
     onnx = import_onnx()
+    inputs = {value.name for value in model.graph.input}
     for name in names:
-        if name in [value.name for value in model.graph.input]:
+        positions = name.startswith(POSITIONS)
+        if name in inputs and not positions:
             raise RejectedError(f"the model has an input {name!r} already", fix="rename it")
-        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1])
-        model.graph.input.append(value)
+        if name not in inputs:
+            shape = ["tokens"] if positions else [1]
+            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, shape)
+            model.graph.input.append(value)
 
 
 def _free_token_dims(model: Any, places: Mapping[str, TokenDim]) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 
+import numpy as np
+
 from mdattn_mpi.errors import DeviceError, RejectedError
-from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
+from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS, POSITIONS
 from mdattn_mpi.partition import equal_shards, shard_length
 from mdattn_mpi.problem import ModelPlan, ModelProblem, StrategyName, TensorSpec
 from mdattn_mpi.trt.gpu import HostArray
@@ -43,9 +45,9 @@ class Model(EngineExecutor):
             )
         self._engine = runtime.load(built)
         names = self._engine.inputs
-        counts = {name: self.manifest.sharding.counts_keys(name) for name in names}
-        self._key_counts = {name: kind for name, kind in counts.items() if kind}
-        self.inputs = self._tensors(name for name in names if name not in self._key_counts)
+        kinds = {name: self.manifest.sharding.given_by_rank(name) for name in names}
+        self._given = {name: kind for name, kind in kinds.items() if kind}
+        self.inputs = self._tensors(name for name in names if name not in self._given)
         self.outputs = self._tensors(self._engine.outputs)
 
     def _tensors(self, names: Iterable[str]) -> tuple[TensorSpec, ...]:
@@ -98,7 +100,12 @@ class Model(EngineExecutor):
         own = len(equal_shards(tokens, plan.ranks)[rank])
         inputs = {tensor.name: tensor.with_tokens(length) for tensor in self.inputs}
         values = {KEYS: tokens, CAUSAL_KEYS: (rank + 1) * length}
-        host_inputs = {name: values[kind] for name, kind in self._key_counts.items()}
+        host_inputs = {n: values[kind] for n, kind in self._given.items() if kind in values}
+        positions = [name for name in self._given if name not in host_inputs]
+        inputs.update(dict.fromkeys(positions, (length,)))
+        # Tokens that fill up the last shards stand anywhere: at the last position.
+        own_positions = np.minimum(np.arange(rank * length, (rank + 1) * length), tokens - 1)
+        shards = (*shards, *[own_positions] * len(positions))
         results = tuple(
             Result(
                 tensor.name,
