@@ -121,9 +121,11 @@ def _attention_dims(
     spare = (prime for prime in PRIMES if prime not in fixed)
     numbers = dict(zip(symbols, spare, strict=False))
     back: dict[int, str | int | None] = {number: symbol for symbol, number in numbers.items()}
-    shapes = Lengths(
-        model, {name: [numbers.get(dim, dim) for dim in dims] for name, dims in labels.items()}
-    ).shapes
+    dims = {
+        name: [numbers[dim] if isinstance(dim, str) else dim for dim in each]
+        for name, each in labels.items()
+    }
+    shapes = Lengths(model, dims).shapes
     found = [[shapes.get(tensor, ()) for tensor in node.input[:3]] for node in attentions]
     return [
         [back.get(dims[-2], dims[-2]) if len(dims) > 2 else None for dims in three]

@@ -13,11 +13,8 @@ from typing import Any
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx import counts, rules
 from mdattn_mpi.onnx.faults import Faults
-from mdattn_mpi.onnx.model import ATTENTION, operator, reads, subgraphs
+from mdattn_mpi.onnx.model import ATTENTION, RANDOM, operator, reads, subgraphs
 from mdattn_mpi.onnx.tokens import Tokens
-
-_RANDOM = "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
-RANDOM = frozenset(_RANDOM.split())
 
 
 def check(tokens: Tokens, faults: Faults) -> None:

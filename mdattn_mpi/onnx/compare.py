@@ -75,8 +75,8 @@ class Comparison:
         error = max(each.error for each in self.tensors)
         controls = [each.control for each in self.tensors if each.control is not None]
         lines = [
-            f"checked with ONNX Runtime on {self.tokens} tokens: {self.verdict} (error {error:.1e}; "
-            f"with exchanges forgotten at least {min(controls, default=0):.1e})"
+            f"checked with ONNX Runtime on {self.tokens} tokens: {self.verdict} (error {error:.1e};"
+            f" with exchanges forgotten at least {min(controls, default=0):.1e})"
         ]
         return "\n  ".join(lines + [str(each) for each in self.tensors if each.verdict != "right"])
 
@@ -150,9 +150,10 @@ def random_inputs(model: Any, sharding: Sharding, tokens: int, seed: int) -> Arr
             dims[axis] = tokens
         kind = kinds(value.type.tensor_type.elem_type)
         tables = [rows.get(table, 2) for table in links.tables(value.name)]
+        array: Any
         if kind.kind == "f":
             array = random.standard_normal(dims)
-        elif "mask" in value.name.lower() or kind == bool:
+        elif "mask" in value.name.lower() or kind.kind == "b":
             array = np.ones(dims)
         elif "position" in value.name.lower() and axis is not None:
             array = np.broadcast_to(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from mdattn_mpi.errors import RejectedError
 
 SHOWN = 12
@@ -14,11 +16,11 @@ class Faults:
         self._found: list[RejectedError] = []
         self.tensors: set[str] = set()  # what the nodes make that are at fault, or come after
 
-    def add(self, error: RejectedError, outputs: object = ()) -> None:
+    def add(self, error: RejectedError, outputs: Iterable[str] = ()) -> None:
         """Note a fault of the node that makes `outputs`."""
         if str(error) not in map(str, self._found):
             self._found.append(error)
-        self.tensors.update(outputs)  # type: ignore[call-overload]
+        self.tensors.update(outputs)
 
     def end(self) -> None:
         """Raise one error for all of them; nothing where there is none.

@@ -80,7 +80,7 @@ class Links:
         return found
 
     def reaches_output(self, tensor: str, ends: Callable[[Any, str], bool]) -> bool:
-        """Whether an output is made of the values of `tensor`, but for where ``ends(node, name)``."""
+        """Whether an output is made of the values of `tensor`, past where ``ends(node, name)``."""
         seen, todo = set(), [tensor]
         while todo:
             name = todo.pop()
@@ -110,6 +110,7 @@ class Writer:
         self._instead: dict[str, list[Any]] = {}
         self._first: list[Any] = []
         self._constants: dict[str, Any] = {}
+        self._shapes: list[tuple[Any, str]] = []  # of Reshapes, and their constant shapes
         self._known = {tensor.name for tensor in model.graph.initializer}
 
     @property
@@ -123,7 +124,7 @@ class Writer:
 
     def keep(self, node: Any) -> None:
         """Leave a node as it is."""
-        self._instead.update(dict.fromkeys(filter(None, node.output), [node]))
+        self._instead.update((name, [node]) for name in node.output if name)
 
     def constant(self, name: str, value: Any) -> None:
         """Write values down."""
@@ -131,7 +132,7 @@ class Writer:
 
     def reshape(self, node: Any, shape: Sequence[int]) -> None:
         """Let a Reshape take a constant shape."""
-        node.input[1] = self._constant(node.output[0], np.array(shape, np.int64))
+        self._shapes.append((node, self._constant(node.output[0], np.array(shape, np.int64))))
 
     def count(self, name: str, counted: tuple[str, int], factor: Any, rest: Any) -> None:
         """``factor · tokens + rest``, each element by itself."""
@@ -144,9 +145,11 @@ class Writer:
         self._op(nodes, "Reshape", [shape, wanted], name)
         self._put(name, nodes)
 
-    def spread(self, name: str, row: Any, counted: tuple[str, int], factor: Any, rest: Any) -> None:
-        """The same `row` for every token."""
+    def spread(self, name: str, row: Any, counted: tuple[str, int], dim: int) -> None:
+        """The same `row` for every token, which are along `dim`."""
         nodes: list[Any] = []
+        factor = np.array([int(n == dim) for n in range(row.ndim)], np.int64)
+        rest = np.array(row.shape, np.int64) - factor
         shape = self._shape(name, counted, factor, rest, nodes)
         self._op(nodes, "Expand", [self._constant(name, row), shape], name)
         self._put(name, nodes)
@@ -175,11 +178,13 @@ class Writer:
         return name
 
     def finish(self, gone: Callable[[Any], bool], inputs: Iterable[str]) -> None:
-        """Put all of it in; nodes that are `gone` and nobody wrote again are dropped, so are inputs.
+        """Put all of it in, and drop `inputs`, nodes that are `gone` and that nobody wrote again.
 
         What is left without a reader goes too.
         """
         graph, onnx = self.model.graph, self._onnx
+        for node, shape in self._shapes:
+            node.input[1] = shape
         nodes, seen = [], set[int]()
         made = {name for node in graph.node for name in node.output}
         late = [each for name, put in self._instead.items() if name not in made for each in put]

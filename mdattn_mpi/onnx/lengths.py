@@ -18,6 +18,7 @@ import numpy as np
 
 from mdattn_mpi.onnx.model import (
     ATTENTION,
+    RANDOM,
     RANK_COUNT,
     STANDARD,
     WINDOW,
@@ -56,6 +57,7 @@ class Lengths:
         given: Mapping[str, Any] | None = None,  # values of inputs, taken as constants
         positions: Any = None,  # in place of what a Range over as many numbers gives
         only: Iterable[Any] | None = None,  # the nodes, in order
+        largest: int | None = None,  # elements of a value that is computed
     ) -> None:
         self.values: ChainMap[str, Any] = ChainMap()
         self.shapes: ChainMap[str, tuple[int, ...]] = ChainMap()
@@ -65,6 +67,7 @@ class Lengths:
         self._opsets = list(model.opset_import)
         self._ir_version = model.ir_version
         self._positions = positions
+        self._largest = largest
         self._take_constants(model.graph)
         for value in model.graph.input:
             if given and value.name in given:
@@ -105,7 +108,7 @@ class Lengths:
             found = [_shape_of(node, self.shapes[node.input[0]])]
         elif operator(node) == "Size" and node.input[0] in self.shapes:
             found = [np.array(prod(self.shapes[node.input[0]]), np.int64)]
-        elif all(name in self.values for name in reads(node)) and not subgraphs(node):
+        elif self._is_known(node):
             found = self._compute(node)
         else:
             return self._infer(node)
@@ -118,9 +121,8 @@ class Lengths:
         """Run both branches; what comes out is known where one is taken, or both agree."""
         for name, graph in subgraphs(node):
             inner = copy(self)
-            inner.values, inner.shapes, inner.types = (
-                each.new_child() for each in (self.values, self.shapes, self.types)
-            )
+            inner.values, inner.shapes = self.values.new_child(), self.shapes.new_child()
+            inner.types = self.types.new_child()
             inner.failures, inner._branches = {}, {}
             inner._take_constants(graph)
             for each in graph.node:
@@ -141,6 +143,18 @@ class Lengths:
                 self._know(name, inner.values[end])
             elif len(shapes) == 1 and end in inner.shapes:
                 self._note(name, inner.shapes[end], inner.types[end])
+
+    def _is_known(self, node: Any) -> bool:
+        """Whether a node's outputs can be computed, and are small enough."""
+        if operator(node) in RANDOM or subgraphs(node):
+            return False
+        if any(name not in self.values for name in reads(node)):
+            return False
+        if self._largest is None:
+            return True
+        self._infer(node)
+        sizes = [prod(self.shapes[name]) for name in node.output if name in self.shapes]
+        return all(size <= self._largest for size in sizes)
 
     def _compute(self, node: Any) -> list[Any]:
         if operator(node) == "Constant":
@@ -189,6 +203,8 @@ class Lengths:
             for name in node.input
             if name in self.values and self.values[name].size <= SHAPE_LIKE
         }
+        if not onnx.defs.has(node.op_type, domain):
+            return
         try:
             schema = onnx.defs.get_schema(node.op_type, version, domain)
             found = onnx.shape_inference.infer_node_outputs(

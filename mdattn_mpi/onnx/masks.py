@@ -16,6 +16,7 @@ from mdattn_mpi.onnx.model import WINDOW, attribute_of, import_onnx, operator
 BLOCKED = -1e4  # an additive mask blocks a key from here on; exporters write -inf or the lowest
 FEWEST, MOST = 40, 1 << 12  # tokens of a mask that is looked at
 BIG = 1 << 31  # what exporters write for "to the end"
+LOOK_UPS = ("Gather", "GatherElements", "GatherND", "Slice")
 FAR = 1 << 24  # a position that no sequence reaches
 
 
@@ -43,7 +44,7 @@ NONE, CAUSAL = Mask(), Mask(right=0)
 def mask_from_values(values: Any, positions: Any = None) -> Mask | str:
     """Tell which mask an array is, ``[..., Sq, Skv]``, boolean or additive; or what it looks like.
 
-    Queries may have one row for all of them. `positions` are those of the tokens (default: 0, 1, …).
+    Queries may have one row for all. `positions` are those of the tokens (default: 0, 1, …).
     """
     array = np.asarray(values)
     if array.dtype == bool:
@@ -82,9 +83,21 @@ def numbers_in(
                 number = abs(float(array.reshape(())))
                 if number < (BIG if array.dtype.kind in "iu" else -BLOCKED):
                     bounds.append(int(number))
-            elif is_stored(name) and sum(size > 1 for size in array.shape) > 1:
-                tables.append(min(size for size in array.shape if size > 1))
+        if operator(node) in LOOK_UPS and is_stored(node.input[0]):
+            tables += [values[node.input[0]].shape[dim] for dim in _looked_up(node, values)]
     return bounds, tables
+
+
+def _looked_up(node: Any, values: Mapping[str, Any]) -> Sequence[int]:
+    """Return the dims of its first input along which a node looks up, or cuts."""
+    dims = values[node.input[0]].ndim
+    if operator(node) == "GatherND":
+        return range(values[node.input[1]].shape[-1])
+    if operator(node) == "Slice":
+        given = list(node.input[3:4])
+        axes = values[given[0]] if given and given[0] else range(len(values[node.input[1]]))
+        return [int(dim) % dims for dim in axes]
+    return [attribute_of(node, "axis", 0) % dims]
 
 
 def sparse_positions(bounds: Sequence[int]) -> Any:

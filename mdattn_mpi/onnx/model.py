@@ -17,6 +17,8 @@ LOGGER = logging.getLogger("mdattn_mpi.onnx")
 RANK_COUNT = "nb_rank"  # what the parser honours
 MISSPELLED = ("nbRanks", "nb_ranks", "num_ranks")  # what it ignores without a word
 WINDOW = "mdattn_window"  # of an attention: keys before and after a query that it sees; -1: all
+_RANDOM = "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
+RANDOM = frozenset(_RANDOM.split())
 STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators
 ATTENTION = ("Attention", "TRT_Attention")
 

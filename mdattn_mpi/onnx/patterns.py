@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.onnx.axes import at_lengths
 from mdattn_mpi.onnx.graph import Links, prune
+from mdattn_mpi.onnx.lengths import Lengths
 from mdattn_mpi.onnx.masks import BLOCKED
 from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of, operator
 
+ANY = 37  # what symbols count while heads are looked for
 SCALES = ("Mul", "Div", "Cast")
 
 
@@ -35,7 +38,7 @@ class Pattern(NamedTuple):
     mask: Mask | None
 
 
-def fuse_patterns(model: Any, ranks_of: Any = None) -> list[str]:
+def fuse_patterns(model: Any) -> list[str]:
     """Put a ``TRT_Attention`` in place of every pattern, with its mask as the fourth input.
 
     Return what was done, in words.
@@ -47,11 +50,13 @@ def fuse_patterns(model: Any, ranks_of: Any = None) -> list[str]:
 
     """
     done = []
-    for softmax in [node for node in model.graph.node if operator(node) == "Softmax"]:
+    softmaxes = [node for node in model.graph.node if operator(node) == "Softmax"]
+    shapes = Lengths(model, at_lengths(model, {}, {}, (ANY,))).shapes if softmaxes else {}
+    for softmax in softmaxes:
         links = Links(model)
         pattern = _match(links, softmax)
         if pattern:
-            _check_dims(pattern, ranks_of or {})
+            _check_dims(pattern, shapes)
             _replace(model, pattern)
             nodes = len(pattern.between) + 3
             done.append(f"{name_of(softmax)}: attention in {nodes} nodes, made one TRT_Attention")

@@ -89,7 +89,7 @@ def shard_model(
     for value in graph_inputs(model):
         if sharding.given_by_rank(value.name):
             raise RejectedError(
-                f"the input {value.name!r} would be taken for one of those that sharding adds",
+                f"the input {value.name!r} would be taken for one that sharding adds",
                 fix="rename it",
             )
     write_sharding(sharded, sharding)
@@ -164,7 +164,7 @@ def _left_alone(node: Any, tokens: Tokens) -> str:
     if mask != "none":
         raise tokens.refuse(
             node,
-            f"has a mask ({mask}) over keys that no rank cuts, and every rank would count its "
+            f"is causal ({mask}) over keys that no rank cuts, and every rank would count its "
             "queries from 0",
             fix=_cut_keys_too(node, tokens) if mask == "upper_left" else "use -n 1",
         )

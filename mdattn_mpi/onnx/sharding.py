@@ -27,7 +27,7 @@ class Sharding:
     axes: dict[str, int]  # the dim that counts tokens, of each input and output that has one
 
     def given_by_rank(self, tensor: str) -> str | None:
-        """Tell which of `KEYS`, `CAUSAL_KEYS`, `POSITIONS` an input is; None for one of the model."""
+        """Tell which of `KEYS`, `CAUSAL_KEYS`, `POSITIONS` an input is; None: the model's own."""
         if tensor in self.axes:
             return None
         for kind in (KEYS, CAUSAL_KEYS, POSITIONS):

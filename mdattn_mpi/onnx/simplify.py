@@ -2,8 +2,8 @@
 
 Positions, tables of them, masks and shapes depend on nothing but the number of tokens, which on a
 shard is another. Each one that the rest of the model reads is known by its values at several
-lengths, and becomes a constant, a shape made of the shard's own length, a mask that attention has by
-itself, or a function of ``positions``, an input that every rank gets.
+lengths, and becomes a constant, a shape made of the shard's own length, a mask that attention has
+by itself, or a function of ``token_positions``, an input that every rank gets.
 """
 
 from __future__ import annotations
@@ -17,8 +17,17 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx import masks
 from mdattn_mpi.onnx.axes import TokenDim, at_lengths
 from mdattn_mpi.onnx.faults import Faults
+from mdattn_mpi.onnx.forms import (
+    Constant,
+    Count,
+    Form,
+    Numbers,
+    Spread,
+    form_of,
+    has_form,
+)
 from mdattn_mpi.onnx.graph import Links, Writer
-from mdattn_mpi.onnx.lengths import Lengths
+from mdattn_mpi.onnx.lengths import LARGEST, Lengths
 from mdattn_mpi.onnx.model import ATTENTION, graph_inputs, import_onnx, name_of, operator, reads
 from mdattn_mpi.onnx.sharding import POSITIONS
 
@@ -66,6 +75,7 @@ class _Simplifier:
         ]
         self.probes = [self._probe(each) for each in self.lengths]
         self.writer = Writer(model)
+        self.forms: dict[str, Form | None] = {}
 
     # Masks
 
@@ -79,12 +89,12 @@ class _Simplifier:
         whole = (types.INT64, types.INT32, types.BOOL)
         for node in self._masked():
             for name in self.links.sources(node.input[3]):
-                if inputs.get(name) in whole and self.places.get(name):
+                if inputs.get(name) in whole and len(self.places.get(name, ())) == 1:
                     found[name] = None
         return [name for name in found if self._is_padding(name)]
 
     def _is_padding(self, name: str) -> bool:
-        """Whether an input is nothing but a mask: one of that name, or nothing else is made of it."""
+        """Whether an input is nothing but a mask: by its name, or nothing else is made of it."""
         masked = {node.output[0]: node.input[3] for node in self._masked()}
 
         def ends(node: Any, tensor: str) -> bool:
@@ -103,14 +113,18 @@ class _Simplifier:
         ]
 
     def _probe(
-        self, lengths: Mapping[str, int], positions: Any = None, only: Any = None
+        self,
+        lengths: Mapping[str, int],
+        positions: Any = None,
+        only: Any = None,
+        largest: int | None = None,
     ) -> Lengths:
         """Look at the model at some lengths; no key is padding."""
         dims = at_lengths(self.model, self.places, lengths)
         types = {value.name: value.type.tensor_type.elem_type for value in graph_inputs(self.model)}
         kind = import_onnx().helper.tensor_dtype_to_np_dtype
         given = {name: np.ones(dims[name], kind(types[name])) for name in self.padding}
-        return Lengths(self.model, dims, given, positions, only)
+        return Lengths(self.model, dims, given, positions, only, largest)
 
     def drop_masks(self) -> None:
         """Make attributes of the masks that are made of lengths."""
@@ -172,6 +186,10 @@ class _Simplifier:
                 for name in reads(node):
                     if name in self.probes[0].values:
                         self._take(node, name)
+        for value in self.model.graph.output:
+            if value.name in self.probes[0].values:
+                why = f"gives {value.name!r}, computed from the number of tokens"
+                self.faults.add(self._refuse(None, why))
         self.writer.finish(self._is_valued, self.padding)
         self._verify()
 
@@ -180,39 +198,45 @@ class _Simplifier:
 
     def _take(self, node: Any, name: str) -> None:
         """Let `node` read `name`, which is made of lengths."""
-        values, kind = self._values(name), operator(node)
+        kind = operator(node)
         number = list(node.input).index(name) if name in node.input else -1
         try:
-            if not self._is_count(values):
-                self._keep(name, node)
+            form = self._form(name, node)
+            if not isinstance(form, Count):
+                self._keep(name, form, node)
             elif kind == "Slice" and (along := self._along(node.output[0])):
                 if not self._number_rows(node, along):
                     self._refuse_count(node)
             elif SHAPES.get(kind) != number:
                 self._refuse_count(node)
-            elif kind == "Reshape" and (shape := self._open_shape(values)):
+            elif kind == "Reshape" and (shape := _open_shape(form)):
                 self.writer.reshape(node, shape)
             else:
-                self._keep(name, node)
+                self._keep(name, form, node)
         except RejectedError as error:
             self.faults.add(error, node.output)
 
-    @staticmethod
-    def _open_shape(values: Sequence[Any]) -> list[int]:
-        """Return a shape with -1 for the one element that follows the tokens; else nothing."""
-        follows = values[0] != values[1]
-        if follows.sum() != 1 or (values[0][~follows] < 1).any():
-            return []
-        return [-1 if each else int(size) for each, size in zip(follows, values[0], strict=True)]
-
-    def _values(self, name: str) -> list[Any]:
-        return [probe.values[name] for probe in self.probes]
-
-    @staticmethod
-    def _is_count(values: Sequence[Any]) -> bool:
-        """Whether values are as many at all lengths, and differ."""
-        shapes = {each.shape for each in values}
-        return len(shapes) == 1 and any((each != values[0]).any() for each in values)
+    def _form(self, name: str, reader: Any) -> Form | None:
+        """Find the form of a tensor, and make sure of it far beyond the probes."""
+        if name in self.forms:
+            return self.forms[name]
+        values = [probe.values[name] for probe in self.probes]
+        form = form_of(values, self.lengths, self._along(name))
+        nodes = self.links.ancestors(name)
+        if form and any(operator(node) in ("Shape", "Size") for node in nodes):
+            valued = [node for node in nodes if node.output[0] in self.probes[0].values]
+            bounds, tables = masks.numbers_in(valued, self.probes[0].values, self.links.is_weight)
+            tokens = min([max(masks.FEWEST, *bounds, 0) + 3, *tables])
+            far = {each: tokens + number for number, each in enumerate(self.sequences)}
+            found = self._probe(far, None, nodes, LARGEST).values.get(name)
+            if not has_form(form, found, far):
+                raise self._refuse(
+                    reader,
+                    f"reads {name!r}, which depends on the number of tokens in an unknown way "
+                    f"(seen at {tokens} tokens)",
+                )
+        self.forms[name] = form
+        return form
 
     def _along(self, name: str) -> Along | None:
         """Return the one dim of a tensor that follows a sequence; None where none or several do."""
@@ -227,54 +251,44 @@ class _Simplifier:
                 return Along(sequence, follow[0][0])
         return None
 
-    def _keep(self, name: str, reader: Any) -> None:
+    def _keep(self, name: str, form: Form | None, reader: Any) -> None:
         """Have `name` made by nodes that do on a shard what they did on the whole."""
         if self.writer.has(name):
             return
-        values, maker = self._values(name), self.links.maker(name)
-        along = self._along(name)
-        if len({each.shape for each in values}) == 1:
-            if not self._is_count(values):
-                self._write_constant(name, values[0], maker)
-            elif not self._write_count(name, values):
-                self._refuse_count(reader)
+        maker, along = self.links.maker(name), self._along(name)
+        if isinstance(form, Constant):
+            if maker is None or form.value.size <= SMALL or not self._keep_maker(maker):
+                self.writer.constant(name, form.value)
+        elif isinstance(form, Count):
+            self.writer.count(name, self._counted(form.sequence), form.factor, form.rest)
+        elif isinstance(form, Spread):
+            self.writer.spread(name, form.row, self._counted(form.sequence), form.dim)
+        elif isinstance(form, Numbers):
+            source = self._positions(form.sequence)
+            self.writer.positions(name, source, form.start, form.shape)
         elif along is None:
+            if len({probe.values[name].shape for probe in self.probes}) == 1:
+                self._refuse_count(reader)
             raise self._refuse(
                 reader,
                 f"reads {name!r}, made of lengths alone, of which no single dim counts tokens",
             )
-        elif not self._write_along(name, values, along):
-            if maker is None:
-                raise self._refuse(reader, f"reads {name!r}, which isn't the same for every token")
+        elif maker is None:
+            raise self._refuse(reader, f"reads {name!r}, which isn't the same for every token")
+        elif operator(maker) != "Slice" or not self._number_rows(maker, along):
             self.writer.keep(maker)
             for each in reads(maker):
                 self._take(maker, each)
 
-    def _write_constant(self, name: str, value: Any, maker: Any) -> None:
-        if maker is not None and value.size > SMALL:
-            inputs = [each for each in maker.input if each]
-            if not any(self._is_count(self._values(each)) for each in inputs):
-                self.writer.keep(maker)
-                for each in inputs:
-                    self._keep(each, maker)
-                return
-        self.writer.constant(name, value)
-
-    def _write_count(self, name: str, values: Sequence[Any]) -> bool:
-        """A shape, each element of which is fixed or grows with the tokens of one sequence."""
-        if values[0].dtype.kind not in "iu":
+    def _keep_maker(self, maker: Any) -> bool:
+        """Leave a constant to be computed, unless it is made of what follows the tokens."""
+        forms = {name: self._form(name, maker) for name in reads(maker)}
+        if not all(isinstance(form, Constant) for form in forms.values()):
             return False
-        for sequence in self.sequences:
-            first, second, third = (lengths[sequence] for lengths in self.lengths)
-            factor = (values[1] - values[0]) // (second - first)
-            rest = values[0] - factor * first
-            if all(
-                (factor * count + rest == each).all()
-                for count, each in zip((first, second, third), values, strict=True)
-            ):
-                self.writer.count(name, self._counted(sequence), factor, rest)
-                return True
-        return False
+        self.writer.keep(maker)
+        for name, form in forms.items():
+            self._keep(name, form, maker)
+        return True
 
     def _counted(self, sequence: str) -> tuple[str, int]:
         """Return an input, and its dim that counts the tokens of a sequence."""
@@ -284,30 +298,6 @@ class _Simplifier:
             for place in each
             if place.sequence == sequence and name not in self.padding
         )
-
-    def _write_along(self, name: str, values: Sequence[Any], along: Along) -> bool:
-        """The same for every token; or positions; or rows of a table."""
-        dim, first = along.dim, [np.take(each, [0], along.dim) for each in values]
-        if all(
-            np.array_equal(each, np.broadcast_to(first[0], each.shape), equal_nan=True)
-            if each.dtype.kind == "f"
-            else np.array_equal(each, np.broadcast_to(first[0], each.shape))
-            for each in values
-        ):
-            factor = np.array([int(n == dim) for n in range(values[0].ndim)], np.int64)
-            shape = np.array(first[0].shape, np.int64) - factor
-            self.writer.spread(name, first[0], self._counted(along.sequence), factor, shape)
-            return True
-        numbers = values[0].dtype.kind in "iuf" and first[0].size == 1
-        start = first[0].reshape(-1)[0]
-        if numbers and all(
-            np.array_equal(each.reshape(-1), np.arange(each.size) + start) for each in values
-        ):
-            shape = [-1 if n == dim else 1 for n in range(values[0].ndim)]
-            self.writer.positions(name, self._positions(along.sequence), start, shape)
-            return True
-        maker = self.links.maker(name)
-        return maker is not None and operator(maker) == "Slice" and self._number_rows(maker, along)
 
     def _number_rows(self, node: Any, along: Along) -> bool:
         """Look up by position what a Slice takes from the beginning of a table."""
@@ -321,7 +311,7 @@ class _Simplifier:
         if list(dims) != [along.dim] or starts[0] != 0:
             return False
         if table in self.probes[0].values:
-            self._keep(table, node)
+            self._keep(table, self._form(table, node), node)
         self.writer.rows(node, self._positions(along.sequence), along.dim)
         return True
 
@@ -369,3 +359,11 @@ class _Simplifier:
             fix="export the model without it, or use -n 1",
         )
         self.faults.add(error, node.output)
+
+
+def _open_shape(count: Count) -> list[int]:
+    """Return a shape with -1 for the one element that follows the tokens; else nothing."""
+    follows = count.factor != 0
+    if follows.sum() != 1 or (count.rest[~follows] < 1).any():
+        return []
+    return [-1 if each else int(size) for each, size in zip(follows, count.rest, strict=True)]

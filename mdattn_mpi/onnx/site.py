@@ -50,6 +50,7 @@ class Site:
             for shape, heads in zip(self._shapes, self._heads, strict=True)
         )
         self._mask = mask_of(node)
+        self._says = "has a window" if self._mask == "window" else f"is causal ({self._mask})"
         query, key = (tokens.place(name) for name in node.input[:2])
         self._same_length = query is not None and key is not None and query[0] == key[0]
 
@@ -96,7 +97,7 @@ class Site:
     def _ring(self) -> None:
         if self._mask != "none":
             raise self._refuse(
-                f"has a mask ({self._mask}), which TensorRT's multi-device attention hasn't",
+                f"{self._says}: TensorRT's multi-device attention has no mask",
                 "use -s allgather or -s ulysses",
             )
         self._set(RANK_COUNT, self.ranks)
@@ -117,7 +118,7 @@ class Site:
         """Collect keys and values; under a mask a rank's keys end with its own last token."""
         if self._mask != "none" and not self._same_length:
             raise self._refuse(
-                f"has a mask ({self._mask}) over keys of another sequence than the queries'",
+                f"{self._says} over keys of another sequence than the queries'",
                 "use -s ulysses" if self._mask == "upper_left" else "use -n 1",
             )
         keys = KEYS if self._mask in ("none", "window") else CAUSAL_KEYS
@@ -172,12 +173,10 @@ class Site:
         Rows at the end fill up the shards of the queries, and those of the keys are left out: that
         moves a mask which is aligned with the last row and the last key.
         """
-        if self._mask in ("lower_right", "window"):
-            if not self._same_length:
-                raise self._refuse(
-                    f"has a mask ({self._mask}) over keys of another sequence than the queries'",
-                    "use -n 1",
-                )
+        if self._mask in ("lower_right", "window") and not self._same_length:
+            raise self._refuse(
+                f"{self._says} over keys of another sequence than the queries'", "use -n 1"
+            )
         if self._mask == "lower_right":
             self._set("causal_kind", "upper_left")  # the same, for equal lengths
         if self._heads[0] % self.ranks:

@@ -9,7 +9,7 @@ from typing import cast
 import numpy as np
 
 from mdattn_mpi.errors import DeviceError, RejectedError
-from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS, POSITIONS
+from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
 from mdattn_mpi.partition import equal_shards, shard_length
 from mdattn_mpi.problem import ModelPlan, ModelProblem, StrategyName, TensorSpec
 from mdattn_mpi.trt.gpu import HostArray

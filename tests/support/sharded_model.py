@@ -163,7 +163,13 @@ class Comparison:
         dtype = model.graph.output[0].type.tensor_type.elem_type
         self.whole = showing(model, self.shown, dtype)
         self.sharded = showing(sharded, self.shown, dtype)
-        self.axes = {**{name: rank - 2 for name, rank in self.shown.items()}, **self.sharding.axes}
+        dropped = {  # padding masks
+            value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim].index("S")
+            for value in model.graph.input
+            if value.name not in {each.name for each in sharded.graph.input}
+        }
+        shown = {name: rank - 2 for name, rank in self.shown.items()}
+        self.axes = {**dropped, **shown, **self.sharding.axes}
         self.sequences = {
             value.name: value.type.tensor_type.shape.dim[self.axes[value.name]].dim_param
             for value in self.sharded.graph.input
@@ -206,7 +212,7 @@ class Comparison:
                 tokens = self.tokens_of(value.name[len(kind) + 1 :] or key_sequence)
                 length = shard_length(tokens, self.ranks)
                 own = np.arange(rank * length, (rank + 1) * length)
-                values = {KEYS: [tokens], CAUSAL_KEYS: [(rank + 1) * length]}
+                values: dict[str, Any] = {KEYS: [tokens], CAUSAL_KEYS: [(rank + 1) * length]}
                 values[POSITIONS] = np.minimum(own, tokens - 1)
                 found[value.name] = np.array(values[kind], np.int64)
         return found
