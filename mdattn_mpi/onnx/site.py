@@ -191,9 +191,8 @@ class Site:
             traded = self._heads_to_ranks(name, heads // self.ranks, self._dims[number])
             self.node.input[number] = self._first(KEYS, traded, 2) if number else traded
         if self._mask == "window":
-            shape = self._op("Shape", [self.node.input[0]])
-            rows = self._op("Gather", [shape, self._constant(np.array([2], np.int64))], axis=0)
-            self._write_window(self._numbers(rows))
+            self.numbers.append(POSITIONS + self._suffix)
+            self._write_window(self._collective(POSITIONS + self._suffix, "all_gather"))
         self._tokens_to_ranks()
 
     def _repeat_heads(self, name: str, heads: int) -> str:
