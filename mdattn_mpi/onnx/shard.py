@@ -7,6 +7,7 @@ from typing import Any
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import TokenDim, token_dims
+from mdattn_mpi.onnx.cast import cast_products
 from mdattn_mpi.onnx.check import check
 from mdattn_mpi.onnx.faults import Faults
 from mdattn_mpi.onnx.model import (
@@ -23,7 +24,7 @@ from mdattn_mpi.onnx.sharding import POSITIONS, Sharding, write_sharding
 from mdattn_mpi.onnx.simplify import simplify
 from mdattn_mpi.onnx.site import Site, mask_of
 from mdattn_mpi.onnx.tokens import Tokens, trace_tokens
-from mdattn_mpi.problem import StrategyName
+from mdattn_mpi.problem import DTypeName, StrategyName
 
 OLDEST = 13  # the opset since which Softmax, Slice and Reshape are as they are used here
 
@@ -31,7 +32,11 @@ Places = Mapping[str, Sequence[TokenDim]]
 
 
 def shard_model(
-    model: Any, strategy: StrategyName, ranks: int, named_axes: Mapping[str, int]
+    model: Any,
+    strategy: StrategyName,
+    ranks: int,
+    named_axes: Mapping[str, int],
+    dtype: DTypeName | None = None,
 ) -> tuple[Any, list[str]]:
     """Make a model that `ranks` ranks run together, each on its own tokens.
 
@@ -43,6 +48,8 @@ def shard_model(
         How to share.
     named_axes
         The dim that counts tokens, by input; empty to find it.
+    dtype
+        Of products, attentions and their weights that are in float32; None leaves them so.
 
     Returns
     -------
@@ -72,6 +79,8 @@ def shard_model(
         told, added = simplify(sharded, found, faults)
         done += told
         found = {**found, **added}
+        if dtype:
+            done.append(f"{cast_products(sharded, dtype)} nodes in {dtype}, the rest in float32")
     tokens = _trace(sharded, found)
     if ranks > 1:
         check(tokens, faults)
