@@ -46,6 +46,7 @@ def token_dims(
     else:
         labels, found = _found(model, labels, attentions)
     if not found:
+        _refuse_inner_tokens(model, labels, attentions)
         raise RejectedError(
             "which dim counts tokens? "
             + "; ".join(f"{n} has {_show(d)}" for n, d in labels.items()),
@@ -55,6 +56,20 @@ def token_dims(
         name: [TokenDim(found[label], dim) for dim, label in enumerate(dims) if label in found]
         for name, dims in labels.items()
     }
+
+
+def _refuse_inner_tokens(model: Any, labels: Labels, attentions: Sequence[Any]) -> None:
+    """Refuse a model whose tokens are made inside, such as patches of an image."""
+    lengths = {three[1] for three in _attention_dims(model, labels, attentions)}
+    outside = {dim for dims in labels.values() for dim in dims}
+    if lengths and outside.isdisjoint(lengths) and all(isinstance(n, int) for n in lengths):
+        given = ", ".join(f"{name} {_show(dims)}" for name, dims in labels.items())
+        counts = ", ".join(map(str, sorted(n for n in lengths if isinstance(n, int))))
+        raise RejectedError(
+            f"its attentions are over {counts} tokens, which "
+            f"the model makes itself of {given}: no dim of an input counts them",
+            fix="export what follows them, with the tokens as an input of dynamic length",
+        )
 
 
 def _show(dims: Sequence[str | int]) -> str:

@@ -31,6 +31,8 @@ from mdattn_mpi.onnx.segments import Arrays, Call, Segments, load_weights, open_
 from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS, POSITIONS, Sharding
 
 TOLERANCE = {"float32": 2e-4, "float16": 2e-3}  # of values up to 1; larger ones in proportion
+LONGEST = 4096  # tokens of a check
+ROUNDED = 5e-2  # what 16 bits may make of the values of a deep model, and no error of sharding
 CONTROL = 10  # how many times the error the control must be
 
 
@@ -42,14 +44,19 @@ class Tensor:
     error: float
     control: float | None  # None: no attention's output
     tolerance: float
+    rounded: bool = False  # in 16 bits
 
     @property
     def verdict(self) -> str:
-        """``right``, ``wrong`` or ``inconclusive``."""
-        if not self.error <= self.tolerance:
-            return "wrong"
+        """``right``, ``wrong`` or ``inconclusive``.
+
+        Inconclusive is an error that the control doesn't stand out from, and one above the
+        tolerance that may as well be rounding.
+        """
         seen = self.control is None or self.control > CONTROL * self.error
-        return "right" if seen else "inconclusive"
+        if self.error <= self.tolerance:
+            return "right" if seen else "inconclusive"
+        return "inconclusive" if self.rounded and seen and self.error <= ROUNDED else "wrong"
 
     def __str__(self) -> str:
         """In words."""
@@ -82,9 +89,18 @@ class Comparison:
 
 
 def compare(
-    model: Any, path: Path, sharded: Any, sharding: Sharding, tokens: int, seed: int = 0
+    model: Any,
+    path: Path,
+    sharded: Any,
+    sharding: Sharding,
+    tokens: int | None = None,
+    dtype: str | None = None,
+    seed: int = 0,
 ) -> Comparison:
-    """Run both on the same random inputs of `tokens` tokens.
+    """Run both on the same random inputs of `tokens` tokens (default: as many as show windows).
+
+    `dtype` is what the sharded one was cast to: then it is rounding that is seen, and sharding only
+    as far as it makes larger errors. The models are left as they are.
 
     Raises
     ------
@@ -93,6 +109,7 @@ def compare(
 
     """
     whole, sharded = (load_weights(_copied(each), path) for each in (model, sharded))
+    tokens = tokens or check_length(sharded, sharding)
     inputs = random_inputs(whole, sharding, tokens, seed)
     outputs = [value.name for value in whole.graph.output]
     shown = [
@@ -115,9 +132,9 @@ def compare(
             for found in (right, control)
         ]
         kind = str(array.dtype)
-        tensors.append(
-            Tensor(name, errors[0], errors[1] if name in shown else None, TOLERANCE.get(kind, 0))
-        )
+        tolerance = ROUNDED if dtype else TOLERANCE.get(kind, 0.0)
+        seen = errors[1] if name in shown else None
+        tensors.append(Tensor(name, errors[0], seen, tolerance, kind != "float32"))
     return Comparison(tokens, tuple(tensors))
 
 
@@ -125,7 +142,34 @@ def _shown(name: str, whole: Any) -> str:
     """Return the tensor of the whole model that an attention of the sharded one makes."""
     made = {each for node in whole.graph.node for each in node.output}
     plain = name.removesuffix("_mdattn_inner")
-    return next((each for each in (name, plain) if each in made), "")
+    wide = plain.removesuffix("_float16").removesuffix("_bfloat16")
+    return next((each for each in (name, plain, wide) if each in made), "")
+
+
+def check_length(sharded: Any, sharding: Sharding) -> int:
+    """Choose a length that shows windows, that the ranks don't divide, and that tables allow.
+
+    TensorRT's multi-device attention (``ring``) takes equal shards only.
+    """
+    ranks = sharding.ranks
+    constants = {tensor.name: tensor for tensor in sharded.graph.initializer}
+    windows = [
+        int(import_onnx().numpy_helper.to_array(constants[node.input[1]]))
+        for node in sharded.graph.node
+        if operator(node) == "LessOrEqual" and "_mdattn_" in node.name
+    ]
+    links = Links(sharded)
+    tables = [
+        constants[table].dims[0]
+        for value in graph_inputs(sharded)
+        if "position" in value.name
+        for table in links.tables(value.name)
+        if table in constants
+    ]
+    tokens: int = min([max([37, 2 * max(windows, default=0)]) + 10 * ranks, LONGEST, *tables])
+    if sharding.strategy == "ring":
+        return tokens - tokens % ranks
+    return tokens - (tokens % ranks == 0)
 
 
 def _copied(model: Any) -> Any:

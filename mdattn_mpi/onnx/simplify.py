@@ -182,7 +182,7 @@ class _Simplifier:
     def rewrite(self) -> None:
         """Let every tensor that is made of lengths, and that others read, be right on a shard."""
         for node in self.model.graph.node:
-            if not self._is_valued(node):
+            if not self._is_valued(node) and self.faults.tensors.isdisjoint(node.output):
                 for name in reads(node):
                     if name in self.probes[0].values:
                         self._take(node, name)
