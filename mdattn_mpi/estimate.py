@@ -11,6 +11,8 @@ and `call` of `Costs`, for the busiest of P ranks::
     allgather   max(compute + C, gather) in a batch, else their sum
                 gather = L + (P−1) · K‖V shard / B
                 with a head start: compute + 3 · C + merge of its rows
+                with a mask that hides keys: the gather is of what a rank sees of other shards, and
+                `ring` takes max(compute + C, (P−1) · L + gather) + merge
     ulysses     max(compute + C, gather) in a batch, else their sum, + merge + the way back
                 gather = L + Q, K, V of its heads from the others / B
                 way back = L + output and LSE to the others / B;  merge = packing both ways / M
@@ -25,14 +27,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
-from mdattn_mpi.partition import head_shards, token_count
-from mdattn_mpi.problem import (
-    STRATEGY_NAMES,
-    AttentionProblem,
-    Partition,
-    StrategyName,
-    seen_pairs,
-)
+from mdattn_mpi.mask import Mask
+from mdattn_mpi.partition import busiest_share, head_shards, token_count
+from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, Partition, StrategyName
 from mdattn_mpi.text import duration, memory_size
 
 # Attention as cuDNN does it, per multiprocessor and by the major number of the SM architecture:
@@ -192,6 +189,8 @@ def estimate(
     shards = q_tokens * (q_row + out_row) + kv_tokens * kv_row
     held = BATCH if batch else 1
     tiles = -(-q_tokens // TILE) * problem.q_heads
+    sparse = problem.mask.hides_keys
+    foreign = min((ranks - 1) * kv_tokens, problem.mask.reach(problem.kv_tokens))
 
     if strategy == "ring":
         compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
@@ -199,18 +198,22 @@ def estimate(
         hop = costs.latency + kv_tokens * kv_row / costs.bandwidth
         step = compute / ranks + costs.call
         merge = ranks * q_tokens * partial_row / costs.merge
-        seconds = (ranks - 1) * max(step, hop) + step + merge
+        seconds, exchange = (ranks - 1) * max(step, hop) + step + merge, (ranks - 1) * hop
+        if sparse:
+            exchange = (ranks - 1) * costs.latency + foreign * kv_row / costs.bandwidth
+            seconds = max(compute + costs.call, exchange) + merge
         partials = min(ranks, costs.partials) * q_tokens * partial_row
-        memory = held * (shards + min(2, ranks - 1) * kv_tokens * kv_row) + partials
-        return Estimate(seconds, compute, (ranks - 1) * hop, merge, memory)
+        buffers = min(2, ranks - 1) * min(kv_tokens, foreign) * kv_row
+        return Estimate(seconds, compute, exchange, merge, held * (shards + buffers) + partials)
 
     if strategy == "allgather":
         compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
         compute += _idle(problem, tiles, compute, costs)
-        gather = costs.latency + (ranks - 1) * kv_tokens * kv_row / costs.bandwidth
-        memory = held * (shards + problem.kv_bytes) + q_tokens * partial_row
+        gather = costs.latency + foreign * kv_row / costs.bandwidth
+        gathered = min(kv_tokens + foreign, problem.kv_tokens) * kv_row
+        memory = held * (shards + gathered) + q_tokens * partial_row
         # Under a mask, the rows of a head start see few of their own rank's keys, or none.
-        early = 0 if batch or problem.causal != "none" else head_start(problem, ranks, costs)
+        early = 0 if batch or problem.mask != Mask() else head_start(problem, ranks, costs)
         merge = 2 * early * partial_row / costs.merge
         calls = 3 if early else 1
         seconds = _overlapped(compute + calls * costs.call, gather, batch or early > 0) + merge
@@ -273,7 +276,9 @@ def head_start(problem: AttentionProblem, ranks: int, costs: Costs) -> int:
     so short that asking for two calls more would take longer than they save, and on a CPU.
     """
     multiprocessors = costs.multiprocessors
-    if ranks == 1 or not multiprocessors or problem.flops / ranks / costs.flops < HEAD_START:
+    if ranks == 1 or not multiprocessors or problem.mask.hides_keys:
+        return 0
+    if problem.flops / ranks / costs.flops < HEAD_START:
         return 0
     rows, keys = problem.q_tokens // ranks, problem.kv_tokens // ranks
     gather = 2 * costs.latency + (ranks - 1) / ranks * problem.kv_bytes / costs.bandwidth
@@ -296,14 +301,9 @@ def _longest_shards(
 
 def _busiest_share(problem: AttentionProblem, ranks: int, owners: Partition | None) -> float:
     """Return the share of all query–key pairs that the busiest rank computes for its tokens."""
-    diagonal = problem.diagonal
-    if owners is None or diagonal is None:
+    if owners is None or problem.mask == Mask():
         return _longest_shards(problem, ranks, owners)[0] / problem.q_tokens
-    pairs = (
-        sum(seen_pairs(len(span), problem.kv_tokens, span.start + diagonal) for span in spans)
-        for spans in owners.query
-    )
-    return max(pairs) / max(1, problem.pairs)
+    return busiest_share(problem, owners.query)
 
 
 @lru_cache
@@ -318,7 +318,7 @@ def _idle(problem: AttentionProblem, tiles: int, compute: float, costs: Costs) -
 
     Without a mask, when all tiles are alike; else the longest go first, and short ones fill up.
     """
-    if not costs.multiprocessors or problem.causal != "none":
+    if not costs.multiprocessors or problem.mask != Mask():
         return 0.0
     waves = tiles / costs.multiprocessors
     return (ceil(waves) - waves) * compute / waves

@@ -22,6 +22,8 @@ from math import sqrt
 from typing import Any, Literal, get_args
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import UNBOUNDED, Mask, segments_of, window_of
+from mdattn_mpi.mask import Span as Span
 
 Causal = Literal["none", "upper_left", "lower_right"]
 DTypeName = Literal["bfloat16", "float16"]
@@ -34,26 +36,6 @@ DTYPES: dict[str, DTypeName] = {"bf16": "bfloat16", "fp16": "float16"}  # by wha
 
 MAX_HEAD_DIM = 256
 MIN_SCALE, MAX_SCALE = 2.0**-149, (2 - 2.0**-23) * 2.0**127  # the positive numbers of float32
-
-
-@dataclass(frozen=True, order=True)
-class Span:
-    """The half-open run of tokens, rows or heads ``[start, stop)``."""
-
-    start: int
-    stop: int
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def slice(self) -> slice:
-        """The same run as a Python slice."""
-        return slice(self.start, self.stop)
-
-    def shift(self, by: int) -> Span:
-        """Move both ends by `by`."""
-        return Span(self.start + by, self.stop + by)
 
 
 @dataclass(frozen=True)
@@ -88,10 +70,19 @@ class AttentionProblem:
     ``j <= i`` (``upper_left``) or ``j <= i + Skv - Sq`` (``lower_right``). A query that sees no
     key gives output 0 and LSE −∞.
 
+    ``window`` counts the keys before and after that diagonal that a query sees besides the one on
+    it; −1: all that ``causal`` lets through. Without ``causal`` the diagonal is ``j = i``.
+    ``segments`` are the first tokens of documents packed into one sequence: a query sees its own
+    alone. ``softcap`` c makes ``c · tanh(score / c)`` of every score; 0: none.
+
+    With ``sinks``, each query head has one score more, which takes weight and has no value
+    (gpt-oss, arXiv 2508.10925; after Xiao et al., arXiv 2309.17453). The scores are an input like
+    Q, K and V. They are neither scaled nor capped, and the LSE includes them.
+
     Raises
     ------
     RejectedError
-        A length, head count, head dim, dtype, mask or scale that no backend can take.
+        A length, head count, head dim, dtype, mask, scale or cap that no backend can take.
 
     """
 
@@ -104,6 +95,10 @@ class AttentionProblem:
     dtype: DTypeName = "bfloat16"
     causal: Causal = "none"
     scale: float = None  # type: ignore[assignment]  # becomes 1/√H
+    window: tuple[int, int] = UNBOUNDED
+    softcap: float = 0.0
+    sinks: bool = False
+    segments: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("q_tokens", "kv_tokens", "q_heads", "kv_heads"):
@@ -130,6 +125,23 @@ class AttentionProblem:
             )
         scale = 1.0 / sqrt(self.head_dim) if self.scale is None else scale_of(self.scale)
         object.__setattr__(self, "scale", scale)
+        object.__setattr__(self, "window", self._checked_window())
+        object.__setattr__(self, "softcap", softcap_of(self.softcap))
+        segments = segments_of(self.segments, self.q_tokens, self.kv_tokens)
+        object.__setattr__(self, "segments", segments)
+
+    def _checked_window(self) -> tuple[int, int]:
+        """Return the window as two integers, by the one way of several to say the same."""
+        before, after = window_of(self.window)
+        if self.causal == "none":
+            return before, after
+        if after > 0:
+            raise RejectedError(
+                f"window is ({before}, {after}) with causal {self.causal}, which hides all keys "
+                "after the diagonal",
+                fix=f"use ({before}, 0), or causal none",
+            )
+        return (before, 0) if before >= 0 else UNBOUNDED
 
     @property
     def tokens(self) -> int:
@@ -159,12 +171,24 @@ class AttentionProblem:
             return None
         return self.kv_tokens - self.q_tokens if self.causal == "lower_right" else 0
 
+    @cached_property
+    def mask(self) -> Mask:
+        """What a query may see, whichever options say so."""
+        (before, after), diagonal = self.window, self.diagonal
+        high = diagonal if after < 0 else (diagonal or 0) + after
+        low = None if before < 0 else (diagonal or 0) - before
+        ends = (*self.segments[1:], self.q_tokens)
+        documents = tuple(map(Span, self.segments, ends)) if self.segments else ()
+        return Mask(low, high, documents)
+
     @property
     def pairs(self) -> int:
         """Query–key pairs that the mask lets through, of one head."""
-        if self.diagonal is None:
-            return self.q_tokens * self.kv_tokens
-        return seen_pairs(self.q_tokens, self.kv_tokens, self.diagonal)
+        return self.pairs_before(self.q_tokens)
+
+    def pairs_before(self, row: int) -> int:
+        """Query–key pairs of one head that the rows before `row` see."""
+        return self.mask.pairs_before(row, self.kv_tokens)
 
     @cached_property
     def flops(self) -> int:
@@ -179,16 +203,28 @@ class AttentionProblem:
     @cached_property
     def digest(self) -> int:
         """63 bits that differ when any field differs."""
-        return digest_of(asdict(self))
+        return digest_of(self.facts())
+
+    def facts(self) -> dict[str, Any]:
+        """Return all fields by name; masks and options that came later only where they are used."""
+        later = {"window": UNBOUNDED, "softcap": 0.0, "sinks": False, "segments": ()}
+        facts = asdict(self).items()
+        return {name: value for name, value in facts if name not in later or value != later[name]}
 
     def __str__(self) -> str:
         """For example ``8192 tokens, 8 query and 2 kv heads of 128, bfloat16, upper_left``."""
         value = "" if self.head_dim == self.v_head_dim else f" (value {self.v_head_dim})"
-        mask = "" if self.causal == "none" else f", {self.causal}"
+        options = [
+            self.causal if self.causal != "none" else "",
+            f"window {self.window[0]} {self.window[1]}" if self.window != UNBOUNDED else "",
+            f"{len(self.segments)} documents" if self.segments else "",
+            f"softcap {self.softcap:g}" if self.softcap else "",
+            "sinks" if self.sinks else "",
+        ]
         return (
             f"{_both(self.q_tokens, self.kv_tokens)} tokens, "
             f"{_both(self.q_heads, self.kv_heads)} heads of {self.head_dim}{value}, "
-            f"{self.dtype}{mask}"
+            f"{', '.join([self.dtype, *filter(None, options)])}"
         )
 
 
@@ -215,6 +251,27 @@ def scale_of(given: object) -> float:
             fix="use a positive number that float32 can hold, or leave it out for 1/√H",
         )
     return scale
+
+
+def softcap_of(given: object) -> float:
+    """Take any number, NumPy's too, as a cap of scores: positive, or 0 for none.
+
+    Raises
+    ------
+    RejectedError
+        It isn't, or float32 doesn't hold it.
+
+    """
+    try:
+        softcap = float(given)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        softcap = -1.0
+    if softcap != 0 and not MIN_SCALE <= softcap <= MAX_SCALE:
+        raise RejectedError(
+            f"softcap is {given!r}",
+            fix="use a positive number that float32 can hold, or leave it out (0) for none",
+        )
+    return softcap
 
 
 @dataclass(frozen=True)
@@ -274,6 +331,10 @@ class ModelProblem:
         """Return 0: nobody has counted a model's operations."""
         return 0
 
+    def facts(self) -> dict[str, Any]:
+        """Return all fields by name."""
+        return asdict(self)
+
     def __str__(self) -> str:
         """For example ``8192 tokens, giving hidden float16 [8192, 4096]``."""
         given = ", ".join(f"{each.name} {each.dtype} {list(each.shape)}" for each in self.outputs)
@@ -299,13 +360,3 @@ def digest_of(facts: dict[str, Any]) -> int:
     """63 bits of SHA-256 over the canonical JSON of `facts`."""
     canonical = json.dumps(facts, sort_keys=True, separators=(",", ":")).encode()
     return int.from_bytes(hashlib.sha256(canonical).digest()[:8], "little") >> 1
-
-
-def seen_pairs(q_rows: int, kv_rows: int, diagonal: int) -> int:
-    """Count the pairs with ``0 <= j < kv_rows`` and ``j <= i + diagonal``."""
-    first = max(0, -diagonal)  # the first row that sees a key
-    full = max(first, min(q_rows, kv_rows - 1 - diagonal))  # the first row that sees all keys
-    if first >= q_rows:
-        return 0
-    ramp = full - first
-    return ramp * (first + diagonal + 1) + ramp * (ramp - 1) // 2 + (q_rows - full) * kv_rows

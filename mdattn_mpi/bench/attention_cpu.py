@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import alternate, report
 from mdattn_mpi.errors import DeviceError, RejectedError
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.mask import Span
+from mdattn_mpi.partition import blocks
+from mdattn_mpi.problem import AttentionProblem
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.cpu.host import Array, HostDevice
@@ -124,8 +126,10 @@ def sides(
     )
 
     def attend(device: HostDevice) -> Array:
-        accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
-        device.attend(accumulator, Span(0, len(q)), k, v, problem.causal != "none")
+        accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, problem.softcap)
+        for block in blocks((Span(0, len(q)),), (Span(0, len(k)),), problem.mask):
+            keys = block.kv.slice
+            device.attend(accumulator, block.q, k[keys], v[keys], block.band)
         return device.finish(accumulator)[0]
 
     def theirs() -> Any:

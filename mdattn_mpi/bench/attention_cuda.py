@@ -257,11 +257,11 @@ def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: 
         from mdattn_mpi.partition import blocks
 
         q, k, v = arrays[index % len(arrays)]
-        accumulator = device.accumulator(q, problem.v_head_dim, problem.scale)
+        accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, problem.softcap)
         keys = Span(0, problem.kv_tokens)
-        for block in blocks((sequence,), (keys,), problem.diagonal):
+        for block in blocks((sequence,), (keys,), problem.mask):
             run = block.kv.slice
-            device.attend(accumulator, block.q, k[run], v[run], block.causal)
+            device.attend(accumulator, block.q, k[run], v[run], block.band)
         return device.finish(accumulator)[0]
 
     def run(calls: int) -> list[float]:

@@ -24,7 +24,8 @@ from mdattn_mpi.bench.measure import report, table, versions
 from mdattn_mpi.bench.options import add_rounds, add_shapes, numbers, problems
 from mdattn_mpi.devices.cuda.attention import AttentionCall, Engine
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import AttentionProblem, Plan, seen_pairs
+from mdattn_mpi.mask import seen_pairs
+from mdattn_mpi.problem import AttentionProblem, Plan
 
 SECONDS = 0.1  # of one turn, roughly
 FLOPS = 6e14  # by which the calls of a turn are counted
@@ -203,9 +204,14 @@ def reference(call: AttentionCall, q: Any, k: Any, v: Any, rows: Any) -> Any:
     group, heads = call.q_heads // call.kv_heads, []
     for head in range(call.q_heads):
         scores = q[rows, head].double() @ k[:, head // group].double().T * call.scale
-        if call.causal:
-            keys = torch.arange(call.kv_tokens, device=q.device)
-            scores[keys[None] > rows[:, None] + call.kv_tokens - call.q_tokens] = -torch.inf
+        if call.softcap:
+            scores = call.softcap * torch.tanh(scores / call.softcap)
+        keys = torch.arange(call.kv_tokens, device=q.device)
+        after = keys[None] - rows[:, None] - (call.kv_tokens - call.q_tokens)  # of the diagonal
+        if call.band.after is not None:
+            scores[after > call.band.after] = -torch.inf
+        if call.band.before is not None:
+            scores[after < -call.band.before] = -torch.inf
         heads.append(scores.softmax(-1) @ v[:, head // group].double())
     return torch.stack(heads, 1)
 
@@ -213,14 +219,17 @@ def reference(call: AttentionCall, q: Any, k: Any, v: Any, rows: Any) -> Any:
 def flops_of(call: AttentionCall) -> int:
     """Floating-point operations of the two matrix products."""
     rows, keys = call.q_tokens, call.kv_tokens
-    pairs = seen_pairs(rows, keys, keys - rows) if call.causal else rows * keys
+    before, after = call.band
+    pairs = rows * keys if after is None else seen_pairs(rows, keys, keys - rows + after)
+    if before is not None:
+        pairs -= seen_pairs(rows, keys, keys - rows - before - 1)
     return 2 * pairs * call.q_heads * (call.head_dim + call.v_head_dim)
 
 
 def _lines(call: AttentionCall, sides: Mapping[str, Mapping[str, float]]) -> str:
     """A table of one call."""
     first = sides["cuDNN"]["ms"] if "cuDNN" in sides else float("nan")
-    mask = "lower right" if call.causal else "full"
+    mask = {"none": "full", "causal": "lower right"}.get(call.mask, str(call.band))
     title = (
         f"{call.q_tokens} × {call.kv_tokens} tokens, {call.q_heads}/{call.kv_heads} heads of "
         f"{call.head_dim}, {call.dtype}, {mask}"

@@ -153,7 +153,7 @@ def attention(device: CudaDevice, call: Call, times: int = 1) -> Callable[[], An
     def once() -> Any:
         accumulator = device.accumulator(q, call.v_head_dim, call.head_dim**-0.5)
         for _ in range(times):
-            device.attend(accumulator, Span(0, call.q_rows), k, v, call.causal)
+            device.attend(accumulator, Span(0, call.q_rows), k, v, call.band)
         return device.finish(accumulator)[1]
 
     return once
@@ -242,7 +242,7 @@ def _slowest(world: World, own: dict[str, float]) -> dict[str, float]:
 def _call(rows: int, keys: int) -> Call:
     from mdattn_mpi.bench.timeline import Call
 
-    return Call(rows, keys, HEADS, HEADS, DIM, DIM, causal=False)
+    return Call(rows, keys, HEADS, HEADS, DIM, DIM)
 
 
 def _random(device: CudaDevice, shape: tuple[int, ...]) -> Any:

@@ -17,6 +17,7 @@ from math import prod
 from typing import Any, Literal, NamedTuple
 
 from mdattn_mpi.devices.protocol import NO_ROWS, Message
+from mdattn_mpi.mask import FULL, Band
 from mdattn_mpi.partition import partition_of, token_count
 from mdattn_mpi.problem import Plan, Span
 from mdattn_mpi.strategies import Attend
@@ -25,7 +26,7 @@ HALF, SINGLE = 2, 4  # bytes of a 16-bit number and of a float32
 
 
 class Call(NamedTuple):
-    """One attention call, as a kernel sees it. `causal` means ``lower_right``."""
+    """One attention call, as a kernel sees it."""
 
     q_rows: int
     kv_rows: int
@@ -33,7 +34,7 @@ class Call(NamedTuple):
     kv_heads: int
     head_dim: int
     v_head_dim: int
-    causal: bool
+    band: Band = FULL
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,12 @@ class Tracer:
         self.verbs.append(Wait(tuple(parcel.buffer for parcel in transfer.receives)))
 
     def accumulator(
-        self, q: Shape, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+        self,
+        q: Shape,
+        v_head_dim: int,
+        scale: float,
+        softcap: float = 0.0,
+        merged: Span = NO_ROWS,
     ) -> _Accumulator:
         """See `protocol.Device`."""
         rows, heads = q.shape[:2]
@@ -172,18 +178,16 @@ class Tracer:
             q, self.array((rows, heads, v_head_dim)), self.array((rows, heads), SINGLE)
         )
 
-    def attend(
-        self, accumulator: _Accumulator, rows: Span, k: Shape, v: Shape, causal: bool
-    ) -> None:
+    def attend(self, accumulator: _Accumulator, rows: Span, k: Shape, v: Shape, band: Band) -> None:
         """See `protocol.Device`."""
         if len(rows) and prod(k.shape) and accumulator.q.nbytes:
             _, heads, dim = accumulator.q.shape
-            call = Call(len(rows), k.shape[0], heads, k.shape[1], dim, v.shape[2], causal)
+            call = Call(len(rows), k.shape[0], heads, k.shape[1], dim, v.shape[2], band)
             accumulator.calls.append(rows)
             buffers = (accumulator.q.buffer, k.buffer, v.buffer)
             self.verbs.append(Compute("attend", buffers, (accumulator.output.buffer,), call))
 
-    def finish(self, accumulator: _Accumulator) -> tuple[Shape, Shape]:
+    def finish(self, accumulator: _Accumulator, sinks: Shape | None = None) -> tuple[Shape, Shape]:
         """See `protocol.Device`: rows with one partial result need no merge."""
         output, lse = accumulator.output, accumulator.lse
         row = (output.nbytes + lse.nbytes) // max(1, output.shape[0])

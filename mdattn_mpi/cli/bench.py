@@ -27,9 +27,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Run the benchmark that was asked for: its `main`, or its `measure` on all ranks."""
+    """Run the benchmark that was asked for: its `main`, else its `measure` on all ranks."""
     benchmark = arguments.benchmark
-    if hasattr(benchmark, "measure"):
-        return on_all_ranks(lambda world: benchmark.measure(world, arguments))
-    code: int = benchmark.main(arguments)
-    return code
+    if hasattr(benchmark, "main"):
+        code: int = benchmark.main(arguments)
+        return code
+    return on_all_ranks(lambda world: benchmark.measure(world, arguments))

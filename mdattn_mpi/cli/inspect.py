@@ -1,6 +1,6 @@
-"""Say what a file holds. For a dataset: its items, how they are stored, and which of them can't be
-done. For an output: the state of every item. For any other HDF5, .npz, .npy,
-.safetensors or .pt file: the tensors that `mdattn convert` could take.
+"""Say what a file holds. For a dataset, of attention's inputs or of token ids: its items, how they
+are stored, and which of them can't be done. For an output: the state of every item. For any other
+HDF5, .npz, .npy, .safetensors or .pt file: the tensors that `mdattn convert` could take.
 
   mdattn inspect data.h5
   mdattn inspect out.h5 --check      read everything and compare it with the checksums
@@ -18,8 +18,17 @@ from mdattn_mpi.cli.options import add_opening_options
 from mdattn_mpi.text import counted, printable, quantity, show
 
 if TYPE_CHECKING:
-    from mdattn_mpi.dataset import AnyItem, Dataset, Item, Output
+    from mdattn_mpi.dataset import (
+        AnyItem,
+        Dataset,
+        Item,
+        ModelItem,
+        Output,
+        TensorFile,
+        TokenFile,
+    )
     from mdattn_mpi.dataset.foreign.tensor import ForeignTensor
+    from mdattn_mpi.errors import RejectedError
 
 EPILOG = "Exit codes: 0 all is well; 1 some items are bad, failed or damaged; 2 can't be read."
 
@@ -45,7 +54,7 @@ def main(arguments: argparse.Namespace) -> int:
     from mdattn_mpi.dataset.hdf5 import format_of
     from mdattn_mpi.dataset.layout import DATASET_FORMAT, OUTPUT_FORMAT
 
-    describe = {DATASET_FORMAT: _describe_dataset, OUTPUT_FORMAT: _describe_output}
+    describe = {DATASET_FORMAT: _describe_input, OUTPUT_FORMAT: _describe_output}
     facts = describe.get(format_of(arguments.path), _describe_foreign)(arguments)
     if arguments.json:
         import json
@@ -57,6 +66,67 @@ def main(arguments: argparse.Namespace) -> int:
         item.get("state") == "failed" or item.get("damaged") for item in facts["items"]
     )
     return 1 if bad else 0
+
+
+def _describe_input(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mdattn_mpi.dataset.tokens import holds_tokens
+
+    tokens = holds_tokens(arguments.path, arguments.allow or ())
+    return (_describe_tokens if tokens else _describe_dataset)(arguments)
+
+
+def _describe_tokens(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mdattn_mpi.dataset import open_tokens
+
+    with open_tokens(
+        arguments.path,
+        select=arguments.items,
+        allow=arguments.allow or (),
+        ignore=arguments.ignore or (),
+        keep_faults=True,
+    ) as file:
+        return {
+            "path": file.path,
+            "format": "mdattn-dataset",
+            "bytes": file.size,
+            "items": [_token_item(file, item, arguments.check) for item in file.items],
+            "faults": _faults(file.faults),
+        }
+
+
+def _token_item(file: TokenFile, item: ModelItem, check: bool) -> dict[str, Any]:
+    tensors = {
+        name: {
+            "shape": list(data.shape),
+            "dtype": data.dtype.name,
+            "storage": str(data.storage),
+            "crc32": data.crc32,
+        }
+        for name, data in file.tensors(item).items()
+    }
+    checked = {"damaged": _damaged(file, item)} if check else {}
+    return {
+        "name": item.name,
+        "tokens": item.problem.tokens,
+        "documents": file.documents(item),
+        "shape": file.describe(item),
+        "bytes": sum(data.nbytes for data in file.tensors(item).values()),
+        "tensors": tensors,
+        **checked,
+    }
+
+
+def _damaged(file: TensorFile, item: AnyItem) -> list[str]:
+    """Name the tensors whose bytes aren't those of their checksum."""
+    return [
+        name
+        for name, data in file.tensors(item).items()
+        if data.crc32 is not None and file.checksum(item, name) != data.crc32
+    ]
+
+
+def _faults(faults: Sequence[RejectedError]) -> list[dict[str, str]]:
+    return [{"item": fault.item, "what": fault.what, "fix": fault.fix} for fault in faults]
 
 
 def _describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -75,10 +145,7 @@ def _describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
             "format": "mdattn-dataset",
             "bytes": dataset.size,
             "items": [_dataset_item(dataset, item, arguments.check) for item in dataset.items],
-            "faults": [
-                {"item": fault.item, "what": fault.what, "fix": fault.fix}
-                for fault in dataset.faults
-            ],
+            "faults": _faults(dataset.faults),
             "warnings": list(dataset.warnings),
         }
 
@@ -87,7 +154,6 @@ def _dataset_item(dataset: Dataset, item: Item, check: bool) -> dict[str, Any]:
     from mdattn_mpi.dataset.layout import TENSORS
 
     tensors: dict[str, Any] = {}
-    damaged = []
     for name in TENSORS:
         data = dataset.tensor(item, name)
         tensors[name] = {
@@ -97,10 +163,8 @@ def _dataset_item(dataset: Dataset, item: Item, check: bool) -> dict[str, Any]:
             "storage": str(data.storage),
             "crc32": data.crc32,
         }
-        if check and data.crc32 is not None and dataset.checksum(item, name) != data.crc32:
-            damaged.append(name)
     size = sum(dataset.tensor(item, name).nbytes for name in TENSORS)
-    checked = {"damaged": damaged} if check else {}
+    checked = {"damaged": _damaged(dataset, item)} if check else {}
     return {
         "name": item.name,
         **_problem(item),
@@ -230,7 +294,7 @@ def _checked(items: Sequence[Mapping[str, Any]], columns: int) -> list[str]:
 
 def _dataset_row(item: Mapping[str, Any]) -> dict[str, str]:
     tensors = item["tensors"].values()
-    encodings = sorted({tensor["encoding"] for tensor in tensors})
+    encodings = sorted({tensor.get("encoding") or tensor.get("dtype", "") for tensor in tensors})
     return {
         "item": item["name"],
         "shape": item["shape"],

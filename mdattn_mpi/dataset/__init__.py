@@ -16,6 +16,7 @@ from mdattn_mpi.dataset.output import Output, open_output
 from mdattn_mpi.dataset.reader import Dataset, open_dataset
 from mdattn_mpi.dataset.scanner import scan_file
 from mdattn_mpi.dataset.tensors import TensorFile
+from mdattn_mpi.dataset.tokens import TokenFile, open_tokens
 from mdattn_mpi.dataset.writer import create_output
 
 __all__ = [
@@ -33,9 +34,11 @@ __all__ = [
     "State",
     "Tensor",
     "TensorFile",
+    "TokenFile",
     "create_output",
     "numpy_dtype",
     "open_dataset",
     "open_output",
+    "open_tokens",
     "scan_file",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -93,7 +93,7 @@ def _item(group: Node, name: str) -> tuple[AnyItem, dict[str, Region]]:
 def describe(item: AnyItem) -> dict[str, Value]:
     """Put what is to be computed of an item into attributes, from which it is read again."""
     if isinstance(item, Item):
-        return {"problem": json.dumps(asdict(item.problem))}
+        return {"problem": json.dumps(item.problem.facts())}
     outputs = {
         each.name: {"shape": each.shape, "dtype": each.dtype, "token_dim": each.token_dim}
         for each in item.problem.outputs

@@ -249,7 +249,9 @@ class Node:
         """Return an attribute of `count` integers; None where there is none of that kind."""
         value = self._found.get("a", {}).get(name)
         self._check(value)
-        return tuple(value) if isinstance(value, list) and len(value) == count else None
+        found = value if isinstance(value, list) else [value]
+        whole = all(isinstance(number, int) for number in found)
+        return tuple(found) if whole and len(found) == count else None
 
     def attribute_names(self) -> list[str]:
         """List the names of all attributes."""

@@ -198,6 +198,8 @@ def _items(
     item = group.child(name)
     if item is None or not item.is_group:
         raise reject("is no group", f"store it as /{ITEMS}/{name}/query, key and value")
+    if "input_ids" in item.names() and "query" not in item.names():
+        raise reject("holds token ids, no query, key and value", "name a model: --model DIR")
     refuse_unknown(unknown_in(item, TENSORS), ignore, group.file.path)
     chosen = str(item.attribute("layout") or default) if layout == "auto" else layout
     if chosen not in LAYOUTS:

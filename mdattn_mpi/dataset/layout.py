@@ -13,6 +13,13 @@ Dataset (input)::
 With a leading batch dim, ``[B, S, N, H]``, the item stands for B items ``<name>.0``, ``<name>.1``
 and so on. With ``layout = "head_major"`` (of the item, or of the file) tensors are ``[N, S, H]``.
 
+Dataset of token ids, for a model::
+
+    /items/<name>/input_ids  [S]          uint16, uint32, int32 or int64; attribute of the item:
+                                          crc32 (of the bytes of the one or two below it)
+    /items/<name>/segments   [documents]  int64, optional: the first token of each document
+    /items/<name>/names      [documents]  text, optional, for people: what each is called
+
 Output of attention::
 
     /                     format = "mdattn-output", version = 1, and provenance
@@ -57,6 +64,7 @@ VERSION = 1
 ITEMS = "items"
 LEDGER = "ledger"
 TENSORS: tuple[Tensor, ...] = ("query", "key", "value")
+TOKEN_DTYPES = {"input_ids": ("uint16", "uint32", "int32", "int64"), "segments": ("int64",)}
 ITEM_ATTRIBUTES = ("causal", "scale", "layout", "crc32")
 TENSOR_ATTRIBUTES = ("dtype",)
 LAYOUTS: tuple[Layout, ...] = ("token_major", "head_major")

@@ -17,6 +17,7 @@ from mdattn_mpi.dataset.layout import (
     DATASET_FORMAT,
     ITEMS,
     TENSORS,
+    TOKEN_DTYPES,
     VERSION,
     Encoding,
     Item,
@@ -26,7 +27,7 @@ from mdattn_mpi.dataset.layout import (
     problem_of,
 )
 from mdattn_mpi.dataset.positioned import write_exactly
-from mdattn_mpi.dataset.writer import add_group, allocate, new_file, put_attributes
+from mdattn_mpi.dataset.writer import add_group, allocate, new_file, put_attributes, write_array
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, Causal
 
@@ -83,6 +84,7 @@ class DatasetWriter:
         self._encoding: Encoding = encoding
         self._layout: Layout = layout
         self._places: dict[tuple[str, Tensor], _Place] = {}
+        self._names: set[str] = set()
 
     def __enter__(self) -> DatasetWriter:
         with ExitStack() as undo:
@@ -134,6 +136,44 @@ class DatasetWriter:
             whole = array.transpose(1, 0, 2) if self._layout == "head_major" else array
             self.append(item, tensor, whole)
 
+    def add_tokens(
+        self, name: str, input_ids: Array, segments: Array | None = None, names: Sequence[str] = ()
+    ) -> None:
+        """Write an item of token ids whole.
+
+        Parameters
+        ----------
+        name
+            The item's.
+        input_ids
+            ``[S]``, of uint16, uint32, int32 or int64.
+        segments
+            ``[documents]``: the first token of each document that is packed into it, 0 the first.
+        names
+            What the documents are called, for people.
+
+        Raises
+        ------
+        RejectedError
+            There is an item of that name, or the arrays can't be.
+
+        """
+        arrays = {"input_ids": _little_endian(input_ids)}
+        if segments is not None:
+            arrays["segments"] = _little_endian(segments)
+        fault = _token_fault(arrays)
+        if fault:
+            fix = "give [tokens] of integers, and the first token of each document, ascending"
+            raise RejectedError(fault, fix=fix, file=self._path, item=name)
+        self._take(name)
+        group = add_group(self._folder, name)
+        if names:
+            arrays["names"] = np.array([text.encode() for text in names])
+        for tensor, array in arrays.items():
+            write_array(group, tensor, array)
+        crc32s = [zlib.crc32(arrays[each].data) for each in TOKEN_DTYPES if each in arrays]
+        put_attributes(group.id, {"crc32": np.array(crc32s, "<u4")})
+
     def reserve(self, item: Item) -> None:
         """Make room for an item; `append` fills it.
 
@@ -143,16 +183,20 @@ class DatasetWriter:
             There is an item of that name, or it can't be a name.
 
         """
-        fault = item_name_fault(item.name)
-        if fault or (item.name, TENSORS[0]) in self._places:
+        self._take(item.name)
+        for tensor, place in _create_item(self._folder, item, self._encoding, self._layout).items():
+            self._places[item.name, tensor] = place
+
+    def _take(self, name: str) -> None:
+        fault = item_name_fault(name)
+        if fault or name in self._names:
             raise RejectedError(
                 f"its name {fault}" if fault else "is in the dataset already",
                 fix="give it another name",
                 file=self._path,
-                item=item.name,
+                item=name,
             )
-        for tensor, place in _create_item(self._folder, item, self._encoding, self._layout).items():
-            self._places[item.name, tensor] = place
+        self._names.add(name)
 
     def append(self, item: Item, tensor: Tensor, block: Array) -> None:
         """Write the next elements of a tensor, in the order of the file."""
@@ -187,6 +231,21 @@ def _problem_of(q: Array, k: Array, v: Array, causal: Causal, scale: Any) -> Att
         return problem_of([q.shape, k.shape, v.shape], str(q.dtype), causal, scale)
     except RejectedError as error:
         raise RejectedError(f"{error.what} (q, k, v are {what})", fix=error.fix) from None
+
+
+def _little_endian(numbers: Any) -> Array:
+    array = np.asarray(numbers, order="C")
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _token_fault(arrays: dict[str, Array]) -> str:
+    """Say what is wrong with token ids and segments; empty when nothing is."""
+    for tensor, array in arrays.items():
+        if array.ndim != 1 or not array.size or array.dtype.name not in TOKEN_DTYPES[tensor]:
+            return f"{tensor} is {array.dtype} {list(array.shape)}"
+    starts = arrays.get("segments", np.zeros(1, np.int64))
+    inside = starts[0] == 0 and starts[-1] < len(arrays["input_ids"])
+    return "" if inside and (np.diff(starts) > 0).all() else f"segments are {starts.tolist()[:8]}"
 
 
 def shapes(problem: AttentionProblem) -> dict[Tensor, tuple[int, int, int]]:

@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.dataset.index import IndexedItem, find_items, first_of
 from mdattn_mpi.dataset.layout import LAYOUTS, AnyItem, Item, Tensor, natural_order
-from mdattn_mpi.dataset.positioned import checksum
 from mdattn_mpi.dataset.tensors import TensorData, TensorFile
 from mdattn_mpi.errors import RejectedError
 
@@ -51,21 +50,6 @@ class Dataset(TensorFile):
     def describe(self, item: AnyItem) -> str:
         """Say an item's shape as it was understood, in one sentence."""
         return f"{item.problem}, {self.tensor(item, 'key').layout.replace('_', '-')}"
-
-    def checksum(self, item: Item, tensor: Tensor) -> int | None:
-        """CRC-32 over the whole dataset that holds the tensor; None when it isn't contiguous.
-
-        Raises
-        ------
-        ItemError
-            The file can't be read there.
-
-        """
-        data = self.tensor(item, tensor)
-        if data.node.offset is None:
-            return None
-        with self._reading(item, tensor):
-            return checksum(data.node.file.fd, data.node.offset, data.storage.nbytes)
 
     def _warnings(self) -> list[str]:
         tensors = [data for found in self._tensors.values() for data in found.values()]

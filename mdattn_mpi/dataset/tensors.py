@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 
 from mdattn_mpi.dataset.hdf5 import File, Node, Storage
 from mdattn_mpi.dataset.layout import AnyItem, Layout
-from mdattn_mpi.dataset.positioned import Region
+from mdattn_mpi.dataset.positioned import Region, checksum
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.problem import Span, digest_of
 
@@ -82,7 +82,7 @@ class TensorData:
 
     def _read_box(self, span: Span, out: Array) -> None:
         """Read a box of the dataset, whose dims may be in another order."""
-        start: tuple[int, ...] = (span.start, 0, 0)
+        start: tuple[int, ...] = (span.start, *(0 for _ in self.shape[1:]))
         if self.layout == "head_major":
             start, out = (0, span.start, 0), out.swapaxes(0, 1)
         if self.position is not None:
@@ -163,6 +163,10 @@ class TensorFile:
         """Describe one tensor of an item."""
         return self._tensors[item.name][tensor]
 
+    def tensors(self, item: AnyItem) -> Mapping[str, TensorData]:
+        """Describe all tensors of an item, by name."""
+        return self._tensors[item.name]
+
     def describe(self, item: AnyItem) -> str:
         """Say an item's shape as it was understood, in one sentence."""
         return str(item.problem)
@@ -232,7 +236,7 @@ class TensorFile:
         file may go unseen, a changed file of the same shapes won't.
         """
         digest = hashlib.sha256()
-        problems = {item.problem: digest_of(asdict(item.problem)) for item in self.items}
+        problems = {item.problem: self._meaning(item) for item in self.items}
         tensors = [
             (item, name, data)
             for item in self.items
@@ -248,6 +252,25 @@ class TensorFile:
                     for block in data.samples(blocks):
                         digest.update(block.view(np.uint8).data)
         return digest.hexdigest()
+
+    def _meaning(self, item: AnyItem) -> int:
+        """Say in bits what an item is, besides its tensors."""
+        return digest_of(item.problem.facts())
+
+    def checksum(self, item: AnyItem, tensor: str) -> int | None:
+        """CRC-32 over the whole dataset that holds the tensor; None when it isn't contiguous.
+
+        Raises
+        ------
+        ItemError
+            The file can't be read there.
+
+        """
+        data = self.tensor(item, tensor)
+        if data.node.offset is None:
+            return None
+        with self._reading(item, tensor):
+            return checksum(data.node.file.fd, data.node.offset, data.storage.nbytes)
 
     @property
     def identity(self) -> dict[str, str | int]:

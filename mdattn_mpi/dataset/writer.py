@@ -224,6 +224,12 @@ def allocate(group: Any, name: str, shape: tuple[int, ...], stored: Any) -> int:
     return offset
 
 
+def write_array(group: Any, name: str, array: np.ndarray[Any, Any]) -> None:
+    """Make a dataset of a whole array: integers, IEEE floats, text of fixed length."""
+    offset = allocate(group, name, array.shape, h5py.h5t.py_create(array.dtype))
+    write_exactly(group.file.id.get_vfd_handle(), offset, array.view(np.uint8).data)
+
+
 def put_attributes(target: Any, attributes: Mapping[str, Value | np.ndarray[Any, Any]]) -> None:
     """Write attributes of an HDF5 object; text with its length fixed, in UTF-8.
 

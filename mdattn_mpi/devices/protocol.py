@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.problem import AttentionProblem
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,7 +51,7 @@ class Rehearsed(NamedTuple):
     keys: int
     q_heads: int
     kv_heads: int
-    causal: bool
+    band: Band
     merged: bool
 
 
@@ -89,27 +90,33 @@ class Device(Protocol[A, T, P]):
         """Let everything that follows see what `transfer` received."""
         ...
 
-    def accumulator(self, q: A, v_head_dim: int, scale: float, merged: Span = NO_ROWS) -> P:
+    def accumulator(
+        self, q: A, v_head_dim: int, scale: float, softcap: float = 0.0, merged: Span = NO_ROWS
+    ) -> P:
         """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`, if any.
 
+        Scores are multiplied by `scale`; then ``softcap · tanh(score / softcap)``, unless it is 0.
         Rows that more than one `attend` will add to had better be in `merged`: their results are
         kept as exactly as the device can until they are merged. A call has rows in it or outside.
         """
         ...
 
-    def attend(self, accumulator: P, rows: Span, k: A, v: A, causal: bool) -> None:
-        """Add the attention of the query's `rows` to all of `k` and `v`.
+    def attend(self, accumulator: P, rows: Span, k: A, v: A, band: Band) -> None:
+        """Add the attention of the query's `rows` to what they see of `k` and `v`.
 
-        `causal` means ``lower_right``, with at least as many keys as rows. Query head ``n`` reads
-        kv head ``n // (Nq / Nkv)``.
+        The band is one of a `partition.Block`: no row is without a key, nor a key without a row; a
+        bound is not negative, and where there is one, there are at least as many keys as rows.
+        Query head ``n`` reads kv head ``n // (Nq / Nkv)``.
         """
         ...
 
-    def finish(self, accumulator: P) -> tuple[A, A]:
+    def finish(self, accumulator: P, sinks: A | None = None) -> tuple[A, A]:
         """Merge what `attend` added, in float32, rounded once.
 
+        `sinks` ``[Nq]``, float32, are one more score a head, which takes weight and has no value.
+
         Returns the output ``[Sq, Nq, Hv]`` in the dtype of the query and the natural-log LSE
-        ``[Sq, Nq]`` in float32. Rows that saw no key give 0 and −∞.
+        ``[Sq, Nq]`` in float32, sinks included. Rows that saw no key give 0, and −∞ or the sink.
         """
         ...
 

@@ -1,10 +1,10 @@
 """How a group shares one item: a generator function each, written in the verbs of a device.
 
-``attend(device, plan, q, k, v)`` takes the rank's own shards, token-major, in the order of the
-plan's partition. What comes before its single ``yield`` needs nothing computed (it posts
-transfers), so a batch runs it for item i+1 before it enqueues item i; the rest computes. It
-returns ``(output, lse)`` of the rank's query shard: ``[Sq, Nq, Hv]`` in the dtype of the query,
-``[Sq, Nq]`` in float32.
+``attend(device, plan, q, k, v, sinks)`` takes the rank's own shards, token-major, in the order of
+the plan's partition, and the sinks ``[Nq]`` of all heads where the problem has them. What comes
+before its single ``yield`` needs nothing computed (it posts transfers), so a batch runs it for item
+i+1 before it enqueues item i; the rest computes. It returns ``(output, lse)`` of the rank's query
+shard: ``[Sq, Nq, Hv]`` in the dtype of the query, ``[Sq, Nq]`` in float32.
 
 All are collective and exact for any number of ranks, any lengths and any partition of the tokens.
 """
@@ -22,7 +22,7 @@ class Attend(Protocol):
     """What every strategy is."""
 
     def __call__(
-        self, device: Device[A, T, P], plan: Plan, q: A, k: A, v: A
+        self, device: Device[A, T, P], plan: Plan, q: A, k: A, v: A, sinks: A | None = None
     ) -> Generator[None, None, tuple[A, A]]:
         """Attend with the rank's shards."""
         ...

@@ -10,19 +10,28 @@ merged: faster, and for these rows no more exact than `ring`.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 
 from mdattn_mpi.devices.protocol import A, Device, P, T
-from mdattn_mpi.partition import blocks, partition_of, pieces, token_count
-from mdattn_mpi.problem import Plan, Span
+from mdattn_mpi.mask import Span
+from mdattn_mpi.partition import blocks, common, partition_of, seen, token_count, tokens_of
+from mdattn_mpi.problem import Plan
 
 
 def attend(
-    device: Device[A, T, P], plan: Plan, q: A, k: A, v: A, *, head_start: int = 0
+    device: Device[A, T, P],
+    plan: Plan,
+    q: A,
+    k: A,
+    v: A,
+    sinks: A | None = None,
+    *,
+    head_start: int = 0,
 ) -> Generator[None, None, tuple[A, A]]:
     """Collective. Attend with the rank's shards; see `mdattn_mpi.strategies`.
 
-    Yields once, with all of K and V under way. Returns output and LSE of the query shard.
+    Yields once, with all of K and V under way that the rank sees. Returns output and LSE of the
+    query shard.
 
     Parameters
     ----------
@@ -30,61 +39,53 @@ def attend(
         How many rows of the rank's query attend to its own keys while the others are on their way.
 
     """
-    problem, owners = plan.problem, partition_of(plan)
-    everyone = range(device.ranks)
-    shards, held = (k, v), [pieces(spans) for spans in owners.kv]
-    wholes = tuple(device.empty((problem.kv_tokens, *array.shape[1:]), array) for array in shards)
+    problem, owners, mask = plan.problem, partition_of(plan), plan.problem.mask
+    everyone, sequence = range(device.ranks), (Span(0, problem.kv_tokens),)
+    query, own = owners.query[device.rank], owners.kv[device.rank]
+    wanted = [seen(spans, sequence, mask) for spans in owners.query]  # tokens, of each rank
+    visible = wanted[device.rank]
+    shards, tokens = (k, v), token_count(visible)
+    gathered = tuple(device.empty((tokens, *array.shape[1:]), array) for array in shards)
     # Received in the order of the sequence, whoever owns what.
     gathering = device.exchange(
         send=[
             (shard[rows.slice], peer)
             for peer in everyone
             for shard in shards
-            for rows, _ in held[device.rank]
+            for rows, _ in common(own, wanted[peer])
         ],
         receive=[
-            (whole[tokens.slice], peer)
+            (whole[place.slice], peer)
             for peer in everyone
-            for whole in wholes
-            for _, tokens in held[peer]
+            for whole in gathered
+            for _, place in common(owners.kv[peer], visible)
         ],
     )
     yield
 
-    all_k, all_v = wholes
-    query, own = owners.query[device.rank], owners.kv[device.rank]
     last = token_count(query)
     early = Span(max(0, last - head_start), last)
-    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, early)
+    merged = Span(0, last) if problem.sinks else early
+    accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, problem.softcap, merged)
 
-    def attend_to(rows: Span, keys: Sequence[Span], k: A, v: A) -> None:
+    def attend_to(rows: Span, keys: tuple[Span, ...], k: A, v: A) -> None:
         """Let some of the rank's rows see `keys`, which `k` and `v` hold one after the other."""
-        for block in blocks(_cut(query, rows), keys, problem.diagonal):
+        for block in blocks(tokens_of(query, (rows,)), keys, mask):
             run = block.kv.slice
-            device.attend(accumulator, block.q.shift(rows.start), k[run], v[run], block.causal)
+            device.attend(accumulator, block.q.shift(rows.start), k[run], v[run], block.band)
 
+    all_k, all_v = gathered
     attend_to(early, own, k, v)
     device.wait(gathering)
-    for rest in _complement(own, problem.kv_tokens):
-        attend_to(early, (rest,), all_k[rest.slice], all_v[rest.slice])
-    attend_to(Span(0, early.start), (Span(0, problem.kv_tokens),), all_k, all_v)
-    return device.finish(accumulator)
+    for rest in _complement(own, problem.kv_tokens) if len(early) else ():
+        for _, place in common((rest,), visible):
+            run = tokens_of(visible, (place,))
+            attend_to(early, run, all_k[place.slice], all_v[place.slice])
+    attend_to(Span(0, early.start), visible, all_k, all_v)
+    return device.finish(accumulator, sinks)
 
 
-def _cut(spans: Sequence[Span], rows: Span) -> tuple[Span, ...]:
-    """Return the tokens of local `rows`, where `spans` lie one after the other."""
-    found: list[Span] = []
-    local = 0
-    for span in spans:
-        start = max(0, rows.start - local)
-        stop = min(len(span), rows.stop - local)
-        if start < stop:
-            found.append(Span(span.start + start, span.start + stop))
-        local += len(span)
-    return tuple(found)
-
-
-def _complement(spans: Sequence[Span], tokens: int) -> list[Span]:
+def _complement(spans: tuple[Span, ...], tokens: int) -> list[Span]:
     """Return the runs of the sequence that are in none of `spans`."""
     found, start = [], 0
     for span in (*sorted(spans), Span(tokens, tokens)):

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
+from mdattn_mpi.mask import Band, Span
 from mdattn_mpi.partition import partition_of, token_count
-from mdattn_mpi.problem import Plan, Span
+from mdattn_mpi.problem import Plan
 
 Dims = tuple[int, ...]
 
@@ -45,22 +46,29 @@ class Rehearsal:
         """Do nothing."""
 
     def accumulator(
-        self, q: Shape, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+        self,
+        q: Shape,
+        v_head_dim: int,
+        scale: float,
+        softcap: float = 0.0,
+        merged: Span = NO_ROWS,
     ) -> tuple[Shape, Shape, Span]:
         """Start with nothing."""
         return q, Shape(*q.shape[:2], v_head_dim), merged
 
     def attend(
-        self, accumulator: tuple[Shape, Shape, Span], rows: Span, k: Shape, v: Shape, causal: bool
+        self, accumulator: tuple[Shape, Shape, Span], rows: Span, k: Shape, v: Shape, band: Band
     ) -> None:
         """Note the call."""
         q, _, merged = accumulator
         keys, kv_heads = k.shape[:2]
         if len(rows) and keys and q.shape[1]:
             shared = merged.start <= rows.start < merged.stop
-            self.calls.append(Rehearsed(len(rows), keys, q.shape[1], kv_heads, causal, shared))
+            self.calls.append(Rehearsed(len(rows), keys, q.shape[1], kv_heads, band, shared))
 
-    def finish(self, accumulator: tuple[Shape, Shape, Span]) -> tuple[Shape, Shape]:
+    def finish(
+        self, accumulator: tuple[Shape, Shape, Span], sinks: Shape | None = None
+    ) -> tuple[Shape, Shape]:
         """Return output and LSE."""
         _, output, _ = accumulator
         return output, Shape(*output.shape[:2])

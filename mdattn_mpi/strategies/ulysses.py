@@ -10,15 +10,16 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 
 from mdattn_mpi.devices.protocol import A, Device, Message, P, T
+from mdattn_mpi.mask import Span
 from mdattn_mpi.partition import blocks, head_shards, partition_of, pieces, token_count
-from mdattn_mpi.problem import Plan, Span
+from mdattn_mpi.problem import Plan
 
 Owners = Sequence[Sequence[Span]]  # the tokens of each rank
 Heads = Sequence[Span]  # the heads of each rank
 
 
 def attend(
-    device: Device[A, T, P], plan: Plan, q: A, k: A, v: A
+    device: Device[A, T, P], plan: Plan, q: A, k: A, v: A, sinks: A | None = None
 ) -> Generator[None, None, tuple[A, A]]:
     """Collective. Attend with the rank's shards; see `mdattn_mpi.strategies`.
 
@@ -34,13 +35,16 @@ def attend(
     yield
 
     device.wait(gathering)
-    accumulator = device.accumulator(all_q, problem.v_head_dim, problem.scale)
-    if len(q_heads[device.rank]):
+    merged = Span(0, problem.q_tokens if problem.sinks else 0)
+    options = problem.v_head_dim, problem.scale, problem.softcap, merged
+    accumulator = device.accumulator(all_q, *options)
+    own_heads = q_heads[device.rank]
+    if len(own_heads):
         queries, keys = (Span(0, problem.q_tokens),), (Span(0, problem.kv_tokens),)
-        for block in blocks(queries, keys, problem.diagonal):
+        for block in blocks(queries, keys, problem.mask):
             run = block.kv.slice
-            device.attend(accumulator, block.q, all_k[run], all_v[run], block.causal)
-    out, lse = device.finish(accumulator)
+            device.attend(accumulator, block.q, all_k[run], all_v[run], block.band)
+    out, lse = device.finish(accumulator, sinks[own_heads.slice] if sinks is not None else None)
     return _gather_heads(device, (out, lse), owners.query, q_heads)
 
 

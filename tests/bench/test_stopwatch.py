@@ -39,10 +39,10 @@ class Late:
     def accumulator(self, q: Array, v_head_dim: int, scale: float, **merged: Any) -> Array:
         return q
 
-    def attend(self, accumulator: Array, rows: Any, k: Array, v: Array, causal: bool) -> None:
+    def attend(self, accumulator: Array, rows: Any, k: Array, v: Array, band: Any) -> None:
         self.work(accumulator.shape[0] * k.shape[0] * PAIR * prod(k.shape[1:]))
 
-    def finish(self, accumulator: Array) -> tuple[Array, Array]:
+    def finish(self, accumulator: Array, sinks: Any = None) -> tuple[Array, Array]:
         return accumulator, accumulator
 
     def empty(self, shape: tuple[int, ...], like: Array) -> Array:
@@ -69,7 +69,7 @@ class Array:
 
 
 def call(tokens: int) -> Call:
-    return Call(tokens, tokens, 1, 1, 8, 8, causal=False)
+    return Call(tokens, tokens, 1, 1, 8, 8)
 
 
 def test_a_short_call_is_timed_while_the_device_is_busy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from mdattn_mpi.cli import inspect, main
-from mdattn_mpi.dataset import open_output
+from mdattn_mpi.dataset import DatasetWriter, open_output
 from mdattn_mpi.problem import AttentionProblem
 from tests.support.complaint import complaint
 from tests.support.dataset_files import FLOAT16, How, random_tensors, write_dataset
@@ -181,3 +181,19 @@ def test_heads_that_may_be_tokens(tmp_path: Path, capsys: Capture) -> None:
     assert shown["items"][0]["shape"] == "600 tokens, 8 heads of 4, bfloat16, head-major"
     write_dataset(path, {"a": random_tensors((8, 8, 128, 128, 4, 4))})
     assert not facts(path, capsys)["warnings"]
+
+
+def test_token_ids(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "tokens.h5"
+    with DatasetWriter(path) as writer:
+        writer.add_tokens("one", np.arange(9, dtype=np.uint16))
+        writer.add_tokens("packed", np.arange(70), segments=[0, 30])
+    found = facts(path, capsys, "--check")
+    assert [(item["tokens"], item["documents"]) for item in found["items"]] == [(9, 1), (70, 2)]
+    assert "70 tokens of 2 documents" in text(path, capsys)
+    with h5py.File(path, "r+") as file:
+        file["items/packed/input_ids"][5] = 6
+        file["items/worse/query"] = np.zeros((3, 1, 8), np.float16)
+    shown = text(path, capsys, "--check", code=1)
+    assert "damaged: packed: input_ids has other bytes" in shown
+    assert "bad: worse: has no dataset 'input_ids'" in shown

@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mdattn_mpi.backends import StrategyBackend
 from mdattn_mpi.bench import job as bench
 from mdattn_mpi.devices.cuda.clock import Clock
+from mdattn_mpi.devices.cuda.copies import PeerCopies
 from mdattn_mpi.devices.cuda.driver import Gpu
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import Memory
@@ -75,6 +76,7 @@ def watch_all(asked: Asked, noted: Noted, phases: dict[str, float]) -> None:
         noted.append(("computed", begin, args[2]))
 
     watch(Clock, "computed", computed)
+    watch(PeerCopies, "arrival", lambda begin, *call: noted.append(("there", begin, call[2][1])))
 
 
 def bandwidth(world: World, device: Any) -> None:
@@ -111,11 +113,13 @@ def print_timeline(noted: Noted, began: float) -> None:
     for what, when, event in noted:
         found[what].append((1e3 * (when - began), event))
     first = found["uploaded"][0][1]
-    offset = found["uploaded"][0][0]  # roughly: the first upload is ready when it is asked for
-    print("item: begun, enqueued by the host; uploaded, computing, computed on the GPU")
-    rows = zip(*(found[k] for k in ("uploaded", "enqueued", "computing", "computed")), strict=True)
+    offset = found["uploaded"][0][0]  # roughly: as if the first upload took no time
+    print("item: begun, enqueued by the host; on the GPU uploaded, keys there, computing, computed")
+    rows = zip(
+        *(found[k] for k in ("uploaded", "enqueued", "there", "computing", "computed")), strict=True
+    )
     for number, row in enumerate(rows):
-        gpu = [offset + (event - first) for _, event in (row[0], row[2], row[3])]
+        gpu = [offset + (event - first) for _, event in (row[0], *row[2:])]
         times = (row[0][0], row[1][0], *gpu)
         print(f"{number:3}: " + " ".join(f"{each:7.2f}" for each in times))
 

@@ -1,8 +1,9 @@
 """Check the CUDA device on real GPUs, then time it; a short table at the end.
 
-    mpirun -n 2 python tests/gpu/run.py [check] [in-flight] [bench] [long] [million] [--json FILE]
+    mpirun -n 2 python tests/gpu/run.py [check] [masks] [in-flight] [bench] [long] [million]
 
-Without words it checks and benches; `long` benches 512k. `in-flight` is the part of `check` that
+Without words it checks and benches; `long` benches 512k. `masks` is the part of `check` with
+windows, packed documents, soft caps and sinks. `in-flight` is the part of `check` that
 calls with arrays that are still being computed (see `in_flight`), `--calls` times each. `--kernel`
 is for all but that, which takes what the library takes. Exit code 1 where a check fails.
 """
@@ -35,6 +36,15 @@ from mdattn_mpi.lockstep import World, start
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan
 from tests.gpu import in_flight
+from tests.gpu.problems import (
+    DTYPES,
+    TOLERANCE,
+    inputs,
+    masked_problems,
+    others,
+    problems,
+    reference,
+)
 
 TABLE = (
     (32768, 8, 8, 128, "none"),
@@ -48,49 +58,6 @@ TABLE = (
     (16384, 8, 8, 128, "none"),
 )
 LONG = ((524288, 8, 8, 64, "none"), (524288, 8, 8, 64, "upper_left"))
-DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
-TOLERANCE = {"bfloat16": 4e-3, "float16": 6e-4}  # ‖error‖ / ‖right‖, merges included
-SMALL = (
-    # q, kv tokens, q heads, kv heads, head dims
-    (333, 777, 8, 2, 128, 128),
-    (1, 513, 8, 8, 128, 128),
-    (3, 2, 4, 1, 64, 64),
-    (1000, 1000, 4, 4, 64, 128),
-    (257, 300, 4, 2, 192, 128),
-    (301, 257, 4, 4, 256, 256),
-    (2049, 2049, 6, 3, 72, 56),
-    (700, 900, 6, 2, 64, 64),
-    (500, 501, 10, 2, 96, 72),
-    (301, 400, 2, 2, 40, 256),
-    (130, 1, 2, 2, 8, 8),
-)
-
-
-def problems() -> list[AttentionProblem]:
-    """Every mask with odd sizes, both dtypes in turn."""
-    masks = ("none", "upper_left", "lower_right")
-    return [
-        AttentionProblem(*shape, dtype, causal)  # type: ignore[arg-type]
-        for shape, (causal, dtype) in itertools.product(
-            SMALL, zip(masks, ("bfloat16", "float16", "bfloat16"), strict=True)
-        )
-    ]
-
-
-def reference(problem: AttentionProblem, q: Any, k: Any, v: Any) -> tuple[Any, Any]:
-    """Output and LSE in float64, by PyTorch on the GPU."""
-    import torch
-
-    q, k, v = (torch.tensor(a.astype(np.float64), device="cuda") for a in (q, k, v))
-    k, v = (a.repeat_interleave(problem.group_heads, 1) for a in (k, v))
-    scores = torch.einsum("ind,jnd->nij", q, k) * problem.scale
-    if problem.diagonal is not None:
-        i = torch.arange(len(q), device="cuda")[:, None]
-        j = torch.arange(len(k), device="cuda")[None]
-        scores = scores.masked_fill(j > i + problem.diagonal, -torch.inf)
-    lse = scores.logsumexp(-1)
-    weights = torch.exp(scores - torch.where(lse.isinf(), 0, lse)[..., None])
-    return torch.einsum("nij,jnd->ind", weights, v).cpu().numpy(), lse.T.cpu().numpy()
 
 
 def check(world: World, transfer: str, kernel: str, wanted: list[AttentionProblem]) -> int:
@@ -100,13 +67,7 @@ def check(world: World, transfer: str, kernel: str, wanted: list[AttentionProble
     for number, (problem, strategy) in enumerate(
         itertools.product(wanted, ("ring", "allgather", "ulysses"))
     ):
-        random = np.random.default_rng(number)
-        shapes = (
-            (problem.q_tokens, problem.q_heads, problem.head_dim),
-            (problem.kv_tokens, problem.kv_heads, problem.head_dim),
-            (problem.kv_tokens, problem.kv_heads, problem.v_head_dim),
-        )
-        arrays = [random.standard_normal(s).astype(DTYPES[problem.dtype]) for s in shapes]
+        arrays = inputs(problem, np.random.default_rng(number))
         try:
             batch.append((backend.plan(problem, strategy, lse=True), arrays))  # type: ignore[arg-type]
         except RejectedError as refusal:  # alike on all ranks
@@ -118,9 +79,9 @@ def check(world: World, transfer: str, kernel: str, wanted: list[AttentionProble
         spans = (owners.query, owners.kv, owners.kv)
         shards = [
             np.concatenate([array[:0], *(array[s.slice] for s in own[world.rank])])
-            for array, own in zip(arrays, spans, strict=True)
+            for array, own in zip(arrays, spans, strict=False)
         ]
-        return backend.begin(plan, *shards)
+        return backend.begin(plan, *shards, *arrays[3:])
 
     downloads, running = [], begin(*batch[0])
     for index in range(len(batch)):
@@ -143,6 +104,10 @@ def check(world: World, transfer: str, kernel: str, wanted: list[AttentionProble
 def _wrong(world: World, transfer: str, plan: Plan, arrays: list[Any], out: Any, lse: Any) -> bool:
     problem, own = plan.problem, partition_of(plan).query[world.rank]
     right, right_lse = reference(problem, *arrays)
+    if plan.strategy == "ring":
+        for other in others(problem):
+            apart = np.linalg.norm(reference(other, *arrays[: 3 + other.sinks])[0] - right)
+            assert apart > 10 * TOLERANCE[problem.dtype] * np.linalg.norm(right), (problem, other)
     rows = np.concatenate([np.arange(0), *(np.arange(s.start, s.stop) for s in own)]).astype(int)
     right, right_lse = right[rows], right_lse[rows]
     error = np.linalg.norm(out.astype(float) - right) / max(1e-30, np.linalg.norm(right))
@@ -366,13 +331,15 @@ def main() -> int:
     arguments = parser.parse_args()
     world, wrong = start(), 0
     begin = time.perf_counter()
+    if "masks" in arguments.what:
+        wrong += check(world, "auto", arguments.kernel, masked_problems())
     if "check" in arguments.what:
         for transfer in ("copy", "nccl") if world.size > 1 else ("auto",):
             wrong += check(
                 world,
                 transfer,
                 arguments.kernel,
-                problems() if transfer != "nccl" else problems()[::5],
+                problems() + masked_problems() if transfer != "nccl" else problems()[::5],
             )
         wrong += check_arrays_of_others(world)
     if {"check", "in-flight"} & set(arguments.what):

@@ -218,7 +218,6 @@ class FakeLaunch(NamedTuple):
     workspace: int = 256
 
     def run(self, addresses: Sequence[int], workspace: int, stream: Stream) -> None:
-        assert not self.call.causal or self.call.kv_tokens >= self.call.q_tokens
         stream.push(lambda: _attend(self.call, addresses))
 
 
@@ -236,9 +235,13 @@ class FakeEngine:
     def refusal(self, call: AttentionCall) -> str:
         if call.head_dim % 8:
             return "hidden_dim should be multiple of 8"
-        if self.name == "cudnn" and call.out_dtype != call.dtype:
-            return "its output has 16 bits"
-        return ""
+        if self.name != "cudnn":
+            return ""
+        if call.softcap:
+            return "it has no soft cap"
+        if call.mask == "band" and call.q_tokens > call.kv_tokens:
+            return "a band of more rows than keys"
+        return "its output has 16 bits" if call.out_dtype != call.dtype else ""
 
     def prepare(self, call: AttentionCall) -> FakeLaunch:
         assert self.open
@@ -305,13 +308,20 @@ def _attend(key: AttentionCall, addresses: Sequence[int]) -> None:
     lse = _view(addresses[4], (sq, nq), key.lse, np.float32)
     k, v = (np.repeat(array, nq // nkv, axis=1) for array in (k, v))
     scores = np.einsum("qnh,knh->nqk", q, k) * key.scale
-    if key.causal:
-        scores[:, np.arange(skv)[None] > np.arange(sq)[:, None] + skv - sq] = -np.inf
+    if key.softcap:
+        scores = key.softcap * np.tanh(scores / key.softcap)
+    after = np.arange(skv)[None] - np.arange(sq)[:, None] - (skv - sq)  # of the diagonal
+    if key.band.after is not None:
+        scores[:, after > key.band.after] = -np.inf
+    if key.band.before is not None:
+        scores[:, after < -key.band.before] = -np.inf
     most = scores.max(axis=2, keepdims=True)
-    weights = np.exp(scores - most)
+    weights = np.exp(scores - np.where(np.isneginf(most), 0, most))
     total = weights.sum(axis=2, keepdims=True)
-    out[...] = np.einsum("nqk,knh->qnh", weights / total, v).astype(out.dtype)
-    lse[...] = (most + np.log(total))[..., 0].T.astype(np.float32)
+    weights /= np.where(total == 0, 1, total)
+    out[...] = np.einsum("nqk,knh->qnh", weights, v).astype(out.dtype)
+    with np.errstate(divide="ignore"):
+        lse[...] = (most + np.log(total))[..., 0].T.astype(np.float32)
 
 
 def _merge(call: MergeCall) -> None:
@@ -332,6 +342,9 @@ def _merge(call: MergeCall) -> None:
                 log[index] = _view(lse + at * 4, (heads,), (1,), np.float32)
         values.append(value)
         logs.append(log)
+    if call.sinks:
+        values.append(np.zeros((len(rows), heads, dim)))
+        logs.append(np.tile(_view(call.sinks, (heads,), (1,), np.float32), (len(rows), 1)))
     target = DTYPES[call.target]
     at = call.start * heads
     out = _view(

@@ -15,7 +15,7 @@ from mdattn_mpi.problem import AttentionProblem, StrategyName
 from tests.support.group import take
 from tests.support.reference import DTYPES, Array, attention, random_inputs
 
-Inputs = tuple[AttentionProblem, tuple[Array, Array, Array]]
+Inputs = tuple[AttentionProblem, tuple[Array, ...]]
 
 
 class Files(NamedTuple):
@@ -32,7 +32,12 @@ def write_dataset(path: Path, tensors: Mapping[str, Inputs]) -> None:
         for name, (problem, arrays) in tensors.items():
             group = file.create_group(f"items/{name}")
             group.attrs.update({"causal": problem.causal, "scale": problem.scale})
-            for tensor, array in zip(("query", "key", "value"), arrays, strict=True):
+            group.attrs.update({"window": problem.window, "softcap": problem.softcap})
+            if problem.sinks:
+                group.create_dataset("sinks", data=arrays[3])
+            if problem.segments:
+                group.create_dataset("segments", data=np.array(problem.segments))
+            for tensor, array in zip(("query", "key", "value"), arrays, strict=False):
                 if problem.dtype == "float16":
                     group.create_dataset(tensor, data=array)
                 else:

@@ -21,9 +21,9 @@ def take(array: Array, spans: Sequence[Span]) -> Array:
     return np.concatenate([array[:0], *(array[span.slice] for span in spans)])
 
 
-def attend(device: Any, plan: Plan, q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+def attend(device: Any, plan: Plan, *arrays: Array) -> tuple[Array, Array]:
     """Run a strategy on one rank from its start to its end."""
-    steps = STRATEGIES[plan.strategy](device, plan, q, k, v)
+    steps = STRATEGIES[plan.strategy](device, plan, *arrays)
     next(steps)
     try:
         next(steps)
@@ -34,7 +34,13 @@ def attend(device: Any, plan: Plan, q: Array, k: Array, v: Array) -> tuple[Array
 
 
 def attend_in_group(
-    plan: Plan, q: Array, k: Array, v: Array, *, held: Partition | None = None, **options: Any
+    plan: Plan,
+    q: Array,
+    k: Array,
+    v: Array,
+    *sinks: Array,
+    held: Partition | None = None,
+    **options: Any,
 ) -> tuple[Array, Array]:
     """Output and LSE of the whole sequence; `held` says what ranks hold, if not the plan's."""
     owners = held or partition_of(plan)
@@ -44,7 +50,7 @@ def attend_in_group(
             take(array, spans[device.rank])
             for array, spans in ((q, owners.query), (k, owners.kv), (v, owners.kv))
         )
-        return attend(device, plan, own_q, own_k, own_v)
+        return attend(device, plan, own_q, own_k, own_v, *sinks)
 
     shards = run_ranks(plan.ranks, run, **options)
     out = np.full((*q.shape[:2], v.shape[2]), np.nan, q.dtype)

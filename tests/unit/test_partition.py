@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Mask, seen_pairs
 from mdattn_mpi.partition import (
     blocks,
     equal_shards,
@@ -19,15 +21,43 @@ from mdattn_mpi.partition import (
     partition,
     partition_of,
     pieces,
+    seen,
     split,
     token_count,
     zigzag,
 )
-from mdattn_mpi.problem import AttentionProblem, Partition, Plan, Span, StrategyName, seen_pairs
+from mdattn_mpi.problem import AttentionProblem, Partition, Plan, Span, StrategyName
 from tests.support.reference import problems
 
 ranks = st.integers(1, 20)
 spans = st.tuples(st.integers(0, 30), st.integers(0, 30)).map(lambda pair: Span(*sorted(pair)))
+
+
+@st.composite
+def masks(draw: st.DrawFn) -> Mask:
+    """Masks over some 30 tokens."""
+    low, high = sorted((draw(st.integers(-35, 35)), draw(st.integers(-35, 35))))
+    cuts = sorted(draw(st.sets(st.integers(1, 29))))
+    documents = tuple(map(Span, [0, *cuts], [*cuts, 30]))
+    return Mask(
+        draw(st.sampled_from([None, low])),
+        draw(st.sampled_from([None, high])),
+        documents if draw(st.booleans()) else (),
+    )
+
+
+def visible(query: Sequence[Span], kv: Sequence[Span], mask: Mask) -> NDArray[np.bool_]:
+    """Who sees whom, from the definition."""
+    i, j = (np.array(tokens_of(shard), int) for shard in (query, kv))
+    after = j[None, :] - i[:, None]
+    found = np.full(after.shape, True)
+    if mask.low is not None:
+        found &= after >= mask.low
+    if mask.high is not None:
+        found &= after <= mask.high
+    for document in mask.documents:
+        found &= (i[:, None] < document.start) == (j[None, :] < document.start)
+    return found
 
 
 def tokens_of(shard: Sequence[Span]) -> list[int]:
@@ -64,7 +94,8 @@ def test_gathered_keys_stay_in_order_and_ulysses_is_contiguous(
     problem: AttentionProblem, p: int
 ) -> None:
     gathered = [span for shard in partition(problem, "allgather", p).kv for span in shard]
-    assert gathered == list(split(problem.kv_tokens, p))
+    if not problem.mask.hides_keys:
+        assert gathered == list(split(problem.kv_tokens, p))
     assert all(len(shard) == 1 for shard in partition(problem, "ulysses", p).query)
 
 
@@ -90,41 +121,65 @@ def test_every_step_of_a_causal_ring_does_the_same_work(p: int) -> None:
     owners = zigzag(2 * p * 512, p)
     for rank in range(p):
         for step in range(p):
-            found = blocks(owners[rank], owners[(rank - step) % p], 0)
+            found = blocks(owners[rank], owners[(rank - step) % p], Mask(high=0))
             # Two calls for the rank's own shard, unless its two chunks touch; else one.
             assert len(found) == (2 if step == 0 and rank < p - 1 else 1)
             full = 2 * 512 * 512
-            pairs = sum(len(b.q) * len(b.kv) - b.causal * len(b.q) ** 2 // 2 for b in found)
+            pairs = sum(
+                len(b.q) * len(b.kv) - (b.band == LOWER_RIGHT) * len(b.q) ** 2 // 2 for b in found
+            )
             assert abs(pairs - full) <= 2 * 512
 
 
 def test_one_rank_runs_one_call() -> None:
-    for diagonal in (None, 0):
-        (block,) = blocks(zigzag(99, 1)[0], zigzag(99, 1)[0], diagonal)
+    for mask in (Mask(), Mask(high=0), Mask(low=-7, high=3)):
+        (block,) = blocks(zigzag(99, 1)[0], zigzag(99, 1)[0], mask)
         assert (block.q, block.kv) == (Span(0, 99), Span(0, 99))
 
 
 @given(
     query=st.lists(spans, max_size=4),
     kv=st.lists(spans, max_size=4),
-    diagonal=st.none() | st.integers(-35, 35),
+    mask=masks(),
 )
-def test_blocks_are_the_mask(query: list[Span], kv: list[Span], diagonal: int | None) -> None:
-    i, j = (np.array(tokens_of(shard), int) for shard in (query, kv))
-    mask = np.full((len(i), len(j)), True)
-    if diagonal is not None:
-        mask = j[None, :] <= i[:, None] + diagonal
-    covered = np.zeros(mask.shape, int)
-    for block in blocks(tuple(query), tuple(kv), diagonal):
+def test_blocks_are_the_mask(query: list[Span], kv: list[Span], mask: Mask) -> None:
+    wanted = visible(query, kv, mask)
+    covered = np.zeros(wanted.shape, int)
+    for block in blocks(tuple(query), tuple(kv), mask):
         rows, keys = np.ogrid[: len(block.q), : len(block.kv)]
-        seen = np.full((len(block.q), len(block.kv)), True)
-        if block.causal:
+        after = keys - rows - (len(block.kv) - len(block.q))
+        found = np.full(after.shape, True)
+        if block.band != FULL:
             assert 1 < len(block.q) <= len(block.kv)
-            seen = keys <= rows + len(block.kv) - len(block.q)
-        assert seen.size
-        assert seen.any(axis=1).all()
-        covered[block.q.slice, block.kv.slice] += seen
-    assert (covered == mask).all()
+        if block.band.before is not None:
+            assert block.band.before >= 0
+            found &= after >= -block.band.before
+        if block.band.after is not None:
+            assert block.band.after >= 0
+            found &= after <= block.band.after
+        assert found.size
+        assert found.any(axis=1).all()
+        assert found.any(axis=0).all()
+        assert found[-1, -1]
+        covered[block.q.slice, block.kv.slice] += found
+    assert (covered == wanted).all()
+
+
+@given(
+    query=st.lists(spans, max_size=4),
+    kv=st.lists(spans, max_size=4),
+    mask=masks(),
+)
+def test_seen_are_the_columns_of_the_mask(query: list[Span], kv: list[Span], mask: Mask) -> None:
+    runs = seen(tuple(query), tuple(kv), mask)
+    assert tokens_of(runs) == list(np.flatnonzero(visible(query, kv, mask).any(axis=0)))
+    assert all(a.stop < b.start for a, b in pairwise(runs))
+
+
+@given(q=spans, kv=spans, mask=masks())
+def test_pairs_are_counted_as_the_mask_has_them(q: Span, kv: Span, mask: Mask) -> None:
+    assert mask.pairs(q, kv) == visible([q], [kv], mask).sum()
+    assert mask.pairs_before(q.stop, 30) == visible([Span(0, q.stop)], [Span(0, 30)], mask).sum()
 
 
 @given(shard=st.lists(spans, max_size=6))

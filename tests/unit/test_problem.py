@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import AttentionProblem, Plan, Span, digest_of, seen_pairs
+from mdattn_mpi.mask import seen_pairs
+from mdattn_mpi.problem import AttentionProblem, Plan, Span, digest_of
 from tests.support.reference import problems, visible
 
 GOOD = AttentionProblem(48, 64, 8, 2, 32, 16, "float16", "lower_right", 0.5)
@@ -35,6 +36,17 @@ GOOD = AttentionProblem(48, 64, 8, 2, 32, 16, "float16", "lower_right", 0.5)
         ({"scale": 3.41e38}, "scale is 3.41e"),
         ({"scale": 1e-46}, "scale is 1e-46"),
         ({"scale": "0.5x"}, "scale is '0.5x'"),
+        ({"window": (3, 1)}, r"window is \(3, 1\) with causal lower_right"),
+        ({"window": (-2, 0)}, r"window is \(-2, 0\)"),
+        ({"window": 3}, "window is 3"),
+        ({"window": (1.5, 0)}, r"window is \(1.5, 0\)"),
+        ({"softcap": -1.0}, "softcap is -1.0"),
+        ({"softcap": float("nan")}, "softcap is nan"),
+        ({"softcap": 1e39}, r"softcap is 1e\+39"),
+        ({"segments": (0, 9)}, "segments with 48 query and 64 kv tokens"),
+        ({"segments": (1, 9), "kv_tokens": 48}, "segments begin with 1"),
+        ({"segments": (0, 9, 9), "kv_tokens": 48}, "9 comes after 9"),
+        ({"segments": (0, 9, 48), "kv_tokens": 48}, "48 is none of 48 tokens"),
     ],
 )
 def test_what_no_backend_takes_is_refused_with_the_value_and_a_fix(
@@ -83,11 +95,18 @@ def test_every_field_changes_the_digest() -> None:
     other = {
         "q_tokens": 49, "kv_tokens": 65, "q_heads": 4, "kv_heads": 4, "head_dim": 31,
         "v_head_dim": 15, "dtype": "bfloat16", "causal": "upper_left", "scale": 0.25,
+        "window": (7, 0), "softcap": 30.0, "sinks": True, "segments": (0, 9),
     }  # fmt: skip
     assert set(other) == {field.name for field in fields(AttentionProblem)}
-    digests = {replace(GOOD, **{name: value}).digest for name, value in other.items()}
-    assert len(digests | {GOOD.digest}) == len(other) + 1
+    good = replace(GOOD, kv_tokens=GOOD.q_tokens)
+    digests = {replace(good, **{name: value}).digest for name, value in other.items()}
+    assert len(digests | {good.digest}) == len(other) + 1
     assert all(0 <= digest < 2**63 for digest in digests)
+
+
+def test_outputs_of_versions_without_windows_stay_resumable() -> None:
+    assert GOOD.digest == 6260723395737620063  # as it was before there were windows
+    assert set(GOOD.facts()) == {field.name for field in fields(AttentionProblem)[:9]}
 
 
 def test_reasons_don_t_change_the_digest_of_a_plan() -> None:

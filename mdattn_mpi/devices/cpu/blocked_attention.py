@@ -19,8 +19,8 @@ import numpy as np
 
 from mdattn_mpi.devices.cpu.exponential import Exponential, fastest_exp
 from mdattn_mpi.devices.cpu.partial import Array, Floats, Partial
-from mdattn_mpi.devices.cpu.tile import Exp, Poll, Tile
-from mdattn_mpi.problem import Span
+from mdattn_mpi.devices.cpu.tile import Exp, Poll, Sight, Tile
+from mdattn_mpi.mask import Band, Span
 
 Task = Callable[[Poll], None]
 
@@ -42,15 +42,14 @@ class BlockedAttention:
         self._helpers = threads - 1
         self._pool = ThreadPoolExecutor(self._helpers, "attention") if self._helpers else None
 
-    def attend(self, partial: Partial, rows: Span, k: Array, v: Array, causal: bool) -> None:
-        """Add the attention of the query's `rows` to all of `k` and `v`.
+    def attend(self, partial: Partial, rows: Span, k: Array, v: Array, band: Band) -> None:
+        """Add the attention of the query's `rows` to what they see of `k` and `v`.
 
-        `k` is ``[Skv, Nkv, H]``, `v` ``[Skv, Nkv, Hv]``. `causal` means ``lower_right``.
+        `k` is ``[Skv, Nkv, H]``, `v` ``[Skv, Nkv, Hv]``.
         """
-        diagonal = len(k) - len(rows) if causal else None
-        self._run(_tiles(partial, rows, k, v, diagonal, self._exp))
+        self._run(_tiles(partial, rows, k, v, band, self._exp))
 
-    def finish(self, partial: Partial) -> tuple[Array, Floats]:
+    def finish(self, partial: Partial, sinks: Array | None = None) -> tuple[Array, Floats]:
         """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32.
 
         Where float32 can't hold it, the LSE is infinite.
@@ -59,7 +58,7 @@ class BlockedAttention:
         out = np.empty(partial.output.shape, partial.q.dtype)
         lse = np.empty(partial.weight.shape, np.float32)
         self._run(
-            _rounding(partial, slice(start, start + TILE_ROWS), out, lse)
+            _rounding(partial, slice(start, start + TILE_ROWS), out, lse, sinks)
             for start in range(0, tokens, TILE_ROWS)
         )
         return out, lse
@@ -96,28 +95,32 @@ def _rest() -> None:
 
 
 def _tiles(
-    partial: Partial, rows: Span, k: Array, v: Array, diagonal: int | None, exp: Exp
+    partial: Partial, rows: Span, k: Array, v: Array, band: Band, exp: Exp
 ) -> Iterator[Task]:
-    """Cut `rows` into tiles; row ``i`` of `rows` sees keys up to and with ``i + diagonal``."""
+    """Cut `rows` into tiles, which know how far before and after a row's own number it sees."""
     if not len(k):
         return
+    corner = len(k) - len(rows)
+    low = -len(rows) if band.before is None else corner - band.before
+    high = len(k) if band.after is None else corner + band.after
     group = partial.q.shape[1] // k.shape[1]
     step = max(1, TILE_ROWS // group)
     starts = range(rows.start, rows.stop, step)
-    if diagonal is not None:  # leave out tiles that see nothing
-        starts = starts[max(0, (-diagonal) // step) :]
     for kv_head in range(k.shape[1]):
         heads = slice(kv_head * group, (kv_head + 1) * group)
         # Backwards: under a causal mask the last tile is the longest.
         for start in reversed(starts):
             tokens = Span(start, min(start + step, rows.stop))
-            shift = len(k) if diagonal is None else start - rows.start + diagonal
-            yield Tile(partial, tokens, heads, k[:, kv_head], v[:, kv_head], shift, exp)
+            shift = start - rows.start
+            sight = Sight(low + shift, high + shift)
+            yield Tile(partial, tokens, heads, k[:, kv_head], v[:, kv_head], sight, exp)
 
 
-def _rounding(partial: Partial, tokens: slice, out: Array, lse: Floats) -> Task:
+def _rounding(
+    partial: Partial, tokens: slice, out: Array, lse: Floats, sinks: Array | None
+) -> Task:
     def task(poll: Poll) -> None:
-        partial.finish(tokens, out, lse)
+        partial.finish(tokens, out, lse, sinks)
         poll()
 
     return task

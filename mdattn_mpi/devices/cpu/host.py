@@ -17,7 +17,8 @@ from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention
 from mdattn_mpi.devices.cpu.exponential import Exponential, fastest_exp
 from mdattn_mpi.devices.cpu.partial import Partial
 from mdattn_mpi.devices.protocol import NO_ROWS, Rehearsed
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.problem import AttentionProblem
 
 Array = NDArray[Any]
 
@@ -84,20 +85,25 @@ class HostDevice:
         np.copyto(target, source, casting="no")
 
     def accumulator(
-        self, q: Array, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+        self,
+        q: Array,
+        v_head_dim: int,
+        scale: float,
+        softcap: float = 0.0,
+        merged: Span = NO_ROWS,
     ) -> Partial:
         """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`."""
-        return Partial(q, v_head_dim, scale)
+        return Partial(q, v_head_dim, scale, softcap)
 
-    def attend(self, accumulator: Partial, rows: Span, k: Array, v: Array, causal: bool) -> None:
-        """Add the attention of the query's `rows` to all of `k` and `v`."""
+    def attend(self, accumulator: Partial, rows: Span, k: Array, v: Array, band: Band) -> None:
+        """Add the attention of the query's `rows` to what they see of `k` and `v`."""
         with self.timed("compute"):
-            self._attention.attend(accumulator, rows, k, v, causal)
+            self._attention.attend(accumulator, rows, k, v, band)
 
-    def finish(self, accumulator: Partial) -> tuple[Array, Array]:
+    def finish(self, accumulator: Partial, sinks: Array | None = None) -> tuple[Array, Array]:
         """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""
         with self.timed("merge"):
-            return self._attention.finish(accumulator)
+            return self._attention.finish(accumulator, sinks)
 
     def check(self, problem: AttentionProblem) -> tuple[str, ...]:
         """Refuse what this device can't do: nothing, on the host."""

@@ -22,8 +22,8 @@ class Partial:
         ``[Sq, Nq, H]``, bfloat16 or float16.
     v_head_dim
         ``Hv`` of the values to come.
-    scale
-        What scores are multiplied with.
+    scale, softcap
+        What scores are multiplied with, and then capped with; 0: not at all.
 
     Attributes
     ----------
@@ -39,21 +39,28 @@ class Partial:
 
     """
 
-    def __init__(self, q: Array, v_head_dim: int, scale: float) -> None:
+    def __init__(self, q: Array, v_head_dim: int, scale: float, softcap: float = 0.0) -> None:
         tokens, heads, _ = q.shape
         self.q = q
         self.scale = float(scale)
+        self.softcap = float(softcap)
         self.output = np.empty((tokens, heads, v_head_dim), np.float32)
         self.weight = np.empty((tokens, heads), np.float32)
         self.reference = np.full((tokens, heads), -np.inf)
         self.wide = np.full((tokens, heads), self.scale < SMALLEST_SCALE)
 
-    def finish(self, tokens: slice, out: Array, lse: Floats) -> None:
-        """Round the output of some tokens into `out`, the log-sum-exp into `lse`."""
+    def finish(self, tokens: slice, out: Array, lse: Floats, sinks: Array | None = None) -> None:
+        """Round the output of some tokens into `out`, the log-sum-exp into `lse`.
+
+        `sinks` ``[Nq]`` are one score more, without a value.
+        """
         weight, reference = self.weight[tokens], self.reference[tokens]
-        out[tokens] = self.output[tokens]
-        lse[tokens] = np.log(weight) + reference
+        logs = np.log(weight) + reference
         unseen = (reference == -np.inf) | (weight == 0)
-        if unseen.any():
-            out[tokens][unseen] = 0
-            lse[tokens][unseen] = -np.inf
+        logs[unseen] = -np.inf
+        if sinks is None:
+            out[tokens], lse[tokens] = self.output[tokens], logs
+        else:
+            lse[tokens] = every = np.logaddexp(logs, sinks)
+            out[tokens] = self.output[tokens] * np.exp(logs - every)[..., None]
+        out[tokens][unseen] = 0

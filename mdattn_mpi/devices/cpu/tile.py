@@ -23,14 +23,14 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from mdattn_mpi.devices.cpu.partial import Array, Floats, Partial
-from mdattn_mpi.problem import Span
+from mdattn_mpi.mask import Span
 
 Wide = NDArray[np.floating[Any]]  # float32 or float64
 Poll = Callable[[], None]
@@ -44,6 +44,7 @@ LOOK = 4  # keys
 # Where float32 ends. A score's error is some 2⁻²⁴ of the bound on it, and a relative one of its
 # weight: at this bound, a quarter of what rounding the output to float16 does.
 SCORE_BOUND = 2.0**10
+CAPPED_BOUND = SCORE_BOUND / 4  # a quotient, tanh and a product: three roundings more
 # Patterns of finite values, the sign and 0 left out, of which weighted sums neither overflow nor
 # lose bits, though the weights of a row may all be as small as exp(-24).
 VALUES = {
@@ -55,43 +56,63 @@ UNSIGNED = np.uint16(0x7FFF)
 UNDERFLOW = np.float32(2.0**-110)  # above what squares of 256 numbers lose where they are tiny
 
 
+class Sight(NamedTuple):
+    """Token ``i`` sees the keys from ``i + low`` to ``i + high``, both counted in some block."""
+
+    low: int
+    high: int
+
+    def shift(self, by: int) -> Sight:
+        """Say the same of a block where tokens begin later, or keys earlier, by so many."""
+        return Sight(self.low + by, self.high + by)
+
+    def seen(self, tokens: int, keys: int) -> Span:
+        """Return the keys of a block that any of its tokens sees."""
+        return Span(0, keys).meet(Span(self.low, self.high + tokens))
+
+    def seen_by_all(self, tokens: int, keys: int) -> Span:
+        """Return the keys of a block that all of its tokens see; empty where there are none."""
+        return self.seen(tokens, keys).meet(Span(self.low + tokens - 1, self.high + 1))
+
+
 @dataclass(frozen=True)
 class Tile:
-    """The `tokens` and `heads` of a query against the keys and values of one kv head.
-
-    Token ``i`` of the tile sees keys up to and with ``i + diagonal``.
-    """
+    """The `tokens` and `heads` of a query against the keys and values of one kv head."""
 
     partial: Partial
     tokens: Span
     heads: slice
     k: Array
     v: Array
-    diagonal: int
+    sight: Sight
     exp: Exp
 
     def __call__(self, poll: Poll) -> None:
         """Add what these rows see to the partial result."""
         rows = _Rows(self.partial, (self.tokens.slice, self.heads), self.exp)
-        seen = min(len(self.k), self.diagonal + len(self.tokens))
-        for start in range(0, seen, BLOCK_KEYS):
-            keys = slice(start, min(start + BLOCK_KEYS, seen))
-            block = _Block(self.k[keys], self.v[keys])
+        seen = self.sight.seen(len(self.tokens), len(self.k))
+        for start in range(seen.start, seen.stop, BLOCK_KEYS):
+            keys = Span(start, min(start + BLOCK_KEYS, seen.stop))
+            block = _Block(self.k[keys.slice], self.v[keys.slice])
             rows.prepare(block)
             for tokens in self._strips(keys):
-                rows.attend(tokens, block, self.diagonal + tokens.start - start)
+                rows.attend(tokens, block, self.sight.shift(tokens.start - start))
                 poll()
         rows.store()
 
-    def _strips(self, keys: slice) -> Iterator[Span]:
-        """Cut the tokens that see any of `keys`: on the diagonal, to compute less in vain."""
-        last = len(self.tokens)
-        first, full = (max(0, key - self.diagonal) for key in (keys.start, keys.stop - 1))
+    def _strips(self, keys: Span) -> Iterator[Span]:
+        """Cut the tokens that see any of `keys`; finely where they don't see all."""
+        low, high = self.sight
+        every = Span(0, len(self.tokens)).meet(Span(keys.start - high, keys.stop - low))
+        all_seen = every.meet(Span(keys.stop - 1 - high, keys.start + 1 - low))
         step = max(1, STRIP_ROWS // self.group)
-        for start in range(first, min(full, last), step):
-            yield Span(start, min(start + step, full, last))
-        if full < last:
-            yield Span(full, last)
+        parts = [every]
+        if len(all_seen):
+            yield all_seen
+            parts = [Span(every.start, all_seen.start), Span(all_seen.stop, every.stop)]
+        for part in parts:
+            for start in range(part.start, part.stop, step):
+                yield Span(start, min(start + step, part.stop))
 
     @property
     def group(self) -> int:
@@ -170,7 +191,11 @@ class _Rows:
     def prepare(self, block: _Block) -> None:
         """Find out what computing with `block` takes; go over to float64 if it takes that."""
         bound = self.longest * block.longest
-        if not (self.wide or (bound <= SCORE_BOUND and block.usual)):
+        narrow = bound <= SCORE_BOUND
+        if softcap := self.partial.softcap:
+            bound = np.minimum(bound, softcap)
+            narrow = narrow and bound <= CAPPED_BOUND
+        if not (self.wide or (narrow and block.usual)):
             self.store()
             self.wide = True
             self._load()
@@ -178,29 +203,29 @@ class _Rows:
             block.k, block.v = block.k.astype(np.float64), block.v.astype(np.float64)
         self.bounded = bool(bound <= HEADROOM) and not (self.moved or self.wide)
 
-    def attend(self, tokens: Span, block: _Block, diagonal: int) -> None:
-        """Add the attention of the rows of `tokens` to the keys of `block`.
-
-        Token ``i`` of `tokens` sees keys up to and with ``i + diagonal``, counted in `block`.
-        """
+    def attend(self, tokens: Span, block: _Block, sight: Sight) -> None:
+        """Add the attention of the rows of `tokens` to the keys of `block` that they see."""
         strip = slice(tokens.start * self.group, tokens.stop * self.group)
-        seen, cut = min(len(block.k), diagonal + len(tokens)), max(0, diagonal + 1)
-        k, v, sums = block.k[:seen], block.v[:seen], self.sums[strip]
+        seen = sight.seen(len(tokens), len(block.k))
+        k, v, sums = block.k[seen.slice], block.v[seen.slice], self.sums[strip]
+        sight = sight.shift(-seen.start)
+        shown = sight.seen_by_all(len(tokens), len(k))
         scores = self._scores(strip, k)
-        if cut < seen:
-            hidden = _hidden(len(scores), seen - cut, self.group, diagonal - cut)
-            np.copyto(scores[:, cut:], -np.inf, where=hidden)
-        if not (self.bounded or self._in_reach(scores)):
+        for part in (Span(0, shown.start), Span(shown.stop, len(k))):
+            if len(part):
+                hidden = _hidden(len(scores), len(part), self.group, sight.shift(-part.start))
+                np.copyto(scores[:, part.slice], -np.inf, where=hidden)
+        if not (self.bounded or self._in_reach(scores, shown)):
             self._move_reference(strip, scores)
         if self.wide:
             np.exp(scores, out=scores)
         else:
             self.exp(scores)
         added = _workspace.array("added", len(sums), sums.shape[1], sums.dtype)
-        if cut >= seen or block.finite:
+        if len(shown) == len(k) or block.finite:
             np.matmul(scores, v, out=added)
         else:  # what a row must not see has weight 0, but 0 · NaN would be NaN
-            _multiply_seen(scores, v, self.group, diagonal, out=added)
+            _multiply_seen(scores, v, self.group, sight, out=added)
         sums += added
         if self.fresh and not self.bounded:
             self.fresh = not self.sums[:, -1].all()
@@ -210,20 +235,36 @@ class _Rows:
         scores: Wide = _workspace.array("scores", strip.stop - strip.start, len(k), k.dtype)
         if self.wide:  # equal scores must stay equal, however large: no sum with the reference
             np.matmul(self.q[strip, :-1], k[:, :-1].T, out=scores)
+            self._cap(scores)
             scores -= self.reference[strip, None]
+        elif self.partial.softcap:
+            np.matmul(self.q[strip, :-1], k[:, :-1].T, out=scores)
+            self._cap(scores)
+            if self.moved:
+                scores -= self.reference[strip, None]
         else:
             used = slice(-1) if self.bounded else slice(None)  # no reference, one column less
             np.matmul(self.q[strip, used], k[:, used].T, out=scores)
         return scores
 
-    def _in_reach(self, scores: Wide) -> bool:
+    def _cap(self, scores: Wide) -> None:
+        """Cap scores; quotients, so that neither a tiny nor a huge cap makes 0 · ∞."""
+        softcap = scores.dtype.type(self.partial.softcap)
+        if softcap:
+            scores /= softcap
+            np.tanh(scores, out=scores)
+            scores *= softcap
+
+    def _in_reach(self, scores: Wide, shown: Span) -> bool:
         """Whether exp can't overflow, nor vanish for all keys of a row that has no other yet.
 
-        Two quick looks that nearly always suffice; False where they don't, or at a NaN.
+        Two quick looks that nearly always suffice; False where they don't, or at a NaN. `shown` are
+        the keys that no row must not see: some of them are looked at, all where there are none.
         """
         if not scores.max() <= HEADROOM:
             return False
-        return not self.fresh or bool(scores[:, :LOOK].max(axis=1).min() >= -HEADROOM)
+        looked_at = scores[:, shown.start : shown.start + LOOK] if len(shown) else scores
+        return not self.fresh or bool(looked_at.max(axis=1).min() >= -HEADROOM)
 
     def _move_reference(self, strip: slice, scores: Wide) -> None:
         """Make the largest score of a row its reference, where that is out of reach."""
@@ -262,17 +303,17 @@ def _longest(vectors: Wide) -> np.floating[Any]:
 
 
 @lru_cache(maxsize=64)
-def _hidden(rows: int, keys: int, group: int, diagonal: int) -> NDArray[np.bool_]:
+def _hidden(rows: int, keys: int, group: int, sight: Sight) -> NDArray[np.bool_]:
     """Where a row of a strip must not look."""
-    token = np.arange(rows)[:, None] // group
-    return np.arange(keys) > token + diagonal
+    after = np.arange(keys) - np.arange(rows)[:, None] // group
+    return (after < sight.low) | (after > sight.high)
 
 
-def _multiply_seen(scores: Wide, v: Wide, group: int, diagonal: int, out: Wide) -> None:
+def _multiply_seen(scores: Wide, v: Wide, group: int, sight: Sight, out: Wide) -> None:
     """Multiply token by token, with the values that the token sees and no others."""
     for start in range(0, len(scores), group):
-        rows, seen = slice(start, start + group), max(0, diagonal + 1 + start // group)
-        np.matmul(scores[rows, :seen], v[:seen], out=out[rows])
+        rows, seen = slice(start, start + group), sight.shift(start // group).seen(1, len(v)).slice
+        np.matmul(scores[rows, seen], v[seen], out=out[rows])
 
 
 class _Workspace(threading.local):

@@ -1,22 +1,32 @@
 """What an attention kernel is here: the interface that cuDNN and FlashAttention stand behind.
 
 An `Engine` says what it can do, makes a launch for a call, and launches it on a stream with bare
-addresses. Nobody else knows which engine a launch belongs to.
+addresses. Nobody else knows which engine a launch belongs to. What they can do::
+
+                        cuDNN                                   FlashAttention 4
+    any band            rows <= keys, bounds of 0 and above     yes
+    soft cap            no                                      yes
+    float32 output      no                                      yes
+
+Sinks are no kernel's business: they are added when results are finished.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
+
+MaskKind = Literal["none", "causal", "band"]
 Strides = tuple[int, ...]
 
 
 class AttentionCall(NamedTuple):
     """Everything that a launch depends on but addresses; strides are in elements.
 
-    Arrays are ``[tokens, heads, dim]``, the LSE ``[tokens, heads]`` in float32. ``causal`` means
-    ``lower_right``: the last row sees all keys. ``out_dtype`` is ``dtype``, or ``float32`` for a
-    partial result that will be merged with others.
+    Arrays are ``[tokens, heads, dim]``, the LSE ``[tokens, heads]`` in float32. ``out_dtype`` is
+    ``dtype``, or ``float32`` for a partial result that will be merged with others.
+    Scores become ``softcap · tanh(score / softcap)``, unless it is 0.
     """
 
     q_tokens: int
@@ -27,13 +37,21 @@ class AttentionCall(NamedTuple):
     v_head_dim: int
     dtype: str
     out_dtype: str
-    causal: bool
+    band: Band
     scale: float
+    softcap: float
     q: Strides
     k: Strides
     v: Strides
     output: Strides
     lse: Strides
+
+    @property
+    def mask(self) -> MaskKind:
+        """Which kind of band it is."""
+        if self.band == FULL:
+            return "none"
+        return "causal" if self.band == LOWER_RIGHT else "band"
 
 
 class Launch(Protocol):

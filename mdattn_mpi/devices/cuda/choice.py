@@ -52,7 +52,7 @@ class Chooser:
         self._chosen: dict[tuple[object, ...], Choice] = {}
 
     def choose(self, call: AttentionCall) -> Choice:
-        """Choose for all calls of this kind, whatever their lengths.
+        """Choose for all calls of this kind, whatever their lengths and bounds.
 
         Raises
         ------
@@ -60,7 +60,8 @@ class Chooser:
             No engine can do it, or not the one that was asked for.
 
         """
-        kind = (*call[2:7], call.causal)
+        bounded = [bound is not None for bound in call.band]
+        kind = (*call[2:7], call.mask, *bounded, call.softcap > 0)
         if kind not in self._chosen:
             self._chosen[kind] = self._choose(call._replace(out_dtype=call.dtype))
         return self._chosen[kind]
@@ -88,13 +89,16 @@ class Chooser:
                 reason = "; ".join((f"{engine.name}: {why}", *refusals))
                 return Choice(engine, not engine.refusal(partial), reason)
             refusals.append(f"not {engine.name}: {refusal}")
+        if self._missing:
+            refusals.append(f"not flash: {self._missing}")
         major, minor = self._sm
         others = [name for name in KERNEL_NAMES if name != self._wanted]
         fix = "-b cpu" if self._wanted == "auto" else f"--kernel {others[0]}, or -b cpu"
+        odd = any(dim % 8 for dim in (call.head_dim, call.v_head_dim))
         raise RejectedError(
             f"no attention kernel for head dims {call.head_dim} and {call.v_head_dim} in "
-            f"{call.dtype} on this GPU (SM {major}.{minor}): {'; '.join(refusals)}",
-            fix=f"use head dims that are multiples of 8, {fix}",
+            f"{call.dtype}{_options(call)} on this GPU (SM {major}.{minor}): {'; '.join(refusals)}",
+            fix=f"use {'head dims that are multiples of 8, ' if odd else ''}{fix}",
         )
 
     def _candidates(self, call: AttentionCall) -> Sequence[tuple[Engine, str]]:
@@ -112,6 +116,12 @@ class Chooser:
         gain = gains[nearest]
         why = f"{gain:.2f} × cudnn's speed on {sm}, measured with head dim {nearest}"
         return [(self.engines["flash"], why), (cudnn, "the other kernel")]
+
+
+def _options(call: AttentionCall) -> str:
+    """Say what else a call wants of a kernel."""
+    band = ", with a window" if call.mask == "band" else ""
+    return f"{band}, with a soft cap" if call.softcap else band
 
 
 def needs_no_preparing(backend: str, kernel: str) -> bool:

@@ -82,6 +82,8 @@ class CudnnEngine:
         """See `attention.Engine`; only cuDNN itself knows, so it builds an execution plan."""
         if call.out_dtype != call.dtype:
             return "it rounds its output to 16 bits"
+        if call.softcap:
+            return "it has no soft cap"
         try:
             self._build(call)
         except (self._cudnn.cudnnGraphNotSupportedError, ValueError) as refusal:
@@ -133,10 +135,14 @@ class CudnnEngine:
         q = tensor("q", Q, key.q_tokens, key.q_heads, key.head_dim, key.q)
         k = tensor("k", K, key.kv_tokens, key.kv_heads, key.head_dim, key.k)
         v = tensor("v", V, key.kv_tokens, key.kv_heads, key.v_head_dim, key.v)
-        mask = {}
-        if key.causal:
+        mask: dict[str, Any] = {}
+        if key.mask != "none":
             mask["diagonal_alignment"] = cudnn.diagonal_alignment.BOTTOM_RIGHT
-            mask["diagonal_band_right_bound"] = 0
+        before, after = key.band
+        if after is not None:
+            mask["diagonal_band_right_bound"] = after
+        if before is not None:  # cuDNN counts the diagonal's own key
+            mask["diagonal_band_left_bound"] = before + 1
         output, lse = graph.sdpa(
             name="sdpa", q=q, k=k, v=v, attn_scale=key.scale, generate_stats=True, **mask
         )

@@ -20,13 +20,15 @@ from mdattn_mpi.devices.cuda.clock import Clock
 from mdattn_mpi.devices.cuda.copies import Copies, PeerCopies
 from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Network
 from mdattn_mpi.devices.cuda.interop import Interop
-from mdattn_mpi.devices.cuda.kernels import Kernels, Partials
+from mdattn_mpi.devices.cuda.kernels import Kernels
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, HostBuffers, Memory
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
+from mdattn_mpi.devices.cuda.partials import Partials
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
 from mdattn_mpi.estimate import Costs, gpu_costs, head_start
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.problem import AttentionProblem
 
 ALIGNED = 16  # bytes
 URGENT = 5  # as a stream; see `driver.Gpu.stream`
@@ -270,23 +272,30 @@ class CudaDevice:
     # -- attention ---------------------------------------------------------------------------------
 
     def accumulator(
-        self, q: DeviceArray, v_head_dim: int, scale: float, merged: Span = NO_ROWS
+        self,
+        q: DeviceArray,
+        v_head_dim: int,
+        scale: float,
+        softcap: float = 0.0,
+        merged: Span = NO_ROWS,
     ) -> Partials:
         """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`.
 
         The results of `merged` rows stay in float32 until they are merged, where a kernel can.
         """
-        return self._kernels.accumulator(q, v_head_dim, scale, merged)
+        return self._kernels.accumulator(q, v_head_dim, scale, softcap, merged)
 
     def attend(
-        self, accumulator: Partials, rows: Span, k: DeviceArray, v: DeviceArray, causal: bool
+        self, accumulator: Partials, rows: Span, k: DeviceArray, v: DeviceArray, band: Band
     ) -> None:
-        """Add the attention of the query's `rows` to all of `k` and `v`."""
-        self._kernels.attend(accumulator, rows, k, v, causal)
+        """Add the attention of the query's `rows` to what they see of `k` and `v`."""
+        self._kernels.attend(accumulator, rows, k, v, band)
 
-    def finish(self, accumulator: Partials) -> tuple[DeviceArray, DeviceArray]:
-        """Merge what has more than one result, in float32, rounded once."""
-        return self._kernels.finish(accumulator)
+    def finish(
+        self, accumulator: Partials, sinks: DeviceArray | None = None
+    ) -> tuple[DeviceArray, DeviceArray]:
+        """Merge what has more than one result, or a sink, in float32, rounded once."""
+        return self._kernels.finish(accumulator, sinks)
 
     # -- what it is and what it takes --------------------------------------------------------------
 

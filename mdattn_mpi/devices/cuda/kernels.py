@@ -6,10 +6,8 @@ the call before it leaves idle, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from functools import cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,89 +20,16 @@ from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
 from mdattn_mpi.devices.cuda.order import Fence, Queue, latest
+from mdattn_mpi.devices.cuda.partials import Launched, Partials, Region, overlap, pieces_of
 from mdattn_mpi.devices.protocol import Rehearsed
-from mdattn_mpi.problem import AttentionProblem, Span
+from mdattn_mpi.mask import LOWER_RIGHT, Band, Span
+from mdattn_mpi.problem import AttentionProblem
 
 LANES = 4
 FLOAT32, BYTE = np.dtype(np.float32), np.dtype(np.uint8)
 SAMPLE = 1024  # tokens of the problem that `choose` tries
 WORKSPACE = 1 << 20
-WIDE_PARTS = 2  # partial results in float32 that wait for being folded; one more is on its way
-
-
-@dataclass(eq=False)
-class Launched:
-    """An attention call, and where its result lies."""
-
-    rows: Span
-    lane: Queue
-    end: Fence
-    output: DeviceArray
-    lse: DeviceArray
-
-
-@dataclass(eq=False)
-class Region:
-    """Some rows of the query, and their results so far; spans of rows count from its first.
-
-    In a region of `partial` results all are in float32 and are rounded once, when they are merged.
-    Elsewhere, and where the kernel can't, the first result for a row goes straight to where the
-    output will be, in 16 bits: where no other comes, nothing is left to do.
-
-    Further results get memory of their own. They are folded into one in float32 when there are too
-    many.
-    """
-
-    rows: Span  # of the query
-    q: DeviceArray
-    output: DeviceArray
-    lse: DeviceArray
-    partial: bool
-    wide: DeviceArray | None = None  # the first results, in float32
-    begin: Fence = field(default_factory=dict)  # what comes before `wide` is written
-    first: list[Launched] = field(default_factory=list)
-    more: list[Launched] = field(default_factory=list)
-    folded: tuple[DeviceArray, DeviceArray] | None = None  # float32, of all rows
-
-    def covers(self, rows: Span) -> bool:
-        """Whether any of `rows` has a result already."""
-        return self.folded is not None or any(_overlap(rows, call.rows) for call in self.first)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether results have to be folded before there is one more."""
-        if self.wide is not None:
-            return len(self.more) >= WIDE_PARTS
-        return len(self.first) + len(self.more) >= PARTS
-
-    @property
-    def unmerged(self) -> list[Span]:
-        """The rows whose output isn't where it belongs yet."""
-        if self.folded or self.wide is not None:
-            return [Span(0, len(self.rows))]
-        alone = [
-            call.rows
-            for call in self.first
-            if not any(_overlap(call.rows, other.rows) for other in self.more)
-        ]
-        return complement(alone, len(self.rows))
-
-
-@dataclass(eq=False)
-class Partials:
-    """The results of one query shard."""
-
-    scale: float
-    output: DeviceArray
-    lse: DeviceArray
-    regions: list[Region]
-    begin: Fence  # what its calls come after, whichever lane they are in
-    start: Event | None
-    calls: int = 0
-
-    def region(self, rows: Span) -> Region:
-        """Find the region that `rows` are in."""
-        return next(each for each in self.regions if rows.start < each.rows.stop)
+NOTHING: Fence = {}
 
 
 class Kernels:
@@ -142,7 +67,9 @@ class Kernels:
             if lane is self.main or not self.main.follows(lane, lane.count)
         ]
 
-    def accumulator(self, q: DeviceArray, v_head_dim: int, scale: float, merged: Span) -> Partials:
+    def accumulator(
+        self, q: DeviceArray, v_head_dim: int, scale: float, softcap: float, merged: Span
+    ) -> Partials:
         """See `Device.accumulator`."""
         rows, heads = q.shape[:2]
         output = self._memory.empty((rows, heads, v_head_dim), q.dtype)
@@ -155,10 +82,10 @@ class Kernels:
             for span in (Span(0, merged.start), merged, Span(merged.stop, rows))
             if len(span)
         ]
-        return Partials(scale, output, lse, regions, self._begin(), start)
+        return Partials(scale, softcap, output, lse, regions, self._begin(), start)
 
     def attend(
-        self, partials: Partials, rows: Span, k: DeviceArray, v: DeviceArray, causal: bool
+        self, partials: Partials, rows: Span, k: DeviceArray, v: DeviceArray, band: Band
     ) -> None:
         """See `Device.attend`."""
         if not (len(rows) and k.size and v.size and partials.output.size):
@@ -171,7 +98,7 @@ class Kernels:
         lane.wait(partials.begin, k.allocation.written, v.allocation.written)
         q, lse = region.q[rows.slice], region.lse[rows.slice]
         output = region.output[rows.slice]
-        call = call_of(q, k, v, output, lse, causal, partials.scale)
+        call = call_of(partials, q, k, v, output, lse, band)
         wide = self._is_wide(region, call)
         if wide:
             call = call._replace(out_dtype="float32")
@@ -189,13 +116,16 @@ class Kernels:
         launched = Launched(rows, lane, lane.now, output, lse)
         (region.first if first else region.more).append(launched)
 
-    def finish(self, partials: Partials) -> tuple[DeviceArray, DeviceArray]:
+    def finish(
+        self, partials: Partials, sinks: DeviceArray | None
+    ) -> tuple[DeviceArray, DeviceArray]:
         """See `Device.finish`."""
         output, lse = partials.output, partials.lse
         if output.size:
             for region in partials.regions:
-                for rows in region.unmerged:
-                    self._merge(partials, region, rows, region.output, region.lse)
+                every = [Span(0, len(region.rows))]
+                for rows in region.unmerged if sinks is None else every:
+                    self._merge(partials, region, rows, region.output, region.lse, sinks)
         self.join()
         for array in (output, lse):  # one place to wait for, whichever lanes wrote it
             array.allocation.written = self.main.now
@@ -206,9 +136,10 @@ class Kernels:
     def choose(self, problem: AttentionProblem) -> Choice:
         """Choose the engine for a problem's calls, or refuse it with the reason."""
         rows, keys = (min(SAMPLE, n) for n in (problem.q_tokens, problem.kv_tokens))
-        heads = problem.q_heads, problem.kv_heads
-        call = Rehearsed(rows, max(rows, keys), *heads, problem.causal != "none", False)
-        return self._launches.chooser.choose(plain_call(problem, call))
+        sizes = rows, max(rows, keys), problem.q_heads, problem.kv_heads
+        calls = (Rehearsed(*sizes, band, False) for band in bands_of(problem))
+        choices = [self._launches.chooser.choose(plain_call(problem, call)) for call in calls]
+        return choices[0]
 
     def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
         """Make calls ready that will come."""
@@ -269,20 +200,23 @@ class Kernels:
         rows: Span,
         output: DeviceArray,
         lse: DeviceArray,
-        *begin: Fence,
+        sinks: DeviceArray | None = None,
+        begin: Fence = NOTHING,
     ) -> None:
         """Merge all results of `rows` into `output` and `lse`, before less urgent calls end."""
         launched = [*region.first, *region.more]
-        calls = [call for call in launched if _overlap(rows, call.rows)]
+        calls = [call for call in launched if overlap(rows, call.rows)]
         if len(calls) > PARTS:  # no row has so many: go on piece by piece
             for piece in pieces_of(rows, region.first):
-                self._merge(partials, region, piece, output, lse, *begin)
+                self._merge(partials, region, piece, output, lse, sinks, begin)
             return
         # `main`, unless it has more to do first: then the lane of the last of these calls.
         others = {call.lane for call in launched if call not in calls}
         lane = calls[-1].lane if calls and self.main in others else self.main
         running = region.folded
-        lane.wait(partials.begin, *begin, *(call.end for call in calls))
+        lane.wait(partials.begin, begin, *(call.end for call in calls))
+        if sinks is not None:
+            lane.wait(sinks.allocation.written)
         if running:
             lane.wait(*(array.allocation.written for array in running))
         start = self._clock.time(lane)
@@ -300,18 +234,21 @@ class Kernels:
                 parts=[_part(call) for call in calls],
                 running=running[0].address if running else 0,
                 running_lse=running[1].address if running else 0,
+                sinks=0 if sinks is None else sinks.address,
             ),
         )
         self._clock.merged(start, self._clock.time(lane))
         end = lane.now
         for array in (output, lse):
             array.allocation.wrote(end)
-        for array in (*(a for call in calls for a in (call.output, call.lse)), *(running or ())):
+        inputs = [array for call in calls for array in (call.output, call.lse)]
+        inputs += [*(running or ()), *(() if sinks is None else (sinks,))]
+        for array in inputs:
             array.allocation.read(end)
 
     def _fold(self, partials: Partials, region: Region) -> None:
         """Merge all results so far into one in float32, to bound memory."""
-        begin: Fence = {}
+        begin = NOTHING
         if region.folded:
             output, lse = region.folded
         elif region.wide is not None:
@@ -320,7 +257,7 @@ class Kernels:
             output = self._memory.empty(region.output.shape, FLOAT32)
             lse = self._memory.empty(region.lse.shape, FLOAT32)
             begin = latest(output.allocation.used, lse.allocation.used)
-        self._merge(partials, region, Span(0, len(region.rows)), output, lse, begin)
+        self._merge(partials, region, Span(0, len(region.rows)), output, lse, begin=begin)
         region.folded = output, lse
         region.first, region.more = [], []
 
@@ -335,20 +272,31 @@ class Kernels:
 
 
 def call_of(
+    partials: Partials,
     q: DeviceArray,
     k: DeviceArray,
     v: DeviceArray,
     output: DeviceArray,
     lse: DeviceArray,
-    causal: bool,
-    scale: float,
+    band: Band,
 ) -> AttentionCall:
     """Describe a call with the result in the dtype of the query."""
     dtype = name_of(q.dtype)
     return AttentionCall(
         *(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
-        dtype, dtype, causal, scale, q.strides, k.strides, v.strides, output.strides, lse.strides,
+        dtype, dtype, band, partials.scale, partials.softcap,
+        q.strides, k.strides, v.strides, output.strides, lse.strides,
     )  # fmt: skip
+
+
+def bands_of(problem: AttentionProblem) -> list[Band]:
+    """Return a band of each kind that the calls of a problem may have, the commonest first."""
+    mask = problem.mask
+    if mask.low is None and problem.causal != "none":
+        return [LOWER_RIGHT]
+    befores = (None,) if mask.low is None else (1, None)
+    afters = (None,) if mask.high is None else (1, 0, None)
+    return [Band(before, after) for before in befores for after in afters]
 
 
 def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
@@ -360,8 +308,9 @@ def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
     q_heads, kv_heads = call.q_heads, call.kv_heads
     dim, v_dim, dtype = problem.head_dim, problem.v_head_dim, problem.dtype
     return AttentionCall(
-        call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype, call.causal,
-        problem.scale, strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
+        call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype,
+        call.band, problem.scale, problem.softcap,
+        strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
         strides(q_heads, v_dim), (q_heads, 1),
     )  # fmt: skip
 
@@ -372,26 +321,5 @@ def name_of(dtype: np.dtype[Any]) -> Any:
     return str(dtype)
 
 
-def complement(spans: Sequence[Span], length: int) -> list[Span]:
-    """Find the runs of ``[0, length)`` that no span covers."""
-    found, start = [], 0
-    for span in sorted(spans):
-        found.append(Span(start, span.start))
-        start = max(start, span.stop)
-    return [span for span in (*found, Span(start, length)) if span.stop > span.start]
-
-
-def pieces_of(rows: Span, calls: Sequence[Launched]) -> list[Span]:
-    """Cut `rows` where a call begins or ends."""
-    cuts = {rows.start, rows.stop}
-    for call in calls:
-        cuts |= {cut for cut in (call.rows.start, call.rows.stop) if rows.start < cut < rows.stop}
-    return [Span(start, stop) for start, stop in pairwise(sorted(cuts))]
-
-
 def _part(call: Launched) -> Part:
     return Part(call.output.address, call.lse.address, call.rows.start, call.rows.stop)
-
-
-def _overlap(one: Span, other: Span) -> bool:
-    return max(one.start, other.start) < min(one.stop, other.stop)

@@ -1,4 +1,4 @@
-// The merge of partial results; `merge.py` says what it computes, and fills in four names in capitals.
+// The merge of partial results; `merge.py` says what it computes, and fills in five names in capitals.
 // The two 16-bit formats are done by hand: NVRTC has no header for them unless a CUDA toolkit is
 // installed.
 
@@ -30,7 +30,7 @@ template <> struct __align__(16) Vector<float> { float at[8]; };
 struct Part { const In* output; const float* lse; i64 begin, end; };
 struct Call {
   Out* output; float* lse; const float* running; const float* running_lse;
-  i64 begin, end, dim;
+  const float* sinks; i64 begin, end, dim, heads;
   Part parts[SLOTS];
 };
 
@@ -42,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(256) merge(const Call call)
   const float none = -__int_as_float(0x7f800000);
 
   // Everything is asked for before anything is looked at: memory is all that this kernel waits for.
-  float logs[SLOTS + 1];
+  float logs[SLOTS + 2];
   Vector<In> found[SLOTS];
   Vector<float> before;
   #pragma unroll
@@ -60,15 +60,16 @@ extern "C" __global__ void __launch_bounds__(256) merge(const Call call)
     logs[SLOTS] = call.running_lse[at];
     before = *reinterpret_cast<const Vector<float>*>(call.running + at * call.dim + lane);
   }
+  logs[SLOTS + 1] = SINKS && inside ? call.sinks[at % call.heads] : none;  // has no value
 
   float most = none;
   int best = -1;
   #pragma unroll
-  for (int i = 0; i <= SLOTS; ++i)
+  for (int i = 0; i <= SLOTS + 1; ++i)
     if (logs[i] > most) { most = logs[i]; best = i; }
   float rest = 0.f;
   #pragma unroll
-  for (int i = 0; i <= SLOTS; ++i)
+  for (int i = 0; i <= SLOTS + 1; ++i)
     if (i != best && logs[i] > none) rest += expf(logs[i] - most);
   const float scale = 1.f / (1.f + rest);
 

@@ -6,7 +6,8 @@ denominator, and that denominator's logarithm. With ``L`` the greatest of them, 
     lse    = L + log1p(sum of exp(lse_i - L), the greatest left out)
     output = sum of exp(lse_i - lse) · output_i
 
-A partial of no keys has LSE −∞ and weighs nothing; a row of none gives 0 and −∞.
+A partial of no keys has LSE −∞ and weighs nothing; a row of none gives 0 and −∞. A sink is one more
+partial, whose output is 0.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ class MergeCall:
     running, running_lse
         Row 0 of a float32 result to go on from; 0 where there is none. The output may be one of
         the parts, or `running`, at the same rows.
+    sinks
+        The sinks of all heads in float32; 0 where there are none.
 
     """
 
@@ -68,6 +71,7 @@ class MergeCall:
     parts: Sequence[Part]
     running: int = 0
     running_lse: int = 0
+    sinks: int = 0
 
     @property
     def slots(self) -> int:
@@ -77,7 +81,7 @@ class MergeCall:
     @property
     def kernel(self) -> str:
         """What tells compiled kernels apart."""
-        return f"{self.kind} {self.target} {self.slots} {self.running != 0}"
+        return f"{self.kind} {self.target} {self.slots} {self.running != 0} {self.sinks != 0}"
 
     @property
     def source(self) -> str:
@@ -88,6 +92,7 @@ class MergeCall:
             ("TARGET", NAMES[self.target]),
             ("SLOTS", str(self.slots)),
             ("RUNNING", "true" if self.running else "false"),
+            ("SINKS", "true" if self.sinks else "false"),
         ):
             text = text.replace(name, value)
         return text
@@ -117,8 +122,8 @@ class MergeCall:
         ]
         flat += [0] * 4 * (self.slots - len(self.parts))
         return (
-            self.output, self.lse, self.running, self.running_lse,
-            self.start * heads, self.stop * heads, self.dim, *flat,
+            self.output, self.lse, self.running, self.running_lse, self.sinks,
+            self.start * heads, self.stop * heads, self.dim, heads, *flat,
         )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ class PerPair(defaultdict):  # type: ignore[type-arg]
 
     def __missing__(self, call):  # type: ignore[no-untyped-def]
         pairs = call.q_rows * call.kv_rows
-        if call.causal:
+        if call.band.after is not None:
             pairs -= call.q_rows * (call.q_rows - 1) // 2
         return pairs * call.q_heads * 1e-10
 

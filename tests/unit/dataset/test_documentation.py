@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from mdattn_mpi.cli import main
-from mdattn_mpi.dataset import open_dataset, open_output
+from mdattn_mpi.dataset import open_dataset, open_output, open_tokens
 from mdattn_mpi.problem import AttentionProblem
 from tests.support.finished import finished
 
 PAGE = Path(__file__).parents[3] / "docs" / "file-format.md"
-READER, WRITER = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+READER, WRITER, TOKENS = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
 
 
 def run(code: str, folder: Path) -> str:
@@ -31,7 +31,7 @@ def run(code: str, folder: Path) -> str:
         timeout=60,
     )
     assert not result.returncode, result.stderr
-    assert "mdattn" not in re.sub(r'"mdattn-dataset"', "", code)
+    assert code == TOKENS or "mdattn" not in re.sub(r'"mdattn-dataset"', "", code)
     return result.stdout
 
 
@@ -70,3 +70,12 @@ def test_every_name_in_the_tables_is_there(tmp_path: Path) -> None:
         for name in file["items/a"].attrs:
             assert f"`{name}`" in text
         assert np.array_equal(file["ledger/spans"][0, 0], [[0, 20], [40, 40]])
+
+
+def test_the_writer_of_token_ids(tmp_path: Path) -> None:
+    run(TOKENS, tmp_path)
+    with open_tokens(tmp_path / "tokens.h5") as file:
+        assert [file.describe(item) for item in file.items] == [
+            "5 tokens",
+            "7 tokens of 2 documents",
+        ]

@@ -11,6 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mdattn_mpi.devices.protocol import Message
+from mdattn_mpi.mask import Band
 from mdattn_mpi.partition import partition
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
 from tests.support.group import attend, attend_in_group, take
@@ -53,11 +54,11 @@ class Spy(LoopbackDevice):
         self.verbs.append("wait")
         super().wait(transfer)
 
-    def attend(self, accumulator: Any, rows: Span, k: Array, v: Array, causal: bool) -> None:
+    def attend(self, accumulator: Any, rows: Span, k: Array, v: Array, band: Band) -> None:
         if not self.verbs or self.verbs[-1] != "attend":
             self.verbs.append("attend")
         self.calls += 1
-        super().attend(accumulator, rows, k, v, causal)
+        super().attend(accumulator, rows, k, v, band)
 
 
 def watch(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> list[Spy]:

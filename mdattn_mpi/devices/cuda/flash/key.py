@@ -1,10 +1,10 @@
-"""What a compiled kernel depends on: neither lengths nor strides."""
+"""What a compiled kernel depends on: neither lengths, strides nor bounds."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from mdattn_mpi.devices.cuda.attention import AttentionCall
+from mdattn_mpi.devices.cuda.attention import AttentionCall, MaskKind
 
 
 class KernelKey(NamedTuple):
@@ -16,12 +16,13 @@ class KernelKey(NamedTuple):
     group_heads: int
     dtype: str
     out_dtype: str
-    causal: bool
+    mask: MaskKind
+    capped: bool
 
     @staticmethod
     def of(call: AttentionCall, sm: tuple[int, int]) -> KernelKey:
         """Return the kernel that does `call`."""
         group_heads = call.q_heads // call.kv_heads
-        return KernelKey(
-            sm, call.head_dim, call.v_head_dim, group_heads, call.dtype, call.out_dtype, call.causal
-        )
+        dims = call.head_dim, call.v_head_dim
+        types = call.dtype, call.out_dtype
+        return KernelKey(sm, *dims, group_heads, *types, call.mask, call.softcap > 0)

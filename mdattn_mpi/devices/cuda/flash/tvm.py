@@ -13,13 +13,18 @@ from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.dlpack import CODES, CUDA, Tensor
 from mdattn_mpi.errors import DeviceError
 
-FLOAT, POINTER, TENSOR = 3, 4, 7  # `TVMFFITypeIndex`
+INTEGER, FLOAT, POINTER, TENSOR = 1, 3, 4, 7  # `TVMFFITypeIndex`
+UNBOUNDED = 1 << 30  # tokens to a side: beyond all keys, and sums of two still fit 32 bits
 OBJECT_HEADER = 24  # bytes before what an object holds
 BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
 
 
 class _Value(ctypes.Union):
-    _fields_ = (("number", ctypes.c_double), ("pointer", ctypes.c_void_p))
+    _fields_ = (
+        ("integer", ctypes.c_int64),
+        ("number", ctypes.c_double),
+        ("pointer", ctypes.c_void_p),
+    )
 
 
 class _Argument(ctypes.Structure):
@@ -35,7 +40,7 @@ class _Error(ctypes.Structure):
     )
 
 
-_Arguments = _Argument * 7
+_Arguments = _Argument * 10
 
 
 class FunctionLaunch:
@@ -71,8 +76,13 @@ class FunctionLaunch:
         self._arguments = _Arguments()
         for argument, array in zip(self._arguments, self._tensors, strict=False):
             argument.type, argument.value.pointer = TENSOR, ctypes.addressof(array)
-        scale, self._stream = self._arguments[5], self._arguments[6]
-        scale.type, scale.value.number = FLOAT, call.scale
+        numbers, bounds = self._arguments[5:7], self._arguments[7:9]
+        for argument, number in zip(numbers, (call.scale, call.softcap), strict=True):
+            argument.type, argument.value.number = FLOAT, number
+        for argument, bound in zip(bounds, call.band, strict=True):
+            argument.type = INTEGER
+            argument.value.integer = UNBOUNDED if bound is None else bound
+        self._stream = self._arguments[9]
         self._stream.type = POINTER
         self._result = _Argument()
 
@@ -116,4 +126,4 @@ def _raised(library: Any) -> str:
     error = _Error.from_address(handle.value + OBJECT_HEADER)
     words = ctypes.string_at(error.message, error.message_size).decode(errors="replace")
     library.TVMFFIObjectDecRef(handle)
-    return " ".join(words.split())[:300]
+    return " ".join(words.split())[:500]

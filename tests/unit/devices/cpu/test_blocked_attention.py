@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mdattn_mpi.devices.cpu import blocked_attention, tile
 from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention
 from mdattn_mpi.devices.cpu.partial import Partial
+from mdattn_mpi.mask import FULL, LOWER_RIGHT
 from mdattn_mpi.partition import blocks
 from mdattn_mpi.problem import AttentionProblem, Span
 from tests.support.reference import assert_close, attention, problems, random_inputs
@@ -35,16 +36,16 @@ def cut_finely(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def attend(
-    problem: AttentionProblem, q: Array, k: Array, v: Array, threads: int = 1
+    problem: AttentionProblem, q: Array, k: Array, v: Array, *sinks: Array, threads: int = 1
 ) -> tuple[Array, Array]:
     """The whole problem in rectangles, as a strategy on one rank does it."""
     engine = BlockedAttention(threads, lambda: None)
-    partial = Partial(q, v.shape[2], problem.scale)
+    partial = Partial(q, v.shape[2], problem.scale, problem.softcap)
     whole = [(Span(0, problem.q_tokens),), (Span(0, problem.kv_tokens),)]
-    for block in blocks(*whole, problem.diagonal):
+    for block in blocks(*whole, problem.mask):
         keys = block.kv.slice
-        engine.attend(partial, block.q, k[keys], v[keys], block.causal)
-    result = engine.finish(partial)
+        engine.attend(partial, block.q, k[keys], v[keys], block.band)
+    result = engine.finish(partial, *sinks)
     engine.close()
     return result
 
@@ -93,7 +94,7 @@ def test_pieces_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
         engine, partial = BlockedAttention(1, lambda: None), Partial(q, 5, problem.scale)
         for index in np.random.default_rng(seed).permutation(len(rectangles)):
             rows, keys = rectangles[index]
-            engine.attend(partial, rows, k[keys], v[keys], False)
+            engine.attend(partial, rows, k[keys], v[keys], FULL)
         assert_close(problem, *engine.finish(partial), right)
 
 
@@ -105,14 +106,14 @@ def test_bytes_are_the_same_for_any_number_of_threads(causal: Any) -> None:
     one = [array.tobytes() for array in attend(problem, *inputs)]
     assert len(set(one[0])) > 50
     for threads in (2, 3, 8):
-        assert [array.tobytes() for array in attend(problem, *inputs, threads)] == one
+        assert [array.tobytes() for array in attend(problem, *inputs, threads=threads)] == one
 
 
 def test_rows_that_saw_nothing() -> None:
     q = np.ones((40, 2, 8), ml_dtypes.bfloat16)
     engine, partial = BlockedAttention(1, lambda: None), Partial(q, 3, 1.0)
     v = np.full((20, 1, 3), 7, q.dtype)
-    engine.attend(partial, Span(10, 30), np.ones((20, 1, 8), q.dtype), v, True)
+    engine.attend(partial, Span(10, 30), np.ones((20, 1, 8), q.dtype), v, LOWER_RIGHT)
     out, lse = engine.finish(partial)
     seen = np.zeros(40, bool)
     seen[10:30] = True
@@ -126,8 +127,8 @@ def test_no_keys_and_no_rows() -> None:
     engine = BlockedAttention(2, lambda: None)
     q = np.ones((5, 2, 8), np.float16)
     partial = Partial(q, 3, 1.0)
-    engine.attend(partial, Span(0, 5), q[:0, :1], q[:0, :1, :3], False)
-    engine.attend(partial, Span(2, 2), q[:, :1], q[:, :1, :3], False)
+    engine.attend(partial, Span(0, 5), q[:0, :1], q[:0, :1, :3], FULL)
+    engine.attend(partial, Span(2, 2), q[:, :1], q[:, :1, :3], FULL)
     out, lse = engine.finish(partial)
     assert not out.any()
     assert np.isneginf(lse).all()
@@ -177,7 +178,7 @@ def test_keys_of_minus_infinity_are_not_seen() -> None:
     engine = BlockedAttention(1, lambda: None)
     for keys, expected in ((slice(0, 30), 2.0), (slice(5, 30), 0.0)):
         partial = Partial(q, 1, 1.0)
-        engine.attend(partial, Span(0, 30), k[keys], v[keys], False)
+        engine.attend(partial, Span(0, 30), k[keys], v[keys], FULL)
         out, lse = engine.finish(partial)
         assert (out == expected).all()
         assert np.isneginf(lse).all() == (expected == 0)
@@ -197,12 +198,12 @@ def test_the_caller_polls_and_errors_come_back() -> None:
 
     def attend_for_long() -> None:
         for _ in range(50):
-            engine.attend(Partial(q, 8, 1.0), Span(0, 400), q, q, False)
+            engine.attend(Partial(q, 8, 1.0), Span(0, 400), q, q, FULL)
 
     with pytest.raises(KeyError, match="from poll"):
         attend_for_long()
     assert polled == 7
     partial = Partial(q, 8, 1.0)
-    engine.attend(partial, Span(0, 400), q, q, False)  # and it goes on
+    engine.attend(partial, Span(0, 400), q, q, FULL)  # and it goes on
     assert (engine.finish(partial)[0] == 1).all()
     engine.close()

@@ -29,11 +29,14 @@ ROUNDING = {"bfloat16": (2.0**-8, 2.0**-133), "float16": (2.0**-11, 2.0**-24)}
 
 def attend(problem: AttentionProblem, q: Array, k: Array, v: Array, cut: int = 0) -> Inputs:
     """Output and LSE, the keys before `cut` and those after it in two calls, as `ring` does."""
-    engine, partial = BlockedAttention(1, lambda: None), Partial(q, v.shape[2], problem.scale)
+    engine, partial = (
+        BlockedAttention(1, lambda: None),
+        Partial(q, v.shape[2], problem.scale, problem.softcap),
+    )
     for span in (Span(cut, len(k)), Span(0, cut)):
-        for block in blocks((Span(0, len(q)),), (span,), problem.diagonal):
+        for block in blocks((Span(0, len(q)),), (span,), problem.mask):
             keys = block.kv.shift(span.start).slice
-            engine.attend(partial, block.q, k[keys], v[keys], block.causal)
+            engine.attend(partial, block.q, k[keys], v[keys], block.band)
     return engine.finish(partial)
 
 

@@ -13,10 +13,11 @@ from mdattn_mpi.devices.cuda import cudnn as kernels
 from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.cudnn import CudnnEngine, batch_first
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import FULL, Band
 
 CALL = AttentionCall(
     q_tokens=6, kv_tokens=10, q_heads=4, kv_heads=2, head_dim=16, v_head_dim=8,
-    dtype="bfloat16", out_dtype="bfloat16", causal=False, scale=0.25,
+    dtype="bfloat16", out_dtype="bfloat16", band=FULL, scale=0.25, softcap=0.0,
     q=(64, 16, 1), k=(32, 16, 1), v=(16, 8, 1), output=(32, 8, 1), lse=(4, 1),
 )  # fmt: skip
 
@@ -115,13 +116,18 @@ def test_token_major_arrays_stay_as_they_are(cudnn: Any) -> None:
     assert batch_first((6, 4, 16), (64, 16, 1)) == ([1, 4, 6, 16], [384, 16, 64, 1])
 
 
-def test_the_two_masks(cudnn: Any) -> None:
+def test_the_masks(cudnn: Any) -> None:
     engine = CudnnEngine((9, 0))
-    full, causal = (graph_of(engine, CALL._replace(causal=mask)) for mask in (False, True))
-    assert "diagonal_alignment" not in full.attention
-    assert causal.attention["diagonal_alignment"] == "bottom right"
-    assert causal.attention["diagonal_band_right_bound"] == 0
-    for graph in (full, causal):
+    bounds = ((None, None), (None, 0), (3, 0), (0, 2), (5, None))
+    graphs = [graph_of(engine, CALL._replace(band=Band(*each))) for each in bounds]
+    assert "diagonal_alignment" not in graphs[0].attention
+    for graph, (before, after) in zip(graphs, bounds, strict=True):
+        told = graph.attention
+        if (before, after) != FULL:
+            assert told["diagonal_alignment"] == "bottom right"
+        assert told.get("diagonal_band_right_bound") == after
+        counted = None if before is None else before + 1  # the key on the diagonal is in it
+        assert told.get("diagonal_band_left_bound") == counted
         assert graph.attention["generate_stats"]
         assert graph.attention["attn_scale"] == 0.25
 

@@ -6,6 +6,7 @@ import gc
 import re
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.open import open_cuda
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.mask import FULL
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
 from mdattn_mpi.strategies import STRATEGIES
@@ -73,7 +75,8 @@ def attend_in_turn(
     def begin(plan: Plan, arrays: tuple[Array, ...]) -> Any:
         owners = partition_of(plan)
         spans = (owners.query, owners.kv, owners.kv)
-        shards = [take(array, s[device.rank]) for array, s in zip(arrays, spans, strict=True)]
+        shards = [take(array, s[device.rank]) for array, s in zip(arrays, spans, strict=False)]
+        shards += arrays[3:]  # sinks
         steps = STRATEGIES[plan.strategy](device, plan, *map(device.upload, shards), **options)
         next(steps)
         return steps
@@ -120,13 +123,14 @@ def check(plans: list[Plan], seed: int, kernel: str = "auto", **options: Any) ->
         np.testing.assert_allclose(lse, right_lse, rtol=1e-4, atol=1e-4)
 
 
-def whole_heads(problem: AttentionProblem) -> AttentionProblem:
-    """The same with head dims that cuDNN takes."""
-    return AttentionProblem(
-        problem.q_tokens, problem.kv_tokens, problem.q_heads, problem.kv_heads,
-        8 * (1 + problem.head_dim % 3), 8 * (1 + problem.v_head_dim % 3),
-        problem.dtype, problem.causal, problem.scale,
-    )  # fmt: skip
+def for_kernel(problem: AttentionProblem, kernel: str) -> AttentionProblem:
+    """The same with head dims that cuDNN takes, and no soft cap, which it doesn't."""
+    return replace(
+        problem,
+        head_dim=8 * (1 + problem.head_dim % 3),
+        v_head_dim=8 * (1 + problem.v_head_dim % 3),
+        softcap=0.0 if kernel == "cudnn" else problem.softcap,
+    )
 
 
 @pytest.mark.parametrize("strategy", NAMES)
@@ -140,7 +144,7 @@ def whole_heads(problem: AttentionProblem) -> AttentionProblem:
 def test_a_batch_is_right_in_whatever_order_streams_run(
     strategy: StrategyName, batch: list[AttentionProblem], ranks: int, seed: int, kernel: str
 ) -> None:
-    plans = [Plan(whole_heads(problem), strategy, ranks) for problem in batch]
+    plans = [Plan(for_kernel(problem, kernel), strategy, ranks) for problem in batch]
     check(plans, abs(seed), kernel=kernel)
 
 
@@ -155,7 +159,7 @@ def test_a_batch_is_right_in_whatever_order_streams_run(
 def test_a_head_start_changes_no_result(
     problem: AttentionProblem, ranks: int, seed: int, rows: int, kernel: str
 ) -> None:
-    plan = Plan(whole_heads(problem), "allgather", ranks)
+    plan = Plan(for_kernel(problem, kernel), "allgather", ranks)
     check([plan, plan], seed, kernel=kernel, head_start=rows)
 
 
@@ -193,6 +197,23 @@ def test_a_ring_is_as_exact_as_one_gpu(ranks: int, causal: Any) -> None:
     assert error(1, "flash") == pytest.approx(alone)
     assert error(ranks, "flash") <= 1.05 * alone
     assert error(ranks, "cudnn") > 1.05 * alone  # results of 16 bits are rounded twice
+
+
+@pytest.mark.parametrize("strategy", NAMES)
+def test_sinks_cost_no_exactness(strategy: StrategyName) -> None:
+    """Results are in float32 until the sinks are added, where the kernel can."""
+    problem = AttentionProblem(333, 333, 4, 2, 64, 64, "bfloat16", window=(70, 20), sinks=True)
+    inputs = random_inputs(problem, 7)
+    right, _ = attention(problem, *inputs)
+
+    def error(kernel: str) -> float:
+        plan = Plan(problem, strategy, 2)
+        shards = in_group(2, lambda device: attend_in_turn(device, [plan], [inputs]), kernel=kernel)
+        return error_of(shards, plan, right)
+
+    once = float(np.linalg.norm(right.astype(inputs[0].dtype).astype(float) - right))
+    assert error("flash") <= 1.05 * once
+    assert error("cudnn") > 1.05 * once
 
 
 def test_where_one_result_is_all_there_is_nothing_to_merge() -> None:
@@ -253,13 +274,13 @@ def test_partial_results_wait_for_who_had_their_memory_before() -> None:
 
     def act(device: CudaDevice) -> Array:
         arrays = [device.upload(array) for array in (q, k, v)]
-        accumulator = device.accumulator(arrays[0], 32, problem.scale, Span(0, 64))
+        accumulator = device.accumulator(arrays[0], 32, problem.scale, merged=Span(0, 64))
         earlier = device.upload(before)
         place = earlier.address
         download = device.download(earlier)
         del earlier
         for keys in (slice(0, 32), slice(32, 64)):
-            device.attend(accumulator, Span(0, 64), arrays[1][keys], arrays[2][keys], False)
+            device.attend(accumulator, Span(0, 64), arrays[1][keys], arrays[2][keys], FULL)
         assert accumulator.regions[0].wide is not None
         assert accumulator.regions[0].wide.address == place
         device.finish(accumulator)
@@ -312,7 +333,7 @@ def test_calls_in_all_streams_see_what_was_copied_before(seed: int) -> None:
             device.copy(array, copied)
         accumulator = device.accumulator(copies[0], 8, problem.scale)
         for keys in (slice(0, 6), slice(6, 12), slice(12, 18), slice(18, 24)):
-            device.attend(accumulator, Span(0, 16), copies[1][keys], copies[2][keys], False)
+            device.attend(accumulator, Span(0, 16), copies[1][keys], copies[2][keys], FULL)
         found: Array = device.download(*device.finish(accumulator)).wait()[0]
         return found
 
@@ -326,6 +347,22 @@ def test_what_no_kernel_can_do_is_refused_before_the_job(kernel: str, fix: str) 
     problem = AttentionProblem(50, 50, 2, 2, 12, 12)
     with pytest.raises(RejectedError, match=f"head dims 12 and 12.*multiple of 8.*{fix}"):
         in_group(1, lambda device: device.check(problem), kernel=kernel)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        ({"kernel": "cudnn"}, r"no soft cap.*Fix: use --kernel flash, or -b cpu"),
+        ({"no_flash": "isn't there"}, r"no soft cap; not flash: rank 0: isn't there.*-b cpu"),
+    ],
+)
+def test_a_soft_cap_is_refused_where_only_cudnn_is(wrong: dict[str, Any], what: str) -> None:
+    problem = AttentionProblem(50, 50, 2, 2, 16, 16, causal="upper_left", softcap=30.0)
+    with pytest.raises(RejectedError, match=what) as refused:
+        in_group(1, lambda device: device.check(problem), **wrong)
+    assert "multiples of 8" not in str(refused.value)
+    choice = in_group(1, lambda device: device.check(problem), kernel="flash")
+    assert "flash: asked for" in choice[0][0]
 
 
 def test_out_of_memory_says_how_much_and_what_to_do() -> None:
@@ -444,6 +481,7 @@ def test_all_ranks_do_without_what_one_of_them_lacks() -> None:
 
 def test_calls_that_were_rehearsed_are_ready_when_they_come() -> None:
     problems = [AttentionProblem(n, n, 2, 1, 8, 8, causal="upper_left") for n in (40, 48, 64)]
+    problems += [replace(problems[2], window=(9, 0), sinks=True, segments=(0, 30))]
 
     def act(device: CudaDevice) -> list[tuple[set[Any], set[Any]]]:
         found = []
@@ -521,7 +559,7 @@ def test_head_start_covers_the_gathering() -> None:
 
 
 def test_spans_without_a_result_are_found() -> None:
-    from mdattn_mpi.devices.cuda.kernels import complement
+    from mdattn_mpi.devices.cuda.partials import complement
 
     assert complement([Span(2, 4), Span(6, 8)], 9) == [Span(0, 2), Span(4, 6), Span(8, 9)]
     assert complement([Span(0, 9)], 9) == []

@@ -19,12 +19,13 @@ from mdattn_mpi.devices.cuda.dlpack import Tensor
 from mdattn_mpi.devices.cuda.flash import engine
 from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.devices.cuda.flash.store import Store
-from mdattn_mpi.devices.cuda.flash.tvm import FunctionLaunch
+from mdattn_mpi.devices.cuda.flash.tvm import UNBOUNDED, FunctionLaunch
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 
 CALL = AttentionCall(
     q_tokens=6, kv_tokens=10, q_heads=4, kv_heads=2, head_dim=16, v_head_dim=8,
-    dtype="bfloat16", out_dtype="float32", causal=True, scale=0.25,
+    dtype="bfloat16", out_dtype="float32", band=LOWER_RIGHT, scale=0.25, softcap=0.0,
     q=(64, 16, 1), k=(32, 16, 1), v=(16, 8, 1), output=(32, 8, 1), lse=(4, 1),
 )  # fmt: skip
 KEY = KernelKey.of(CALL, (9, 0))
@@ -80,11 +81,16 @@ def test_what_its_kernel_can_not_do(change: dict[str, Any], why: str) -> None:
 def test_a_kernel_is_for_all_lengths_and_strides() -> None:
     longer = CALL._replace(q_tokens=7, kv_tokens=99, q=(640, 16, 1), scale=0.5)
     assert KernelKey.of(longer, (9, 0)) == KEY
+    band, other = (
+        CALL._replace(band=Band(*bounds), softcap=cap)
+        for *bounds, cap in ((3, 0, 20.0), (0, 7, 50.0))
+    )
+    assert KernelKey.of(band, (9, 0)) == KernelKey.of(other, (9, 0))
     more_heads = CALL._replace(q_heads=8, kv_heads=4)
     assert KernelKey.of(more_heads, (9, 0)) == KEY
     for change in (
-        {"causal": False}, {"out_dtype": "bfloat16"}, {"dtype": "float16"}, {"q_heads": 2},
-        {"head_dim": 24}, {"v_head_dim": 24},
+        {"band": FULL}, {"band": Band(3, 0)}, {"softcap": 30.0}, {"out_dtype": "bfloat16"},
+        {"dtype": "float16"}, {"q_heads": 2}, {"head_dim": 24}, {"v_head_dim": 24},
     ):  # fmt: skip
         assert KernelKey.of(CALL._replace(**change), (9, 0)) != KEY  # type: ignore[arg-type]
 
@@ -109,7 +115,8 @@ class Library:
                 device = tensor.device_type, tensor.device_id
                 found.append((tensor.data, shape, strides, tensor.code, tensor.bits, device))
             else:
-                found.append(value.number if argument.type == 3 else value.pointer)
+                kind = {1: "integer", 3: "number", 4: "pointer"}[argument.type]
+                found.append(getattr(value, kind))
         self.seen.append(found)
         return -1 if self.fails else 0
 
@@ -137,9 +144,13 @@ def test_a_launch_gives_addresses_strides_scale_and_stream() -> None:
         (48, (1, 10, 2, 8), (160, 16, 8, 1), 4, 16, on_gpu),
         (64, (1, 6, 4, 8), (192, 32, 8, 1), 2, 32, on_gpu),
         (80, (1, 4, 6), (24, 1, 4), 2, 32, on_gpu),
-        0.25,
+        *(0.25, 0.0, UNBOUNDED, 0),
         1234,
     ]
+    band = CALL._replace(band=Band(3, None), softcap=30.0)
+    launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), band, ordinal=3)
+    launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))
+    assert library.seen[2][6:10] == [0.25, 30.0, 3, UNBOUNDED]
     assert [tensor[0] for tensor in library.seen[1][1:6]] == [17, 33, 49, 65, 81]
     assert library.seen[1][-1] == 5678
 
@@ -174,11 +185,11 @@ def test_a_kernel_is_compiled_once_for_each_key_and_version(tmp_path: Path) -> N
     folder = tmp_path / "deep" / "flash"
     store = Store(folder, VERSIONS)
     assert folder.stat().st_mode & 0o777 == 0o700
-    for key in (KEY, KEY, KEY._replace(causal=False)):
-        assert store.get(key, lambda key: Compiled(str(key.causal)), load) == f"attend {key.causal}"
+    for key in (KEY, KEY, KEY._replace(mask="none")):
+        assert store.get(key, lambda key: Compiled(key.mask), load) == f"attend {key.mask}"
     assert store.compiled == 2
     again = Store(folder, VERSIONS)
-    assert again.get(KEY, lambda key: Compiled("other"), load) == "attend True"
+    assert again.get(KEY, lambda key: Compiled("other"), load) == "attend causal"
     assert again.compiled == 0
     other = Store(folder, {**VERSIONS, "flash-attn-4": "1.1"})
     assert other.get(KEY, lambda key: Compiled("other"), load) == "attend other"

@@ -21,6 +21,8 @@ from mdattn_mpi.devices.cuda.flash.engine import FlashEngine, why_not
 from mdattn_mpi.devices.cuda.memory import contiguous_strides
 from mdattn_mpi.devices.presence import gpu_count
 from mdattn_mpi.errors import DeviceError
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
+from tests.support.no_triton import import_quack
 
 pytestmark = pytest.mark.skipif(
     not find_spec("flash_attn") or bool(why_not((9, 0))), reason=why_not((9, 0)) or "not installed"
@@ -32,26 +34,35 @@ HEADS = (
     (4, 2, 192, 128), (6, 3, 72, 56), (2, 2, 8, 8), (6, 2, 64, 64),
     (4, 2, 96, 72),
 )  # fmt: skip
+WINDOW = Band(7, 3)
+MASKS = (
+    ("bfloat16", FULL, 0.0), ("float16", LOWER_RIGHT, 0.0), ("bfloat16", WINDOW, 0.0),
+    ("float16", FULL, 30.0), ("bfloat16", LOWER_RIGHT, 50.0), ("float16", WINDOW, 50.0),
+)  # fmt: skip
 KINDS = [
-    (*heads, dtype, out, causal)
+    (*heads, dtype, out, band, softcap)
     for number, heads in enumerate(HEADS)
-    for dtype, causal in ((("bfloat16", False), ("float16", True))[number % 2],)
+    for dtype, band, softcap in (MASKS[number % 2], MASKS[2 + number % 4])
     for out in (dtype, "float32")
 ]
 
 
 def call_of(
-    q_heads: int, kv_heads: int, dim: int, v_dim: int, dtype: str, out: str, causal: bool
-) -> AttentionCall:
+    q_heads: int, kv_heads: int, dim: int, v_dim: int, dtype: str, out: str,
+    band: Band, softcap: float,
+) -> AttentionCall:  # fmt: skip
     shapes = (100, q_heads, dim), (201, kv_heads, dim), (201, kv_heads, v_dim)
     strides = map(contiguous_strides, (*shapes, (100, q_heads, v_dim), (100, q_heads)))
-    return AttentionCall(100, 201, q_heads, kv_heads, dim, v_dim, dtype, out, causal, 0.1, *strides)
+    about = 100, 201, q_heads, kv_heads, dim, v_dim, dtype, out
+    return AttentionCall(*about, band, 0.1, softcap, *strides)
 
 
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlashEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MDATTN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("CUTE_DSL_ARCH", "sm_90a")
+        import_quack()
         yield FlashEngine((9, 0), 0)
 
 

@@ -14,9 +14,10 @@ from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.choice import Chooser, needs_no_preparing
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 
 CALL = AttentionCall(
-    6, 10, 4, 2, 16, 8, "bfloat16", "bfloat16", False, 0.25,
+    6, 10, 4, 2, 16, 8, "bfloat16", "bfloat16", FULL, 0.25, 0.0,
     (64, 16, 1), (32, 16, 1), (16, 8, 1), (32, 8, 1), (4, 1),
 )  # fmt: skip
 CALLS = [CALL._replace(q_tokens=n) for n in range(1, 7)]
@@ -85,12 +86,13 @@ def test_a_call_is_made_once_for_everything_that_it_depends_on(
     first = ready.get(CALL)
     assert ready.get(AttentionCall(*CALL)) is first
     for change in (
-        {"kv_tokens": 11}, {"causal": True}, {"dtype": "float16"}, {"scale": 0.5},
-        {"k": (64, 16, 1)}, {"lse": (1, 6)}, {"out_dtype": "float32"},
+        {"kv_tokens": 11}, {"band": LOWER_RIGHT}, {"band": Band(4, None)}, {"softcap": 30.0},
+        {"dtype": "float16"}, {"scale": 0.5}, {"k": (64, 16, 1)}, {"lse": (1, 6)},
+        {"out_dtype": "float32"},
     ):  # fmt: skip
         assert ready.get(CALL._replace(**change)) is not first  # type: ignore[arg-type]
     ready.prepare([CALL])
-    assert len(engine.made) == 8
+    assert len(engine.made) == 10
 
 
 def test_the_oldest_call_makes_room(

@@ -126,6 +126,10 @@ def test_the_kernel_merges(
         results.append((0, rows, output.copy(), lse.copy()))
     before = output.copy(), lse.copy()
     running = (address(output), address(lse)) if fold else (0, 0)
+    sinks = random.normal(0, 20, HEADS).astype(np.float32) if seed % 2 else None
+    if sinks is not None:
+        zeros = np.zeros((rows, HEADS, DIM), np.float32)
+        results.append((0, rows, zeros, np.tile(sinks, (rows, 1))))
     parts = [Part(address(v), address(e), a, z) for a, z, v, e in results[: len(spans)]]
     name = "float32" if fold else "bfloat16"
     kernel(
@@ -140,6 +144,7 @@ def test_the_kernel_merges(
             DIM,
             parts,
             *running,  # type: ignore[arg-type]
+            sinks=0 if sinks is None else address(sinks),
         )
     )
     wanted, wanted_lse = reference(rows, results)
