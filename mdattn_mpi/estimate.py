@@ -23,6 +23,7 @@ written meanwhile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -259,14 +260,21 @@ def least_memory(problem: AttentionProblem, ranks: int, costs: Costs) -> int:
 
 def least_ranks(problem: AttentionProblem, costs: Costs) -> int | None:
     """Find the smallest group whose ranks can hold an item of a batch; None if there is none."""
-    if not costs.memory:
-        return 1
     most = max(problem.q_tokens, problem.kv_tokens)
-    if least_memory(problem, most, costs) > costs.memory:
+    return enough_ranks(lambda ranks: least_memory(problem, ranks, costs), most, costs.memory)
+
+
+def enough_ranks(memory: Callable[[int], int], most: int, limit: int) -> int | None:
+    """Find the smallest number of ranks, up to `most`, that need no more than `limit` bytes each.
+
+    `memory` says how many they need; a `limit` of 0 means any. None if there is none.
+    """
+    if not limit:
+        return 1
+    if memory(most) > limit:
         return None
-    at_least = ceil(least_memory(problem, 1, costs) / costs.memory)  # they divide it, at best
-    numbers = range(at_least, most + 1)
-    return next((n for n in numbers if least_memory(problem, n, costs) <= costs.memory), None)
+    at_least = ceil(memory(1) / limit)  # they divide it, at best
+    return next((n for n in range(at_least, most + 1) if memory(n) <= limit), None)
 
 
 def head_start(problem: AttentionProblem, ranks: int, costs: Costs) -> int:

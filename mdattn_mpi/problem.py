@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from math import sqrt
 from typing import Any, Literal, get_args
@@ -316,20 +316,19 @@ class Plan(_Agreed):
 
 @dataclass(frozen=True)
 class ModelProblem:
-    """A model's engine over one sequence: how many tokens go in, and which tensors come out."""
+    """A model over one sequence: how many tokens go in, and which tensors come out.
+
+    ``flops`` are its floating-point operations; 0 where nobody has counted them.
+    """
 
     tokens: int
     outputs: tuple[TensorSpec, ...]
+    flops: int = field(default=0, compare=False)
 
     @property
     def work(self) -> int:
-        """What deadlines and rates are scaled by: tokens."""
-        return self.tokens
-
-    @property
-    def flops(self) -> int:
-        """Return 0: nobody has counted a model's operations."""
-        return 0
+        """What deadlines and rates are scaled by: operations, else tokens."""
+        return self.flops or self.tokens
 
     def facts(self) -> dict[str, Any]:
         """Return all fields by name."""

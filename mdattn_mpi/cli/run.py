@@ -1,11 +1,12 @@
 """Compute exact attention over every item of a dataset, by all ranks together.
 
   mpirun -n 4 mdattn run data.h5 -o out.h5
+  mpirun -n 4 mdattn run tokens.h5 --model DIR -o out.h5
 
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
-output. With --engine and --bind it is a model's engine that they run. The same command again does
-only what isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, and a death
-note if a rank is lost.
+output. With --model it is a whole transformer that they run over token ids; with --engine and
+--bind, a model's TensorRT engine. The same command again does only what isn't done. Beside the
+output, OUT.h5.run/ gets one log a rank, summary.json, and a death note if a rank is lost.
 """
 
 from __future__ import annotations
@@ -49,6 +50,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--engine", metavar="FILE", help="a serialized TensorRT engine to run")
     bind = "bind a model's input or output to a dataset: hidden=items/*/hidden:0"
     add("--bind", action="append", metavar="TENSOR=PATH", help=bind)
+
+    model = parser.add_argument_group("a transformer over token ids")
+    add = model.add_argument
+    add("--model", metavar="DIR", help="a folder with config.json and safetensors")
+    give = "last_hidden_state (default), embedding, logprobs; several with commas"
+    add("--give", metavar="NAMES", help=give)
+    add("--pool", metavar="HOW", help="of an embedding: mean (default), last, first")
+    add("--dtype", metavar="T", help="of weights and hidden states: bf16 (default), fp16")
+    beyond = "take sequences longer than the model's positions, if it computes these"
+    add("--beyond-positions", action="store_true", help=beyond)
 
     what = parser.add_argument_group("what")
     add = what.add_argument

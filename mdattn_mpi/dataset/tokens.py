@@ -76,7 +76,7 @@ class TokenFile(TensorFile):
             The file can't be read there.
 
         """
-        whole = (Span(0, item.problem.work),)
+        whole = (Span(0, item.problem.tokens),)
         return self.read(item, "input_ids", whole if spans is None else spans).astype(np.int64)
 
     def starts(self, item: AnyItem) -> Ids:
@@ -91,13 +91,13 @@ class TokenFile(TensorFile):
         if "segments" not in self._tensors[item.name]:
             return np.zeros(1, np.int64)
         found: Ids = self.read(item, "segments", (Span(0, self.documents(item)),))
-        good = (np.diff(found, prepend=-1) > 0) & (found < item.problem.work)
+        good = (np.diff(found, prepend=-1) > 0) & (found < item.problem.tokens)
         good[0] &= found[0] == 0
         if not good.all():
             at = int(np.argmin(good))
             raise ItemError(
                 f"segments[{at}] is {found[at]}, after {found[at - 1] if at else 'nothing'}, of "
-                f"{item.problem.work} tokens",
+                f"{item.problem.tokens} tokens",
                 fix="store the first token of each document: 0, then ever larger ones",
                 file=self.path,
                 item=item.name,
@@ -107,13 +107,13 @@ class TokenFile(TensorFile):
     def describe(self, item: AnyItem) -> str:
         """Say what an item holds, and what is to be made of it."""
         packed = "segments" in self._tensors[item.name]
-        text = f"{item.problem.work} tokens"
+        text = f"{item.problem.tokens} tokens"
         text += f" of {self.documents(item)} documents" if packed else ""
         given = (f"{o.name} {o.dtype} {list(o.shape)}" for o in item.problem.outputs)  # type: ignore[union-attr]
         return ", giving ".join(filter(None, (text, ", ".join(given))))
 
     def _meaning(self, item: AnyItem) -> int:
-        return digest_of({"tokens": item.problem.work})
+        return digest_of({"tokens": item.problem.tokens})
 
 
 def open_tokens(

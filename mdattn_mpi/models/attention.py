@@ -9,15 +9,25 @@ wants to see instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.library.arrays import shards_of
 from mdattn_mpi.partition import token_count
-from mdattn_mpi.problem import AttentionProblem, Partition, Plan, Span, StrategyName
+from mdattn_mpi.problem import (
+    AttentionProblem,
+    DTypeName,
+    Partition,
+    Plan,
+    Span,
+    StrategyName,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +35,7 @@ if TYPE_CHECKING:
     from mdattn_mpi.backends import AnyDevice
 
 NAME = "mdattn"
+StrategyWish = Literal["auto"] | StrategyName
 
 # Options that say nothing about what is computed: without a cache, dropout or gradients.
 SILENT = frozenset(
@@ -52,17 +63,17 @@ class Attending(Protocol):
         ...
 
 
-_attending: list[Attending] = []
+_attending: ContextVar[Attending] = ContextVar("attending")
 
 
 @contextmanager
 def attending(by: Attending) -> Iterator[None]:
     """Let `by` do the attention of models that were loaded for ours, within the block."""
-    _attending.append(by)
+    before = _attending.set(by)
     try:
         yield
     finally:
-        _attending.pop()
+        _attending.reset(before)
 
 
 def register() -> None:
@@ -83,21 +94,21 @@ def _mask(*args: Any, **options: Any) -> Any:
 
 
 def _current() -> Attending:
-    if not _attending:
+    by = _attending.get(None)
+    if by is None:
         raise RejectedError(
             "a model was called on its own whose attention all ranks compute together",
             fix="call it on all ranks, by `mdattn run` or mdattn_mpi.transformers.parallelize",
         )
-    return _attending[-1]
+    return by
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What a layer asks for, in our words."""
 
     causal: bool
     scale: float | None
-    window: int | None  # keys that a token sees to its left, itself among them
+    window: int | None  # keys that a token sees on a side, itself among them
     softcap: float | None
     sinks: Any  # [N], or None
 
@@ -137,6 +148,40 @@ def options_of(module: Any, mask: Any, options: Mapping[str, Any]) -> Options:
     return found
 
 
+class Layer(NamedTuple):
+    """What an attention layer computes, whatever the sequence."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    v_head_dim: int
+    dtype: DTypeName
+    causal: bool
+    scale: float | None
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+    def over(self, tokens: int, segments: Sequence[int] = ()) -> AttentionProblem:
+        """Say what it computes over a sequence; `segments` are where its documents begin."""
+        before = -1 if self.window is None else self.window - 1
+        return AttentionProblem(
+            tokens,
+            tokens,
+            self.q_heads,
+            self.kv_heads,
+            self.head_dim,
+            self.v_head_dim,
+            self.dtype,
+            "upper_left" if self.causal else "none",
+            self.scale,  # type: ignore[arg-type]
+            window=(before, -1 if self.causal else before),
+            softcap=self.softcap or 0.0,
+            sinks=self.sinks,
+            segments=tuple(segments),
+        )
+
+
 @dataclass
 class SharedAttention:
     """Our strategies, over a group that holds one sequence together.
@@ -145,17 +190,32 @@ class SharedAttention:
     ----------
     device
         The rank's place in the group.
+    backend
+        The device's name, as users type it.
     owners
         The tokens of each rank, the same in all layers.
     strategy
         One of ours, or ``auto``.
+    segments
+        The first tokens of the documents that are packed into the sequence.
+    reserved
+        Bytes of the device that are the model's own.
+
+    Attributes
+    ----------
+    layers
+        What was asked for so far, and how often.
 
     """
 
     device: AnyDevice
+    backend: str
     owners: tuple[tuple[Span, ...], ...]
-    strategy: Literal["auto"] | StrategyName = "auto"
-    plans: dict[AttentionProblem, Plan] = field(default_factory=dict)
+    strategy: StrategyWish = "auto"
+    segments: tuple[int, ...] = ()
+    reserved: int = 0
+    layers: Counter[Layer] = field(default_factory=Counter)
+    _plans: dict[Layer, Plan] = field(default_factory=dict)
 
     def mask(self, *args: Any, **options: Any) -> None:
         """Make none."""
@@ -167,7 +227,7 @@ class SharedAttention:
         wanted = options_of(module, mask, options)
         own = token_count(self.owners[self.device.rank])
         rows = query.shape[2]
-        if query.shape[0] != 1 or key.shape[2] != rows or rows not in (own, max(own, 1)):
+        if query.shape[0] != 1 or key.shape[2] != rows or rows != max(own, 1):
             raise RejectedError(
                 f"{type(module).__name__} attends {list(query.shape)} to {list(key.shape)}; the "
                 f"rank holds {own} tokens of one sequence",
@@ -181,54 +241,61 @@ class SharedAttention:
 
     def _attend(self, q: Any, k: Any, v: Any, wanted: Options) -> Any:
         """Collective. Run a strategy to its end over ``[S, N, H]``."""
-        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies import STRATEGIES, Attend, allgather
 
         shards = shards_of(q, k, v)
-        plan = self._plan(shards, wanted)
-        steps = STRATEGIES[plan.strategy](self.device, plan, *map(self.device.adopt, shards[:3]))
-        out, _ = run(steps)
+        layer = Layer(
+            q_heads=shards.q.shape[1],
+            kv_heads=shards.k.shape[1],
+            head_dim=shards.k.shape[2],
+            v_head_dim=shards.v.shape[2],
+            dtype=shards.dtype,
+            causal=wanted.causal,
+            scale=wanted.scale,
+            window=wanted.window,
+            softcap=wanted.softcap,
+            sinks=wanted.sinks is not None,
+        )
+        self.layers[layer] += 1
+        plan = self.plan(layer)
+        given = [*shards[:3]]
+        if wanted.sinks is not None:
+            sinks = wanted.sinks.detach().float()
+            given.append(sinks.numpy() if self.backend == "cpu" else sinks)
+        adopted = map(self.device.adopt, given)
+        attend: Attend = STRATEGIES[plan.strategy]
+        if plan.strategy == "allgather":  # nothing else hides its transfers
+            attend = partial(allgather.attend, head_start=self.device.head_start(plan.problem))
+        out, _ = _run(attend(self.device, plan, *adopted))
         return shards.give(self.device.export(out))
 
-    def _plan(self, shards: Any, wanted: Options) -> Plan:
-        tokens = sum(map(token_count, self.owners))
-        problem = problem_of(shards, wanted, tokens)
-        if problem not in self.plans:
+    def plan(self, layer: Layer) -> Plan:
+        """Choose how the group computes a layer, once for all that are alike.
+
+        Raises
+        ------
+        RejectedError
+            The device or the strategy can't.
+
+        """
+        if layer not in self._plans:
             from mdattn_mpi.strategies import choose
 
-            self.device.check(problem)
-            both = Partition(self.owners, self.owners)
-            name, reasons = choose(
-                problem,
-                len(self.owners),
-                self.strategy,
-                self.device.costs(problem),
-                batch=False,
-                owners=both,
+            problem = layer.over(sum(map(token_count, self.owners)), self.segments)
+            ranks, both = len(self.owners), Partition(self.owners, self.owners)
+            kernel = self.device.check(problem)
+            costs = self.device.costs(problem)
+            if costs.memory:
+                costs = replace(costs, memory=max(1, costs.memory - self.reserved))
+            name, reasons = choose(problem, ranks, self.strategy, costs, batch=False, owners=both)
+            reasons = (*reasons, *kernel)
+            self._plans[layer] = Plan(
+                problem, name, ranks, self.backend, partition=both, reasons=reasons
             )
-            self.plans[problem] = Plan(
-                problem, name, len(self.owners), shards.backend, partition=both, reasons=reasons
-            )
-        return self.plans[problem]
+        return self._plans[layer]
 
 
-def problem_of(shards: Any, wanted: Options, tokens: int) -> AttentionProblem:
-    """Say what a layer computes over a whole sequence of `tokens`."""
-    if wanted.softcap or wanted.sinks is not None or (wanted.window and wanted.window < tokens):
-        raise RejectedError("windows, softcap and sinks aren't there yet", fix="use another model")
-    return AttentionProblem(
-        tokens,
-        tokens,
-        q_heads=shards.q.shape[1],
-        kv_heads=shards.k.shape[1],
-        head_dim=shards.q.shape[2],
-        v_head_dim=shards.v.shape[2],
-        dtype=shards.dtype,
-        causal="upper_left" if wanted.causal else "none",
-        scale=wanted.scale,  # type: ignore[arg-type]
-    )
-
-
-def run(steps: Any) -> Any:
+def _run(steps: Any) -> Any:
     """Run a strategy to its end; return what it returns."""
     try:
         while True:

@@ -21,6 +21,7 @@ def load(
     attention: Literal["mdattn", "eager"] = "mdattn",
     *,
     head: bool = False,
+    threads: int = 0,
 ) -> torch.nn.Module:
     """Load the model of `folder`, in eval mode, without code of the folder.
 
@@ -35,6 +36,8 @@ def load(
         process, with the model's own masks.
     head
         Keep what makes logits of hidden states; a causal language model's.
+    threads
+        Of PyTorch on the CPU; 0 leaves them as they are.
 
     Returns
     -------
@@ -52,6 +55,8 @@ def load(
     import torch
     import transformers
 
+    if threads:
+        torch.set_num_threads(threads)
     if attention == "mdattn":
         from mdattn_mpi.models.attention import register
 

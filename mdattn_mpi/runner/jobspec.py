@@ -42,6 +42,11 @@ class JobSpec:
     kernel: Literal["auto", "cudnn", "flash"] = "auto"
     engine: str = ""
     bind: tuple[str, ...] = ()
+    model: str = ""
+    give: str = "last_hidden_state"
+    pool: Literal["mean", "last", "first"] = "mean"
+    dtype: Literal["bf16", "fp16"] = "bf16"
+    beyond_positions: bool = False
     chaos: str = ""
     dry_run: bool = False
     json: bool = False
@@ -77,7 +82,7 @@ class JobSpec:
 def load_job_file(path: str) -> dict[str, Any]:
     """Read a TOML job file: a flat table with the fields of `JobSpec`.
 
-    ``data`` and ``output`` are taken relative to the job file's folder.
+    ``data``, ``output`` and ``model`` are taken relative to the job file's folder.
 
     Raises
     ------
@@ -104,7 +109,7 @@ def load_job_file(path: str) -> dict[str, Any]:
         ) from error
     _check(table, path)
     folder = Path(path).resolve().parent
-    for name in ("data", "output"):
+    for name in ("data", "output", "model"):
         if name in table:
             table[name] = str(folder / table[name])
     return {name: tuple(v) if isinstance(v, list) else v for name, v in table.items()}

@@ -29,6 +29,11 @@ def open_job(spec: JobSpec, world: World) -> Job:
 
 def _kind_of_work(spec: JobSpec) -> Callable[[JobSpec, World], Job]:
     """What opens a job of the kind that the user asks for."""
+    if spec.model:
+        from mdattn_mpi.runner import transformer
+
+        transformer.check_options(spec)
+        return transformer.open_transformer
     if not spec.bind:
         return open_attention
     from mdattn_mpi.runner.model import check_options, open_model

@@ -18,10 +18,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from math import gcd
+from typing import Any
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import Costs, item_seconds, least_memory, least_ranks
-from mdattn_mpi.problem import AttentionProblem, digest_of
+from mdattn_mpi.estimate import Costs, enough_ranks, item_seconds, least_memory
+from mdattn_mpi.problem import AnyProblem, digest_of
 from mdattn_mpi.text import counted
 
 Claim = Callable[[int], int]  # a queue's number -> 0, 1, 2, … each once among all groups
@@ -33,6 +34,17 @@ AHEAD = 2
 # `auto` lets no item last longer on its group than one of these shares of a rank's whole work. A
 # group takes the next items before it has done one, so that two halves might come to the same.
 SHARES = (1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 0.0)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What an item takes of a group: of its problem, the ranks and the costs, by kind of work."""
+
+    seconds: Callable[[Any, int, Costs], float]
+    memory: Callable[[Any, int, Costs], int]  # bytes of each rank
+
+
+ATTENTION = Measure(item_seconds, least_memory)
 
 
 @dataclass(frozen=True)
@@ -95,10 +107,11 @@ class Schedule:
 
 
 def make_schedule(
-    problems: Sequence[AttentionProblem],
+    problems: Sequence[AnyProblem],
     nodes: Sequence[str],
     group_size: str | int,
     costs: Costs,
+    measure: Measure = ATTENTION,
 ) -> Schedule:
     """Choose every item's group size and the order in which items are claimed.
 
@@ -114,6 +127,8 @@ def make_schedule(
         Ranks a group, ``all`` of them, or ``auto``: by length.
     costs
         What a rank does how fast; `memory` is what the arrays of a group may take on it.
+    measure
+        What an item takes.
 
     Raises
     ------
@@ -122,16 +137,18 @@ def make_schedule(
 
     """
     world = len(nodes)
-    seconds = expected_seconds(problems, world, costs)
+    seconds = expected_seconds(problems, world, costs, measure)
     if group_size == "auto":
-        sizes, reasons = _auto(problems, nodes, seconds, costs)
+        sizes, reasons = _auto(problems, nodes, seconds, costs, measure)
     else:
         size = world if group_size == "all" else int(group_size)
         sizes, reasons = (size,) * len(problems), (_fixed(size, world),)
     return Schedule(_order(nodes), _queues(sizes, seconds), sizes, reasons)
 
 
-def expected_seconds(problems: Sequence[AttentionProblem], world: int, costs: Costs) -> Time:
+def expected_seconds(
+    problems: Sequence[AnyProblem], world: int, costs: Costs, measure: Measure = ATTENTION
+) -> Time:
     """Estimate items by number and group size.
 
     Each group plans a shape once: items that are alike share what that takes, the less the fewer
@@ -140,9 +157,9 @@ def expected_seconds(problems: Sequence[AttentionProblem], world: int, costs: Co
     alike = Counter(problems)
 
     @cache
-    def of_problem(problem: AttentionProblem, size: int) -> float:
+    def of_problem(problem: AnyProblem, size: int) -> float:
         planned = min(1.0, world // size / alike[problem])
-        return item_seconds(problem, size, costs) + planned * costs.preparing
+        return measure.seconds(problem, size, costs) + planned * costs.preparing
 
     return lambda item, size: of_problem(problems[item], size)
 
@@ -193,14 +210,15 @@ def _largest_part(number: int) -> int:
 
 
 def _auto(
-    problems: Sequence[AttentionProblem],
+    problems: Sequence[AnyProblem],
     nodes: Sequence[str],
     seconds: Time,
     costs: Costs,
+    measure: Measure,
 ) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """Simulate each of `SHARES`; take the one that ends first, small groups when in doubt."""
     rungs, world = ladder(nodes), len(nodes)
-    floors = [_floor(problem, rungs, costs) for problem in problems]
+    floors = [_floor(problem, rungs, costs, measure) for problem in problems]
     order = _order(nodes)
     whole = sum(seconds(item, floor) * floor for item, floor in enumerate(floors)) / world
     best: tuple[float, tuple[int, ...], float] | None = None
@@ -216,14 +234,16 @@ def _auto(
     return best[1], _reasons(problems, floors, best[1], best[2])
 
 
-def _floor(problem: AttentionProblem, rungs: Sequence[int], costs: Costs) -> int:
+def _floor(problem: AnyProblem, rungs: Sequence[int], costs: Costs, measure: Measure) -> int:
     """Find the smallest group whose ranks can hold the item."""
     for size in rungs:
-        if not costs.memory or least_memory(problem, size, costs) <= costs.memory:
+        if not costs.memory or measure.memory(problem, size, costs) <= costs.memory:
             return size
-    enough = least_ranks(problem, costs)
+    enough = enough_ranks(
+        lambda ranks: measure.memory(problem, ranks, costs), problem.tokens, costs.memory
+    )
     raise RejectedError(
-        f"an item of {problem} needs {least_memory(problem, rungs[-1], costs) >> 20} MiB on each "
+        f"an item of {problem} needs {measure.memory(problem, rungs[-1], costs) >> 20} MiB on each "
         f"of {rungs[-1]} ranks, which hold {costs.memory >> 20} MiB",
         fix=f"start at least {enough} ranks"
         if enough
@@ -241,13 +261,13 @@ def _climb(item: int, floor: int, rungs: Sequence[int], seconds: Time, limit: fl
 
 
 def _reasons(
-    problems: Sequence[AttentionProblem], floors: Sequence[int], sizes: Sequence[int], share: float
+    problems: Sequence[AnyProblem], floors: Sequence[int], sizes: Sequence[int], share: float
 ) -> tuple[str, ...]:
     """One line for each group size: how many items, how long, and why that many ranks."""
     lines = []
     for size in sorted(set(sizes), reverse=True):
         those = [item for item, own in enumerate(sizes) if own == size]
-        tokens = [problems[item].q_tokens for item in those]
+        tokens = [problems[item].tokens for item in those]
         if size == 1:
             why = "none is worth sharing"
         elif all(floors[item] == size for item in those):

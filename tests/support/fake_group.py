@@ -86,3 +86,6 @@ class FakeGroup:
         return [
             json.loads(self.comm._get((peer, self.rank, "allgather"))) for peer in range(self.size)
         ]
+
+    def sum_in_order(self, own: Any) -> Any:
+        return sum(np.array(each) for each in self.allgather(np.asarray(own).tolist()))

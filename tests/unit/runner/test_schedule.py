@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.estimate import Costs, item_seconds, least_memory, typical_costs
 from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.runner import schedule as scheduling
 from mdattn_mpi.runner.schedule import (
+    Measure,
     Schedule,
     expected_seconds,
     finish_times,
@@ -210,9 +210,7 @@ def test_groups_that_do_not_divide_the_world_are_refused(size: int) -> None:
         make_schedule([problem(8192)], cluster(8), size, GPU)
 
 
-def test_the_work_of_scheduling_an_item_does_not_grow_with_the_job(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_work_of_scheduling_an_item_does_not_grow_with_the_job() -> None:
     asked = 0
 
     def counting(problem: AttentionProblem, ranks: int, costs: Costs) -> float:
@@ -220,12 +218,11 @@ def test_the_work_of_scheduling_an_item_does_not_grow_with_the_job(
         asked += 1
         return item_seconds(problem, ranks, costs)
 
-    monkeypatch.setattr(scheduling, "item_seconds", counting)
-
     def estimates(count: int) -> float:
         nonlocal asked
         asked = 0
-        make_schedule(long_tailed(count, 1.3, 1), cluster(64), "auto", GPU)
+        measure = Measure(counting, least_memory)
+        make_schedule(long_tailed(count, 1.3, 1), cluster(64), "auto", GPU, measure)
         return asked / count
 
     assert estimates(1000) < 1.5 * estimates(100) < 15
