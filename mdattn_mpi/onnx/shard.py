@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import TokenDim, token_dims
@@ -61,38 +61,16 @@ def shard_model(
         No attention, one that can't be shared this way, or a node that mixes tokens.
 
     """
-    sharded = import_onnx().ModelProto()
-    sharded.CopyFrom(model)
-    _check_opset(sharded)
-    done = fuse_patterns(sharded) if ranks > 1 else []
-    attentions = [node for node in sharded.graph.node if operator(node) in ATTENTION]
-    if not attentions and ranks > 1:
-        raise RejectedError(
-            "the model has no attention: no Attention or TRT_Attention node, and no "
-            "MatMul–Softmax–MatMul",
-            fix="export it with scaled dot-product attention (opset 23 has the operator)",
-        )
-    _name_apart(sharded, attentions)
-    found: Places = token_dims(sharded, attentions, named_axes)
-    faults = Faults()
     if ranks > 1:
-        told, added = simplify(sharded, found, faults)
-        done += told
-        found = {**found, **added}
-        if dtype:
-            done.append(f"{cast_products(sharded, dtype)} nodes in {dtype}, the rest in float32")
-    tokens = _trace(sharded, found)
-    if ranks > 1:
-        check(tokens, faults)
-        faults.end()
+        prepared = prepare(model, named_axes, dtype)
+        sharded, tokens, done = prepared.model, prepared.tokens, prepared.done
         done += _share(sharded, tokens, strategy, ranks)
     else:
-        done.append("one rank has all tokens; the model is left as it is")
-    places = {
-        value.name: place
-        for value in (*graph_inputs(model), *sharded.graph.output)
-        if (place := tokens.place(value.name))
-    }
+        sharded = _copied(model)
+        attentions = _attentions(sharded)
+        tokens = _trace(sharded, token_dims(sharded, attentions, named_axes))
+        done = ["one rank has all tokens; the model is left as it is"]
+    places = outer_places(sharded, tokens)
     _free_token_dims(sharded, places)
     sharding = Sharding(strategy, ranks, {name: place.dim for name, place in places.items()})
     for value in graph_inputs(model):
@@ -103,6 +81,72 @@ def shard_model(
             )
     write_sharding(sharded, sharding)
     return sharded, done
+
+
+class Prepared(NamedTuple):
+    """A model whose every node but attention treats tokens alike.
+
+    Masks are attributes of the attentions, positions an input; nothing is shared yet.
+    """
+
+    model: Any
+    tokens: Tokens
+    places: Places  # of its inputs
+    done: list[str]  # in words
+
+
+def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None = None) -> Prepared:
+    """Make a model that can be cut into token shards; see `shard_model` for the arguments.
+
+    Raises
+    ------
+    RejectedError
+        It can't be: with all reasons, a node each.
+
+    """
+    prepared = _copied(model)
+    done = fuse_patterns(prepared)
+    attentions = _attentions(prepared)
+    if not attentions:
+        raise RejectedError(
+            "the model has no attention: no Attention or TRT_Attention node, and no "
+            "MatMul–Softmax–MatMul",
+            fix="export it with scaled dot-product attention (opset 23 has the operator)",
+        )
+    places: Places = token_dims(prepared, attentions, named_axes)
+    faults = Faults()
+    told, added = simplify(prepared, places, faults)
+    done += told
+    places = {name: each for name, each in {**places, **added}.items() if each}
+    if dtype:
+        done.append(f"{cast_products(prepared, dtype)} nodes in {dtype}, the rest in float32")
+    tokens = _trace(prepared, places)
+    check(tokens, faults)
+    faults.end()
+    return Prepared(prepared, tokens, places, done)
+
+
+def outer_places(model: Any, tokens: Tokens) -> dict[str, TokenDim]:
+    """Return where the tokens are in the inputs and outputs that are the model's own."""
+    return {
+        value.name: place
+        for value in (*graph_inputs(model), *model.graph.output)
+        if not value.name.startswith(POSITIONS) and (place := tokens.place(value.name))
+    }
+
+
+def _copied(model: Any) -> Any:
+    copied = import_onnx().ModelProto()
+    copied.CopyFrom(model)
+    _check_opset(copied)
+    return copied
+
+
+def _attentions(model: Any) -> list[Any]:
+    """List the attentions of a model, each with a name of its own."""
+    found = [node for node in model.graph.node if operator(node) in ATTENTION]
+    _name_apart(model, found)
+    return found
 
 
 def _check_opset(model: Any) -> None:

@@ -69,7 +69,7 @@ class JobSpec:
             )
         if self.quiet and self.verbose:
             raise RejectedError("both quiet and verbose", fix="leave one of -q and -v out")
-        if self.bind and not self.engine:
+        if self.bind and not self.engine and not self.model.endswith(".onnx"):
             raise RejectedError(
                 "--bind without --engine", fix="name the model's engine: --engine FILE"
             )

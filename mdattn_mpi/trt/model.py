@@ -50,6 +50,16 @@ class Model(EngineExecutor):
         self.inputs = self._tensors(name for name in names if name not in self._given)
         self.outputs = self._tensors(self._engine.outputs)
 
+    @property
+    def axes(self) -> dict[str, int]:
+        """The dim of each input and output that counts tokens."""
+        return self.manifest.axes
+
+    @property
+    def digest(self) -> str:
+        """What all ranks' engines must have."""
+        return self.manifest.sha256
+
     def _tensors(self, names: Iterable[str]) -> tuple[TensorSpec, ...]:
         return tuple(self._tensor(name) for name in names)
 
