@@ -19,8 +19,9 @@ from mdattn_mpi.problem import AttentionProblem, DTypeName
 
 @dataclass(frozen=True)
 class AttentionNode:
-    """What an attention computes, whatever the sequence; in float16 where the model is in float32.
+    """What an attention computes, whatever the sequence.
 
+    `dtype` is float16 where the model is in float32, whose arrays a CPU takes as they are.
     `joined` are inputs ``[1, S, N·H]``, others are ``[1, N, S, H]``.
     """
 
@@ -54,10 +55,7 @@ class AttentionNode:
             split = array[0, :tokens].reshape(tokens, heads, dim)
         else:
             split = array[0, :, :tokens].swapaxes(0, 1)
-        kind = import_onnx().helper.tensor_dtype_to_np_dtype
-        types = import_onnx().TensorProto
-        wanted = kind(types.BFLOAT16 if self.dtype == "bfloat16" else types.FLOAT16)
-        return np.ascontiguousarray(split).astype(wanted, copy=False)
+        return np.ascontiguousarray(split)
 
     def as_it_was(self, output: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         """Turn ``[S, N, Hv]`` into what the node gives for a query of that shape and dtype."""

@@ -30,7 +30,8 @@ from mdattn_mpi.onnx.model import (
     subgraphs,
 )
 
-LARGEST = 1 << 22  # elements of a constant that is looked into; larger ones are weights
+LARGEST = 1 << 22  # elements of a constant that is looked into
+WEIGHTS = 1 << 18  # elements of one of floats; larger ones are weights
 SHAPE_LIKE = 1 << 10  # elements of a value that shape inference is told
 
 Dims = Mapping[str, Sequence[int]]
@@ -86,7 +87,8 @@ class Lengths:
         onnx = import_onnx()
         for tensor in graph.initializer:
             outside = tensor.data_location == onnx.TensorProto.EXTERNAL
-            if outside or prod(tensor.dims) > LARGEST:
+            whole = tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
+            if outside or prod(tensor.dims) > (LARGEST if whole else WEIGHTS):
                 self._note(tensor.name, tuple(tensor.dims), tensor.data_type)
             else:
                 self._know(tensor.name, onnx.numpy_helper.to_array(tensor))

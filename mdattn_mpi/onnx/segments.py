@@ -86,16 +86,19 @@ class Segments:
         threads: int = 0,
     ) -> None:
         self.wanted = list(wanted or [value.name for value in model.graph.output])
-        self._model, self._types = model, Lengths(model, dims).types
+        self._model: Any = model
+        self._types = dict(Lengths(model, dims).types)
         self._steps: list[_Segment | Any] = []
         self._last: dict[str, int] = {}  # the last step that reads a tensor
         groups = _levels(model.graph.node)
         for number, group in enumerate(groups):
             if operator(group[0]) in OUTSIDE:
-                self._steps += group
+                # A copy: a node keeps all of its model in memory.
+                self._steps += [type(node).FromString(node.SerializeToString()) for node in group]
             else:
                 later = [node for each in groups[number + 1 :] for node in each]
                 self._steps.append(self._segment(group, later, threads))
+        self._model = None
         for number, step in enumerate(self._steps):
             names = step.inputs if isinstance(step, _Segment) else step.input
             self._last.update(dict.fromkeys(names, number))

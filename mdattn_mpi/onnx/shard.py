@@ -62,10 +62,11 @@ def shard_model(
 
     """
     if ranks > 1:
-        prepared = prepare(model, named_axes, dtype)
+        prepared = prepare(_copied(model), named_axes, dtype)
         sharded, tokens, done = prepared.model, prepared.tokens, prepared.done
         done += _share(sharded, tokens, strategy, ranks)
     else:
+        _check_opset(model)
         sharded = _copied(model)
         attentions = _attentions(sharded)
         tokens = _trace(sharded, token_dims(sharded, attentions, named_axes))
@@ -96,7 +97,9 @@ class Prepared(NamedTuple):
 
 
 def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None = None) -> Prepared:
-    """Make a model that can be cut into token shards; see `shard_model` for the arguments.
+    """Rewrite a model in place, so that it can be cut into token shards.
+
+    See `shard_model` for the arguments.
 
     Raises
     ------
@@ -104,26 +107,26 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
         It can't be: with all reasons, a node each.
 
     """
-    prepared = _copied(model)
-    done = fuse_patterns(prepared)
-    attentions = _attentions(prepared)
+    _check_opset(model)
+    done = fuse_patterns(model)
+    attentions = _attentions(model)
     if not attentions:
         raise RejectedError(
             "the model has no attention: no Attention or TRT_Attention node, and no "
             "MatMul–Softmax–MatMul",
             fix="export it with scaled dot-product attention (opset 23 has the operator)",
         )
-    places: Places = token_dims(prepared, attentions, named_axes)
+    places: Places = token_dims(model, attentions, named_axes)
     faults = Faults()
-    told, added = simplify(prepared, places, faults)
+    told, added = simplify(model, places, faults)
     done += told
     places = {name: each for name, each in {**places, **added}.items() if each}
     if dtype:
-        done.append(f"{cast_products(prepared, dtype)} nodes in {dtype}, the rest in float32")
-    tokens = _trace(prepared, places)
+        done.append(f"{cast_products(model, dtype)} nodes in {dtype}, the rest in float32")
+    tokens = _trace(model, places)
     check(tokens, faults)
     faults.end()
-    return Prepared(prepared, tokens, places, done)
+    return Prepared(model, tokens, places, done)
 
 
 def outer_places(model: Any, tokens: Tokens) -> dict[str, TokenDim]:
@@ -138,7 +141,6 @@ def outer_places(model: Any, tokens: Tokens) -> dict[str, TokenDim]:
 def _copied(model: Any) -> Any:
     copied = import_onnx().ModelProto()
     copied.CopyFrom(model)
-    _check_opset(copied)
     return copied
 
 

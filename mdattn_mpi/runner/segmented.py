@@ -90,7 +90,7 @@ class SegmentedModel:
         self.name = backend.name
         self._backend, self._group, self._strategy = backend, group, strategy
         prepared = prepare(load_model(path), {})
-        self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.digest = _digest(path)
         places = outer_places(prepared.model, prepared.tokens)
         self.axes = {name: place.dim for name, place in places.items()}
         model = load_weights(prepared.model, path)
@@ -221,5 +221,13 @@ class SegmentedModel:
         self._backend.abort()
 
 
+def _digest(path: Path) -> str:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            found.update(block)
+    return found.hexdigest()
+
+
 def _first(array: HostArray, count: int, dim: int) -> HostArray:
-    return np.take(array, range(count), dim)
+    return cast(HostArray, np.take(array, range(count), dim))

@@ -69,7 +69,7 @@ def test_check_and_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     """A float32 model is refused, or cast; and held against the whole one where that can be."""
     pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
     from mdattn_mpi.onnx import compare
-    from tests.unit.onnx.test_compare import decoder
+    from tests.support.onnx_decoder import decoder
 
     path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
     path.write_bytes(decoder().SerializeToString())
