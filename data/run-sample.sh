@@ -12,14 +12,13 @@ mkdir -p "$out"
 
 say() { printf '%s\n' "$*"; }
 
-# Two ranks also on one core; and as root, as in most containers. A demo may decide that for you:
-# mdattn itself never does.
+# Open MPI starts two ranks on one core with --oversubscribe only, and as root, as in most
+# containers, when it is told to. A demo may decide that for you: mdattn itself never does.
 case $("$mpirun" --version 2>&1) in
 *"Open MPI"* | *OpenRTE*)
     options="--oversubscribe"
-    say "(Open MPI: with --oversubscribe, which two ranks on one core need.)"
     if [ "$(id -u)" = 0 ]; then
-        say "(As root: with OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1.)"
+        say "\$ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
         export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
     fi
     ;;
@@ -32,8 +31,11 @@ for strategy in ring allgather ulysses; do
     file=$out/$strategy.h5
     log=$out/$strategy.log
     say
-    say "\$ mpirun -n 2 mdattn run $data -o $file -s $strategy"
-    "$mpirun" $options -n 2 mdattn run "$data" -o "$file" -s "$strategy" --overwrite \
+    say "\$ $mpirun${options:+ $options} -n 2 \\"
+    say "    mdattn run $data -o $file -s $strategy --overwrite \\"
+    say "    >$log 2>&1"
+    "$mpirun" $options -n 2 \
+        mdattn run "$data" -o "$file" -s "$strategy" --overwrite \
         </dev/null >"$log" 2>&1 || {
         code=$?
         cat "$log"

@@ -66,7 +66,7 @@ class Executor(Protocol):
 
 
 class Backend(Executor, Protocol):
-    """An executor of attention: `begin` takes the shards of query, key and value."""
+    """An executor of attention: `begin` takes the shards of query, key and value, and the sinks."""
 
     def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
         """Make ready, once, what `problems` will need; what can't be done `plan` refuses."""
@@ -131,8 +131,8 @@ class StrategyBackend:
         """Upload the shards and run the strategy up to its ``yield``."""
         from mdattn_mpi.strategies import STRATEGIES
 
-        q, k, v = map(self.device.upload, shards)
-        steps = STRATEGIES[plan.strategy](self.device, plan, q, k, v)
+        arrays = map(self.device.upload, shards)
+        steps = STRATEGIES[plan.strategy](self.device, plan, *arrays)
         next(steps)
         return Execution(steps)
 

@@ -51,7 +51,7 @@ HEAD_START = 5e-4
 
 @dataclass(frozen=True)
 class Costs:
-    """What one rank's device does how fast; rough figures, of which mostly the ratios matter.
+    """How fast one rank's device is; rough figures, whose ratios matter most.
 
     Parameters
     ----------

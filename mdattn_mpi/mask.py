@@ -17,6 +17,8 @@ from typing import NamedTuple
 from mdattn_mpi.errors import RejectedError
 
 UNBOUNDED = (-1, -1)  # a window
+ASCENDING = "give the first token of each document, ascending, beginning with 0"
+MAX_RUNS = 8  # of a rank's tokens, where a mask hides keys; 5 are the most that were seen
 MAX_SEGMENTS = 4096  # each is a call of a kernel at least, and a word in an attribute
 
 
@@ -164,8 +166,23 @@ def window_of(given: object) -> tuple[int, int]:
     )
 
 
+def starts_of(given: object) -> tuple[int, ...]:
+    """Take integers, NumPy's too, as the first tokens of documents.
+
+    Raises
+    ------
+    RejectedError
+        They aren't.
+
+    """
+    try:
+        return tuple(map(index, given))  # type: ignore[call-overload]
+    except TypeError:
+        raise RejectedError("segments aren't integers", fix=ASCENDING) from None
+
+
 def segments_of(given: object, q_tokens: int, kv_tokens: int) -> tuple[int, ...]:
-    """Take integers, NumPy's too, as the first tokens of documents; () where there is only one.
+    """Check the first tokens of a sequence's documents; () where there is only one.
 
     Raises
     ------
@@ -173,11 +190,7 @@ def segments_of(given: object, q_tokens: int, kv_tokens: int) -> tuple[int, ...]
         They don't ascend from 0 to within the sequence, or there are too many.
 
     """
-    fix = "give the first token of each document, ascending, beginning with 0"
-    try:
-        starts = tuple(map(index, given))  # type: ignore[call-overload]
-    except TypeError:
-        raise RejectedError("segments aren't integers", fix=fix) from None
+    starts, fix = starts_of(given), ASCENDING
     if len(starts) > MAX_SEGMENTS:
         fix = f"pack at most {MAX_SEGMENTS} documents into one item"
         raise RejectedError(f"{len(starts)} segments", fix=fix)

@@ -9,7 +9,7 @@ from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.mask import FULL, Band, Mask, Span
+from mdattn_mpi.mask import FULL, MAX_RUNS, Band, Mask, Span
 from mdattn_mpi.problem import AttentionProblem, Partition, Plan, StrategyName
 
 EVEN = 1.01  # the busiest rank's work, of the mean's: nothing is gained by more cuts
@@ -110,6 +110,8 @@ def even_shares(problem: AttentionProblem, ranks: int) -> tuple[tuple[Span, ...]
         start = circle.fair_start(tokens)
         owners.append(circle.arc(start, tokens))
         left = circle.arc(start + tokens, token_count(left) - tokens)
+    if max(map(len, owners)) > MAX_RUNS:
+        return contiguous(problem.q_tokens, ranks)
     return tuple(owners)
 
 
@@ -138,19 +140,24 @@ class _Circle:
         def excess(start: int) -> float:
             return self._pairs(start, tokens) - share
 
-        starts = list(range(0, self._tokens, max(1, tokens)))
-        low = starts[0] if starts else 0
-        for high in (*starts[1:], self._tokens):
+        def between(low: int, high: int) -> int:
+            """Halve what lies between too few pairs and too many."""
+            rises = excess(low) <= 0
+            while high - low > 1:
+                middle = (low + high) // 2
+                low, high = (middle, high) if (excess(middle) <= 0) == rises else (low, middle)
+            return min(low, high, key=lambda start: abs(excess(start)))
+
+        starts = [*range(0, self._tokens, max(1, tokens)), self._tokens]
+        found: dict[int, int] = {}
+        for low, high in pairwise(starts):
             if excess(low) * excess(high) <= 0:
-                break
-            low = high
-        else:  # rounding alone: all are the same to a few tokens
-            return min(starts, key=lambda start: abs(excess(start)), default=0)
-        rises = excess(low) <= 0
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if (excess(middle) <= 0) == rises else (low, middle)
-        return min(low, high, key=lambda start: abs(excess(start)))
+                start = between(low, high)
+                runs = len(self.arc(start, tokens))
+                if runs == 2:  # it crosses one seam, and leaves one: seams get no more
+                    return start
+                found.setdefault(runs, start)
+        return found[max(found)] if found else 0
 
     def _pairs(self, start: int, tokens: int) -> int:
         start %= max(1, self._tokens)

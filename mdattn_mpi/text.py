@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import textwrap
+from pathlib import Path
 
 COLUMNS = 80
 
@@ -56,13 +58,21 @@ def _prefixed(value: float, step: int, prefixes: tuple[str, ...], unit: str) -> 
     return f"{value:.3g} {last}{unit}"
 
 
+def install(extra: str) -> str:
+    """The command that installs an extra of this package, from the checkout if it runs from one."""
+    checkout = Path(__file__).resolve().parent.parent
+    if (checkout / "setup.cfg").exists():
+        return f"pip install -e {shlex.quote(f'{checkout}[{extra}]')}"
+    return f"pip install 'mdattn_mpi[{extra}]'"
+
+
 def printable(value: object) -> str:
     """`value` as text without control characters, which could drive the terminal."""
     return "".join(c if c.isprintable() else " " for c in str(value))
 
 
 def show(text: str) -> None:
-    """Print on standard output at once; a reader that has seen enough and left is no error."""
+    """Print on standard output at once; a reader that has seen enough may have left."""
     try:
         print(text, flush=True)
     except BrokenPipeError:  # as in `mdattn inspect … | head`

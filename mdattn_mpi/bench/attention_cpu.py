@@ -15,6 +15,7 @@ from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.mask import Span
 from mdattn_mpi.partition import blocks
 from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.text import install, show
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.cpu.host import Array, HostDevice
@@ -43,7 +44,7 @@ def main(problems: Sequence[AttentionProblem], rounds: int, *, as_json: bool) ->
         }
         results.append({**asdict(problem), **took, **gains})
         if not as_json:
-            print(_line(problem, results[-1]), flush=True)
+            show(_line(problem, results[-1]))
     figures = {
         "results": results,
         "geometric_mean": geometric_mean(row["ratio"] for row in results),
@@ -81,9 +82,7 @@ def _torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise RejectedError(
-            f"PyTorch can't be imported ({error})", fix="pip install 'mdattn_mpi[bench]'"
-        ) from None
+        raise RejectedError(f"PyTorch can't be imported ({error})", fix=install("bench")) from None
     return torch
 
 

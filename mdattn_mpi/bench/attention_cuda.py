@@ -16,17 +16,17 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import report, table, versions
-from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.bench.rivals import FLEX, THEIRS, Rivals
 from mdattn_mpi.estimate import estimate
 from mdattn_mpi.partition import partition, partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
+from mdattn_mpi.text import show
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.cuda.device import CudaDevice
@@ -37,9 +37,7 @@ ROWS = 32  # of a rank's query that are compared with float64
 SECONDS = 0.15  # of one turn, roughly
 PAUSE = 0.2  # seconds before a turn
 ONE = "one GPU"
-LONE = ("ring", "allgather", "allgather, head start", "ulysses")
 STREAM = "stream of allgather"
-THEIRS = ("PyTorch, all-gather", "PyTorch, all-to-all")
 
 Shards = tuple[Any, Any, Any]
 
@@ -65,7 +63,7 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
 
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     device = open_cuda(world, transfer=arguments.transfer, kernel=arguments.kernel, timings=False)
-    rivals = Rivals(world, device) if arguments.rivals else None
+    rivals = Rivals(world) if arguments.rivals else None
     results = []
     for problem in problems:
         sides = measure(world, device, problem, arguments.rounds, rivals)
@@ -74,7 +72,7 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
             found = {**asdict(problem), "kernel": kernel, "auto": auto, "sides": sides}
             results.append(found)
             if not arguments.json:
-                print(_lines(problem, found, world.size), flush=True)
+                show(_lines(problem, found, world.size))
     facts = {**device.describe(), **versions("torch"), "rounds": str(arguments.rounds)}
     if rivals:
         rivals.close()
@@ -108,7 +106,8 @@ def measure(
     inputs = Inputs(problem, seed=17)
     sides = list(our_sides(world, device, problem, inputs))
     if rivals is not None:
-        sides += rivals.sides(problem, inputs)
+        theirs = rivals.runners(problem, inputs.sets)
+        sides += [Side(name, run) for name, run in theirs.items()]
     expected = estimate(problem, world.size, "ring", device.costs(problem), batch=False).seconds
     for turn in range(rounds * len(sides)):
         lap, place = divmod(turn, len(sides))
@@ -183,12 +182,15 @@ class Inputs:
         rows = wanted[torch.linspace(0, len(wanted) - 1, ROWS).long()]
         local = torch.stack([(tokens == row).nonzero()[0, 0] for row in rows]).to(output.device)
         rows, group = rows.to(q.device), self.problem.group_heads
+        low, high = self.problem.mask.low, self.problem.mask.high
+        after = torch.arange(len(k), device=q.device)[None] - rows[:, None]
         errors = []
         for head in range(self.problem.q_heads):
             scores = q[rows, head].double() @ k[:, head // group].double().T * self.problem.scale
-            if self.problem.diagonal is not None:
-                keys = torch.arange(len(k), device=q.device)
-                scores[keys[None] > rows[:, None] + self.problem.diagonal] = -torch.inf
+            if high is not None:
+                scores[after > high] = -torch.inf
+            if low is not None:
+                scores[after < low] = -torch.inf
             right = scores.softmax(-1) @ v[:, head // group].double()
             wrong = output[local, head].double() - right
             errors.append((wrong.norm(dim=-1) / right.norm(dim=-1)).mean())
@@ -277,91 +279,6 @@ def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: 
     return Side(ONE, run, inputs.error(output, (sequence,), own))
 
 
-class Rivals:
-    """PyTorch's context parallelism over the same ranks and GPUs."""
-
-    def __init__(self, world: World, device: CudaDevice) -> None:
-        import torch
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-
-        if world.size < 2:
-            raise RejectedError("one rank", fix="start at least two, or give --no-rivals")
-        place = f"{os.uname().nodename}:{29000 + world.job % 2000}".encode()
-        address, _, port = world.bcast_bytes(place).decode().partition(":")
-        torch.cuda.set_device(world.local_rank)
-        store = dist.TCPStore(address, int(port), world.size, is_master=world.rank == 0)
-        dist.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size)
-        self._mesh = init_device_mesh("cuda", (world.size,))
-        self._world = world
-
-    def sides(self, problem: AttentionProblem, inputs: Inputs) -> list[Side]:
-        """Both ways in which it moves K and V."""
-        heads = [
-            [array.transpose(0, 1)[None].contiguous() for array in arrays] for arrays in inputs.sets
-        ]
-        ways = zip(THEIRS, ("allgather", "alltoall"), strict=True)
-        return [Side(name, self._runner(problem, heads, way)) for name, way in ways]
-
-    def close(self) -> None:
-        """End PyTorch's process group."""
-        import torch.distributed as dist
-
-        dist.destroy_process_group()
-
-    def _runner(
-        self, problem: AttentionProblem, heads: list[list[Any]], way: str
-    ) -> Callable[[int], list[float]]:
-        import torch
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-
-        def run(calls: int) -> list[float]:
-            with (
-                self._shared(problem, heads, way) as shards,
-                sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
-            ):
-                marks = []
-                for call in range(calls + 2):
-                    q, k, v = shards[call % len(shards)]
-                    torch.nn.functional.scaled_dot_product_attention(
-                        q, k, v,
-                        is_causal=problem.causal != "none",
-                        scale=problem.scale,
-                        enable_gqa=problem.group_heads > 1,
-                    )  # fmt: skip
-                    marks.append(torch.cuda.Event(enable_timing=True))
-                    marks[-1].record()
-                torch.cuda.synchronize()
-            return [a.elapsed_time(b) for a, b in pairwise(marks[1:])]
-
-        return run
-
-    @contextmanager
-    def _shared(
-        self, problem: AttentionProblem, heads: list[list[Any]], way: str
-    ) -> Iterator[list[list[Any]]]:
-        """Inside, the shards of this rank and PyTorch's attention over all ranks."""
-        import torch
-        from torch.distributed.tensor.experimental import context_parallel
-        from torch.distributed.tensor.experimental._context_parallel import (
-            _cp_options,
-            set_rotate_method,
-        )
-
-        set_rotate_method(way)
-        _cp_options.enable_load_balance = problem.causal != "none"  # refused without a mask
-        with torch.no_grad():
-            shards = [[array.clone() for array in arrays] for arrays in heads]
-            flat = [array for arrays in shards for array in arrays]
-            with context_parallel(
-                self._mesh,
-                buffers=flat,
-                buffer_seq_dims=[2] * len(flat),
-                no_restore_buffers=set(flat),
-            ):
-                yield shards
-
-
 def _lines(problem: AttentionProblem, result: dict[str, Any], ranks: int) -> str:
     """A table of one problem: milliseconds, share of ideal, against PyTorch's best, error."""
     sides: dict[str, dict[str, Any]] = result["sides"]
@@ -374,7 +291,7 @@ def _lines(problem: AttentionProblem, result: dict[str, Any], ranks: int) -> str
                 f"auto: {name}" if name == result["auto"] else name,
                 f"{found['ms']:.3f}",
                 " ".join(f"{ms:.3f}" for ms in found["ms of ranks"]),
-                f"{one['ms'] / found['ms'] / (1 if name == ONE else ranks):.3f}",
+                f"{one['ms'] / found['ms'] / (1 if name in (ONE, FLEX) else ranks):.3f}",
                 f"{theirs / found['ms']:.2f}",
                 f"{found['error']:.2e}",
                 f"{found['error'] / one['error']:.3f}",

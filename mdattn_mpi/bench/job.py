@@ -7,10 +7,10 @@ than the slowest of them; wall / slowest says how much is lost.
   mpirun -n 2 mdattn bench job -b cuda --folder /local/scratch
 
 Items take turns through the lengths, head dims and masks that are named, and are computed in the
-order of the job, the dearest first; --mixed is 18 lengths from 4k to 60k. The first pass of
+order of the job, the most expensive first; --mixed is 18 lengths from 4k to 60k. The first pass of
 computing pays for what a length costs when it comes first; the time of the kernels is the GPU's
 own, merges left out, in a second pass.
-With --group-sizes, the whole job runs once for each, on executors opened anew.
+With --group-sizes, the whole job runs once for each, on newly opened executors.
 
   mpirun -n 2 mdattn bench job -b cuda --mixed --items 24 --q-heads 16 --kv-heads 4 --causal \
       --group-sizes 1,2,auto

@@ -26,6 +26,7 @@ from mdattn_mpi.devices.cuda.attention import AttentionCall, Engine
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.mask import seen_pairs
 from mdattn_mpi.problem import AttentionProblem, Plan
+from mdattn_mpi.text import show
 
 SECONDS = 0.1  # of one turn, roughly
 FLOPS = 6e14  # by which the calls of a turn are counted
@@ -73,7 +74,7 @@ def main(arguments: argparse.Namespace) -> int:
             found = measure(call, engines, arguments.rounds)
             results.append({"call": call._asdict(), "sides": found})
             if not arguments.json:
-                print(_lines(call, found), flush=True)
+                show(_lines(call, found))
     facts = {
         "gpu": gpu.name,
         **{name: engine.version for name, engine in engines.items()},

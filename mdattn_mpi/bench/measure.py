@@ -13,6 +13,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.text import show
 
 if TYPE_CHECKING:
     from mdattn_mpi.backends import Backend, HostArray
@@ -123,9 +124,9 @@ def report(
     """Print `figures` as JSON, or `rows` as a table; either way with the facts and surroundings."""
     facts = {**facts, **surroundings()}
     if as_json:
-        print(json.dumps({**figures, "facts": facts}))
+        show(json.dumps({**figures, "facts": facts}))
     else:
-        print(*table(rows), *(f"{name}: {value}" for name, value in facts.items()), sep="\n")
+        show("\n".join((*table(rows), *(f"{name}: {value}" for name, value in facts.items()))))
 
 
 def surroundings() -> dict[str, str]:

@@ -21,10 +21,12 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.bench.measure import report, surroundings
 from mdattn_mpi.bench.options import add_shapes, numbers, problems
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.files import write_whole
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 from mdattn_mpi.problem import AttentionProblem, Plan
 
 if TYPE_CHECKING:
-    from mdattn_mpi.bench.timeline import Timings
+    from mdattn_mpi.bench.timeline import Call, Timings
     from mdattn_mpi.lockstep import World
 
 STREAM = 8  # items of a batch
@@ -60,7 +62,7 @@ def measure(world: World, arguments: argparse.Namespace) -> None:
         for one in (plan, _alone(plan))
         for call in calls(trace(one, STRATEGIES[one.strategy]))
     }
-    if missing := sorted(needed - timings.attend.keys()):
+    if missing := sorted(needed - timings.attend.keys(), key=repr):
         timings = stopwatch.measure(world, timings, missing)
         _save(world, arguments.kernels, timings)
     if world.rank == 0:
@@ -173,18 +175,27 @@ def _compared(row: Mapping[str, Any]) -> list[str]:
 
 def _load(world: World, path: str) -> Timings:
     """Collective. Read what was measured before; nothing if there is no file."""
-    from mdattn_mpi.bench.timeline import Call, Timings
+    from mdattn_mpi.bench.timeline import Timings
 
     text = b""
     if world.rank == 0 and Path(path).exists():
         text = Path(path).read_bytes()
     found = json.loads(world.bcast_bytes(text) or "{}")
-    times = {Call(*each["call"]): each for each in found.get("attend", ())}
+    times = {_call(each["call"]): each for each in found.get("attend", ())}
     return Timings(
         {call: each["seconds"] for call, each in times.items()},
         after={call: each["after"] for call, each in times.items() if "after" in each},
         **{name: found[name] for name in NAMES if name in found},
     )
+
+
+def _call(words: Sequence[Any]) -> Call:
+    """Make a call of a line of the file; earlier versions wrote whether it is causal."""
+    from mdattn_mpi.bench.timeline import Call
+
+    mask = words[6]
+    band = Band(*mask) if isinstance(mask, list) else LOWER_RIGHT if mask else FULL
+    return Call(*(*words[:6], band))
 
 
 def _save(world: World, path: str, timings: Timings) -> None:
@@ -197,4 +208,4 @@ def _save(world: World, path: str, timings: Timings) -> None:
             ],
             **surroundings(),
         }
-        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+        write_whole(Path(path), json.dumps(found, indent=1) + "\n")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 
 from mdattn_mpi import __version__
@@ -24,7 +25,7 @@ COMMANDS = {  # and what `mdattn --help` says of them
     "run": "compute attention over every item of a dataset",
     "verify": "compare an output with float64 attention",
     "make-data": "write a synthetic dataset",
-    "convert": "make a dataset of .npz, .npy, .safetensors, .pt or HDF5",
+    "convert": "make a dataset of other files: tensors, or texts for a model",
     "inspect": "say what a file holds, and what is finished",
     "status": "say how a job is doing, from another shell",
     "bench": "measure speed, memory, and what each guarantee costs",
@@ -41,10 +42,12 @@ Main = Callable[[argparse.Namespace], int]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` names; return its exit code."""
+    if "_ARGCOMPLETE" in os.environ:
+        complete(os.environ.get("COMP_LINE", ""))
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser(argv[:1])
     arguments = _parse(parser, argv or ["--help"])
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may be of bytes that are no text
+    if isinstance(sys.stdout, io.TextIOWrapper):  # the bytes of a path may not be text
         sys.stdout.reconfigure(errors=sys.stderr.errors or "backslashreplace")
     command_main: Main = arguments.main
     try:
@@ -60,6 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MdattnError as error:
         print(wrapped(f"mdattn: error: {error}"), file=sys.stderr)
         return error.exit_code
+
+
+def complete(line: str) -> None:
+    """Answer a shell that asks how `line` may go on, and exit.
+
+    Source: argcomplete, whose ``register-python-argcomplete mdattn`` tells the shell to ask.
+    """
+    with suppress(ImportError):  # the shell asks for another environment, which has it
+        from argcomplete import autocomplete
+
+        autocomplete(make_parser(line.split()[1:2]))
 
 
 def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentParser:

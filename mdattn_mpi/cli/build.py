@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -79,6 +80,8 @@ def main(arguments: argparse.Namespace) -> int:
         print(built.manifest.to_json().decode())
     else:
         print(_line(arguments, built.manifest, f"{how} in {perf_counter() - began:.2f} s"))
+        for known in known_faults(built.manifest):
+            print(f"  {known}")
     return 0
 
 
@@ -219,7 +222,7 @@ def parse_range(text: str) -> tuple[int, int]:
     first, colon, last = text.partition(":")
     low, high = int(first), int(last if colon else first)
     if not 1 <= low <= high:
-        raise ValueError(f"{text!r} is no range of lengths")
+        raise ValueError(f"{text!r} isn't a range of lengths")
     return low, high
 
 
@@ -236,6 +239,17 @@ def _model(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[Bui
         raise RejectedError(f"--tokens {error}", fix="use A:B, or one number") from error
     path = Path(arguments.onnx)
     return build_model(library, path, arguments.ranks, tokens, sm), "built"
+
+
+def known_faults(manifest: Manifest) -> Iterator[str]:
+    """Say what the library that built an engine is known for, and what was done about it."""
+    from mdattn_mpi.trt.versions import faults_of
+
+    dtype = manifest.attention().dtype if manifest.spec else ""
+    library = f"{manifest.flavour} {manifest.version}"
+    for fault in faults_of(manifest.flavour, manifest.version, manifest.strategy, dtype):
+        done = fault.way_round and manifest.spec
+        yield f"{library} is known for {fault}; {'a way round is built in' if done else fault.fix}"
 
 
 def _line(arguments: argparse.Namespace, manifest: Manifest, how: str) -> str:

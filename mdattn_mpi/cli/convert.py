@@ -1,5 +1,5 @@
 """Make a dataset of a .npz, .npy, .safetensors, .pt or HDF5 file; rewrite a dataset of ours as
-contiguous, token-major data of 16 bits.
+contiguous, token-major data of 16 bits; or make token ids of texts.
 
   mdattn convert qkv.safetensors data.h5 --query 'l.*.q' --key 'l.*.k' --value 'l.*.v'
   mdattn convert theirs.h5 data.h5 --query '/runs/*/Q' --key '/runs/*/K' --value '/runs/*/V' \\
@@ -13,6 +13,15 @@ A * stands for any text without a slash, and names the item. Without patterns, n
 and layout that the file states are kept; options overrule them.
 
 A .pt file is read by PyTorch's own reader for weights, which runs nothing of it.
+
+With --tokenizer, IN are texts for a model, and OUT.h5 gets their token ids:
+
+  mdattn convert texts.jsonl tokens.h5 --tokenizer DIR --field body --id url
+  mdattn convert proteins.fasta tokens.h5 --tokenizer DIR --pack 8192
+
+A .jsonl file has an object on each line, a .parquet file columns, a .txt file a text on each line
+(--cut), a .fasta, .fa, .faa or .fna file sequences. Special tokens are those that the tokenizer
+adds. Nothing is cut off.
 """
 
 from __future__ import annotations
@@ -23,14 +32,21 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.cli.options import DTYPES, add_opening_options, add_writing_options
+from mdattn_mpi.text import counted, wrapped
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from mdattn_mpi.corpus.convert import Report
     from mdattn_mpi.dataset import Tensor
     from mdattn_mpi.dataset.foreign.items import Reading, Source
 
 BLOCK_BYTES = 16 << 20
+OF_TEXTS = ("field", "id", "cut", "number", "pack")  # options that mean nothing for the others
+OF_TENSORS = (
+    *("query", "key", "value", "qkv", "kv", "heads", "packed_dim", "layout", "dtype", "bits"),
+    *("causal", "scale", "allow", "ignore"),
+)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -53,6 +69,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--bits", choices=DTYPES, help="16-bit integers in IN are the bits of this")
     add_opening_options(parser)
     add_writing_options(parser)
+    add = parser.add_argument_group("texts").add_argument
+    add("--tokenizer", metavar="DIR", help="a model's folder with its tokenizer: IN are texts")
+    add("--field", metavar="NAME", help="field or column of the text (default: text)")
+    add("--id", metavar="NAME", help="field or column of the items' names (default: numbered)")
+    add("--cut", choices=("line", "paragraph", "document"), help="what of a .txt is a text")
+    add("--number", action="store_true", default=None, help="number FASTA records")
+    add("--pack", type=_tokens, metavar="N", help="short texts share sequences of N tokens")
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of tokens")
+    return int(text)
 
 
 def _heads(text: str) -> tuple[int, int]:
@@ -65,6 +94,67 @@ def _heads(text: str) -> tuple[int, int]:
 
 def main(arguments: argparse.Namespace) -> int:
     """Write the dataset."""
+    texts, tensors = (
+        [f"--{name.replace('_', '-')}" for name in names if getattr(arguments, name) is not None]
+        for names in (OF_TEXTS, OF_TENSORS)
+    )
+    wrong = tensors if arguments.tokenizer else texts
+    if wrong:
+        from mdattn_mpi.errors import RejectedError
+
+        raise RejectedError(
+            f"{wrong[0]} with{'' if arguments.tokenizer else 'out'} --tokenizer",
+            fix=f"leave {wrong[0]} out" + ("" if arguments.tokenizer else ", or name a tokenizer"),
+        )
+    return _convert_texts(arguments) if arguments.tokenizer else _convert_tensors(arguments)
+
+
+def _convert_texts(arguments: argparse.Namespace) -> int:
+    import os
+
+    from tqdm import tqdm
+
+    from mdattn_mpi.corpus.convert import convert_texts
+    from mdattn_mpi.corpus.texts import Reading
+
+    given = {name: getattr(arguments, name) for name in ("field", "id", "cut", "number")}
+    how = Reading(**{name: value for name, value in given.items() if value is not None})
+    total = sum(os.path.getsize(path) for path in arguments.source if os.path.isfile(path))
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+        report = convert_texts(
+            arguments.source,
+            arguments.path,
+            arguments.tokenizer,
+            how,
+            pack=arguments.pack,
+            overwrite=arguments.overwrite,
+            progress=bar.update,
+        )
+    print("\n".join(wrapped(line) for line in _told(arguments, report)))
+    return 0
+
+
+def _told(arguments: argparse.Namespace, report: Report) -> Iterator[str]:
+    """Say what was written, and what may be a mistake."""
+    yield (
+        f"{arguments.path}: {counted(report.texts, 'text')}, "
+        f"{counted(report.tokens, 'token')} in {counted(report.items, 'item')}, "
+        f"the longest of {report.longest}"
+    )
+    if report.beyond:
+        yield (
+            f"warning: {counted(report.beyond, 'text')} of more than {arguments.pack} tokens, "
+            "each in an item of its own"
+        )
+    if report.unknown:
+        yield (
+            f"warning: {counted(report.unknown, 'token')} the tokenizer doesn't know, the first in "
+            f"{report.first_unknown}: is it the model's own tokenizer, and the text as that wants "
+            "it (upper case)?"
+        )
+
+
+def _convert_tensors(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from mdattn_mpi.dataset import DatasetWriter
@@ -149,8 +239,15 @@ def _reading(arguments: argparse.Namespace) -> Reading:
         packing=Packing(arguments.heads, arguments.packed_dim),
         causal=arguments.causal,
         scale=None if arguments.scale is None else scale_of(arguments.scale),
+        masks=_masks(arguments),
         ignore=tuple(arguments.ignore or ()),
     )
+
+
+def _masks(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Say what the user says of windows and soft caps."""
+    given = {"window": arguments.window, "softcap": arguments.softcap}
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def rounded_blocks(

@@ -111,7 +111,7 @@ def findings_of(world: World, folder: str, facts: dict[str, Any]) -> Iterator[Fi
 
 
 def place(world: World) -> dict[str, Any]:
-    """Where this rank is, and by whose hand."""
+    """Where this rank is, and what launched it."""
     from mdattn_mpi.lockstep import launcher
     from mdattn_mpi.lockstep.mpi import mpi_library, threads_may_call
 
@@ -136,7 +136,7 @@ def nccl_findings(world: World, ranks: list[dict[str, Any]]) -> Iterator[Finding
     if not every_rank_has_a_gpu(ranks):
         return
     if missing := next(filter(None, world.allgather(why_no_cuda())), ""):
-        yield Finding("NCCL", "WARN", missing, "install it: without, GPUs can't be used")
+        yield Finding("NCCL", "WARN", missing, "install it: GPUs can't be used without it")
         return
     found: dict[str, Any]
     try:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mdattn_mpi.cli.options import add_opening_options
 from mdattn_mpi.text import counted, printable, quantity, show
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     )
     from mdattn_mpi.dataset.foreign.tensor import ForeignTensor
     from mdattn_mpi.errors import RejectedError
+
+T = TypeVar("T")
 
 EPILOG = "Exit codes: 0 all is well; 1 some items are bad, failed or damaged; 2 can't be read."
 
@@ -144,7 +146,10 @@ def _describe_dataset(arguments: argparse.Namespace) -> dict[str, Any]:
             "path": dataset.path,
             "format": "mdattn-dataset",
             "bytes": dataset.size,
-            "items": [_dataset_item(dataset, item, arguments.check) for item in dataset.items],
+            "items": [
+                _dataset_item(dataset, item, arguments.check)
+                for item in _watched(dataset.items, arguments)
+            ],
             "faults": _faults(dataset.faults),
             "warnings": list(dataset.warnings),
         }
@@ -181,7 +186,9 @@ def _describe_output(arguments: argparse.Namespace) -> dict[str, Any]:
 
     with open_output(arguments.path) as output:
         chosen = select_items(output.items, arguments.items, output.path)
-        items = [_output_item(output, item, arguments.check) for item in chosen]
+        items = [
+            _output_item(output, item, arguments.check) for item in _watched(chosen, arguments)
+        ]
         return {
             "path": output.path,
             "format": "mdattn-output",
@@ -225,6 +232,16 @@ def _describe_foreign(arguments: argparse.Namespace) -> dict[str, Any]:
                 for name in sorted(tensors, key=natural_order)
             ],
         }
+
+
+def _watched(items: Sequence[T], arguments: argparse.Namespace) -> Iterable[T]:
+    """Show how far a check has come, on a terminal, if it takes long."""
+    if not arguments.check:
+        return items
+    from tqdm import tqdm
+
+    bar: Iterable[T] = tqdm(items, unit="item", leave=False, delay=2, disable=None)
+    return bar
 
 
 def _dtype_of(tensor: ForeignTensor) -> str:

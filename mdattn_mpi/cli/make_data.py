@@ -35,6 +35,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--kv-heads", type=int, default=2, metavar="N", help="kv heads (default 2)")
     add("--head-dim", type=int, default=128, metavar="H", help="of query and key (default 128)")
     add("--v-head-dim", type=int, metavar="H", help="of value (default: the same)")
+    add("--sinks", action="store_true", help="draw a sink for each query head")
+    add("--documents", type=int, metavar="N", help="pack so many, of long-tailed lengths")
     add("--dtype", choices=DTYPES, default="bf16", help="default bf16")
     add(
         "--encoding",
@@ -56,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _range(text: str) -> tuple[int, int]:
     first, _, last = text.partition(":")
     if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no range; write A:B with 1 <= A <= B")
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a range; write A:B with 1 <= A <= B")
     return int(first), int(last)
 
 
@@ -94,6 +96,8 @@ def main(arguments: argparse.Namespace) -> int:
             for block in random_blocks(arguments.seed, number, size, item.problem.dtype):
                 dataset.append(item, tensor, block)
                 bar.update(block.nbytes)
+        for item in items if arguments.sinks else ():
+            dataset.append(item, "sinks", random_sinks(arguments.seed, item))
     if not arguments.quiet:
         held = f"{counted(len(items), 'item')}, {quantity(total, 'B')}, seed {arguments.seed}"
         show(f"{arguments.path}: {held}")
@@ -106,6 +110,7 @@ def plan_items(arguments: argparse.Namespace) -> list[Item]:
 
     from mdattn_mpi.dataset import Item
     from mdattn_mpi.errors import RejectedError
+    from mdattn_mpi.mask import UNBOUNDED
     from mdattn_mpi.problem import AttentionProblem
 
     if arguments.items < 1 or arguments.seed < 0:
@@ -128,9 +133,37 @@ def plan_items(arguments: argparse.Namespace) -> list[Item]:
             dtype=DTYPES[arguments.dtype],
             causal=arguments.causal or "none",
             scale=arguments.scale,
+            window=tuple(arguments.window or UNBOUNDED),
+            softcap=arguments.softcap or 0.0,
+            sinks=arguments.sinks,
+            segments=random_documents(arguments, length, index),
         )
         items.append(Item(f"item{index}", index, problem))
     return items
+
+
+def random_documents(arguments: argparse.Namespace, length: int, index: int) -> tuple[int, ...]:
+    """Draw the first tokens of an item's documents; their lengths are Pareto's."""
+    import numpy as np
+
+    from mdattn_mpi.errors import RejectedError
+
+    count = arguments.documents
+    if count is None:
+        return ()
+    if not 1 <= count <= length:
+        raise RejectedError(f"--documents is {count}", fix=f"use 1 to {length}, the tokens")
+    shares = np.random.default_rng([arguments.seed, index]).pareto(1.2, count) + 0.1
+    ends = np.cumsum(1 + np.floor((length - count) * shares / shares.sum()).astype(int))
+    return (0, *map(int, ends[:-1]))
+
+
+def random_sinks(seed: int, item: Item) -> np.ndarray[Any, Any]:
+    """Draw a sink for each query head; from a generator of its own."""
+    import numpy as np
+
+    draw = np.random.default_rng([seed, item.index, item.problem.q_heads])
+    return draw.standard_normal(item.problem.q_heads, np.float32)
 
 
 def random_blocks(seed: int, tensor: int, size: int, dtype: str) -> Iterator[np.ndarray[Any, Any]]:

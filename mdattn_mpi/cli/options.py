@@ -51,6 +51,14 @@ def add_writing_options(parser: argparse.ArgumentParser) -> None:
         help="the last token sees all keys, the one before it one less, …",
     )
     parser.add_argument("--scale", type=float, metavar="X", help="of the scores (default 1/√H)")
+    parser.add_argument(
+        "--window",
+        nargs=2,
+        type=int,
+        metavar=("BEFORE", "AFTER"),
+        help="keys seen before and after the diagonal; -1: all",
+    )
+    parser.add_argument("--softcap", type=float, metavar="C", help="scores become C·tanh(s/C)")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
 
 

@@ -71,7 +71,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     again = parser.add_argument_group("again, and how long")
     add = again.add_argument
-    add("--overwrite", action="store_true", help="start anew, whatever the output holds")
+    add("--overwrite", action="store_true", help="start over, whatever the output holds")
+    add("--redo", action="store_true", help="compute the items that --items names again")
     add(
         "--allow-change",
         action="store_true",
@@ -96,7 +97,9 @@ def duration(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 90, 15m, 2h or HH:MM:SS")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} isn't a duration; write 90, 15m, 2h or HH:MM:SS"
+        )
     return seconds
 
 
@@ -138,6 +141,12 @@ def spec_of(arguments: argparse.Namespace) -> Any:
         for name, value in vars(arguments).items()
         if name not in ("main", "job")
     }
+    if given.pop("redo", False):
+        if "items" not in given:
+            raise RejectedError(
+                "--redo without --items", fix="say what to compute again: --items NAME --redo"
+            )
+        given["redo"] = given.pop("items")
     fields = {**(load_job_file(arguments.job) if "job" in arguments else {}), **given}
     for name, shown in (("data", "DATA.h5"), ("output", "-o OUT.h5")):
         if name not in fields:

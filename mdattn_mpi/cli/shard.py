@@ -155,7 +155,7 @@ def parse_axes(pairs: list[str]) -> dict[str, int]:
     Raises
     ------
     RejectedError
-        No colon, or a dim that is no number.
+        No colon, or a dim that isn't a number.
 
     """
     axes: dict[str, int] = {}

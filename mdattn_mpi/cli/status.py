@@ -8,7 +8,9 @@ Reads files only; the job doesn't notice. Ages compare the clocks of two hosts.
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.text import counted, duration, printable, show
@@ -16,7 +18,7 @@ from mdattn_mpi.text import counted, duration, printable, show
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep.record import Record
 
-EPILOG = "Exit codes: 0 answered; 2 no such output."
+EPILOG = "Exit codes: 0 answered; 2 no such output, and no job in Slurm's queue that will write it."
 
 SILENCE = 20.0  # seconds after which a job that says nothing is called silent
 
@@ -53,7 +55,12 @@ def status(path: str) -> dict[str, Any]:
     from mdattn_mpi.dataset import open_output
     from mdattn_mpi.lockstep import death_note
     from mdattn_mpi.lockstep.board import BoardFile
+    from mdattn_mpi.slurm import job_of_output
 
+    job = job_of_output(path)
+    shown = str(job) if job else None
+    if job and job.waits and not Path(path).exists():
+        return {"path": path, "state": "queued", "slurm": shown}
     with open_output(path) as output:
         work = [
             (entry.state, item.problem.work)
@@ -65,9 +72,12 @@ def status(path: str) -> dict[str, Any]:
     note = death_note.read(folder)
     now = note["time"] if note else now  # nothing goes on after it
     state = _state(records, note, counts, now)
+    if job and job.waits and state != "running" and counts["todo"]:
+        state = "queued"
     return {
         "path": path,
         "state": state,
+        "slurm": shown,
         "items": {"total": len(work), **counts},
         **_speed(records, work, counts, now, running=state == "running"),
         "ranks": [_rank(record, now) for record in records],
@@ -76,17 +86,32 @@ def status(path: str) -> dict[str, Any]:
 
 
 def _state(records: Sequence[Record], note: object, counts: Mapping[str, int], now: float) -> str:
-    """Say in a word how it is."""
+    """Name the state of the job."""
     from mdattn_mpi.lockstep.record import ENDED
 
     if note:
         return "lost a rank"
     if records and any(record.state != ENDED for record in records):
-        heard = max(record.heartbeat for record in records)
-        return "running" if now - heard < SILENCE else "silent"
+        asked = any(record.stop for record in records)
+        if any(record.state != ENDED and _is_gone(record) for record in records):
+            return "interrupted"
+        if now - max(record.heartbeat for record in records) < SILENCE:
+            return "stopping" if asked else "running"
+        return "interrupted" if asked else "silent"
     if counts["todo"]:
         return "stopped" if records else "not started"
     return "finished with failures" if counts["failed"] else "finished"
+
+
+def _is_gone(record: Record) -> bool:
+    """Whether a rank that hasn't ended was on this host, and its watchdog is no more."""
+    from mdattn_mpi.lockstep.board import pid_namespace
+    from mdattn_mpi.lockstep.process import WATCHDOG, Process
+
+    if (record.host, record.pid_namespace) != (os.uname().nodename, pid_namespace()):
+        return False
+    watchdog = Process.look(record.watchdog_pid)
+    return not (watchdog and watchdog.is_alive and watchdog.name == WATCHDOG)
 
 
 def _speed(
@@ -128,14 +153,21 @@ def _rank(record: Record, now: float) -> dict[str, Any]:
 
 
 def _lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    queue = [f"  Slurm's {facts['slurm']}"] if facts["slurm"] else []
+    if "items" not in facts:
+        yield from (f"{facts['path']}: {facts['state']}", *queue)
+        return
     items = facts["items"]
     ranks = facts["ranks"]
     yield f"{facts['path']}: {facts['state']}" + (
         f", {counted(len(ranks), 'rank')}" if ranks else ""
     )
+    yield from queue
     failed = f", {items['failed']} failed" if items["failed"] else ""
     done = f"{items['done']} of {counted(items['total'], 'item')} done"
     yield f"  {done}, {items['todo']} left{failed}"
+    if facts["state"] in ("interrupted", "stopped"):
+        yield "  to go on, run the same command again"
     if facts["items_per_second"]:
         yield (
             f"  {facts['items_per_second']:.3g} items/s, "

@@ -14,10 +14,14 @@ import re
 import shlex
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.files import write_whole
+from mdattn_mpi.slurm import job_of_script, note_job, script_path
+from mdattn_mpi.text import duration
 
 EPILOG = """\
 Exit codes: 0 submitted (or shown); 2 refused, by mdattn or by Slurm.
@@ -28,6 +32,7 @@ SIGNATURE = "# Written by mdattn submit; the same command replaces it."
 # What may stand in an #SBATCH line. Slurm checks the meaning.
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,+@-]{0,199}")
 _TIME = re.compile(r"(?:\d{1,4}-)?\d{1,6}(?::\d{1,2}){0,2}")
+WARNING = 180  # seconds before the limit, or a tenth of a short one
 _NAMES = ("account", "partition", "qos", "constraint", "reservation", "mpi")
 
 Lines = list[str]
@@ -62,7 +67,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", default="", metavar="NAME", help="as for sbatch")
     add("--setup", metavar="FILE", help="a shell file to source first: modules, environment")
     add("--requeue", action="store_true", help="go back to the queue when preempted or out of time")
-    add("--warning", type=_count, default=180, metavar="S", help="seconds before the limit (180)")
+    add(
+        "--warning",
+        type=_count,
+        metavar="S",
+        help="seconds before the limit at which the job is told to stop (default: a tenth of it, "
+        f"at most {WARNING})",
+    )
     add("--launcher", choices=("srun", "mpirun"), default="srun", help="default: srun")
     add("--mpi", default="pmix", metavar="TYPE", help="of `srun --mpi=list` (default: pmix)")
     add("--doctor", action="store_true", help="check all nodes first; stop when one is unfit")
@@ -71,7 +82,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from 1 on")
     return int(text)
 
 
@@ -82,8 +93,7 @@ def main(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         print(text, end="")
         return 0
-    path = write(arguments, text)
-    job = submit(path)
+    job, path = submit(arguments, text)
     print(f"submitted job {job} with {path}")
     print(f"log:    {job_name(arguments)}-{_log_number(arguments, job)}.log")
     print(f"watch:  squeue --jobs {job}")
@@ -114,6 +124,12 @@ def check(arguments: argparse.Namespace) -> None:
         raise RejectedError(
             f"--time is {arguments.time!r}", fix="write minutes, HH:MM:SS or D-HH:MM:SS"
         )
+    limit = seconds_of(arguments.time)
+    if limit and limit <= (arguments.warning or 0):
+        raise RejectedError(
+            f"--warning {arguments.warning} is no less than the limit of {duration(limit)}",
+            fix="leave --warning out, or give fewer seconds",
+        )
     if arguments.gpus_per_node and arguments.ranks_per_node not in (None, arguments.gpus_per_node):
         raise RejectedError(
             f"{arguments.ranks_per_node} ranks for {arguments.gpus_per_node} GPUs a node",
@@ -124,8 +140,25 @@ def check(arguments: argparse.Namespace) -> None:
             "--requeue doesn't go with mpirun, whose daemons die of Slurm's signals",
             fix="use --launcher srun",
         )
+    given = _check_run_options(arguments.run)
     _check_files(arguments)
-    _check_run_options(arguments.run)
+    _check_inputs(arguments.data, model="bind" in given)
+    size, ranks = getattr(given, "group_size", "all"), arguments.nodes * _ranks_per_node(arguments)
+    if size.isdecimal() and (int(size) < 1 or ranks % int(size)):
+        raise RejectedError(
+            f"{ranks} ranks can't be cut into groups of {size}",
+            fix="give a --group-size that divides the number of ranks, or auto",
+        )
+
+
+def seconds_of(limit: str) -> int:
+    """The seconds of sbatch's time limit: minutes, M:S, H:M:S, D-H, D-H:M or D-H:M:S."""
+    days, dash, clock = limit.rpartition("-")
+    numbers = [int(part) for part in clock.split(":") if part]
+    if not dash and len(numbers) < 3:
+        numbers = [0, *numbers]
+    hours, minutes, seconds = (*numbers, 0, 0, 0)[:3]
+    return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + seconds
 
 
 def _check_files(arguments: argparse.Namespace) -> None:
@@ -147,10 +180,30 @@ def _check_files(arguments: argparse.Namespace) -> None:
         )
     if not Path(arguments.output).resolve().parent.is_dir():
         raise RejectedError("the folder isn't there", file=arguments.output, fix="create it")
+    output = Path(arguments.output)
+    for path in map(Path, arguments.data):
+        if (output / path.name if arguments.array else output).resolve() == path.resolve():
+            raise RejectedError(
+                "the output would be the dataset itself",
+                file=str(path),
+                fix="name another folder" if arguments.array else "name another output",
+            )
 
 
-def _check_run_options(options: list[str]) -> None:
-    """Let ``mdattn run`` look at its options now rather than in the queue."""
+def _check_inputs(paths: Sequence[str], *, model: bool) -> None:
+    """Refuse files that a job would refuse after its wait in the queue."""
+    from mdattn_mpi.dataset.hdf5 import File
+    from mdattn_mpi.dataset.index import check_format
+    from mdattn_mpi.dataset.layout import DATASET_FORMAT
+
+    for path in paths:
+        with File(path, depth=0) as file:
+            if not model:
+                check_format(file.root, DATASET_FORMAT)
+
+
+def _check_run_options(options: list[str]) -> argparse.Namespace:
+    """Let ``mdattn run`` look at its options now rather than in the queue; return them."""
     from mdattn_mpi.cli import run
 
     class Refusing(argparse.ArgumentParser):
@@ -172,6 +225,7 @@ def _check_run_options(options: list[str]) -> None:
                 f"the {name} is named twice, before and after --run",
                 fix="give only options of mdattn run after --run",
             )
+    return given
 
 
 def script(arguments: argparse.Namespace) -> str:
@@ -197,7 +251,8 @@ def _log_number(arguments: argparse.Namespace, job: str) -> str:
 
 
 def _resources(arguments: argparse.Namespace) -> Lines:
-    gpus = arguments.gpus_per_node
+    gpus, limit = arguments.gpus_per_node, seconds_of(arguments.time)
+    warning = arguments.warning or min(WARNING, max(1, limit // 10) if limit else WARNING)
     options = {
         "job-name": job_name(arguments),
         "output": "%x-%A_%a.log" if arguments.array else "%x-%j.log",
@@ -208,7 +263,7 @@ def _resources(arguments: argparse.Namespace) -> Lines:
         "gpus-per-node": gpus,
         "time": arguments.time,
         "array": f"1-{len(arguments.data)}%{arguments.array}" if arguments.array else "",
-        "signal": f"{'B:' if arguments.launcher == 'mpirun' else ''}USR1@{arguments.warning}",
+        "signal": f"{'B:' if arguments.launcher == 'mpirun' else ''}USR1@{warning}",
         **{name: getattr(arguments, name) for name in _NAMES if name != "mpi"},
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value]
@@ -272,38 +327,54 @@ def _path(path: str) -> str:
     return shlex.quote(str(Path(path).absolute()))
 
 
-def write(arguments: argparse.Namespace, text: str) -> Path:
-    """Put the script beside the output; replace only what this command has written before."""
-    output = Path(arguments.output)
-    path = output.with_name(f"{output.name or 'mdattn'}.sbatch")
-    if path.exists() and SIGNATURE not in path.read_text(errors="replace").splitlines()[:2]:
+def submit(arguments: argparse.Namespace, text: str) -> tuple[str, Path]:
+    """Put the script beside the output and hand it to Slurm; the job's number, and the script.
+
+    Only a script that this command has written before is replaced. Where Slurm refuses the job,
+    nothing has changed.
+
+    Raises
+    ------
+    RejectedError
+        There is no Slurm here, a script of somebody else's, or a job that will write this output;
+        the script can't be written; or Slurm refuses it.
+
+    """
+    if not shutil.which("sbatch"):
+        raise RejectedError(
+            "there is no sbatch here", fix="run this on a login node, or see --dry-run"
+        )
+    path = script_path(arguments.output)
+    before = path.read_bytes() if path.exists() else None
+    if before is not None and SIGNATURE.encode() not in before.splitlines()[:2]:
         raise RejectedError(
             "there is a script of somebody else's here", file=str(path), fix="move it away"
         )
+    if job := job_of_script(path):
+        raise RejectedError(
+            f"a job writes this output already: {job}",
+            file=arguments.output,
+            fix=f"wait for it, or end it first: scancel {job.number}",
+        )
     try:
-        path.write_text(text, "utf-8", "surrogateescape")  # paths as they are
+        write_whole(path, text.encode("utf-8", "surrogateescape"))  # paths as they are
     except OSError as error:
         raise RejectedError(
             f"can't be written: {error.strerror}",
             file=str(path),
             fix="name an output in a folder that can be written",
         ) from None
-    return path
-
-
-def submit(path: Path) -> str:
-    """Hand the script to Slurm; the job's number."""
-    if not shutil.which("sbatch"):
-        raise RejectedError(
-            "there is no sbatch here", fix="run this on a login node, or see --dry-run"
-        )
     done = subprocess.run(
         ["sbatch", "--parsable", "--", str(path)], text=True, capture_output=True, check=False
     )
     if done.returncode:
+        path.unlink()
+        if before is not None:
+            write_whole(path, before)
         raise RejectedError(
             f"Slurm refused the job: {done.stderr.strip() or done.returncode}",
-            file=str(path),
             fix="change the options that it names",
         )
-    return done.stdout.strip().partition(";")[0]
+    job_number = done.stdout.strip().partition(";")[0]
+    note_job(path, job_number)
+    return job_number, path

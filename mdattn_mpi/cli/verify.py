@@ -1,7 +1,8 @@
 """Compare an output with attention computed in float64 from the dataset, and every shard's bytes
 with the checksum that its rank noted.
 
-  mdattn verify out.h5 --data data.h5
+  mdattn verify out.h5
+  mdattn verify out.h5 --data data.h5      (where the dataset was moved)
 
 Of every item, every number is looked at: it must be finite, and lie between the smallest and the
 largest value that its row sees, as any weighted mean does; rows that see no key must be 0. Compared
@@ -18,14 +19,17 @@ still be written by others.
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from typing import TYPE_CHECKING
 
 from mdattn_mpi.cli.options import add_opening_options
+from mdattn_mpi.errors import RejectedError, VerificationError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from mdattn_mpi.dataset import Output
     from mdattn_mpi.verifier.check import ItemReport
 
 
@@ -39,7 +43,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
     add = parser.add_argument
     add("output", metavar="OUT.h5", help="the output")
-    add("--data", required=True, metavar="DATA.h5", help="the dataset that it was made from")
+    add(
+        "--data",
+        metavar="DATA.h5",
+        help="the dataset that it was made from (default: the path that it names)",
+    )
     rows = parser.add_mutually_exclusive_group()
     rows.add_argument(
         "--rows", type=_count, default=64, metavar="N", help="random rows an item (default: 64)"
@@ -85,18 +93,29 @@ def _reports(arguments: argparse.Namespace) -> Iterator[ItemReport]:
     from mdattn_mpi.verifier.check import Options, check, open_input, pair
 
     options = Options(None if arguments.all else arguments.rows, arguments.seed, arguments.backend)
-    with (
-        open_output(arguments.output) as output,
-        open_input(
+    with open_output(arguments.output) as output:
+        arguments.data = arguments.data or _named_input(output)
+        with open_input(
             output,
             arguments.data,
             allow=arguments.allow or (),
             ignore=arguments.ignore or (),
             other=arguments.other_data,
-        ) as dataset,
-    ):
-        for items in pair(output, dataset, arguments.items):
-            yield check(output, dataset, items, options)
+        ) as dataset:
+            for items in pair(output, dataset, arguments.items):
+                yield check(output, dataset, items, options)
+
+
+def _named_input(output: Output) -> str:
+    """Find the dataset at the path that the output notes."""
+    path = str(output.attributes.get("input_path", ""))
+    if not os.path.isfile(path):
+        raise RejectedError(
+            f"was made from {path or 'a dataset that it does not name'}, which isn't there",
+            fix="name the dataset: --data DATA.h5",
+            file=output.path,
+        )
+    return path
 
 
 class _Table:
@@ -130,8 +149,6 @@ class _Table:
 
 
 def _conclude(arguments: argparse.Namespace, reports: list[ItemReport]) -> None:
-    from mdattn_mpi.errors import VerificationError
-
     count = {
         verdict: sum(report.verdict == verdict for report in reports)
         for verdict in ("right", "wrong", "not judged", "unfinished")
@@ -145,8 +162,8 @@ def _conclude(arguments: argparse.Namespace, reports: list[ItemReport]) -> None:
     if count["wrong"]:
         raise VerificationError(
             f"{count['wrong']} of {len(reports)} items are wrong",
-            fix="look for a failing disk or device (`mdattn doctor`), then run it again "
-            "with --overwrite",
+            fix="look for a failing disk or device (`mdattn doctor`), then add --items NAME --redo "
+            "to the `mdattn run` that made it",
             file=arguments.output,
         )
     if count["not judged"]:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from mdattn_mpi.dataset.dtypes import NUMPY
-from mdattn_mpi.dataset.hdf5 import Node, Value
+from mdattn_mpi.dataset.hdf5 import ANY, Node, Value
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
@@ -27,7 +27,7 @@ from mdattn_mpi.problem import AttentionProblem, ModelProblem, TensorSpec
 
 P = TypeVar("P")
 
-_ANEW = "start anew: --overwrite"
+_ANEW = "start over: --overwrite"
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _ledger_regions(book: Node, items: int) -> dict[str, Region]:
     crc32 = book.child("crc32")
     shape = crc32.storage().shape if crc32 is not None and crc32.is_dataset else ()
     width = shape[1] if len(shape) == 2 else 0
-    return {each.name: book.region(each, _ANEW) for each in ledger_columns(items, width)}
+    return {each.name: book.region(each, _ANEW) for each in ledger_columns(items, width, ANY)}
 
 
 def _check_apart(root: Node, regions: Sequence[Region]) -> None:

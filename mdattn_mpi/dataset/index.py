@@ -7,11 +7,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from itertools import zip_longest
 from typing import TypeVar
+
+import numpy as np
 
 from mdattn_mpi.dataset.dtypes import NUMPY
 from mdattn_mpi.dataset.hdf5 import File, Node
 from mdattn_mpi.dataset.layout import (
+    BESIDE,
     DATASET_FORMAT,
     ITEMS,
     LAYOUTS,
@@ -29,6 +33,7 @@ from mdattn_mpi.dataset.layout import (
 from mdattn_mpi.dataset.tensors import TensorData
 from mdattn_mpi.dataset.unknown import misplaced_in, refuse_unknown, unknown_in
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import MAX_SEGMENTS, UNBOUNDED, Span
 from mdattn_mpi.problem import AttentionProblem
 
 T = TypeVar("T", bound=AnyItem)
@@ -40,7 +45,7 @@ class IndexedItem:
 
     name: str
     problem: AttentionProblem
-    tensors: dict[Tensor, TensorData]
+    tensors: dict[str, TensorData]
 
 
 def check_format(root: Node, wanted: str) -> None:
@@ -56,7 +61,7 @@ def check_format(root: Node, wanted: str) -> None:
     found, version = root.attribute("format"), root.attribute("version")
     if found is None:
         raise reject(
-            f"has no attribute format, so it is no {wanted}",
+            f"has no attribute format, so it isn't an {wanted}",
             "make one from it with `mdattn convert`",
         )
     if found != wanted:
@@ -123,7 +128,7 @@ def find_items(
     Raises
     ------
     RejectedError
-        The file is no dataset, or a pattern matches nothing.
+        The file isn't a dataset, or a pattern matches nothing.
 
     """
     root, patterns = file.root, patterns_of(file.select)
@@ -197,18 +202,24 @@ def _items(
         raise reject(f"its name {fault}", "rename it")
     item = group.child(name)
     if item is None or not item.is_group:
-        raise reject("is no group", f"store it as /{ITEMS}/{name}/query, key and value")
+        raise reject("isn't a group", f"store it as /{ITEMS}/{name}/query, key and value")
     if "input_ids" in item.names() and "query" not in item.names():
         raise reject("holds token ids, no query, key and value", "name a model: --model DIR")
-    refuse_unknown(unknown_in(item, TENSORS), ignore, group.file.path)
+    refuse_unknown(unknown_in(item, (*TENSORS, *BESIDE)), ignore, group.file.path)
     chosen = str(item.attribute("layout") or default) if layout == "auto" else layout
     if chosen not in LAYOUTS:
         raise reject(f"layout is {shown(chosen)!r}", f"use {' or '.join(LAYOUTS)}")
-    crc32s = item.numbers("crc32", len(TENSORS)) or (None,) * len(TENSORS)
-    tensors = {
+    beside = [name for name in BESIDE if item.child(name) is not None]
+    crc32s = item.numbers("crc32", len(TENSORS) + len(beside)) or (None,) * len(TENSORS)
+    three: dict[str, TensorData] = {
         tensor: _tensor(item, tensor, chosen, crc32)
-        for tensor, crc32 in zip(TENSORS, crc32s, strict=True)
+        for tensor, crc32 in zip(TENSORS, crc32s, strict=False)
     }
+    others = {
+        name: _beside(item, name, crc32)
+        for name, crc32 in zip_longest(beside, crc32s[len(TENSORS) :])
+    }
+    tensors = three | others
     problem = _problem(item, tensors)
     query = tensors["query"]
     if len(query.storage.shape) == 3:
@@ -222,7 +233,7 @@ def _items(
         IndexedItem(
             batch_item_name(name, position),
             problem,
-            {tensor: replace(data, position=position) for tensor, data in tensors.items()},
+            {name: replace(data, position=position) for name, data in three.items()} | others,
         )
         for position in range(query.storage.shape[0])
     ]
@@ -259,6 +270,23 @@ def _tensor(item: Node, tensor: Tensor, layout: str, crc32: int | None) -> Tenso
     )
 
 
+def _beside(item: Node, name: str, crc32: int | None) -> TensorData:
+    """Look at sinks or segments, which all entries of a batch dim share."""
+    reject, wanted = item.file.reject, np.dtype(BESIDE[name])
+    node = item.child(name)
+    if node is None or not node.is_dataset:
+        raise reject(f"{name} is no dataset", f"store its {name}, one dim of {wanted}")
+    storage = node.storage()
+    if len(storage.shape) != 1 or storage.dtype != wanted.newbyteorder("<"):
+        found = storage.dtype or storage.stored
+        raise reject(
+            f"{name} holds {found} {list(storage.shape)}",
+            f"store one dim of {wanted}, little-endian",
+        )
+    dim = None if name == "sinks" else 0
+    return TensorData(storage.shape, wanted, node, storage, dim, crc32=crc32)
+
+
 def _fix_of(stored: str, path: str) -> str:
     """What makes numbers readable that aren't BF16 or FP16; see `stored_as` for the words."""
     if stored.startswith("a 16-bit integer"):
@@ -275,7 +303,7 @@ def _convert(path: str) -> str:
     return f"mdattn convert {shlex.quote(path)} NEW.h5"
 
 
-def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
+def _problem(item: Node, tensors: dict[str, TensorData]) -> AttentionProblem:
     """Compare the three tensors with one another, and make one problem of them."""
     reject = item.file.reject
     query, key, value = (tensors[name] for name in TENSORS)
@@ -291,17 +319,48 @@ def _problem(item: Node, tensors: dict[Tensor, TensorData]) -> AttentionProblem:
     same("dtypes", [d.dtype for d in (query, key, value)], "store all three in one dtype")
     batch = [d.storage.shape[:-3] for d in (query, key, value)]
     same("batch dims", [b[0] if b else "none" for b in batch], "give all three the same")
-    causal, scale = item.attribute("causal"), item.attribute("scale")
+    causal, scale, softcap = (item.attribute(name) for name in ("causal", "scale", "softcap"))
+    sinks = tensors.get("sinks")
+    if sinks and sinks.shape != query.shape[1:2]:
+        raise reject(f"{sinks.shape[0]} sinks", f"store one for each of {query.shape[1]} heads")
     try:
         return problem_of(
-            [data.shape for data in tensors.values()],
+            [data.shape for data in (query, key, value)],
             query.dtype.name,
             str(causal) if causal is not None else "none",
             scale,  # type: ignore[arg-type]  # checked there
+            window=_window(item),
+            softcap=0.0 if softcap is None else softcap,
+            sinks=sinks is not None,
+            segments=_segments(item, tensors.get("segments")),
         )
     except RejectedError as error:
         raise reject(f"{error.what} (shapes {_shapes(tensors)})", error.fix) from None
 
 
-def _shapes(tensors: dict[Tensor, TensorData]) -> str:
-    return ", ".join(f"{name} {list(data.storage.shape)}" for name, data in tensors.items())
+def _window(item: Node) -> tuple[int, ...]:
+    if "window" not in item.attribute_names():
+        return UNBOUNDED
+    window = item.numbers("window", 2)
+    if window is None:
+        raise item.file.reject("attribute window isn't two integers", "store before and after")
+    return window
+
+
+def _segments(item: Node, data: TensorData | None) -> tuple[int, ...]:
+    """Read the first tokens of the documents: they say what is to be computed."""
+    if data is None:
+        return ()
+    if not 1 <= data.shape[0] <= MAX_SEGMENTS:
+        fix = f"store one to {MAX_SEGMENTS} first tokens of documents"
+        raise item.file.reject(f"{data.shape[0]} segments", fix)
+    found = np.empty(data.shape, data.dtype)
+    try:
+        data.read((Span(0, len(found)),), found)
+    except OSError as error:
+        raise item.file.reject(f"segments can't be read: {error}", "copy the file again") from None
+    return tuple(found.tolist())
+
+
+def _shapes(tensors: dict[str, TensorData]) -> str:
+    return ", ".join(f"{name} {list(tensors[name].storage.shape)}" for name in TENSORS)

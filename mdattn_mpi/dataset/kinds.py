@@ -20,6 +20,7 @@ class Kind(NamedTuple):
 _UNPACK = "unpack it first"
 _CONVERT = "make a dataset of it with `mdattn convert`"
 _EXPORT = "save its tensors as .safetensors, .npz or HDF5 with the program that reads it"
+_TOKENIZE = f"{_EXPORT}; if it holds texts for a model, name its tokenizer: --tokenizer DIR"
 NPY = Kind("a .npy array", _CONVERT)
 NPZ = Kind("a .npz archive", _CONVERT)
 SAFETENSORS = Kind("a .safetensors file", _CONVERT)
@@ -39,7 +40,7 @@ _STARTS = {
     b"BZh": Kind("compressed by bzip2", _UNPACK),
     b"\xfd7zXZ\0": Kind("compressed by xz", _UNPACK),
     b"\x28\xb5\x2f\xfd": Kind("compressed by zstd", _UNPACK),
-    b"PAR1": Kind("a Parquet file", _EXPORT),
+    b"PAR1": Kind("a Parquet file", _TOKENIZE),
     b"ARROW1": Kind("an Arrow file", _EXPORT),
     b"GGUF": Kind("a GGUF file", _EXPORT),
     b"CDF": Kind("a netCDF-3 file", "rewrite it as netCDF-4, which is HDF5: nccopy -k nc4"),
@@ -61,7 +62,7 @@ def kind_of(path: str) -> Kind:
         if _has_superblock(file):
             return HDF5
     if not start:
-        return Kind("empty", "copy it again, or make it anew")
+        return Kind("empty", "copy it again, or make a new one")
     for magic, kind in _STARTS.items():
         if start.startswith(magic):
             return kind
@@ -72,7 +73,7 @@ def kind_of(path: str) -> Kind:
     if start[257:262] == b"ustar":
         return Kind("a tar archive", _UNPACK)
     if start and all(byte in b"\t\r\n" or byte >= 32 for byte in start):
-        return Kind("text", _EXPORT)
+        return Kind("text", _TOKENIZE)
     return UNKNOWN
 
 
@@ -100,7 +101,7 @@ def _kind_of_zip(path: str) -> Kind:
 
 
 def must_be_regular(path: str) -> None:
-    """Refuse a path that leads to no regular file: opening a pipe could wait for ever.
+    """Refuse a path that doesn't lead to a regular file: opening a pipe could hang.
 
     Raises
     ------

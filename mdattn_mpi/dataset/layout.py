@@ -7,8 +7,10 @@ Dataset (input)::
 
     /                     format = "mdattn-dataset", version = 1
     /items/<name>/query   [Sq, Nq, H]     attributes of the item, all optional: causal, scale,
-    /items/<name>/key     [Skv, Nkv, H]   layout, crc32 (of the bytes of the three)
-    /items/<name>/value   [Skv, Nkv, Hv]
+    /items/<name>/key     [Skv, Nkv, H]   window, softcap, layout, crc32 (of the bytes of each
+    /items/<name>/value   [Skv, Nkv, Hv]  dataset that there is, in this order)
+    /items/<name>/sinks   [Nq]            float32, optional: a score a head without a value
+    /items/<name>/segments  [documents]   int64, optional: the first token of each document
 
 With a leading batch dim, ``[B, S, N, H]``, the item stands for B items ``<name>.0``, ``<name>.1``
 and so on. With ``layout = "head_major"`` (of the item, or of the file) tensors are ``[N, S, H]``.
@@ -27,8 +29,8 @@ Output of attention::
     /items/<name>/lse     [Sq, Nq]        float32, optional
     /ledger/state         [items]         uint8: 0 todo, 1 done, 2 failed
     /ledger/crc32         [items, width]  uint32: of each rank's shard, output spans then LSE spans
-    /ledger/spans         [items, width, 2, 2]  uint64: each rank's tokens, as two runs
-                                          of start and stop; an empty one is Sq, Sq
+    /ledger/spans         [items, width, runs, 2]  uint64: each rank's tokens, as runs of start
+                                          and stop; an empty one is Sq, Sq
     /ledger/ranks         [items]         uint32: how many ranks made the item
     /ledger/strategy      [items]         uint8: how they shared it, a position in STRATEGIES
     /ledger/reason        [items]         256 bytes: why it failed, UTF-8, zero-padded
@@ -47,7 +49,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, ModelProblem
@@ -65,13 +67,13 @@ ITEMS = "items"
 LEDGER = "ledger"
 TENSORS: tuple[Tensor, ...] = ("query", "key", "value")
 TOKEN_DTYPES = {"input_ids": ("uint16", "uint32", "int32", "int64"), "segments": ("int64",)}
-ITEM_ATTRIBUTES = ("causal", "scale", "layout", "crc32")
+BESIDE = {"sinks": "float32", "segments": "int64"}  # datasets of an item that it may have
+ITEM_ATTRIBUTES = ("causal", "scale", "window", "softcap", "layout", "crc32")
 TENSOR_ATTRIBUTES = ("dtype",)
 LAYOUTS: tuple[Layout, ...] = ("token_major", "head_major")
 STATES: tuple[State, ...] = ("todo", "done", "failed")  # the position is the byte in the ledger
 STRATEGIES = ("ring", "allgather", "ulysses")  # the position is the byte in the ledger
 REASON_BYTES = 256
-RANK_SPANS = 2  # runs of query tokens that a rank may own
 MIN_LEDGER_WIDTH = 64  # room for a resume with more ranks
 
 # What a file can make us do, at most. An honest file is far from all of these.
@@ -106,9 +108,9 @@ AnyItem = Item | ModelItem
 
 
 def problem_of(
-    shapes: Sequence[tuple[int, ...]], dtype: str, causal: str, scale: float | None
+    shapes: Sequence[tuple[int, ...]], dtype: str, causal: str, scale: float | None, **masks: Any
 ) -> AttentionProblem:
-    """Make a problem of the token-major shapes of query, key and value.
+    """Make a problem of the token-major shapes of query, key and value, and other fields of it.
 
     Raises
     ------
@@ -123,7 +125,7 @@ def problem_of(
         raise RejectedError(
             f"head dims disagree: query {h}, key {g}", fix="give query and key the same head dim"
         )
-    return AttentionProblem(q, s, n, m, h, v, dtype, causal, scale)  # type: ignore[arg-type]
+    return AttentionProblem(q, s, n, m, h, v, dtype, causal, scale, **masks)  # type: ignore[arg-type]
 
 
 def item_name_fault(name: str) -> str:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdattn_mpi.dataset.layout import (
-    RANK_SPANS,
     REASON_BYTES,
     STATES,
     STRATEGIES,
@@ -24,12 +23,15 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import Span, TensorSpec
 
 
-def ledger_columns(items: int, width: int) -> tuple[TensorSpec, ...]:
-    """Describe the datasets of a ledger, a row an item; all zeros: every item is to be done."""
+def ledger_columns(items: int, width: int, runs: int) -> tuple[TensorSpec, ...]:
+    """Describe the datasets of a ledger, a row an item; all zeros: every item is to be done.
+
+    `width` ranks may make an item, and each may own so many `runs` of query tokens.
+    """
     return (
         TensorSpec("state", (items,), "uint8"),
         TensorSpec("crc32", (items, width), "uint32"),
-        TensorSpec("spans", (items, width, RANK_SPANS, 2), "uint64"),
+        TensorSpec("spans", (items, width, runs, 2), "uint64"),
         TensorSpec("ranks", (items,), "uint32"),
         TensorSpec("strategy", (items,), "uint8"),
         TensorSpec("reason", (items,), f"S{REASON_BYTES}"),
@@ -68,6 +70,11 @@ class Ledger:
     def width(self) -> int:
         """How many ranks an item may have."""
         return self.columns["crc32"].shape[1]
+
+    @property
+    def runs(self) -> int:
+        """How many runs of query tokens a rank may own."""
+        return self.columns["spans"].shape[2]
 
     @cached_property
     def _rows(self) -> dict[str, int]:
@@ -109,8 +116,15 @@ class Ledger:
                 fix="use fewer ranks, or --overwrite",
                 file=self.path,
             )
+        if max(map(len, shards)) > self.runs:
+            raise RejectedError(
+                f"a rank owns {max(map(len, shards))} runs of tokens, and the ledger has room for "
+                f"{self.runs}",
+                fix="use --overwrite",
+                file=self.path,
+            )
         checksums = np.zeros(self.width, np.uint32)
-        spans = np.zeros((self.width, RANK_SPANS, 2), np.uint64)
+        spans = np.zeros((self.width, self.runs, 2), np.uint64)
         spans[: len(crc32s)] = item.problem.tokens  # empty, and not all zeros: a rank was there
         for rank, (crc32, runs) in enumerate(zip(crc32s, shards, strict=True)):
             checksums[rank] = crc32
@@ -129,6 +143,10 @@ class Ledger:
         text = text.decode(errors="ignore").encode()  # may have been cut inside a character
         self._write(item, "reason", text)
         self._set_state(item, "failed")
+
+    def reopen(self, item: AnyItem) -> None:
+        """Declare `item` not done: it is to be computed again."""
+        self._set_state(item, "todo")
 
     def _set_state(self, item: AnyItem, state: State) -> None:
         self._sync(item)
@@ -159,7 +177,7 @@ class Ledger:
             region.read(self.fd, (rows,), column)
         except OSError as error:
             raise RejectedError(
-                f"the ledger can't be read: {error}", fix="start anew: --overwrite", file=self.path
+                f"the ledger can't be read: {error}", fix="start over: --overwrite", file=self.path
             ) from error
         return column
 

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import h5py
 import numpy as np
 
 from mdattn_mpi.dataset.dtypes import hdf5_type
 from mdattn_mpi.dataset.layout import (
+    BESIDE,
     DATASET_FORMAT,
     ITEMS,
     TENSORS,
@@ -29,6 +31,7 @@ from mdattn_mpi.dataset.layout import (
 from mdattn_mpi.dataset.positioned import write_exactly
 from mdattn_mpi.dataset.writer import add_group, allocate, new_file, put_attributes, write_array
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import AttentionProblem, Causal
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -83,7 +86,7 @@ class DatasetWriter:
         self._file = new_file(path, nbytes, overwrite=overwrite)
         self._encoding: Encoding = encoding
         self._layout: Layout = layout
-        self._places: dict[tuple[str, Tensor], _Place] = {}
+        self._places: dict[tuple[str, str], _Place] = {}
         self._names: set[str] = set()
 
     def __enter__(self) -> DatasetWriter:
@@ -104,7 +107,18 @@ class DatasetWriter:
         self._open.__exit__(*error)
 
     def add(
-        self, name: str, q: Array, k: Array, v: Array, *, causal: Causal = "none", scale: Any = None
+        self,
+        name: str,
+        q: Array,
+        k: Array,
+        v: Array,
+        *,
+        causal: Causal = "none",
+        scale: Any = None,
+        window: tuple[int, int] = UNBOUNDED,
+        softcap: float = 0.0,
+        sinks: Array | None = None,
+        segments: Sequence[int] = (),
     ) -> None:
         """Write an item whole.
 
@@ -117,6 +131,10 @@ class DatasetWriter:
             (`ml_dtypes.bfloat16`) or all in float16.
         causal, scale
             The mask, and what scores are multiplied with (by default 1/√H).
+        window, softcap, segments
+            As of `mdattn_mpi.attention`.
+        sinks
+            ``[Nq]``, float32: a score a head that takes weight and has no value.
 
         Raises
         ------
@@ -125,9 +143,11 @@ class DatasetWriter:
 
         """
         try:
-            item = Item(
-                name, len(self._places) // len(TENSORS), _problem_of(q, k, v, causal, scale)
-            )
+            masks = {"window": window, "softcap": softcap, "segments": tuple(segments)}
+            problem = _problem_of((q, k, v), causal, scale, sinks=sinks is not None, **masks)
+            item = Item(name, len(self._names), problem)
+            if sinks is not None:
+                _check_sinks(sinks, problem)
             self.reserve(item)
         except RejectedError as error:
             error.file, error.item = self._path, name
@@ -135,6 +155,8 @@ class DatasetWriter:
         for tensor, array in zip(TENSORS, (q, k, v), strict=True):
             whole = array.transpose(1, 0, 2) if self._layout == "head_major" else array
             self.append(item, tensor, whole)
+        if sinks is not None:
+            self.append(item, "sinks", sinks)
 
     def add_tokens(
         self, name: str, input_ids: Array, segments: Array | None = None, names: Sequence[str] = ()
@@ -198,8 +220,8 @@ class DatasetWriter:
             )
         self._names.add(name)
 
-    def append(self, item: Item, tensor: Tensor, block: Array) -> None:
-        """Write the next elements of a tensor, in the order of the file."""
+    def append(self, item: Item, tensor: str, block: Array) -> None:
+        """Write the next elements of a tensor, or of the sinks, in the order of the file."""
         place = self._places[item.name, tensor]
         data = np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
         if place.at + len(data) > place.stop:
@@ -216,21 +238,31 @@ class DatasetWriter:
             if place.at != place.stop:
                 raise ValueError(f"{name}/{tensor} lacks {place.stop - place.at} bytes")
         for name in dict.fromkeys(name for name, _ in self._places):
-            places = [self._places[name, tensor] for tensor in TENSORS]
+            every = ((name, tensor) for tensor in (*TENSORS, *BESIDE))
+            places = [self._places[each] for each in every if each in self._places]
             crc32s = np.array([place.crc32 for place in places], "<u4")
             put_attributes(places[0].group.id, {"crc32": crc32s})
 
 
-def _problem_of(q: Array, k: Array, v: Array, causal: Causal, scale: Any) -> AttentionProblem:
-    what = ", ".join(f"{array.dtype} {list(array.shape)}" for array in (q, k, v))
-    if {array.ndim for array in (q, k, v)} != {3}:
+def _problem_of(qkv: Sequence[Array], causal: Causal, scale: Any, **masks: Any) -> AttentionProblem:
+    what = ", ".join(f"{array.dtype} {list(array.shape)}" for array in qkv)
+    if {array.ndim for array in qkv} != {3}:
         raise RejectedError(f"q, k, v are {what}", fix="give [tokens, heads, head dim] each")
-    if len({array.dtype for array in (q, k, v)}) > 1:
+    if len({array.dtype for array in qkv}) > 1:
         raise RejectedError(f"q, k, v are {what}", fix="give all three one dtype")
     try:
-        return problem_of([q.shape, k.shape, v.shape], str(q.dtype), causal, scale)
+        shapes = [array.shape for array in qkv]
+        return problem_of(shapes, str(qkv[0].dtype), causal, scale, **masks)
     except RejectedError as error:
         raise RejectedError(f"{error.what} (q, k, v are {what})", fix=error.fix) from None
+
+
+def _check_sinks(sinks: Array, problem: AttentionProblem) -> None:
+    if sinks.shape != (problem.q_heads,) or sinks.dtype != np.float32:
+        raise RejectedError(
+            f"sinks are {sinks.dtype} {list(sinks.shape)}",
+            fix=f"give [{problem.q_heads}] of float32, one for each query head",
+        )
 
 
 def _little_endian(numbers: Any) -> Array:
@@ -257,12 +289,14 @@ def shapes(problem: AttentionProblem) -> dict[Tensor, tuple[int, int, int]]:
     }
 
 
-def _create_item(
-    folder: Any, item: Item, encoding: Encoding, layout: Layout
-) -> dict[Tensor, _Place]:
-    group = add_group(folder, item.name)
-    put_attributes(group.id, {"causal": item.problem.causal, "scale": item.problem.scale})
-    places = {}
+def _create_item(folder: Any, item: Item, encoding: Encoding, layout: Layout) -> dict[str, _Place]:
+    group, problem = add_group(folder, item.name), item.problem
+    put_attributes(group.id, {"causal": problem.causal, "scale": problem.scale})
+    if problem.window != UNBOUNDED:
+        put_attributes(group.id, {"window": np.array(problem.window)})
+    if problem.softcap:
+        put_attributes(group.id, {"softcap": problem.softcap})
+    places: dict[str, _Place] = {}
     for tensor in TENSORS:
         shape = shapes(item.problem)[tensor]
         stored = (shape[1], shape[0], shape[2]) if layout == "head_major" else shape
@@ -270,4 +304,11 @@ def _create_item(
         if encoding != "float" and item.problem.dtype == "bfloat16":
             put_attributes(group[tensor].id, {"dtype": "bfloat16"})
         places[tensor] = _Place(group, start, start + 2 * prod(shape))
+    if problem.sinks:
+        start = allocate(group, "sinks", (problem.q_heads,), h5py.h5t.IEEE_F32LE)
+        places["sinks"] = _Place(group, start, start + 4 * problem.q_heads)
+    if problem.segments:
+        starts = np.array(problem.segments, "<i8")
+        write_array(group, "segments", starts)
+        places["segments"] = _Place(group, 0, 0, zlib.crc32(starts.data))
     return places

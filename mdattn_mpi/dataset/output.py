@@ -34,7 +34,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 CHANGEABLE = ("strategy", "backend", "ranks", "group_size", "kernel", "transfer", "engine")
 # Earlier versions didn't record these; most of their outputs were begun with the defaults.
 UNRECORDED: Mapping[str, Value] = {"ignore": "", "kernel": "auto", "transfer": "auto", "engine": ""}
-_ANEW = "start anew: --overwrite"
+_ANEW = "start over: --overwrite"
 BLOCK_BYTES = 8 << 20  # checksum and write go over the same block while it is in the cache
 
 
@@ -166,7 +166,7 @@ class Output:
         allow = ", or go on all the same with --allow-change" if changeable else ""
         return RejectedError(
             f"belongs to another job: {'; '.join(changes)}",
-            fix=f"run it as before, name another output, start anew with --overwrite{allow}",
+            fix=f"run it as before, name another output, start over with --overwrite{allow}",
             file=self.path,
         )
 
@@ -274,7 +274,7 @@ class Output:
         except OSError as error:
             raise ItemError(
                 f"{tensor} can't be read: {error.strerror or error}",
-                fix="restore the file, or start anew with --overwrite",
+                fix="restore the file, or start over with --overwrite",
                 file=self.path,
                 item=item.name,
             ) from error

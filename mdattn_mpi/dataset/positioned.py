@@ -110,7 +110,7 @@ def writing(what: str, path: str, item: str = "") -> Iterator[None]:
     except OSError as error:
         raise OutputError(
             f"{what} can't be written: {error.strerror or error}",
-            fix="free some space or mend the filesystem, then run the same command again",
+            fix="free some space or repair the filesystem, then run the same command again",
             file=path,
             item=item,
         ) from error

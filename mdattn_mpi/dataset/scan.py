@@ -255,7 +255,7 @@ def main() -> None:
     allow = sys.argv[2:]
     _drop_plugins(allow)
     answers = os.dup(1)
-    os.dup2(2, 1)  # whatever libraries print is no answer
+    os.dup2(2, 1)  # what libraries print isn't part of the answer
     with mmap.mmap(int(sys.argv[1]), PAGE_BYTES) as page:
         serve(allow, page, sys.stdin.buffer, answers)  # type: ignore[arg-type]
     os._exit(0)  # at once: nothing is left to be done

@@ -28,7 +28,7 @@ MAX_CRASHES = 8  # of one scan; each is an object that is left out
 LAUNCHERS = ("OMPI_", "PMIX_", "PMI_", "PRTE_", "MPI_", "HYDRA_", "SLURM_", "PALS_")
 THREADS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
-DAMAGED = "the file is damaged: copy it again, or make it anew"
+DAMAGED = "the file is damaged: copy it again, or make a new one"
 
 
 class CrashError(Exception):
@@ -94,7 +94,7 @@ class _Child:
         code = self._process.wait()
         path = os.fsdecode(self._page[:].partition(b"\0")[0])
         if code == -signal.SIGPROF:
-            how = "it takes for ever"
+            how = "it takes too long"
         elif code < 0:
             how = f"it crashed: {signal.Signals(-code).name}"
         elif code:
@@ -105,7 +105,7 @@ class _Child:
         return CrashError(how, path)
 
     def end(self) -> None:
-        """Let it go; it ends with its standard input."""
+        """Stop using it; it ends when its standard input closes."""
         assert self._process.stdin
         assert self._process.stdout
         with suppress(OSError):

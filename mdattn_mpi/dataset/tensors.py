@@ -90,7 +90,7 @@ class TensorData:
         self.node.read_box(self.storage, start, out)
 
     def samples(self, blocks: int) -> Iterator[Array]:
-        """Read runs of tokens all over the tensor; only its ends where reading is dear."""
+        """Read runs of tokens all over the tensor; only its ends where reading is expensive."""
         if self.token_dim is None:  # any bytes will do
             whole = replace(self, shape=(self.nbytes,), dtype=np.dtype("u1"), token_dim=0)
             yield from whole.samples(blocks)
@@ -224,7 +224,7 @@ class TensorFile:
     def fingerprint(self) -> str:
         """SHA-256 over samples of the file, of which at most 1 MiB is read.
 
-        Ranks compare it: those who see another file than the one that was looked at notice.
+        Ranks compare it, and so notice a file other than the one that was scanned.
         """
         return self._file.fingerprint
 

@@ -32,7 +32,13 @@ from mdattn_mpi.problem import ModelProblem, Span, digest_of
 Ids = NDArray[np.int64]
 MakeProblem = Callable[[int, int], ModelProblem]
 
-OF_ATTENTION = ("causal", "scale", "layout")  # attributes that mean nothing here
+OF_ATTENTION = (
+    "causal",
+    "scale",
+    "window",
+    "softcap",
+    "layout",
+)  # attributes that mean nothing here
 
 
 class TokenFile(TensorFile):

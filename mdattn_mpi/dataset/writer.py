@@ -33,6 +33,7 @@ from mdattn_mpi.dataset.layout import (
 from mdattn_mpi.dataset.ledger import ledger_columns
 from mdattn_mpi.dataset.positioned import write_exactly
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import MAX_RUNS
 from mdattn_mpi.problem import TensorSpec
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,8 +58,7 @@ def create_output(
         It exists (without `overwrite`), its folder doesn't, or the filesystem has no room.
 
     """
-    nbytes = sum(output_bytes(item, lse) for item in items) + 4096 * (len(items) + 1)
-    with new_file(path, nbytes, overwrite=overwrite) as file:
+    with new_file(path, file_bytes(items, lse), overwrite=overwrite) as file:
         put_attributes(
             file.id,
             {
@@ -74,12 +74,18 @@ def create_output(
             put_attributes(folder.id, {"index": index, **describe(item)})
             for tensor in outputs_of(item, lse):
                 allocate(folder, tensor.name, tensor.shape, _stored(tensor))
-        _create_ledger(add_group(file, LEDGER), len(items), max(ranks, MIN_LEDGER_WIDTH))
+        columns = ledger_columns(len(items), max(ranks, MIN_LEDGER_WIDTH), _runs(items))
+        _create_ledger(add_group(file, LEDGER), columns)
 
 
 def outputs_of(item: AnyItem, lse: bool) -> tuple[TensorSpec, ...]:
     """Name the tensors of an item, in their order."""
     return item.problem.outputs(lse) if isinstance(item, Item) else item.problem.outputs
+
+
+def file_bytes(items: Sequence[AnyItem], lse: bool) -> int:
+    """Bytes that an output takes, about."""
+    return sum(output_bytes(item, lse) for item in items) + 4096 * (len(items) + 1)
 
 
 def output_bytes(item: AnyItem, lse: bool) -> int:
@@ -95,9 +101,15 @@ def _stored(tensor: TensorSpec) -> Any:
     return h5py.h5t.py_create(dtype.newbyteorder("<"))
 
 
-def _create_ledger(group: Any, items: int, width: int) -> None:
+def _runs(items: Sequence[AnyItem]) -> int:
+    """How many runs of query tokens a rank may own."""
+    sparse = (item.problem.mask.hides_keys for item in items if isinstance(item, Item))
+    return MAX_RUNS if any(sparse) else 2
+
+
+def _create_ledger(group: Any, columns: Sequence[TensorSpec]) -> None:
     """Make the ledger, all zeros: every item is to be done."""
-    for column in ledger_columns(items, width):
+    for column in columns:
         stored = _stored(column)
         offset = allocate(group, column.name, column.shape, stored)
         nbytes = prod(column.shape) * stored.get_size()
@@ -116,18 +128,10 @@ def new_file(
         It exists (without `overwrite`), its folder doesn't, or the filesystem has no room.
 
     """
+    check_place(path, nbytes, overwrite=overwrite)
     shown, final = os.fspath(path), os.path.realpath(path)
     folder, name = os.path.split(final)
     temporary = os.path.join(folder, f".{name}.creating")
-    if not os.path.isdir(folder):
-        raise RejectedError(f"its folder {folder} doesn't exist", fix="make it", file=shown)
-    if os.path.isdir(final):
-        raise RejectedError("is a folder", fix="name a file", file=shown)
-    if os.path.lexists(final) and not overwrite:
-        raise RejectedError(
-            "exists already", fix="name another file, or use --overwrite", file=shown
-        )
-    _check_room(folder, nbytes, shown)
     try:
         with _create(temporary) as file:
             yield file
@@ -163,7 +167,30 @@ def add_group(parent: Any, name: str) -> Any:
     return h5py.Group(h5py.h5g.create(parent.id, name.encode(), gcpl=created))
 
 
-def _check_room(folder: str, nbytes: int, shown: str) -> None:
+def check_place(path: str | os.PathLike[str], nbytes: int, *, overwrite: bool = False) -> None:
+    """Make sure, as far as can be told without writing, that a file of `nbytes` can be made.
+
+    Raises
+    ------
+    RejectedError
+        It exists (without `overwrite`), its folder doesn't or can't be written, or the filesystem
+        has no room.
+
+    """
+    shown, final = os.fspath(path), os.path.realpath(path)
+    folder = os.path.dirname(final)
+    if not os.path.isdir(folder):
+        raise RejectedError(f"its folder {folder} doesn't exist", fix="make it", file=shown)
+    if os.path.isdir(final):
+        raise RejectedError("is a folder", fix="name a file", file=shown)
+    if os.path.lexists(final) and not overwrite:
+        raise RejectedError(
+            "exists already", fix="name another file, or use --overwrite", file=shown
+        )
+    if not os.access(folder, os.W_OK):
+        number = errno.EROFS if os.statvfs(folder).f_flag & os.ST_RDONLY else errno.EACCES
+        words = os.strerror(number)
+        raise RejectedError(f"can't be made: {words}", fix=_fix_of(number), file=shown)
     about = os.statvfs(folder)
     free = about.f_bavail * about.f_frsize
     if nbytes > free:

@@ -13,12 +13,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mdattn_mpi.devices.presence import EXTRA
 from mdattn_mpi.errors import DeviceError, RejectedError
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
 
-EXTRA = "pip install 'mdattn_mpi[cuda]'"
 PATIENCE = 600.0  # seconds for ranks to find each other; the watchdog is sooner
 _PAUSE = 50e-6
 

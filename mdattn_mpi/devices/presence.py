@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 from importlib.util import find_spec
 
-EXTRA = "pip install 'mdattn_mpi[cuda]'"
+from mdattn_mpi.text import install
+
+EXTRA = install("cuda")
 PACKAGES = {"cuda.core": "cuda-core", "nccl.core": "nccl4py", "cudnn": "nvidia-cudnn-frontend"}
 
 

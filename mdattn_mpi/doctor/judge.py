@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 
 from mdattn_mpi.doctor.filesystem import LOCAL
 from mdattn_mpi.doctor.finding import AllRanks, Case, Facts, Finding, Level, Ranks, by_value, find
+from mdattn_mpi.doctor.tensorrt import tensorrt
 from mdattn_mpi.text import counted, memory_size
 
 MIB = 1 << 20
@@ -117,7 +118,7 @@ def _names_an_interface(value: str, rank: Facts) -> bool:
 
 
 def cores(job: AllRanks) -> Iterator[Finding]:
-    """Every rank has cores, and not those of others alone."""
+    """Every rank has cores of its own."""
     usable: dict[str, set[int]] = defaultdict(set)
     physical: dict[str, set[int]] = defaultdict(set)
     for rank in job.ranks:
@@ -187,7 +188,7 @@ def shared_memory(job: AllRanks) -> Iterator[Finding]:
     """Room in /dev/shm for all ranks of a node."""
     poor = job.where(lambda rank: rank["shm"].get("free", 0) < SHM * rank["local_size"])
     free = memory_size(poor.first["shm"].get("free", 0))
-    stopped = poor.first["gpus"]["count"] > 0  # NCCL can't do without; Open MPI goes by files
+    stopped = poor.first["gpus"]["count"] > 0  # NCCL can't do without it; Open MPI uses files then
     return find(
         "/dev/shm",
         (poor, "FAIL" if stopped else "WARN",
@@ -366,5 +367,5 @@ def folder(job: AllRanks) -> Iterator[Finding]:
 
 CHECKS = (
     launcher, mpi, versions, environment, cores, limits, shared_memory, sessions, clocks, gpus,
-    nccl, folder,
+    nccl, tensorrt, folder,
 )  # fmt: skip

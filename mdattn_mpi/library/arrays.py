@@ -29,6 +29,12 @@ class Shards(NamedTuple):
     dtype: DTypeName
     backend: str
     give: Callable[[Any], Any]
+    sinks: Any = None
+
+    @property
+    def arrays(self) -> tuple[Any, ...]:
+        """What a strategy takes: the three, and the sinks if there are any."""
+        return self[:3] if self.sinks is None else (*self[:3], self.sinks)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -46,13 +52,13 @@ def tokens_of(number: int) -> tuple[int, int]:
     return divmod(number, _MOST_TOKENS)
 
 
-def shards_of(q: Any, k: Any, v: Any) -> Shards:
+def shards_of(q: Any, k: Any, v: Any, sinks: Any = None) -> Shards:
     """Check the arrays of a rank, without copying one.
 
     Raises
     ------
     RejectedError
-        They are of a kind, dtype or shape that can't be, or don't fit together.
+        Their kind, dtype or shape isn't supported, or they don't fit together.
 
     """
     backends = {_backend_for(array) for array in (q, k, v)}
@@ -70,7 +76,20 @@ def shards_of(q: Any, k: Any, v: Any) -> Shards:
     if backend == "cpu":
         give = _to_torch if _is_torch(q) else _as_it_is
         q, k, v = (_on_host(array) for array in (q, k, v))
-    return Shards(q, k, v, dtypes[0], backend, give)
+    if sinks is not None:
+        sinks = _checked_sinks(sinks, backend, shapes[0][1])
+    return Shards(q, k, v, dtypes[0], backend, give, sinks)
+
+
+def _checked_sinks(sinks: Any, backend: str, heads: int) -> Any:
+    """Take the sinks of all heads, in the place where the other arrays are."""
+    shape, dtype, place = tuple(sinks.shape), _dtype_name(sinks), _backend_for(sinks)
+    if shape != (heads,) or dtype != "float32" or place != backend:
+        raise RejectedError(
+            f"sinks are {dtype} {list(shape)}, on {place}",
+            fix=f"give float32 [{heads}], one of each query head, where q, k and v are",
+        )
+    return sinks.detach().numpy() if backend == "cpu" and _is_torch(sinks) else sinks
 
 
 def _check_shapes(shapes: list[tuple[int, ...]]) -> None:
@@ -115,7 +134,7 @@ def _as_it_is(array: Any) -> Any:
     return array
 
 
-# PyTorch is not imported for this: who has a tensor has imported it.
+# PyTorch is not imported for this: whoever has a tensor has imported it.
 
 
 def _torch() -> Any:

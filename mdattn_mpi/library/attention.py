@@ -6,18 +6,18 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from mdattn_mpi.errors import MdattnError, RejectedError
-from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
+from mdattn_mpi.library.arrays import Shards, shards_of
 from mdattn_mpi.library.options import Options
-from mdattn_mpi.library.session import Session, check_comm, session_of
-from mdattn_mpi.library.spans import Order, owners_of
+from mdattn_mpi.library.request import Request, agree_on, plan_of
+from mdattn_mpi.library.session import Session
+from mdattn_mpi.library.spans import Order
+from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import (
-    AttentionProblem,
     Causal,
     KernelName,
-    Partition,
     Plan,
     StrategyName,
     digest_of,
@@ -35,6 +35,10 @@ def attention(
     *,
     causal: Causal = "none",
     scale: float | None = None,
+    window: tuple[int, int] = UNBOUNDED,
+    softcap: float = 0.0,
+    sinks: Any = None,
+    segments: Sequence[int] = (),
     strategy: Literal["auto"] | StrategyName = "auto",
     kernel: Literal["auto"] | KernelName = "auto",
     order: Order = "contiguous",
@@ -57,6 +61,18 @@ def attention(
         ``none``, ``upper_left`` or ``lower_right``, of the whole sequence.
     scale
         What scores are multiplied with; by default 1/√H.
+    window
+        How many keys before and after the diagonal a query sees, besides the one on it; -1: all
+        that `causal` lets through. The diagonal is the one that `causal` names, else that of keys
+        with the query's own number.
+    softcap
+        Scores become ``softcap · tanh(score / softcap)``; 0: they stay as they are.
+    sinks
+        ``[Nq]`` float32, the same on all ranks, where `q` is: a score of each query head that takes
+        weight and has no value. It is neither scaled nor capped.
+    segments
+        The first tokens of documents that are packed into the sequence, ascending from 0: a query
+        sees those of its own document alone. Sq = Skv.
     strategy
         ``ring``, ``allgather``, ``ulysses``, or ``auto``, which picks one of them.
     kernel
@@ -77,14 +93,14 @@ def attention(
         ``[Sq, Nq, Hv]`` for this rank's query tokens, in the dtype of `q`; 0 where no key is seen.
         As `q` is: a NumPy array, a PyTorch tensor, or on the GPU an array that offers DLPack.
     lse
-        ``[Sq, Nq]`` float32, only with `return_lse`; −∞ where no key is seen, and infinite where
-        float32 doesn't hold it.
+        ``[Sq, Nq]`` float32, only with `return_lse`, sinks included; −∞ where nothing is seen, and
+        infinite where float32 doesn't hold it.
 
     Raises
     ------
     RejectedError
-        Arrays, options or sizes that can't be. The same error on all ranks, unless it is `comm`
-        that can't be.
+        Invalid arrays, options or sizes. The same error on all ranks, unless `comm` itself is
+        invalid.
     DisagreementError
         Ranks differ in heads, dtype or options. The same error on all ranks.
     DeviceError
@@ -93,8 +109,9 @@ def attention(
         Some ranks didn't come before the deadline; on the others, naming them.
 
     """
-    options = Options(causal, scale, strategy, kernel, order, return_lse)
-    request = _agree_on(comm, (q, k, v), options, deadline)
+    masks = window, softcap, sinks is not None, segments
+    options = Options(causal, scale, strategy, kernel, order, return_lse, *masks)  # type: ignore[arg-type]
+    request = agree_on(comm, (q, k, v, sinks), options, deadline)
     made = request.session.made.get(request.key)
     if made is None:
         made = Attention.__new__(Attention)
@@ -112,8 +129,10 @@ class Attention:
 
     Parameters
     ----------
-    comm, causal, scale, strategy, kernel, order, return_lse, deadline
+    comm, causal, scale, window, softcap, segments, strategy, kernel, order, return_lse, deadline
         As in `attention`.
+    sinks
+        As in `attention`; all calls take what they hold by then.
     q, k, v
         Arrays of the shapes and dtype that all calls will bring, in the place where they will be.
         Their contents are not looked at.
@@ -130,6 +149,7 @@ class Attention:
     _kernel: str
     _expected: str
     _started: deque[Call]
+    _sinks: Any
 
     def __init__(
         self,
@@ -140,16 +160,22 @@ class Attention:
         *,
         causal: Causal = "none",
         scale: float | None = None,
+        window: tuple[int, int] = UNBOUNDED,
+        softcap: float = 0.0,
+        sinks: Any = None,
+        segments: Sequence[int] = (),
         strategy: Literal["auto"] | StrategyName = "auto",
         kernel: Literal["auto"] | KernelName = "auto",
         order: Order = "contiguous",
         return_lse: bool = False,
         deadline: float | None = None,
     ) -> None:
-        options = Options(causal, scale, strategy, kernel, order, return_lse)
-        self._plan_for(_agree_on(comm, (q, k, v), options, deadline))
+        masks = window, softcap, sinks is not None, segments
+        options = Options(causal, scale, strategy, kernel, order, return_lse, *masks)  # type: ignore[arg-type]
+        self._sinks = sinks
+        self._plan_for(agree_on(comm, (q, k, v, sinks), options, deadline))
 
-    def _plan_for(self, request: _Request) -> None:
+    def _plan_for(self, request: Request) -> None:
         """Collective. Plan; all that is collective and the same for every call is done here."""
         from mdattn_mpi.lockstep import together
 
@@ -158,7 +184,7 @@ class Attention:
         self._expected = _kind(request.shards)
         self._started = deque()
         with session.left_if_alone():
-            self._plan = together(session.world, "plan", lambda: _plan(request), Plan.facts)
+            self._plan = together(session.world, "plan", lambda: plan_of(request), Plan.facts)
 
     def __repr__(self) -> str:
         """What it computes, and how."""
@@ -181,8 +207,8 @@ class Attention:
         Raises
         ------
         RejectedError
-            A rank's arrays are others than this was made for. The same error on all ranks, and no
-            call has started.
+            A rank's arrays differ from those that this was made for. The same error on all ranks,
+            and no call has started.
         DeviceError
             A rank has no memory for its buffers, for example. The same error on all ranks.
         InterruptedJobError
@@ -192,7 +218,7 @@ class Attention:
         self._session.check_open()
         error = None
         try:
-            shards = shards_of(q, k, v)
+            shards = shards_of(q, k, v, self._sinks)
             self._check(shards)
         except Exception as wrong:  # all ranks must hear of it
             error = MdattnError.wrap(wrong, rank=self._session.world.rank)
@@ -250,11 +276,11 @@ class Call:
                 device = self._device = self._open.enter_context(
                     session.device(plan.backend, self._made._kernel)
                 )
-                q, k, v = map(device.adopt, self._shards[:3])
+                arrays = map(device.adopt, self._shards.arrays)
                 attend: Attend = STRATEGIES[plan.strategy]
                 if plan.strategy == "allgather":  # where it is alone it hides behind itself
                     attend = partial(allgather.attend, head_start=device.head_start(plan.problem))
-                self._steps = attend(device, plan, q, k, v)
+                self._steps = attend(device, plan, *arrays)
                 next(self._steps)
             except Exception as wrong:  # all ranks must hear of it
                 error = MdattnError.wrap(wrong, rank=session.world.rank)
@@ -301,79 +327,6 @@ class Call:
             self._made._started.remove(self)
         del self._shards, self._steps, self._result
         return tuple(given) if plan.lse else given[0]
-
-
-class _Request(NamedTuple):
-    """A call, or the making of an `Attention`, as all ranks have agreed on it."""
-
-    session: Session
-    shards: Shards
-    options: Options
-    tokens: Sequence[tuple[int, int]]  # of query and of key and value, on each rank
-    key: Any  # the same on all ranks; others have others
-
-
-def _agree_on(
-    comm: Any, arrays: Sequence[Any], options: Options, deadline: float | None
-) -> _Request:
-    """Collective. Check this rank's arguments, and that all ranks were called alike."""
-    check_comm(comm)
-    from mdattn_mpi.lockstep.arrival import DEFAULT, call_deadline
-
-    error: MdattnError | None = None
-    shards, facts, seconds = None, dict[str, Any](), DEFAULT
-    try:
-        seconds = call_deadline(deadline)
-        options = options.checked()
-        shards = shards_of(*arrays)
-        facts = {
-            **options._asdict(),
-            "dtype": shards.dtype,
-            "backend": shards.backend,
-            "heads and head dims of q, k, v": [shape[1:] for shape in shards.shapes],
-        }
-    except Exception as wrong:  # all ranks must hear of it
-        error = MdattnError.wrap(wrong)
-    session = session_of(comm, seconds)
-    if error:
-        error.rank = session.world.rank
-    digest = digest_of(facts)
-    with session.left_if_alone():
-        agreed = session.agree(
-            "attention", lambda: facts, digest, error=error, word=shards.tokens if shards else 0
-        )
-    assert shards
-    tokens = [tokens_of(number) for number in agreed.words]
-    return _Request(session, shards, options, tokens, (digest, agreed.words))
-
-
-def _plan(request: _Request) -> Plan:
-    """Collective where the device isn't open. Choose a strategy."""
-    from mdattn_mpi.strategies import choose
-
-    shards, options = request.shards, request.options
-    query, kv = zip(*request.tokens, strict=True)
-    problem = AttentionProblem(
-        q_tokens=sum(query),
-        kv_tokens=sum(kv),
-        q_heads=shards.q.shape[1],
-        kv_heads=shards.k.shape[1],
-        head_dim=shards.q.shape[2],
-        v_head_dim=shards.v.shape[2],
-        dtype=shards.dtype,
-        causal=options.causal,
-        scale=options.scale,  # type: ignore[arg-type]
-    )
-    owners = Partition(
-        query=owners_of("query", query, options.order), kv=owners_of("kv", kv, options.order)
-    )
-    ranks, lse = len(query), options.return_lse
-    with request.session.device(shards.backend, options.kernel) as device:
-        device.check(problem)
-        strategy, reasons = choose(
-            problem, ranks, options.strategy, device.costs(problem), batch=False, owners=owners
-        )
-    return Plan(problem, strategy, ranks, shards.backend, lse, partition=owners, reasons=reasons)
 
 
 def _kind(shards: Shards) -> str:

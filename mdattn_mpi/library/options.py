@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple, get_args
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.library.spans import Order, check_order
+from mdattn_mpi.mask import UNBOUNDED, starts_of, window_of
 from mdattn_mpi.problem import (
     KERNEL_NAMES,
     STRATEGY_NAMES,
@@ -13,6 +14,7 @@ from mdattn_mpi.problem import (
     KernelName,
     StrategyName,
     scale_of,
+    softcap_of,
 )
 
 
@@ -25,14 +27,18 @@ class Options(NamedTuple):
     kernel: Literal["auto"] | KernelName
     order: Order
     return_lse: bool
+    window: tuple[int, int] = UNBOUNDED
+    softcap: float = 0.0
+    sinks: bool = False
+    segments: tuple[int, ...] = ()
 
     def checked(self) -> Options:
-        """Return the same with a plain number as scale.
+        """Return the same with plain numbers.
 
         Raises
         ------
         RejectedError
-            A value that can't be; says what to write instead.
+            An invalid value; says what to write instead.
 
         """
         check_order(self.order)
@@ -40,7 +46,13 @@ class Options(NamedTuple):
         _check_name("strategy", self.strategy, STRATEGY_NAMES)
         _check_name("kernel", self.kernel, KERNEL_NAMES)
         scale = None if self.scale is None else scale_of(self.scale)
-        return self._replace(scale=scale, return_lse=bool(self.return_lse))
+        return self._replace(
+            scale=scale,
+            return_lse=bool(self.return_lse),
+            window=window_of(self.window),
+            softcap=softcap_of(self.softcap),
+            segments=starts_of(self.segments),
+        )
 
 
 def _check_name(option: str, given: object, names: tuple[str, ...]) -> None:

@@ -29,7 +29,7 @@ class Session:
     under_way
         Calls that nobody has waited for yet.
     over
-        Why it is of no use any more; empty as long as it is.
+        Why it can't be used any more; empty while it can.
 
     """
 
@@ -97,7 +97,7 @@ class Session:
 
     @contextmanager
     def left_on_error(self) -> Iterator[None]:
-        """Make no more use of what an error leaves behind.
+        """Stop using what an error leaves behind.
 
         Messages may still be under way: they would mix with those of the next call, and write into
         their arrays. So these stay alive, and the next call starts another session.
@@ -110,7 +110,7 @@ class Session:
 
     @contextmanager
     def left_if_alone(self) -> Iterator[None]:
-        """Make no more use of it after an error that not all ranks raise."""
+        """Stop using it after an error that not all ranks raise."""
         try:
             yield
         except BaseException as error:
@@ -172,7 +172,7 @@ def session_of(comm: Any, seconds: float) -> Session:
 
 
 def check_comm(comm: Any) -> None:
-    """Refuse what is no communicator, or none whose ranks could hold a sequence together.
+    """Refuse what isn't a communicator, or one whose ranks can't hold a sequence together.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def check_comm(comm: Any) -> None:
     fix = "give the mpi4py communicator of the ranks that hold the sequence, as MPI.COMM_WORLD"
     if comm is None:
         raise RejectedError("comm is None", fix=fix)
-    # Who has a communicator has imported it; importing it here could start MPI.
+    # Whoever has a communicator has imported it; importing it here could start MPI.
     mpi = sys.modules.get("mpi4py.MPI")
     if mpi is None or not isinstance(comm, mpi.Comm):
         raise RejectedError(f"comm is a {type(comm).__name__}", fix=fix)

@@ -44,7 +44,7 @@ def shard_spans(
 
 
 def check_order(order: str) -> None:
-    """Refuse what is no `Order`."""
+    """Refuse what isn't an `Order`."""
     if order not in get_args(Order):
         raise RejectedError(f"order is {order!r}", fix="use contiguous or zigzag")
 

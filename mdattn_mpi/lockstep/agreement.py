@@ -1,6 +1,6 @@
 """Agreement: a barrier that is also a check that all ranks are about to do the same.
 
-One all-reduce of a few 64-bit words carries everything: two that tell whether all ranks hold the
+One all-reduce of a few 64-bit words carries everything: two that show whether all ranks hold the
 same digest, one for a pending error, one for an item that is refused, one for a wish to stop, and
 one a rank for a number of its own, such as the checksum of what it wrote. Only when something is
 wrong do the ranks exchange sentences.
@@ -87,9 +87,9 @@ def _phase_word(phase: str) -> int:
 def _reduction(
     comm: MPI.Intracomm, sent: bytearray, received: bytearray
 ) -> tuple[Callable[[], object], Callable[[], object]]:
-    """Collective. What reduces all words to the greatest, and what gives it back.
+    """Collective. What reduces all words to the greatest, and what frees it again.
 
-    It is prepared once where there is MPI 4.
+    Prepared once, where the library has MPI 4.
     """
     count = len(sent) // WORD.size
     messages = [sent, count, MPI.UINT64_T], [received, count, MPI.UINT64_T]

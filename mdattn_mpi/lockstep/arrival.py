@@ -32,7 +32,7 @@ def call_deadline(
     Raises
     ------
     RejectedError
-        That is no positive number of seconds.
+        That isn't a positive number of seconds.
 
     """
     name, value = "deadline", str(seconds)

@@ -67,7 +67,7 @@ class Lateness:
         self._stopped_since = (self._stopped_since or now) if stopped else 0.0
         stopped_until = self._stopped_since + STOPPED if stopped else float("inf")
         limit = min(record.deadline, stopped_until) + self._suspended
-        # Who can't see whom it waits for lets that one's own watchdog speak first.
+        # A rank that can't see whom it waits for leaves the first word to their watchdogs.
         blind = BLIND if record.waiting and not record.folder else 0.0
         over = record.deadline > 0 and now >= limit + blind
         # Only the second time: the rank may be in the middle of storing what begins.
@@ -84,7 +84,7 @@ class Lateness:
 
 
 class Heartbeats:
-    """Whose watchdogs still give signs of life."""
+    """Which watchdogs are still alive."""
 
     def __init__(self) -> None:
         self._last: dict[int, tuple[int, float]] = {}  # rank: heartbeats, and since when so many
@@ -116,9 +116,9 @@ def may_wait_longer(own: Record, alive: Iterable[Record]) -> bool:
 def first_lost(own: Record, others: Sequence[Record]) -> Record:
     """Tell who failed or was late first.
 
-    Deaths go by the clock: what follows from one comes after it, and an error of MPI follows from
-    any other death. Lateness goes by progress: who waits has come further than who is waited for,
-    or says that it waits.
+    Deaths are judged by time: what follows from one comes after it, and an error of MPI follows
+    from any other death. Lateness is judged by progress: a rank that waits has come further than
+    the one that it waits for, or says that it waits.
     """
     records = [own, *others]
     dead = [record for record in records if record.fault and not record.late]

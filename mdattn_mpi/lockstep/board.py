@@ -48,7 +48,7 @@ class Board:
     def enter(self, phase: str, item: str = "", deadline: float | None = None) -> int:
         """Say that `phase` begins now and lasts `deadline` seconds at most.
 
-        Return the time, in nanoseconds of the host's clock that only goes forward.
+        Return the time, in nanoseconds of the monotonic clock.
         """
         now = time.monotonic_ns()
         since, page = 1e-9 * now, self.page
@@ -132,7 +132,7 @@ class Board:
         self.page.put(fault="")
 
     def end(self) -> None:
-        """Say that this rank left the world in order; whatever its exit code, it is no death."""
+        """Say that this rank left the world in order; whatever its exit code, it isn't lost."""
         self.page.state = ENDED
 
     def exit(self, code: int) -> None:
@@ -158,7 +158,7 @@ class Board:
         self.page.stop = True
 
     def beat(self, process_state: str) -> None:
-        """Say that the watchdog lives, and how the kernel calls the state of the rank."""
+        """Say that the watchdog is alive, and in which state the kernel has the rank."""
         page, now = self.page, time.time()
         page.beats += 1
         page.heartbeat, page.clock = now, now - time.monotonic()
@@ -194,7 +194,7 @@ def share(new: Board) -> Board:
 class BoardFile:
     """All ranks' pages in the run folder, and the notice that a rank is lost.
 
-    The file is opened anew every time: that is what makes NFS show what other hosts wrote.
+    The file is reopened every time: that is what makes NFS show what other hosts wrote.
     """
 
     folder: str | Path

@@ -90,7 +90,7 @@ def _note_failure(board: Board, stacks: int, error: BaseException) -> int:
 
 def _fail(board: Board, stacks: int, error: BaseException | None) -> None:
     """Take the rank down for an exception that nobody caught in a thread."""
-    if error is not None and not isinstance(error, SystemExit):  # a thread may end itself so
+    if error is not None and not isinstance(error, SystemExit):  # a thread may end itself that way
         _exit(board, _note_failure(board, stacks, error))
 
 
@@ -101,6 +101,6 @@ def _exit(board: Board, code: int) -> NoReturn:
         with suppress(Exception):
             stream.flush()
     if board.page.state == ENDED and "PMI_FD" in os.environ:
-        # MPICH takes leave of its launcher in an exit handler, and is killed if it doesn't.
+        # MPICH signs off from its launcher in an exit handler, and is killed if it doesn't.
         ctypes.PyDLL(None).exit(code)
     os._exit(code)

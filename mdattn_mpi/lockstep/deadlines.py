@@ -71,7 +71,7 @@ class Deadlines:
 class TimeLimit:
     """When the job must be over: `max_time` seconds from now, or the end of the Slurm allocation.
 
-    ``SLURM_JOB_END_TIME`` counts seconds since 1970; a `max_time` of 0 is no limit.
+    ``SLURM_JOB_END_TIME`` counts seconds since 1970; a `max_time` of 0 means no limit.
     """
 
     def __init__(

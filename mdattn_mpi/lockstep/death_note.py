@@ -130,7 +130,7 @@ def write(folder: str | Path, note: Note) -> bool:
 
 
 def add(folder: str | Path, line: str) -> None:
-    """Write one line more under the page, if it can be written."""
+    """Add a line to the page, if it can be written."""
     with suppress(OSError), open(Path(folder) / TEXT, "a") as file:
         file.write(f"\n{line}\n")
 

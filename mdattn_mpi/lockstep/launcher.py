@@ -16,7 +16,7 @@ class Launcher:
     size: int = 1
     local_rank: int = -1
     local_size: int = -1
-    speaks: str = ""  # which MPI's launcher it is
+    speaks: str = ""  # which MPI the launcher belongs to
 
 
 # What launchers call rank, size, local rank and local size. Open MPI goes first: its mpirun starts

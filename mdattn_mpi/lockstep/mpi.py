@@ -1,4 +1,4 @@
-"""MPI, not started and not ended by its import: `start` and `World.end` say when."""
+"""MPI, neither initialized nor finalized by being imported: `start` and `World.end` do that."""
 
 import mpi4py
 

@@ -1,4 +1,4 @@
-"""What Linux says of a process, and does for one; nothing on other systems."""
+"""What Linux knows about a process, and does for one; nothing on other systems."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+WATCHDOG = "mdattn-watchdog"  # its name for ps and top
 _PR_SET_PDEATHSIG = 1
 
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import datetime
 from typing import TypeVar
 
 from mdattn_mpi.lockstep import death_note
@@ -48,6 +49,7 @@ class Publisher(threading.Thread):
         self._published = b""
         self._heartbeat = 0.0
         self._peers: dict[int, int] = {}  # rank: its watchdog's pid
+        self._stop_noted = False
 
     def run(self) -> None:
         """Publish and look around, again and again."""
@@ -57,7 +59,18 @@ class Publisher(threading.Thread):
             with suppress(OSError):
                 self.publish(at_once=hurried)
             with suppress(OSError):
+                self.note_stop()
+            with suppress(OSError):
                 self.look()
+
+    def note_stop(self) -> None:
+        """Say once in the rank's log that it was asked to stop: soon it may be killed."""
+        record = self.board.record()
+        if record.stop and record.folder and not self._stop_noted:
+            self._stop_noted = True
+            now = datetime.now().isoformat(" ", "milliseconds").replace(".", ",")
+            with open(f"{record.folder}/rank-{record.rank:04}.log", "a") as log:
+                log.write(f"{now} WARNING asked to stop; the item in hand is finished first\n")
 
     def publish(self, *, at_once: bool = True) -> None:
         """Copy the page into the run folder; or only if it changed or the heartbeat is due."""

@@ -1,8 +1,8 @@
 """A process that kills the launcher when it doesn't end after its ranks have.
 
-Open MPI's mpirun may wait for ever once its last rank is dead: seldom (once in some 550 kill storms
-here) its PMIx server, while it is torn down, waits for a lock that nobody gives back (Open MPI
-5.0.11, seen in a debugger). It holds the allocation then, and nothing of ours is left that could
+Open MPI's mpirun may hang once its last rank is dead: seldom (once in some 550 kill storms here)
+its PMIx server, while it is torn down, waits for a lock that nobody releases (Open MPI 5.0.11, seen
+in a debugger). It holds the allocation then, and nothing of ours is left that could
 say so. So the first rank of a node has a reaper: a process without files, asleep until the watchdog
 is gone. If the rank had not left the world in order by then, and mpirun is still there long after
 the last process that it started, the reaper kills it.

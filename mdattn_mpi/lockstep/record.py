@@ -1,7 +1,7 @@
 """One rank's record: as it lies in memory and in the board's file, and decoded.
 
-Times are seconds. ``since`` and ``deadline`` are by the host's clock that only goes forward; those
-that end in ``wall`` or are a heartbeat are by the calendar's.
+Times are seconds. ``since`` and ``deadline`` are on the host's monotonic clock; heartbeats and what
+ends in ``wall`` are on the wall clock.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Record:
     fault_time: float
     late: bool
     fault: str
-    # what the watchdog adds; `clock` is how far the calendar is ahead of the other clock
+    # what the watchdog adds; `clock` is the wall clock less the monotonic one
     beats: int
     heartbeat: float
     process_state: str
@@ -61,7 +61,7 @@ class Record:
 
     @staticmethod
     def decode(raw: bytes) -> Record | None:
-        """Read a page; None if it is no record."""
+        """Read a page; None if it isn't a record."""
         if len(raw) < ctypes.sizeof(Page) or not raw.startswith(MAGIC):
             return None
         page = Page.from_buffer_copy(raw)
@@ -73,7 +73,7 @@ class Record:
 
     @property
     def since_wall(self) -> float:
-        """When the phase began, by the calendar."""
+        """When the phase began, on the wall clock."""
         return self.since + self.clock
 
     @property

@@ -31,7 +31,7 @@ from mdattn_mpi.lockstep.blame import (
 from mdattn_mpi.lockstep.board import Board, share
 from mdattn_mpi.lockstep.child import DUMP, STOPS, be_the_rank
 from mdattn_mpi.lockstep.launcher import launcher
-from mdattn_mpi.lockstep.process import name_this, process_state
+from mdattn_mpi.lockstep.process import WATCHDOG, name_this, process_state
 from mdattn_mpi.lockstep.publisher import POLL, Publisher, within_patience
 from mdattn_mpi.lockstep.record import ENDED, PAGE, Page, Record
 
@@ -75,7 +75,7 @@ class Watchdog:
         self.heartbeats = Heartbeats()
         self._stop_asked = 0.0
         self._waits_until = 0.0
-        name_this("mdattn-watchdog")
+        name_this(WATCHDOG)
 
     def run(self) -> int:
         """Watch until the rank has ended, or must; return the exit code."""
@@ -83,9 +83,10 @@ class Watchdog:
         signals = {*STOPS, signal.SIGCHLD}
         while True:
             arrived = signal.sigtimedwait(signals, self._until_next_look())
+            second = arrived and arrived.si_signo in STOPS and self._second_stop()
             if arrived:  # perhaps a rank is lost, and its watchdog or the launcher says so
                 self.publisher.hurry.set()
-            if arrived and arrived.si_signo in STOPS and self._second_stop():
+            if second:
                 return self._stop_now()
             code = self._look()
             if code is not None:

@@ -136,7 +136,7 @@ def leave(board: Board) -> None:
 
 
 def _suspect_the_launcher(board: Board, launched: Launcher) -> None:
-    """Say ahead what it was if MPI ends the process: it may, in the launcher of another MPI.
+    """Store what to report if MPI ends the process: it may, under the launcher of another MPI.
 
     It may also work: there are builds of MPICH that understand Open MPI's launcher.
     """

@@ -14,8 +14,9 @@ The only room that imports PyTorch and Transformers for work, and only when a mo
 from importlib.util import find_spec
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.text import install
 
-EXTRA = "pip install 'mdattn_mpi[transformers]'"
+EXTRA = install("transformers")
 PACKAGES = ("torch", "transformers", "safetensors")
 
 

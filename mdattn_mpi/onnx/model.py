@@ -11,6 +11,7 @@ import numpy as np
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.files import write_whole
+from mdattn_mpi.text import install
 
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
@@ -30,9 +31,7 @@ def import_onnx() -> Any:
     try:
         import onnx
     except ImportError as error:
-        raise RejectedError(
-            f"the package onnx is needed ({error})", fix="pip install 'mdattn_mpi[onnx]'"
-        ) from error
+        raise RejectedError(f"the package onnx is needed ({error})", fix=install("onnx")) from error
     return onnx
 
 

@@ -44,6 +44,9 @@ class Attention:
             Shard(TensorSpec(name, shape, problem.dtype), spans)
             for name, shape, spans in zip(TENSORS, shapes, (query, kv, kv), strict=True)
         )
+        if problem.sinks:  # every rank reads all of them
+            sinks = TensorSpec("sinks", (problem.q_heads,), "float32", None)
+            reads += (Shard(sinks, ()),)
         writes = tuple(Shard(tensor, query) for tensor in problem.outputs(self.spec.lse))
         return Task(item, plan, owners.query, reads, writes)
 

@@ -64,7 +64,7 @@ class PhaseClock:
             self._learn(now)
 
     def stop(self) -> None:
-        """End the last phase: the rank goes on to what nobody times."""
+        """End the last phase: what comes next isn't timed."""
         now = monotonic_ns()
         self._timer.spent += now - self._since
         self._timer.longest = max(self._timer.longest, now - self._since)
@@ -78,7 +78,7 @@ class PhaseClock:
         return timer
 
     def _learn(self, now: int) -> None:
-        """Let deadlines follow what phases have taken, and begin anew."""
+        """Let deadlines follow what phases have taken, and start counting again."""
         for timer in self._timers.values():
             if timer.spent:
                 self.seconds[timer.phase] += 1e-9 * timer.spent

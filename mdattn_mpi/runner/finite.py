@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mdattn_mpi.dataset import TENSORS, Dataset, Item
 from mdattn_mpi.errors import ItemError
-from mdattn_mpi.problem import Span
+from mdattn_mpi.problem import AttentionProblem, Span
 
 Array = NDArray[Any]
 
@@ -32,19 +32,22 @@ def check_finite(
 ) -> None:
     """Look at query, key and value ``[tokens, heads, dim]``, which hold the tokens of `spans`.
 
+    And at the sinks ``[heads]``, where there are any: −∞ is one, which takes no weight.
+
     Raises
     ------
     ItemError
         A number is NaN or infinite; says which.
 
     """
-    for name, shard, runs in zip(("query", "key", "value"), shards, spans, strict=True):
-        at = first_nonfinite(shard)
+    for name, shard, runs in zip((*TENSORS, "sinks"), shards, spans, strict=False):
+        at = first_nonfinite(shard if name != "sinks" else np.maximum(shard, 0))
         if at is None:
             continue
+        place = f"head {at}" if name == "sinks" else _place(at, shard.shape, runs)
         raise ItemError(
-            f"{name} holds {shard.reshape(-1)[at]} at {_place(at, shard.shape, runs)}",
-            fix="mend the input, or take it as it is with --nonfinite pass",
+            f"{name} holds {shard.reshape(-1)[at]} at {place}",
+            fix="correct the input, or take it as it is with --nonfinite pass",
             file=file,
             item=item,
         )
@@ -85,8 +88,7 @@ def check_output(
         return
     bad = ~np.isfinite(lse)
     if bad.any():
-        seeing = _tokens(spans) + (item.problem.diagonal or 0) >= 0
-        bad &= seeing[:, None] | ~np.isneginf(lse)
+        bad &= _seeing(item.problem, _tokens(spans))[:, None] | ~np.isneginf(lse)
     if bad.any() and not may_be_nonfinite():
         at = int(np.argmax(bad))
         raise ItemError(
@@ -95,6 +97,17 @@ def check_output(
             fix="run it without --lse, into another output: the attention itself may be right",
             item=item.name,
         )
+
+
+def _seeing(problem: AttentionProblem, tokens: Array) -> Array:
+    """Say which query tokens see a key; others may have −∞ as their log-sum-exp."""
+    low, high = problem.mask.low, problem.mask.high
+    seen = np.ones(len(tokens), bool)
+    if high is not None:
+        seen &= tokens + high >= 0
+    if low is not None:
+        seen &= tokens + low < problem.kv_tokens
+    return seen
 
 
 def is_finite(dataset: Dataset, item: Item) -> bool:
@@ -106,7 +119,9 @@ def is_finite(dataset: Dataset, item: Item) -> bool:
             span = Span(start, min(start + READ_TOKENS, tokens))
             if first_nonfinite(dataset.read(item, tensor, (span,))) is not None:
                 return False
-    return True
+    if not problem.sinks:
+        return True
+    return first_nonfinite(np.maximum(dataset.read(item, "sinks", ()), 0)) is None
 
 
 def _place(at: int, shape: tuple[int, ...], spans: Sequence[Span]) -> str:

@@ -1,6 +1,6 @@
 """The run folder, ``OUT.h5.run/``: its lock, a log a rank, and the summary of how the job went.
 
-The board on which watchdogs meet and the death note lie there too; they are lockstep's.
+The watchdogs' board and the death note lie there too; these belong to lockstep.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import shlex
 import shutil
 import sys
 import time
@@ -48,9 +49,9 @@ def run_folder(spec: JobSpec) -> Path:
 
 @contextmanager
 def watched_folder(spec: JobSpec, world: World) -> Iterator[None]:
-    """Collective. Have the run folder before anything slow begins: engines take minutes to build.
+    """Collective. Make the run folder before anything slow begins: engines take minutes to build.
 
-    No other job gets it meanwhile: two that write one output would spoil it.
+    No other job gets it meanwhile: two jobs that write one output would spoil it.
     A job that is refused before it has an output leaves no folder behind. Without a place for it
     (or for a dry run) there is none; what comes later says what is wrong with the place.
     """
@@ -149,10 +150,13 @@ def use_folder(spec: JobSpec, world: World) -> None:
     if spec.verbose and world.rank == 0:
         LOGGER.addHandler(terminal := logging.StreamHandler())
         terminal.setFormatter(logging.Formatter("mdattn: %(message)s"))
-        terminal.addFilter(lambda record: record.levelno < logging.ERROR)  # these it hears anyway
+        terminal.addFilter(
+            lambda record: record.levelno < logging.ERROR
+        )  # errors are printed anyway
     LOGGER.setLevel(logging.INFO)
     LOGGER.propagate = False  # the terminal belongs to rank 0's progress
-    LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, sys.argv)
+    command = shlex.join(sys.argv)
+    LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, command)
 
 
 def _close_log() -> None:
@@ -164,7 +168,7 @@ def _close_log() -> None:
 def provenance(executor: Executor) -> dict[str, str]:
     """Versions, device and command; never the environment."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "backend": executor.name,
         "device": ", ".join(f"{name} {value}" for name, value in executor.describe().items()),
         "versions": ", ".join(

@@ -18,7 +18,7 @@ from mdattn_mpi.problem import AnyPlan, digest_of
 from mdattn_mpi.runner.schedule import Schedule
 
 NO_ITEM = -1
-USABLE = 0.8  # of a GPU's memory; of the host's, half: the files' pages want some too
+USABLE = 0.8  # of a GPU's memory; of the host's, half: the page cache needs some too
 
 
 @dataclass

@@ -31,6 +31,7 @@ class JobSpec:
     layout: Literal["auto", "token_major", "head_major"] = "auto"
     nonfinite: Literal["refuse", "pass"] = "refuse"
     overwrite: bool = False
+    redo: str = ""
     allow_change: bool = False
     allow: tuple[str, ...] = ()
     ignore: tuple[str, ...] = ()
@@ -69,6 +70,10 @@ class JobSpec:
             )
         if self.quiet and self.verbose:
             raise RejectedError("both quiet and verbose", fix="leave one of -q and -v out")
+        if self.redo and self.overwrite:
+            raise RejectedError(
+                "both redo and overwrite", fix="leave --redo out to compute all items again"
+            )
         if self.bind and not self.engine and not self.model.endswith(".onnx"):
             raise RejectedError(
                 "--bind without --engine", fix="name the model's engine: --engine FILE"

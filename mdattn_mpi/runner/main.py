@@ -21,7 +21,14 @@ from mdattn_mpi.runner.folder import (
 )
 from mdattn_mpi.runner.job import Job, add_seconds, say, tell
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.opening import describe_plans, open_files, open_job
+from mdattn_mpi.runner.opening import (
+    check_output,
+    describe_plans,
+    open_files,
+    open_job,
+    recorded_items,
+)
+from mdattn_mpi.runner.waits import announced_waits
 from mdattn_mpi.text import show
 
 
@@ -36,7 +43,9 @@ def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
     """
     began = perf_counter()
     spec = together(world, "arguments", make_spec)
-    with watched_folder(spec, world):
+    if spec.redo:
+        spec = recorded_items(spec, world)
+    with announced_waits(spec, world), watched_folder(spec, world):
         return _run(spec, world, began)
 
 
@@ -45,6 +54,8 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
     job = open_job(spec, world)
     try:
         say(spec, world, describe_plans(job))
+        if spec.dry_run:
+            check_output(job)
         working = not spec.dry_run and open_files(job)
         if working:
             opened = perf_counter()

@@ -70,7 +70,7 @@ class ModelWork:
 
     def check(self, task: Task, shards: Sequence[HostArray]) -> None:
         """Refuse NaN and infinity, unless they were asked for."""
-        self._check(task.item, task.reads, shards, "mend the input")
+        self._check(task.item, task.reads, shards, "correct the input")
 
     def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:
         """Do the same with what came out."""
@@ -186,7 +186,7 @@ def check_options(spec: JobSpec) -> None:
 
 
 def _one_size(spec: JobSpec, world: World) -> Schedule:
-    """Cut the world into groups of the size that was asked for; which items, is said later."""
+    """Cut the world into groups of the size that was asked for; the items come later."""
     costs = typical_costs("cpu" if spec.model else Model.name)
     schedule = make_schedule((), world.nodes, spec.group_size, costs)
     size = world.size if spec.group_size == "all" else int(spec.group_size)

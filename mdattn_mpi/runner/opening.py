@@ -5,16 +5,19 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output, scan_file
+from mdattn_mpi.dataset.index import select_items
+from mdattn_mpi.dataset.writer import check_place, file_bytes
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
 from mdattn_mpi.runner.folder import provenance, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.text import counted
+from mdattn_mpi.text import counted, quantity
 
 KINDS = 6  # kinds of item that are described one by one
 
@@ -43,7 +46,7 @@ def _kind_of_work(spec: JobSpec) -> Callable[[JobSpec, World], Job]:
 
 
 def describe_plans(job: Job) -> str:
-    """What will be computed how, and why so: one entry a kind of item."""
+    """What will be computed, how and why: one entry a kind of item."""
     shapes = {item.name: job.dataset.describe(item) for item in job.items}
     counts = Counter((plan, shapes[name]) for name, plan in job.plans.items())
     about = ", ".join(f"{name} {value}" for name, value in job.executor.describe().items())
@@ -109,6 +112,24 @@ def _open_for(job: Job, catalog: bytes) -> Output:
     return output
 
 
+def check_output(job: Job) -> None:
+    """Collective. Make sure, without writing anything, that the output can be made or resumed."""
+    spec = job.spec
+
+    def check() -> None:
+        if spec.overwrite or not Path(spec.output).exists():
+            nbytes = file_bytes(job.items, spec.lse)
+            check_place(spec.output, nbytes, overwrite=spec.overwrite)
+            say(spec, job.world, f"mdattn: {spec.output} will take {quantity(nbytes, 'B')}")
+            return
+        with open_output(spec.output) as output:
+            output.check_resume(job.items, _facts(job), allow_change=spec.allow_change)
+            left = len(_left(output, job.items))
+        say(spec, job.world, f"mdattn: {left} of {counted(len(job.items), 'item')} left to do")
+
+    together(job.world, "output", lambda: check() if job.world.rank == 0 else None)
+
+
 def _read_only(spec: JobSpec, world: World) -> bool:
     """Collective. Whether rank 0 can't write beside the output."""
     folder = os.path.dirname(os.path.abspath(spec.output))
@@ -126,10 +147,31 @@ def _facts(job: Job) -> dict[str, str | int]:
     }
 
 
+def recorded_items(spec: JobSpec, world: World) -> JobSpec:
+    """Collective. Have the job's items be those that its output was begun with."""
+
+    def read() -> bytes:
+        with open_output(spec.output) as output:
+            return str(output.attributes.get("items", "*")).encode()
+
+    pattern = together(world, "redo", lambda: read() if world.rank == 0 else b"")
+    return replace(spec, items=world.bcast_bytes(pattern).decode())
+
+
+def _reopen_items(job: Job) -> None:
+    """Declare the items that are to be computed again not done."""
+    with open_output(job.spec.output, writable=True) as output:
+        output.check_resume(job.items, _facts(job), allow_change=job.spec.allow_change)
+        for item in select_items(output.items, job.spec.redo, output.path):
+            output.ledger.reopen(item)
+
+
 def _made_output(job: Job) -> bytes:
     """Make a new output, unless there is one; return its catalog."""
     spec = job.spec
-    if spec.overwrite or not Path(spec.output).exists():
+    if spec.redo:
+        _reopen_items(job)
+    elif spec.overwrite or not Path(spec.output).exists():
         create_output(
             spec.output,
             job.items,

@@ -1,12 +1,13 @@
 """Which ranks work together on which item, and in which order items are claimed.
 
-Every item waits in the queue of its group size, the dearest first. The world is cut into groups of
-neighbouring ranks that serve one queue after the other, that of the largest groups first. A group
-that finds its queue empty falls into smaller groups, which go on with the next queue; nobody waits
-for the others. Who is free takes the next item, so that the cheap ones at the end fill the gaps.
+Every item waits in the queue of its group size, the most expensive first. The world is cut into
+groups of neighbouring ranks that serve one queue after the other, that of the largest groups first.
+A group that finds its queue empty splits into smaller groups, which go on with the next queue;
+nobody waits for the others. Whoever is free takes the next item, so that the cheap ones at the end
+fill the gaps.
 
-Who does an item depends on timing. What an item's output looks like doesn't: its group size
-follows from the job and its options alone.
+Which group does an item depends on timing. The bytes of its output don't: its group size follows
+from the job and its options alone.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ ATTENTION = Measure(item_seconds, least_memory)
 
 @dataclass(frozen=True)
 class Queue:
-    """Items for groups of ``size`` ranks, dearest first."""
+    """Items for groups of ``size`` ranks, most expensive first."""
 
     size: int
     items: tuple[int, ...]
@@ -57,7 +58,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The whole job: who may work with whom, what is claimed in which order, and why so.
+    """The whole job: who may work with whom, what is claimed in which order, and why.
 
     ``order`` lists the world's ranks, a node's ranks together; a group is a run of it that starts
     at a multiple of its size. ``sizes`` holds every item's group size, those of finished items

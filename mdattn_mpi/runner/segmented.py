@@ -195,7 +195,7 @@ class SegmentedModel:
         execution = self._backend.begin(plan, *shards)
         self._backend.enqueue(execution)
         output = self._backend.collect(execution).wait()[0]
-        return node.as_it_was(output, inputs[0].shape, kind)
+        return cast(HostArray, node.as_it_was(output, inputs[0].shape, kind))
 
     def collect(self, running: Running) -> Arrays:
         """Give the outputs, which are there."""

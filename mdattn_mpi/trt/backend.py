@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from time import perf_counter
 
 import numpy as np
 
@@ -18,13 +19,14 @@ from mdattn_mpi.trt.choice import choose, spec_for
 from mdattn_mpi.trt.engine import Engine
 from mdattn_mpi.trt.gpu import HostArray
 from mdattn_mpi.trt.networks import NETWORKS
+from mdattn_mpi.trt.proof import KnownItem, Verdict, conclude, judge
 from mdattn_mpi.trt.runtime import EngineDownload, EngineExecutor, Execution, Result, Runtime
 from mdattn_mpi.trt.spec import EngineSpec
 from mdattn_mpi.trt.store import Cache
 
 
 class TensorRTBackend(EngineExecutor):
-    """Collective. Attention engines of one group, one rank a GPU.
+    """Collective. Attention engines of one group, one rank a GPU; none is used before its proof.
 
     Parameters
     ----------
@@ -45,6 +47,8 @@ class TensorRTBackend(EngineExecutor):
     def __init__(self, runtime: Runtime, cache: Cache | None, engine: str = "") -> None:
         super().__init__(runtime)
         self._cache = cache
+        self._engines: list[Engine] = []  # that are proven
+        self._proofs: dict[str, str] = {}  # what each cost, by SHA-256
         self._named = bool(engine)
         if not engine:
             return
@@ -55,7 +59,43 @@ class TensorRTBackend(EngineExecutor):
                 file=engine,
                 fix="bind its inputs and outputs: --bind NAME=items/*/DATASET:DIM",
             )
-        runtime.load(built)
+        self._load(built)
+
+    def _load(self, built: BuiltEngine) -> None:
+        """Collective. Load an engine, and use it once it is proven."""
+        engine = self._runtime.load(built)
+        self._prove(engine)
+        self._engines.append(engine)
+
+    def _prove(self, engine: Engine) -> None:
+        """Collective. Let an engine attend to known numbers; raise DeviceError if it's wrong."""
+        group, manifest, began = self._group, engine.manifest, perf_counter()
+        spec, seconds = manifest.attention(), dict(self._timings)
+        ranks = group.allgather(group.world_rank)
+
+        def begin() -> Execution:
+            execution = self._start(engine, item.problem, *item.shards(group.rank))
+            (output,) = execution.results  # what isn't written must not look like an answer
+            nothing = np.full(output.shape, np.nan, output.dtype)
+            self._gpu.upload(nothing, execution.buffers[output.name])
+            return execution
+
+        def look() -> Verdict:
+            (output,) = super(TensorRTBackend, self).collect(execution).wait()
+            return judge(item, group.rank, output)
+
+        item = together(group, "proof", lambda: KnownItem.of(spec, ranks, manifest.sha256))
+        execution = together(group, "begin proof", begin)
+        together(group, "enqueue proof", lambda: self.enqueue(execution))
+        found = group.allgather(asdict(together(group, "judge proof", look)))
+        verdicts = [Verdict(**each) for each in found]
+        together(group, "proof", lambda: conclude(spec, self._runtime.library, ranks, verdicts))
+        self._timings = seconds
+        worst = max(verdict.error for verdict in verdicts)
+        self._proofs[manifest.sha256] = (
+            f"proven on {item.problem} in {perf_counter() - began:.2f} s, error {worst:.2f} of "
+            "the tolerance"
+        )
 
     def prepare(self, problems: Iterable[AttentionProblem], strategy: str) -> None:
         """Collective. Build, share and load the engines of all `problems`: one a kind.
@@ -76,7 +116,7 @@ class TensorRTBackend(EngineExecutor):
         )
         for spec in specs:
             if not self._named and self._find(spec) is None:
-                self._runtime.load(self._runtime.share("build engine", self._builder(spec)))
+                self._load(self._runtime.share("build engine", self._builder(spec)))
 
     def _specs(self, problems: Iterable[AttentionProblem], strategy: str) -> list[EngineSpec]:
         """What the engines for `problems` must take; ranks with other libraries differ in it."""
@@ -101,7 +141,7 @@ class TensorRTBackend(EngineExecutor):
         (spec,) = spec_for([problem], name, self._group.size)
         engine = self._find(spec)
         if engine is None:
-            there = self._runtime.engines[0].manifest.attention()
+            there = self._engines[0].manifest.attention()
             raise RejectedError(
                 f"the engine is for {there}, not for {problem}",
                 fix="build one for this dataset: mdattn build DATA.h5",
@@ -114,21 +154,24 @@ class TensorRTBackend(EngineExecutor):
             self.name,
             engine_digest=digest,
             partition=equal_partition(problem, self._group.size),
-            reasons=(*reasons, f"engine {digest[:12]} for {engine.manifest.attention()}"),
+            reasons=(
+                *reasons,
+                f"engine {digest[:12]} for {engine.manifest.attention()}, {self._proofs[digest]}",
+            ),
         )
 
     def _choose(
         self, problem: AttentionProblem, strategy: str
     ) -> tuple[StrategyName, tuple[str, ...]]:
         if self._named:
-            name = self._runtime.engines[0].manifest.attention().strategy
+            name = self._engines[0].manifest.attention().strategy
             if strategy not in ("auto", name):
                 raise RejectedError(f"-s {strategy} with an engine of {name}", fix=f"use -s {name}")
             return name, ("the engine was named",)
         return choose(problem, strategy, self._group.size, self._runtime.library, self._gpu.sm)
 
     def _find(self, spec: EngineSpec) -> Engine | None:
-        engines = self._runtime.engines
+        engines = self._engines
         return next((each for each in engines if each.manifest.attention().includes(spec)), None)
 
     def _builder(self, spec: EngineSpec) -> Callable[[], BuiltEngine]:
@@ -136,11 +179,13 @@ class TensorRTBackend(EngineExecutor):
 
     def begin(self, plan: Plan, *shards: HostArray) -> Execution:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
-        group, query = self._group, shards[0]
-        engines = self._runtime.engines
+        engines = self._engines
         engine = next(each for each in engines if each.manifest.sha256 == plan.engine_digest)
-        spec = engine.manifest.attention()
-        shapes = NETWORKS[plan.strategy].shapes(plan.problem, group.size, group.rank)
+        return self._start(engine, plan.problem, *shards)
+
+    def _start(self, engine: Engine, problem: AttentionProblem, *shards: HostArray) -> Execution:
+        group, query, spec = self._group, shards[0], engine.manifest.attention()
+        shapes = NETWORKS[spec.strategy].shapes(problem, group.size, group.rank)
         inputs = {
             "query": (shapes.q, spec.q_heads, spec.head_dim),
             "key": (shapes.kv, spec.kv_heads, spec.head_dim),
@@ -155,3 +200,7 @@ class TensorRTBackend(EngineExecutor):
         download = super().collect(execution)
         (output,) = download.arrays
         return replace(download, arrays=(output, np.full(output.shape[:2], np.nan, np.float32)))
+
+    def describe(self) -> Mapping[str, str]:
+        """The GPU, the library, the engines and what their proofs cost."""
+        return {**self._runtime.describe(), "proofs": "; ".join(self._proofs.values())}

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 from typing import Any, NamedTuple
 
-from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, show_sm, uncollected
-from mdattn_mpi.trt.networks import define
+from mdattn_mpi.trt.networks import define, form_of
 from mdattn_mpi.trt.spec import EngineSpec, Extent
 from mdattn_mpi.trt.store import Cache, Manifest, describe
+from mdattn_mpi.trt.versions import Form, recognize
 
+REVISION = 2  # goes up when a network of the same spec is written otherwise
 Range = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 Profile = dict[str, Range]
 
@@ -39,12 +41,14 @@ def make_attention(library: Library, spec: EngineSpec, sm: SM, cache: Cache | No
 
 def cache_key(library: Library, network: str, sm: SM) -> str:
     """Hash what decides the bytes of an engine: network and profile, flavour, version, GPU."""
-    return hashlib.sha256(f"{network} {library} {show_sm(sm)}".encode()).hexdigest()
+    return hashlib.sha256(f"{REVISION} {network} {library} {show_sm(sm)}".encode()).hexdigest()
 
 
 @uncollected()
 def build_attention(library: Library, spec: EngineSpec, sm: SM) -> bytes:
     """Build the attention engine of `spec` for GPUs of `sm`.
+
+    Where the builder fails as it is known to, it gets the network in the form that avoids this.
 
     Raises
     ------
@@ -55,8 +59,19 @@ def build_attention(library: Library, spec: EngineSpec, sm: SM) -> bytes:
     check_target(library, spec.strategy, spec.ranks, sm)
     log = Log(library)
     builder = library.api.Builder(log.sink)
-    network = define(library, builder, spec)
-    return build_network(library, builder, network, log, sm, _profile(spec), str(spec))
+
+    def build(form: Form) -> bytes:
+        network = define(library, builder, spec, form)
+        return build_network(library, builder, network, log, sm, _profile(spec), str(spec))
+
+    form = form_of(library, spec)
+    try:
+        return build(form)
+    except DeviceError:
+        fault = recognize(log.last_words(), library.flavour, library.version)
+        if fault is None or fault.way_round != "border" or form.border:
+            raise
+    return build(form._replace(border=True))
 
 
 def _profile(spec: EngineSpec) -> Profile:
@@ -86,6 +101,7 @@ def build_network(
     """Build any network for GPUs of `sm`, with one optimization profile, or raise DeviceError."""
     log.clear()
     config = builder.create_builder_config()
+    config.profiling_verbosity = library.api.ProfilingVerbosity.DETAILED  # for the inspector
     _set_target(library, config, sm)
     profile = builder.create_optimization_profile()
     for index in range(network.num_inputs):

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
+from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import AttentionProblem, StrategyName
+from mdattn_mpi.text import install
 from mdattn_mpi.trt.library import SM, Capabilities, Library, show_sm
 from mdattn_mpi.trt.networks import NETWORKS
 from mdattn_mpi.trt.spec import EngineSpec, Extent, Shapes
@@ -65,7 +67,7 @@ def _what_works(library: Library, can: Capabilities, sm: SM) -> str:
     if can.strategies:
         return "use -s allgather or -s ulysses, -b cuda -s ring, or full TensorRT since SM 10.0"
     if library.flavour == "tensorrt_rtx" and sm >= (8, 0):
-        return "use -b cuda, or full TensorRT: pip install 'mdattn_mpi[tensorrt]'"
+        return f"use -b cuda, or full TensorRT: {install('tensorrt')}"
     return "use -b cpu, or a GPU of SM 8.0 or later"
 
 
@@ -75,6 +77,18 @@ def refuse_everywhere(problem: AttentionProblem) -> None:
         raise RejectedError(
             f"value heads of {problem.v_head_dim} under query heads of {problem.head_dim}: "
             "TensorRT's attention takes one head dim",
+            fix="use -b cuda or -b cpu",
+        )
+    masked = {
+        "a window": problem.window != UNBOUNDED,
+        "documents": bool(problem.segments),
+        "a soft cap": bool(problem.softcap),
+        "sinks": problem.sinks,
+    }
+    unknown = [name for name, there in masked.items() if there]
+    if unknown:
+        raise RejectedError(
+            f"{' and '.join(unknown)}: our TensorRT engines know causal masks alone",
             fix="use -b cuda or -b cpu",
         )
     if problem.causal == "lower_right" and problem.q_tokens > problem.kv_tokens:

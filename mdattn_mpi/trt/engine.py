@@ -1,7 +1,8 @@
 """One engine at run time: deserialize, connect, bind, enqueue.
 
 All calls to TensorRT's runtime are here, in the order that multi-device execution asks for:
-communicator on all ranks at once, then shapes and addresses, then the enqueue.
+communicator on all ranks at once, then shapes and addresses, then the enqueue. What the library
+says is believed: an error in its log is one, whatever the call returned.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from ml_dtypes import bfloat16
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.trt.build import BuiltEngine
+from mdattn_mpi.trt.inspection import missing_collectives
 from mdattn_mpi.trt.library import SM, Library, Log, show_sm, uncollected
+from mdattn_mpi.trt.versions import fault_named
 
 CAPSULE = b"ncclComm_t"
+# What Python may call the question; 11.3 and RTX 1.7.1 answer it in C++ only, to themselves.
+MULTI_DEVICE = ("is_md_engine", "is_multi_device", "is_multi_device_engine")
 
 
 def communicator_capsule(pointer: int) -> Any:
@@ -48,8 +53,11 @@ class Engine:
         if self._engine is None:
             raise self._cannot_run("TensorRT can't load the engine")
         self._context = self._engine.create_execution_context()
+        self._connected: Any = None  # the context that has the communicator: a new one has none
         if self._context is None:
             raise self._cannot_run("TensorRT can't make an execution context")
+        if self.manifest.ranks > 1:
+            self._check_multi_device()
 
     def _cannot_run(self, what: str) -> DeviceError:
         return self._log.error(
@@ -58,16 +66,42 @@ class Engine:
             "TensorRT, which has collectives since SM 8.0 and multi-device attention since SM 10.0",
         )
 
+    def _check_multi_device(self) -> None:
+        """Ask what can be asked before there is a communicator: is it an engine of many GPUs?"""
+        fault = fault_named("single-device engine")
+        for name in MULTI_DEVICE:
+            answer = getattr(self._engine, name, True)
+            if not (answer() if callable(answer) else answer):
+                raise DeviceError(
+                    f"{self._library} loads the engine as one of a single device: {fault}",
+                    fix=fault.fix,
+                )
+        missing = missing_collectives(self.manifest.collectives, self._information())
+        if missing:
+            told = ", ".join(f"{count} {kind}" for kind, count in missing.items())
+            raise DeviceError(
+                f"the engine lacks {told} of its network: {self._library} left them out",
+                fix=fault.fix,
+            )
+
+    def _information(self) -> str:
+        """Ask the inspector, which some builds don't have."""
+        inspector = self._engine.create_engine_inspector()
+        layout = self._library.api.LayerInformationFormat.JSON
+        return str(inspector.get_engine_information(layout)) if inspector else ""
+
     @uncollected()
     def connect(self, pointer: int) -> None:
         """Collective. Give it the NCCL communicator at `pointer`; returns when all ranks have."""
         self._log.clear()
-        if not self._context.set_communicator(communicator_capsule(pointer)):
+        taken = self._context.set_communicator(communicator_capsule(pointer))
+        if not taken or self._log.complains:
             raise self._log.error(
                 "TensorRT refused the NCCL communicator",
                 fix="let TensorRT find the libnccl.so.2 that nccl4py loads: put its folder first "
                 "in LD_LIBRARY_PATH",
             )
+        self._connected = self._context
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -131,11 +165,17 @@ class Engine:
         return tuple(self._context.get_tensor_shape(name))
 
     def enqueue(self, stream: int) -> None:
-        """Collective. Put the engine's work on `stream`."""
+        """Collective. Put the engine's work on `stream`.
+
+        A context without a communicator would compute something, and wrong: it isn't used.
+        """
+        if self.manifest.ranks > 1 and self._connected is not self._context:
+            fault = fault_named("lost communicator")
+            raise DeviceError(f"an execution context without communicator: {fault}", fix=fault.fix)
         self._check(self._context.execute_async_v3(stream), "the enqueue")
 
     def _check(self, done: bool, what: str) -> None:
-        if not done:
+        if not done or self._log.complains:
             raise self._log.error(
                 f"TensorRT refused {what}", fix="build the engine for these lengths"
             )

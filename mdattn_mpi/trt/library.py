@@ -14,18 +14,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from mdattn_mpi.devices.presence import gpu_count, gpu_sm
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.text import install
+from mdattn_mpi.trt.versions import Flavour, recognize
 
-Flavour = Literal["tensorrt", "tensorrt_rtx"]
 SM = tuple[int, int]
 
 FLAVOURS: tuple[Flavour, ...] = ("tensorrt", "tensorrt_rtx")
 INSTALL = (
-    "pip install 'mdattn_mpi[tensorrt]' (any GPU since SM 8.0; fetches TensorRT from NVIDIA's "
-    "index) or 'mdattn_mpi[tensorrt-rtx]' (SM 8.0, 8.6, 8.9 and 12.x; a complete wheel)"
+    f"{install('tensorrt')} (any GPU since SM 8.0; fetches TensorRT from NVIDIA's index) or "
+    f"{install('tensorrt-rtx')} (SM 8.0, 8.6, 8.9 and 12.x; a complete wheel)"
 )
 LOGGER = logging.getLogger("mdattn_mpi.tensorrt")
 LOGGER.addHandler(logging.NullHandler())  # who wants its words asks for them; errors carry theirs
@@ -141,6 +142,7 @@ class Log:
     """TensorRT's words: into Python logging, and the last of them for an error."""
 
     def __init__(self, library: Library, keep: int = 8) -> None:
+        self._library = library
         self._kept: deque[tuple[int, str]] = deque(maxlen=keep)
         self.sink = _sink(library.api, self._take)
 
@@ -159,9 +161,18 @@ class Log:
         words = [text for level, text in self._kept if level == worst]
         return " | ".join(dict.fromkeys(words)) or "TensorRT gave no reason"
 
+    @property
+    def complains(self) -> bool:
+        """Whether an error was logged: TensorRT may go on, and return what looks like success."""
+        return any(level >= logging.ERROR for level, _ in self._kept)
+
     def error(self, what: str, fix: str = "") -> DeviceError:
-        """Make an error with TensorRT's words inside."""
-        return DeviceError(f"{what}: {self.last_words()}", fix=fix)
+        """Make an error with TensorRT's words inside, explained where they are known."""
+        words = self.last_words()
+        fault = recognize(words, self._library.flavour, self._library.version)
+        if fault is None:
+            return DeviceError(f"{what}: {words}", fix=fix)
+        return DeviceError(f"{what}: {words}. {self._library} may have {fault}", fix=fault.fix)
 
 
 def _sink(api: Any, take: Callable[[int, str], None]) -> Any:

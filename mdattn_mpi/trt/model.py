@@ -4,20 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from time import perf_counter
 from typing import cast
 
 import numpy as np
 
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.lockstep import together
 from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
 from mdattn_mpi.partition import equal_shards, shard_length
 from mdattn_mpi.problem import ModelPlan, ModelProblem, StrategyName, TensorSpec
 from mdattn_mpi.trt.gpu import HostArray
 from mdattn_mpi.trt.runtime import EngineExecutor, Execution, Result, Runtime
 
+TRIAL_TOKENS = 16  # a rank, where the engine takes so few
+UNPROVEN = (
+    "its numbers aren't proven: compare an item with the model in one process, before you rely "
+    "on it"
+)
+
 
 class Model(EngineExecutor):
-    """Collective. A model's engine, loaded on the ranks of one group.
+    """Collective. A model's engine, loaded on the ranks of one group, and tried once.
+
+    What a model should give isn't known here. That collectives do nothing is: then no rank's
+    output depends on the tokens of another, and the engine isn't used.
 
     Attributes
     ----------
@@ -29,7 +40,8 @@ class Model(EngineExecutor):
     Raises
     ------
     RejectedError, DeviceError
-        It is an engine of plain attention, doesn't fit, or can't be loaded.
+        It is an engine of plain attention, doesn't fit, can't be loaded, or ranks don't depend on
+        each other.
 
     """
 
@@ -49,6 +61,45 @@ class Model(EngineExecutor):
         self._given = {name: kind for name, kind in kinds.items() if kind}
         self.inputs = self._tensors(name for name in names if name not in self._given)
         self.outputs = self._tensors(self._engine.outputs)
+        self._tried = self._try_collectives()
+
+    def _try_collectives(self) -> str:
+        """Collective. Make sure that ranks hear of each other; return what was found, in words."""
+        group, manifest, began = self._group, self.manifest, perf_counter()
+        if group.size == 1 or not any("float" in tensor.dtype for tensor in self.inputs):
+            return UNPROVEN
+        seconds = dict(self._timings)
+        first, again = (self._try(seed) for seed in range(2))
+        changed = group.allgather(first != again)
+        self._timings = seconds
+        if not any(changed[1:]):
+            error = DeviceError(
+                f"{manifest.flavour} {manifest.version} runs {manifest.strategy} without its "
+                "collectives: with other tokens on rank 0, all other ranks give the same as before",
+                fix="use TensorRT 11.2 or later, or another strategy (mdattn shard -s)",
+            )
+            error.agreed = True  # all have the same answers
+            raise error
+        return f"ranks hear of each other (tried in {perf_counter() - began:.2f} s); {UNPROVEN}"
+
+    def _try(self, seed: int) -> bytes:
+        """Collective. Run it on random numbers, of which only rank 0's depend on `seed`."""
+        group, manifest = self._group, self.manifest
+
+        def begin() -> Execution:
+            ranges = [self._engine.extent(one.name, one.token_dim or 0) for one in self.inputs]
+            low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+            length = max(low, min(TRIAL_TOKENS, high))
+            random = np.random.default_rng((group.rank, seed if group.rank == 0 else 0))
+            strategy = cast(StrategyName, manifest.strategy)
+            problem = ModelProblem(length * manifest.ranks, ())
+            plan = ModelPlan(problem, strategy, manifest.ranks, manifest.sha256)
+            return self.begin(plan, *(_numbers(one, length, random) for one in self.inputs))
+
+        execution = together(group, "begin trial", begin)
+        together(group, "enqueue trial", lambda: self.enqueue(execution))
+        arrays = together(group, "trial", lambda: self.collect(execution).wait())
+        return b"".join(array.tobytes() for array in arrays)
 
     @property
     def axes(self) -> dict[str, int]:
@@ -99,9 +150,9 @@ class Model(EngineExecutor):
                 "attention takes equal shards",
                 fix="shard the model with -s allgather or -s ulysses",
             )
-        why = f"engine {manifest.sha256[:12]}, {manifest.strategy} on {manifest.ranks} ranks"
+        why = f"engine {manifest.sha256[:12]}, {manifest.strategy} on {manifest.ranks} ranks; "
         strategy = cast(StrategyName, manifest.strategy)
-        return ModelPlan(problem, strategy, manifest.ranks, manifest.sha256, (why,))
+        return ModelPlan(problem, strategy, manifest.ranks, manifest.sha256, (why + self._tried,))
 
     def begin(self, plan: ModelPlan, *shards: HostArray) -> Execution:
         """Start the upload of the rank's shards, filled up to what the engine takes."""
@@ -136,3 +187,11 @@ class Model(EngineExecutor):
                     f"{result.name!r} comes as {list(shape)}, not as {list(result.shape)}",
                     fix="the number of tokens must go through the model unchanged",
                 )
+
+
+def _numbers(tensor: TensorSpec, tokens: int, random: np.random.Generator) -> HostArray:
+    """Random numbers for an input; ones where it takes whole numbers, which may count anything."""
+    shape = tensor.with_tokens(tokens)
+    if "float" not in tensor.dtype:
+        return np.ones(shape, tensor.dtype)
+    return random.standard_normal(shape).astype(tensor.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,15 @@ def declared_ranks(model: Any) -> dict[str, int]:
         for node in model.graph.node
         if operator(node) in ATTENTION
     }
+
+
+def declared_collectives(model: Any) -> Counter[str]:
+    """Count the collectives of a model by their operation."""
+    return Counter(
+        attribute_of(node, "collective_operation").decode().upper()
+        for node in model.graph.node
+        if node.op_type == "DistCollective"
+    )
 
 
 def check_rank_counts(api: Any, network: Any, declared: Mapping[str, int], path: Path) -> None:
@@ -154,4 +164,5 @@ def build_model(
     profile = profile_of(network, sharding, tokens)
     engine = build_network(library, builder, network, log, sm, profile, path.name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    return BuiltEngine(engine, describe(engine, library, sm, sharding, digest))
+    collectives = declared_collectives(load_model(path))
+    return BuiltEngine(engine, describe(engine, library, sm, sharding, digest, collectives))

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from threading import Event, Timer
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ from mdattn_mpi.trt.library import (
     show_sm,
 )
 from mdattn_mpi.trt.store import Manifest, check_fits, read_engine, sha256_of
+from mdattn_mpi.trt.versions import fault_named
+
+HANDSHAKE: Final = 120.0  # seconds for all ranks to give an engine its communicator
 
 
 class Communicator(Protocol):
@@ -112,12 +116,38 @@ class Runtime:
         together(group, "engine", lambda: facts, dict)  # before anyone deserializes
         engine = together(group, "load engine", deserialize)
         if group.size > 1:
-            pointer = self._communicator.ptr
             together(group, "NCCL", lambda: check_one_nccl(self._nccl()))
-            together(group, "connect engine", lambda: engine.connect(pointer))
+            together(group, "connect engine", lambda: self._connect(engine))
             together(group, "NCCL again", lambda: check_one_nccl(self._nccl()))
         self.engines.append(engine)
         return engine
+
+    def _connect(self, engine: Engine) -> None:
+        """Collective. Give the engine the group's communicator; end a handshake that hangs.
+
+        The call returns when all ranks are in it. Each group has a communicator of its own: no
+        engine has to pick its ranks out of a larger one, which some versions don't do.
+        """
+        aborted = Event()
+
+        def abort() -> None:
+            aborted.set()
+            self._communicator.abort()
+
+        timer = Timer(HANDSHAKE, abort)
+        timer.daemon = True
+        timer.start()
+        try:
+            engine.connect(self._communicator.ptr)
+        except DeviceError as error:
+            if not aborted.is_set():
+                raise
+            fault = fault_named("sequential handshake")
+            raise DeviceError(
+                f"after {HANDSHAKE:.0f} s not all ranks were in it: {fault}", fix=fault.fix
+            ) from error
+        finally:
+            timer.cancel()
 
     def describe(self) -> dict[str, str]:
         """The GPU, the library, the engines."""

@@ -86,6 +86,15 @@ class EngineSpec:
         times = 1 if self.strategy == "ring" else self.ranks
         return Extent(self.kv.min * times, self.kv.opt * times, self.kv.max * times)
 
+    @property
+    def collectives(self) -> dict[str, int]:
+        """How many of which ``CollectiveOperation`` the network has."""
+        if self.ranks == 1:
+            return {}
+        return {"ring": {}, "allgather": {"ALL_GATHER": 2}, "ulysses": {"ALL_TO_ALL": 4}}[
+            self.strategy
+        ]
+
     def includes(self, other: EngineSpec) -> bool:
         """Whether an engine of this spec does all that one of `other` would."""
         return (

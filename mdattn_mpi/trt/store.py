@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ class Manifest:
     axes: dict[str, int]  # see `Sharding`
     spec: dict[str, Any]  # the attention that it computes, as `EngineSpec.facts`; {} for a model
     model: str = ""  # SHA-256 of the ONNX file that it was built from
+    collectives: dict[str, int] = field(default_factory=dict)  # of the network, by operation
 
     def to_json(self) -> bytes:
         """Encode, readably."""
@@ -86,11 +88,15 @@ def describe(
     sm: SM,
     network: EngineSpec | Sharding,
     model: str = "",
+    collectives: Mapping[str, int] | None = None,
 ) -> Manifest:
-    """Make the manifest of an engine just built of `network`, a model's with its SHA-256."""
+    """Make the manifest of an engine just built of `network`.
+
+    Of a model, `model` is its SHA-256, and `collectives` counts what `EngineSpec` knows by itself.
+    """
     spec, axes = {}, dict.fromkeys(ATTENTION_TENSORS, 0)
     if isinstance(network, EngineSpec):
-        spec = network.facts()
+        spec, collectives = network.facts(), network.collectives
     else:
         axes = network.axes
     return Manifest(
@@ -104,6 +110,7 @@ def describe(
         axes=axes,
         spec=spec,
         model=model,
+        collectives=dict(collectives or {}),
     )
 
 

@@ -32,7 +32,7 @@ class ItemReport:
 
     @property
     def verdict(self) -> Verdict:
-        """What it comes to."""
+        """The verdict, in a word or two."""
         if self.fault:
             return "wrong"
         if self.judgement is None or self.survey is None:

@@ -21,6 +21,7 @@ from mdattn_mpi.verifier.tolerance import (
 
 Array = NDArray[Any]
 
+DOCUMENTS = 32  # of which the borders are looked at
 PASS_BYTES = 64 << 20  # of float64 output that one pass over the keys may hold
 
 
@@ -94,6 +95,7 @@ def judge(source: Source, rows: Array, rounding: Rounding) -> Judgement:
             some,
             source.read_input("query", spans),
             lambda tensor, span: source.read_input(tensor, (span,)),
+            source.read_input("sinks", ()) if problem.sinks else None,
         )
         output = source.read_output("output", spans)
         lse = source.read_output("lse", spans) if source.lse else None
@@ -179,13 +181,16 @@ def choose_rows(
 ) -> Array:
     """Choose the query rows to look at, ascending.
 
-    Always the first and the last, both sides of every border between shards, and of the first row
-    that sees a key; and `count` more at random.
+    Always the first and the last, both sides of every border between shards, of the first row that
+    sees a key, the first that a window keeps from one, and some documents; and `count` more at
+    random.
     """
-    length = problem.q_tokens
+    length, generator = problem.q_tokens, np.random.default_rng(seed)
     first_seeing = max(0, -(problem.diagonal or 0))
-    sides = [row for border in (*borders, first_seeing) for row in (border - 1, border)]
-    generator = np.random.default_rng(seed)
+    first_kept = first_seeing + problem.window[0] + 1 if problem.window[0] >= 0 else 0
+    documents = generator.permutation(problem.segments)[:DOCUMENTS].astype(int)
+    borders = (*borders, first_seeing, first_kept, *documents)
+    sides = [row for border in borders for row in (border - 1, border)]
     drawn = generator.choice(length, min(count, length), replace=False)
     chosen = np.unique(np.concatenate([[0, length - 1], sides, drawn]).astype(np.int64))
     return chosen[(chosen >= 0) & (chosen < length)]

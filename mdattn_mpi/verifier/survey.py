@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from mdattn_mpi.problem import Span
 from mdattn_mpi.verifier.compare import Array, Place, Source
 from mdattn_mpi.verifier.value_range import ValueRange
+from mdattn_mpi.verifier.visible import visible
 
 Flags = NDArray[np.bool_]
 
@@ -80,7 +81,7 @@ class _Surveyor:
         for rows in self._runs(spans) if self._source.lse else ():
             lse = self._source.read_output("lse", (rows,))
             crc32 = zlib.crc32(_bytes(lse), crc32)
-            seeing = self._last_seen(rows)[:, None] >= 0
+            seeing = visible(self._problem, _tokens(rows)).any[:, None] | self._takes_weight
             wrong = np.where(seeing, ~np.isfinite(lse), ~np.isneginf(lse))
             lses += self._impossible(rows, wrong)
         return crc32, outputs, lses
@@ -92,36 +93,50 @@ class _Surveyor:
             for start in range(span.start, span.stop, step):
                 yield Span(start, min(start + step, span.stop))
 
-    def _last_seen(self, rows: Span) -> Array:
-        """The last key that each row sees; below 0 where it sees none."""
-        diagonal = self._problem.diagonal
-        last = np.arange(rows.start, rows.stop) + (diagonal or 0)
-        return np.full(len(rows), self._problem.kv_tokens) if diagonal is None else last
-
     def _impossible(self, rows: Span, flags: Flags) -> Impossible:
         """Count what is flagged, but for rows that see an input which isn't finite."""
         if not flags.any():
             return Impossible()
         query = self._source.read_input("query", (rows,))
-        seen = self._last_seen(rows)[:, None]
-        flags = flags & np.isfinite(query).all(axis=2) & (seen < self._first_nonfinite)
+        first, last = visible(self._problem, _tokens(rows))
+        stop = np.maximum(last + 1, first.clip(max=self._problem.kv_tokens))
+        bad = self._nonfinite[stop] > self._nonfinite[first.clip(max=self._problem.kv_tokens)]
+        flags = flags & np.isfinite(query).all(axis=2) & ~bad & ~self._bad_sinks
         if not flags.any():
             return Impossible()
         row, head = np.unravel_index(int(flags.argmax()), flags.shape)
         return Impossible(int(flags.sum()), Place(rows.start + int(row), int(head)))
 
     @cached_property
-    def _first_nonfinite(self) -> Array:
-        """``[Nq]``: the first key or value of a head that isn't finite, or past all there are."""
+    def _nonfinite(self) -> Array:
+        """``[Skv + 1, Nq]``: how many tokens before each have a key or value that isn't finite."""
         problem = self._problem
-        first = np.full(problem.kv_heads, problem.kv_tokens + 1)
+        bad = np.zeros((problem.kv_tokens + 1, problem.kv_heads), bool)
         for start in range(0, problem.kv_tokens, READ_TOKENS):
             span = Span(start, min(start + READ_TOKENS, problem.kv_tokens))
             for tensor in ("key", "value"):
-                bad = ~np.isfinite(self._source.read_input(tensor, (span,))).all(axis=2)
-                token = np.where(bad.any(axis=0), start + bad.argmax(axis=0), first)
-                first = np.minimum(first, token)
-        return np.repeat(first, problem.group_heads)
+                numbers = self._source.read_input(tensor, (span,))
+                bad[span.shift(1).slice] |= ~np.isfinite(numbers).all(axis=2)
+        return np.repeat(bad.cumsum(axis=0, dtype=np.int32), problem.group_heads, axis=1)
+
+    @cached_property
+    def _sinks(self) -> Array:
+        """``[Nq]``: −∞ where there are none."""
+        if self._problem.sinks:
+            return self._source.read_input("sinks", ())
+        return np.full(self._problem.q_heads, -np.inf)
+
+    @property
+    def _takes_weight(self) -> Flags:
+        return ~np.isneginf(self._sinks)
+
+    @property
+    def _bad_sinks(self) -> Flags:
+        return ~np.isfinite(self._sinks) & self._takes_weight
+
+
+def _tokens(rows: Span) -> Array:
+    return np.arange(rows.start, rows.stop)
 
 
 def _bytes(array: NDArray[Any]) -> memoryview:

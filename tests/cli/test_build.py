@@ -101,7 +101,7 @@ def test_an_engine_from_elsewhere_is_adopted_on_purpose(
         (("--problem", "tokens=8"), "--problem without 'heads'", 2),
         (("--adopt", "none.engine", "--problem", SHAPES), "cannot read the engine", 2),
         (("--onnx", "m.onnx"), "--onnx without --tokens", 2),
-        (("--onnx", "m.onnx", "--tokens", "9:3"), "no range of lengths", 2),
+        (("--onnx", "m.onnx", "--tokens", "9:3"), "isn't a range of lengths", 2),
         (("--onnx", "m.onnx", "--tokens", "9"), "cannot read the model", 2),
         (("nowhere.h5",), "nowhere.h5", 2),
     ],
@@ -162,3 +162,27 @@ def test_parse_range() -> None:
     for wrong in ("", "0", "9:7", "a:b", "1:2:3"):
         with pytest.raises(ValueError, match=r"range|int"):
             parse_range(wrong)
+
+
+def test_what_the_library_is_known_for() -> None:
+    from types import SimpleNamespace
+
+    from mdattn_mpi.cli.build import known_faults
+    from mdattn_mpi.problem import AttentionProblem
+    from mdattn_mpi.trt.choice import spec_for
+    from mdattn_mpi.trt.library import Library
+    from mdattn_mpi.trt.store import describe
+
+    problem = AttentionProblem(64, 64, 8, 8, 64, 64, "float16")
+    (spec,) = spec_for([problem], "allgather", 2)
+
+    def told(flavour: str, version: str) -> str:
+        found = Library(flavour, version, SimpleNamespace())  # type: ignore[arg-type]
+        return "\n".join(known_faults(describe(b"", found, (9, 0), spec)))
+
+    old = told("tensorrt", "11.0.0.114")
+    assert "single-device engine" in old
+    assert "#4388); a way round is built in" in old
+    assert "release notes); use TensorRT 11.3 or later, --dtype bf16" in old
+    assert "cast up" in told("tensorrt", "11.3.0")
+    assert not told("tensorrt_rtx", "1.7.1.116")

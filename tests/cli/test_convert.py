@@ -442,7 +442,7 @@ def test_two_items_of_one_name(tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.parametrize(
     ("content", "said", "fix"),
     [
-        (gzip.compress(b"x" * 99), "compressed by gzip", "unpack"),
+        (gzip.compress(b"x" * 99, mtime=0), "compressed by gzip", "unpack"),
         (b"PAR1" + bytes(99), "a Parquet file", "save its tensors"),
         (b"CDF\x01" + bytes(99), "a netCDF-3 file", "nccopy"),
         (b"query,key,value\n1,2,3\n", "text", "save its tensors"),

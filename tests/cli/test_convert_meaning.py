@@ -128,7 +128,7 @@ class TestWhatAFileSays:
         assert problem_of(convert(tmp_path / "f.h5")).causal == "lower_right"
         with h5py.File(tmp_path / "f.h5", "a") as file:
             file.attrs["window"] = 128
-        refused(tmp_path / "f.h5", capsys, "attribute window")
+        refused(tmp_path / "f.h5", capsys, "window is")
 
     def test_above_the_items(self, tmp_path: Path, capsys: Any) -> None:
         with h5py.File(tmp_path / "f.h5", "w") as file:

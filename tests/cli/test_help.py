@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -84,7 +85,7 @@ def test_completion_can_see_all_commands_at_once() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["agree", "attention", "broadcast", "groups", "job", "memory", "predict", "ranks"],
+    ["agree", "attention", "broadcast", "groups", "job", "memory", "predict", "ranks", "tensorrt"],
 )
 def test_every_benchmark_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
@@ -110,9 +111,13 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_control_c_gets_no_traceback(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mdattn_mpi", "make-data", str(tmp_path / "d.h5")]
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program += "; from mdattn_mpi.cli import main; sys.exit(main())"  # SIGINT as from a terminal
+    command = [sys.executable, "-c", program, "make-data", str(tmp_path / "d.h5")]
     made = subprocess.Popen(
-        [*command, "--items", "40", "--length", "8192"], stderr=subprocess.PIPE, text=True
+        [*command, "--items", "40", "--length", "8192"],
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while made.poll() is None and not list(tmp_path.glob(".d.h5*")):
         time.sleep(0.05)
@@ -120,3 +125,21 @@ def test_control_c_gets_no_traceback(tmp_path: Path) -> None:
     _, errors = made.communicate(timeout=60)
     assert (made.returncode, errors) == (130, "mdattn: interrupted\n")
     assert not (tmp_path / "d.h5").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"), [("mdattn ins", "inspect "), ("mdattn run --overw", "--overwrite ")]
+)
+def test_the_shell_completes(line: str, answer: str) -> None:
+    pytest.importorskip("argcomplete", reason="pip install 'mdattn_mpi[completion]'")
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
+    command = f'exec "{sys.executable}" -m mdattn_mpi 8>&1 9>/dev/null'
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout == answer

@@ -165,9 +165,9 @@ def test_names_cannot_drive_the_terminal(tmp_path: Path, capsys: Capture) -> Non
 
 def test_what_it_does_not_know(tmp_path: Path, capsys: Capture) -> None:
     path = tmp_path / "d.h5"
-    write_dataset(path, {"a": random_tensors(), "b": random_tensors()}, None, {"b": {"window": 9}})
-    assert "bad: b: has attribute window" in text(path, capsys, code=1)
-    assert len(facts(path, capsys, "--ignore", "sinks,window")["items"]) == 2
+    write_dataset(path, {"a": random_tensors(), "b": random_tensors()}, None, {"b": {"slopes": 9}})
+    assert "bad: b: has attribute slopes" in text(path, capsys, code=1)
+    assert len(facts(path, capsys, "--ignore", "sinks,slopes")["items"]) == 2
 
 
 def test_heads_that_may_be_tokens(tmp_path: Path, capsys: Capture) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdattn_mpi.cli import main
-from mdattn_mpi.cli.submit import SIGNATURE
+from mdattn_mpi.cli.submit import SIGNATURE, seconds_of
 from tests.support.complaint import complaint
 
 GOLDEN = Path(__file__).with_name("golden")
@@ -29,9 +31,20 @@ CASES = {
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    for name in ("data.h5", "more.h5", "env.sh"):
-        (tmp_path / name).touch()
+    for name in ("data.h5", "more.h5"):
+        (tmp_path / name).write_bytes(dataset())
+    (tmp_path / "env.sh").touch()
+    (tmp_path / "foreign.h5").write_bytes(b"x" * 5000)
     return tmp_path
+
+
+@cache
+def dataset() -> bytes:
+    """The bytes of a small dataset."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "data.h5")
+        assert main(["make-data", str(path), "--items", "1", "--length", "3", "--quiet"]) == 0
+        return path.read_bytes()
 
 
 def shown(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -64,6 +77,14 @@ def test_bash_can_read_it(name: str, capsys: pytest.CaptureFixture[str]) -> None
         ("data.h5 -o out.h5 --nodes 1 --time '10\n'", "write minutes"),
         ("data.h5 -o 'out\n#SBATCH.h5' --nodes 1", "control characters"),
         ("none.h5 -o out.h5 --nodes 1", "none.h5: no such file"),
+        ("foreign.h5 -o out.h5 --nodes 1", "foreign.h5: is not an HDF5 file"),
+        ("data.h5 -o data.h5 --nodes 1", "would be the dataset itself"),
+        ("data.h5 more.h5 -o . --nodes 1 --array 1", "would be the dataset itself"),
+        (
+            "data.h5 -o out.h5 --nodes 3 --run --group-size 2",
+            "cut into groups of 2",
+        ),
+        ("data.h5 -o out.h5 --nodes 1 --time 2 --warning 120", "limit of 2 min 00 s"),
         ("data.h5 -o there/out.h5 --nodes 1", "folder isn't there"),
         ("data.h5 more.h5 -o out --nodes 1", "add --array"),
         ("data.h5 ./data.h5 -o out --nodes 1 --array 1", "different -o"),
@@ -104,13 +125,15 @@ def test_names_reach_the_program_as_they_are(
     """Run the script for real, with an srun that writes down what it got."""
     folder = tmp_path_factory.mktemp("names")
     try:
-        (folder / data).touch()
+        (folder / data).write_bytes(dataset())
     except OSError:  # this file system takes no such name
         return
     bin_folder = folder / "a bin of mine"
     bin_folder.mkdir()
     (bin_folder / "srun").write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$GOT"\n')
     (bin_folder / "srun").chmod(0o755)
+    (bin_folder / "squeue").write_text("#!/bin/sh\n")
+    (bin_folder / "squeue").chmod(0o755)
     (bin_folder / "sbatch").write_text('#!/bin/sh\nshift 2; exec bash "$1" > /dev/null\n')
     (bin_folder / "sbatch").chmod(0o755)
     got = folder / "what srun got"
@@ -158,3 +181,55 @@ def test_what_slurm_says_is_passed_on(
     (folder / "sbatch").chmod(0o755)
     assert main(["submit", "data.h5", "-o", "out.h5", "--nodes", "1"]) == 2
     assert "invalid partition" in complaint(capsys)
+    assert list(folder.glob("*.sbatch")) == []  # no script of a job that isn't there
+
+
+@pytest.mark.parametrize(
+    ("limit", "seconds"),
+    [
+        ("2", 120),
+        ("5:30", 330),
+        ("04:00:00", 14400),
+        ("1-12", 129600),
+        ("1-12:30", 131400),
+        ("2-00:00:01", 172801),
+    ],
+)
+def test_limits(limit: str, seconds: int) -> None:
+    assert seconds_of(limit) == seconds
+
+
+@pytest.mark.parametrize(
+    ("limit", "options", "signal"),
+    [("2", "", 12), ("5", "", 30), ("04:00:00", "", 180), ("2", "--warning 40", 40)],
+)
+def test_a_short_job_gets_a_short_warning(
+    limit: str, options: str, signal: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"data.h5 -o out.h5 --nodes 1 --time {limit} {options}"
+    assert f"#SBATCH --signal=USR1@{signal}\n" in shown(capsys, *words.split())
+
+
+def test_a_job_in_the_queue(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nobody submits it twice, and `status` shows it before there is an output."""
+    for name, does in (("sbatch", "echo 4711"), ("squeue", "cat queue")):
+        (folder / name).write_text(f"#!/bin/sh\n{does}\n")
+        (folder / name).chmod(0o755)
+    (folder / "queue").touch()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+    command = ["submit", "data.h5", "-o", "out.h5", "--nodes", "1"]
+    assert main(command) == 0
+    script = (folder / "out.h5.sbatch").read_text()
+    assert main(["status", "out.h5"]) == 2
+    (folder / "queue").write_text("PENDING Priority\n")
+    capsys.readouterr()
+    assert main(["status", "out.h5"]) == 0
+    assert capsys.readouterr().out == "out.h5: queued\n  Slurm's job 4711: PENDING (Priority)\n"
+    assert main(command) == 2
+    assert "a job writes this output already: job 4711" in complaint(capsys)
+    assert (folder / "out.h5.sbatch").read_text() == script
+    (folder / "queue").write_text("COMPLETED None\n")
+    assert main(["status", "out.h5"]) == 2
+    assert main(command) == 0

@@ -251,6 +251,17 @@ def test_what_is_refused(files, capsys, options, says):
     assert "Fix:" in shown
 
 
+def test_the_dataset_that_the_output_names(files, capsys):
+    with open_output(files.output) as output:
+        named = output.attributes["input_path"]
+    assert os.path.samefile(named, files.data)
+    assert main(["verify", str(files.output)]) == 0
+    os.rename(files.data, f"{files.data}.moved")
+    assert main(["verify", str(files.output)]) == 2
+    assert "name the dataset: --data" in complaint(capsys)
+    assert main(["verify", str(files.output), "--data", f"{files.data}.moved"]) == 0
+
+
 def test_another_dataset_of_the_same_shapes_is_refused(files, tmp_path, capsys):
     (tmp_path / "other").mkdir()
     other = finished(tmp_path / "other", PROBLEMS, seed=99)

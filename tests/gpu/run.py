@@ -1,11 +1,11 @@
 """Check the CUDA device on real GPUs, then time it; a short table at the end.
 
-    mpirun -n 2 python tests/gpu/run.py [check] [masks] [in-flight] [bench] [long] [million]
+    mpirun -n 2 python tests/gpu/run.py [check] [masks] [in-flight] [bench] [long] [window] ...
 
-Without words it checks and benches; `long` benches 512k. `masks` is the part of `check` with
-windows, packed documents, soft caps and sinks. `in-flight` is the part of `check` that
-calls with arrays that are still being computed (see `in_flight`), `--calls` times each. `--kernel`
-is for all but that, which takes what the library takes. Exit code 1 where a check fails.
+Without words it checks and benches; `long` benches 512k, `window` a window of 4096 at 256k. `masks`
+is the part of `check` with windows, packed documents, soft caps and sinks. `in-flight` is the part
+that calls with arrays that are still being computed (see `in_flight`), `--calls` times each.
+`--kernel` is for all but that, which takes what the library takes. Exit code 1 where a check fails.
 """
 
 from __future__ import annotations
@@ -58,6 +58,9 @@ TABLE = (
     (16384, 8, 8, 128, "none"),
 )
 LONG = ((524288, 8, 8, 64, "none"), (524288, 8, 8, 64, "upper_left"))
+WINDOWED = AttentionProblem(
+    262144, 262144, 8, 8, 128, 128, "bfloat16", "upper_left", window=(4095, 0)
+)
 
 
 def check(world: World, transfer: str, kernel: str, wanted: list[AttentionProblem]) -> int:
@@ -352,14 +355,15 @@ def main() -> int:
     rows = [int(row) for row in arguments.rows.split(",") if row] or range(len(TABLE))
     table = [TABLE[row] for row in rows] if "bench" in arguments.what else []
     table += LONG if "long" in arguments.what else ()
-    if table:
+    todo = [
+        AttentionProblem(s, s, q, kv, dim, dim, "bfloat16", mask)  # type: ignore[arg-type]
+        for s, q, kv, dim, mask in table
+    ]
+    todo += [WINDOWED] if "window" in arguments.what else ()
+    if todo:
         from mdattn_mpi.bench import attention_cuda as bench
 
         arguments.json = bool(arguments.json)
-        todo = [
-            AttentionProblem(s, s, q, kv, dim, dim, "bfloat16", mask)  # type: ignore[arg-type]
-            for s, q, kv, dim, mask in table
-        ]
         bench.main(world, todo, arguments)
     total = sum(world.allgather(wrong))
     world.end()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,12 @@ PROBLEMS = [
         ((300, 3), (6, 6), 8, "bfloat16"),
     )
 ]
+MASKED = AttentionProblem(301, 301, 4, 2, 24, 24, "bfloat16", "upper_left", softcap=4.0, sinks=True)
+PROBLEMS += [
+    replace(MASKED, window=(40, 0)),
+    replace(MASKED, causal="none", window=(5, 9), dtype="float16"),
+    replace(MASKED, segments=(0, 7, 100, 130)),
+]
 
 
 def shards_of(problem: AttentionProblem, world: Any, order: Any, seed: int = 5) -> tuple[Any, ...]:
@@ -38,9 +45,15 @@ def shards_of(problem: AttentionProblem, world: Any, order: Any, seed: int = 5) 
     inputs = random_inputs(problem, seed)
     right = attention(problem, *inputs)
     return (
-        [take(array, span) for array, span in zip(inputs, spans, strict=True)],
+        [take(array, span) for array, span in zip(inputs, spans, strict=False)] + [*inputs[3:]],
         [take(array, spans[0]) for array in right],
     )
+
+
+def masks_of(problem: AttentionProblem, sinks: Any = None) -> dict[str, Any]:
+    """The options of a call that say what a query sees."""
+    names = ("causal", "window", "softcap", "segments")
+    return {"sinks": sinks, **{name: getattr(problem, name) for name in names}}
 
 
 @on_ranks()
@@ -52,8 +65,8 @@ def test_every_strategy_mask_and_order(world: Any) -> None:
         for strategy in ("auto", *get_args(StrategyName)):
             out, lse = mdattn_mpi.attention(
                 world.comm,
-                *shards,
-                causal=problem.causal,
+                *shards[:3],
+                **masks_of(problem, *shards[3:]),
                 strategy=strategy,
                 order=order,
                 return_lse=True,
@@ -322,12 +335,11 @@ def test_tensors_of_pytorch(world: Any) -> None:
     for problem in PROBLEMS:
         shards, right = shards_of(problem, world, "contiguous")
         kind = getattr(torch, problem.dtype)
-        tensors = [torch.from_numpy(array.view(np.int16)).view(kind) for array in shards]
+        tensors = [torch.from_numpy(array.view(np.int16)).view(kind) for array in shards[:3]]
+        masks = masks_of(problem, *map(torch.from_numpy, shards[3:]))
         strided = [tensor.permute(1, 0, 2).contiguous().permute(1, 0, 2) for tensor in tensors]
         for given in (tensors, strided):
-            out, lse = mdattn_mpi.attention(
-                world.comm, *given, causal=problem.causal, return_lse=True
-            )
+            out, lse = mdattn_mpi.attention(world.comm, *given, **masks, return_lse=True)
             assert (out.dtype, lse.dtype) == (kind, torch.float32)
             values = out.view(torch.int16).numpy().view(shards[0].dtype)
             assert_close(problem, values, lse.numpy(), right)

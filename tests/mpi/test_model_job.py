@@ -73,6 +73,29 @@ def poison(folder: Path, number: int) -> None:
         file[f"items/item{number}/hidden"][-1, 0, 3] = np.nan
 
 
+@on_ranks(2, 3)
+def test_an_engine_whose_collectives_do_nothing_is_not_used(world: World, folder: Path) -> None:
+    from mdattn_mpi.errors import DeviceError
+    from mdattn_mpi.trt.model import Model
+    from tests.support.tensorrt import library
+    from tests.support.tensorrt_double import DoubleRuntime
+
+    if world.rank == 0:
+        prepare(folder, world.size, (9,))
+    world.barrier()
+    for lies in ("single device", ""):
+        runtime = DoubleRuntime(world, library())
+        runtime.double.tape.lies = lies
+        if not lies:
+            model = Model(runtime, folder / "block.engine")
+            assert "ranks hear of each other" in model._tried
+            assert "aren't proven" in model._tried
+            continue
+        with pytest.raises(DeviceError, match="without its collectives") as caught:
+            Model(runtime, folder / "block.engine")
+        assert "TensorRT 11.2" in caught.value.fix
+
+
 def test_every_item_is_right_and_a_finished_job_does_nothing(folder: Path) -> None:
     first = run(folder)
     assert first.returncode == 0, first.stderr

@@ -118,11 +118,47 @@ def test_quiet_and_verbose(data: Path, tmp_path: Path) -> None:
     assert "item1" in failing.stderr
 
 
+def test_one_damaged_item_is_computed_again(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    command = (data, "-o", out, "-s", "ring", "--items", "item[0-2]")
+    assert run(2, *command).returncode == 0
+    right = out.read_bytes()
+    with h5py.File(out) as file:
+        output = file["items/item1/output"]
+        offset, size = output.id.get_offset(), output.size * 2
+    with out.open("r+b") as raw:
+        raw.seek(offset + size - 2)
+        raw.write(b"??")
+    assert main(["verify", str(out)]) == 1
+    redo = (data, "-o", out, "-s", "ring", "--redo")
+    refused(run(2, *redo), 2, "--redo without --items")
+    refused(run(2, *redo, "--items", "item9"), 2, "no item matches")
+    refused(run(2, *redo, "--items", "item1", "--overwrite"), 2, "both redo and overwrite")
+    refused(
+        run(2, data, "-o", out, "-s", "ulysses", "--redo", "--items", "item1"), 2, "another job"
+    )
+    assert main(["verify", str(out)]) == 1
+    again = run(2, *redo, "--items", "item1")
+    assert again.returncode == 0, again.stderr
+    assert "3 of 3 items done, 1 of them now" in again.stderr
+    assert main(["verify", str(out)]) == 0
+    assert out.read_bytes() == right
+
+
 def test_dry_run_leaves_no_trace(data: Path, tmp_path: Path) -> None:
     done = run(2, data, "-o", tmp_path / "out.h5", "--dry-run")
     assert done.returncode == 0
     assert "allgather" in done.stderr
+    assert "out.h5 will take" in " ".join(done.stderr.split())
     assert not list(tmp_path.iterdir())
+    refused(run(1, data, "-o", tmp_path / "none/out.h5", "--dry-run"), 2, "doesn't exist")
+    out = tmp_path / "out.h5"
+    assert run(1, data, "-o", out, "--items", "item1", "-q").returncode == 0
+    before = out.read_bytes()
+    refused(run(1, data, "-o", out, "--dry-run"), 2, "belongs to another job")
+    again = run(1, data, "-o", out, "--items", "item1", "--dry-run")
+    assert "0 of 1 item left to do" in again.stderr
+    assert out.read_bytes() == before
 
 
 def test_some_items_from_a_job_file(data: Path, tmp_path: Path) -> None:

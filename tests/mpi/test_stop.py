@@ -1,8 +1,10 @@
 """The real job is asked to stop: it commits the item in hand, exits with 75, and resumes."""
 
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -82,6 +84,53 @@ def test_a_signal(job: Job, to: str) -> None:
         kill_all(mark_of(process))
     assert code == 75, said
     job.is_resumed()
+
+
+MPICH = Path(sys.prefix) / "mpich"  # where `make test` puts the wheel
+
+
+@pytest.mark.parametrize(
+    ("library", "number"),
+    [("Open MPI", signal.SIGINT), ("Open MPI", signal.SIGTERM), ("MPICH", signal.SIGINT)],
+)
+def test_a_launcher_that_kills_what_it_interrupts(
+    job: Job, library: str, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A rank that can't stop in time: its log and `status` say what happened, nothing is lost."""
+    program, env = (), {}
+    if library == "MPICH":
+        if not MPICH.exists():
+            pytest.skip("there is no MPICH")
+        program = (str(MPICH / "bin" / "mpirun"),)
+        env = {"MPI4PY_LIBMPI": str(MPICH / "lib" / "libmpi.so.12")}
+    command = job.command(job.out, "--chaos", "sleep@enqueue:#3:1")
+    process = start(2, command, stdout=subprocess.DEVNULL, program=program, env=env)
+    try:
+        until_an_item_is_done(job)
+        assert state(job, capsys) == "running"
+        process.send_signal(number)
+        end = time.monotonic() + 3
+        while process.poll() is None and time.monotonic() < end:
+            time.sleep(0.05)
+            now = state(job, capsys)
+            assert now in ("running", "stopping", "interrupted", "lost a rank"), now
+        if process.poll() is None:  # MPICH's waits for its ranks, till it is told twice
+            assert now == "stopping"
+            process.send_signal(number)
+        code, said = finish(process)
+    finally:
+        kill_all(mark_of(process))
+    assert code != 0, said
+    assert state(job, capsys) in ("interrupted", "lost a rank")
+    for rank in range(2):
+        assert "asked to stop" in Path(f"{job.out}.run/rank-{rank:04}.log").read_text()
+    mpirun(2, job.command(job.out), check=True)
+    assert results(job.out) == job.expected
+
+
+def state(job: Job, capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["status", str(job.out), "--json"]) == 0
+    return str(json.loads(capsys.readouterr().out)["state"])
 
 
 def test_the_time_is_over(job: Job) -> None:

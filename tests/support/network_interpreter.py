@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import ml_dtypes
@@ -79,13 +80,17 @@ class MpiRanks:
 
 @contextmanager
 def recorded(api: Any) -> Iterator[dict[str, str]]:
-    """Note the operation of every DistCollective that is added: the layer itself won't tell."""
+    """Note the operation of every DistCollective that is added: the layer itself won't tell.
+
+    The dict is filled in the end, when layers have their names.
+    """
     original = api.INetworkDefinition.add_dist_collective
     found: dict[str, str] = {}
+    layers: list[tuple[Any, str]] = []
 
     def add(network: Any, tensor: Any, operation: Any, *rest: Any) -> Any:
         layer = original(network, tensor, operation, *rest)
-        found[layer.name] = operation.name
+        layers.append((layer, operation.name))
         return layer
 
     api.INetworkDefinition.add_dist_collective = add
@@ -93,10 +98,16 @@ def recorded(api: Any) -> Iterator[dict[str, str]]:
         yield found
     finally:
         api.INetworkDefinition.add_dist_collective = original
+        found.update({layer.name: operation for layer, operation in layers})
 
 
 def interpret(
-    api: Any, network: Any, inputs: Mapping[str, Any], ranks: Ranks, collectives: Collectives
+    api: Any,
+    network: Any,
+    inputs: Mapping[str, Any],
+    ranks: Ranks,
+    collectives: Collectives,
+    layers: Mapping[str, Callable[..., Any]] = MappingProxyType({}),
 ) -> Arrays:
     """Execute `network` on this rank; return its outputs by name.
 
@@ -112,8 +123,11 @@ def interpret(
         The group. All ranks call this with the same network.
     collectives
         See `recorded`.
+    layers
+        Kinds of layer that are to be executed in another way than in `LAYERS`.
 
     """
+    layers = {**LAYERS, **layers}
     values: Arrays = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
@@ -123,14 +137,14 @@ def interpret(
     for index in range(network.num_layers):
         layer = network.get_layer(index)
         kind = layer.type.name
-        if kind not in LAYERS:
+        if kind not in layers:
             raise NotImplementedError(f"layer {layer.name!r} of type {kind}")
         given = [
             None if layer.get_input(i) is None else values[layer.get_input(i).name]
             for i in range(layer.num_inputs)
         ]
         operation = collectives.get(layer.name, "")
-        result = LAYERS[kind](_Layer(api, layer, ranks, operation), *given)
+        result = layers[kind](_Layer(api, layer, ranks, operation), *given)
         results = result if isinstance(result, tuple) else (result,)
         for number, value in enumerate(results):
             tensor = layer.get_output(number)
@@ -302,7 +316,7 @@ def exchange(ranks: Ranks, data: Any, operation: str) -> Any:
     raise NotImplementedError(f"collective {operation!r}")
 
 
-def _attention(layer: _Layer, query: Any, key: Any, value: Any) -> Any:
+def attention(layer: Any, query: Any, key: Any, value: Any) -> Any:
     """Attend in float64, ``[B, N, S, H]``; with ``num_ranks`` to the keys of all ranks."""
     of = layer.attention
     assert of.mask is None
@@ -349,7 +363,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "CONCATENATION": lambda layer, *data: np.concatenate(data, axis=layer.axis),
     "GATHER": _gather,
     "DIST_COLLECTIVE": _collective,
-    "ATTENTION_INPUT": _attention,
+    "ATTENTION_INPUT": attention,
     "ATTENTION_OUTPUT": lambda layer, data: data,
     "MATRIX_MULTIPLY": _matmul,
     "SOFTMAX": _softmax,

@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,7 +29,14 @@ from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.runtime import Runtime
 from mdattn_mpi.trt.spec import EngineSpec
 from mdattn_mpi.trt.store import describe
-from tests.support.network_interpreter import MpiRanks, interpret, recorded
+from tests.support.network_interpreter import (
+    MpiRanks,
+    Ranks,
+    attention,
+    interpret,
+    recorded,
+    softmax,
+)
 
 POINTER = 0x5EED
 
@@ -40,6 +48,7 @@ class Tape:
     calls: list[Any] = field(default_factory=list)
     words: str = ""
     refuses: str = ""  # deserialize, context, communicator, enqueue
+    lies: str = ""  # see `Double`
 
     def note(self, name: str, *values: Any) -> None:
         self.calls.append((name, *values))
@@ -53,12 +62,21 @@ class Context:
         self._double, self._spec = double, spec
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
+        self._connected = False
 
     def set_communicator(self, capsule: Any) -> bool:
+        """Return when all ranks are in it, as the library does; or when it is aborted."""
         get = ctypes.pythonapi.PyCapsule_GetPointer
         get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
         self._double.tape.note("set_communicator", get(capsule, b"ncclComm_t"))
-        return not self._double.fails("communicator")
+        met = self._double.comm.Ibarrier()
+        while not met.Test():
+            if self._double.aborted.wait(0.001):
+                return False
+        if self._double.fails("communicator"):
+            return False
+        self._connected = self._double.tape.lies != "lost communicator"
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self._double.tape.note("set_input_shape", name, shape)
@@ -79,7 +97,11 @@ class Context:
         inputs = {name: _view(self._addresses[name], s, dtype) for name, s in self._shapes.items()}
         if self._spec.takes_keys:
             inputs["keys"] = _view(self._addresses["keys"], (1,), np.int64)
-        result = self._double.interpret(self._spec, inputs)
+        result = self._double.interpret(self._spec, inputs, self._connected)
+        if self._double.tape.lies == "nothing is written":
+            return True
+        if self._double.tape.lies == "zeros":
+            result = np.zeros_like(result)
         _view(self._addresses["output"], result.shape, dtype)[:] = result
         return True
 
@@ -91,18 +113,76 @@ def _view(address: int, shape: tuple[int, ...], dtype: Any) -> Any:
     return np.frombuffer(raw, np.uint8).view(dtype).reshape(shape)
 
 
-class Double:
-    """Stands for the TensorRT module; only ``Runtime`` is not the real one's."""
+class AttentionEngine:
+    """Stands for the engine of an `EngineSpec`."""
 
-    def __init__(self, real: Library, comm: Any) -> None:
-        self.real, self.comm = real, comm
+    def __init__(self, double: Double, spec: EngineSpec) -> None:
+        self._double, self._spec = double, spec
+        if double.tape.lies == "says single device":
+            self.is_multi_device = False
+
+    def create_execution_context(self) -> Any:
+        self._double.tape.note("context")
+        return None if self._double.fails("context") else Context(self._double, self._spec)
+
+    def create_engine_inspector(self) -> Any:
+        names = [
+            f"{kind} of layer {number}"
+            for kind, count in self._spec.collectives.items()
+            for number in range(count)
+        ]
+        left_out = self._double.tape.lies == "collectives left out"
+        layers = [{"Name": "attention"}, *({"Name": name} for name in names[left_out:])]
+        information = json.dumps({"Layers": layers})
+        return SimpleNamespace(get_engine_information=lambda _: information)
+
+
+class Silent:
+    """Ranks whose collectives do nothing, without a word: a rank finds its own numbers there."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def all_gather(self, array: Any) -> list[Any]:
+        return [array] * self.size
+
+
+class Ungrouped(MpiRanks):
+    """Collectives of a group that take in the first ranks of the job, whatever the group is."""
+
+    def __init__(self, world: Any, group: Any) -> None:
+        super().__init__(world)
+        self.rank, self.size, self._all = group.rank, group.size, world.size
+
+    def all_gather(self, array: Any) -> list[Any]:
+        size, self.size = self.size, self._all
+        try:
+            return super().all_gather(array)[:size]
+        finally:
+            self.size = size
+
+
+class Double:
+    """Stands for the TensorRT module; only ``Runtime`` is not the real one's.
+
+    It lies as the library was seen to (`Tape.lies`): "single device" (collectives do nothing),
+    "lost communicator", "groups" (see `Ungrouped`), "fp16" (sums in FP16), and as it might: "says
+    single device", "collectives left out", "nothing is written", "zeros".
+    """
+
+    def __init__(self, real: Library, comm: Any, version: str = "", world: Any = None) -> None:
+        self.real, self.comm, self.world = real, comm, world
+        self.version = version  # of full TensorRT, which it then claims to be
         self.tape = Tape()
+        self.aborted = Event()
         self._sink: Any = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.real.api, name)
 
     def library(self) -> Library:
+        if self.version:
+            return Library("tensorrt", self.version, self)
         return Library(self.real.flavour, self.real.version, self)
 
     def fails(self, what: str) -> bool:
@@ -121,21 +201,47 @@ class Double:
             return None
         if bytes(serialized[:1]) != b"{":
             return ModelEngine(self, bytes(serialized))
-        spec = EngineSpec.from_facts(json.loads(bytes(serialized)))
+        return AttentionEngine(self, EngineSpec.from_facts(json.loads(bytes(serialized))))
 
-        def context() -> Any:
-            self.tape.note("context")
-            return None if self.fails("context") else Context(self, spec)
-
-        return SimpleNamespace(create_execution_context=context)
-
-    def interpret(self, spec: EngineSpec, inputs: Any) -> Any:
+    def interpret(self, spec: EngineSpec, inputs: Any, connected: bool) -> Any:
         api = self.real.api
         builder = api.Builder(api.Logger(api.Logger.ERROR))
         with recorded(api) as collectives:
-            network = define(self.real, builder, spec)
-        ranks = MpiRanks(self.comm)
-        return interpret(api, network, inputs, ranks, collectives)["output"]
+            network = define(self.library(), builder, spec)
+        layers = {"ATTENTION_INPUT": attention_in_fp16} if self.tape.lies == "fp16" else {}
+        return interpret(api, network, inputs, self.ranks(connected), collectives, layers)["output"]
+
+    def ranks(self, connected: bool) -> Ranks:
+        if not connected or self.tape.lies == "single device":
+            return Silent(self.comm.rank, self.comm.size)
+        if self.tape.lies == "groups":
+            return Ungrouped(self.world, self.comm)
+        return MpiRanks(self.comm)
+
+
+def attention_in_fp16(layer: Any, query: Any, key: Any, value: Any) -> Any:
+    """Attend as a kernel does that sums 16 products at a time in FP16, if its inputs are FP16."""
+    if query.dtype != np.float16:
+        return attention(layer, query, key, value)
+    if layer.attention.num_ranks > 1:
+        key, value = (np.concatenate(layer.ranks.all_gather(x), axis=2) for x in (key, value))
+    groups = query.shape[1] // key.shape[1]
+    key, value = (np.repeat(array, groups, axis=1).astype(np.float64) for array in (key, value))
+    scores = _summed_in_fp16(query.astype(np.float64), key.swapaxes(-1, -2)).astype(np.float64)
+    rows, columns = scores.shape[-2:]
+    kind = layer.attention.causal_kind.name
+    if kind != "NONE":
+        diagonal = columns - rows if kind == "LOWER_RIGHT" else 0
+        scores[..., np.arange(columns) > np.arange(rows)[:, None] + diagonal] = -np.inf
+    return _summed_in_fp16(softmax(scores).astype(np.float16).astype(np.float64), value)
+
+
+def _summed_in_fp16(left: Any, right: Any) -> Any:
+    total = np.float16(0)
+    for start in range(0, left.shape[-1], 16):
+        some = slice(start, start + 16)
+        total = (total + left[..., some] @ right[..., some, :]).astype(np.float16)
+    return total
 
 
 class ModelEngine:
@@ -166,6 +272,9 @@ class ModelEngine:
 
     def create_execution_context(self) -> Any:
         return self
+
+    def create_engine_inspector(self) -> Any:
+        return None  # as of a library that has none
 
     def get_tensor_mode(self, name: str) -> Any:
         mode = self._api.TensorIOMode
@@ -218,7 +327,7 @@ class ModelEngine:
             for node in self._model.graph.node
             if node.op_type == "DistCollective"
         }
-        ranks = MpiRanks(self._double.comm)
+        ranks = self._double.ranks(connected=True)
         found = interpret(self._api, self._network, inputs, ranks, collectives)
         for name, result in found.items():
             _view(self._addresses[name], result.shape, result.dtype)[:] = result
@@ -275,21 +384,29 @@ class HostGpu(GpuContext):
 class HostCommunicator:
     ptr = POINTER
 
-    def __init__(self, tape: Tape) -> None:
-        self._tape = tape
+    def __init__(self, double: Double) -> None:
+        self._tape, self._aborted = double.tape, double.aborted
 
     def close(self) -> None:
         self._tape.note("communicator.close")
 
     def abort(self) -> None:
         self._tape.note("communicator.abort")
+        self._aborted.set()
 
 
 class DoubleRuntime(Runtime):
     """A runtime in which nothing but TensorRT's own and the GPU is a double."""
 
-    def __init__(self, world: Any, real: Library, sm: tuple[int, int] = (12, 0)) -> None:
-        self.double = Double(real, world.comm)
+    def __init__(
+        self,
+        world: Any,
+        real: Library,
+        sm: tuple[int, int] = (12, 0),
+        version: str = "",
+        everyone: Any = None,
+    ) -> None:
+        self.double = Double(real, world.comm, version, everyone)
         self.tape = self.double.tape
         self.nccl = ["/nccl/lib/libnccl.so.2"]
         self.memory = HostGpu(self.tape, sm)
@@ -297,7 +414,7 @@ class DoubleRuntime(Runtime):
             world,
             self.double.library(),
             self.memory,
-            HostCommunicator(self.tape),
+            HostCommunicator(self.double),
             nccl=lambda: self.nccl,
         )
 
@@ -305,10 +422,19 @@ class DoubleRuntime(Runtime):
 class DoubleBackend(TensorRTBackend):
     """The backend, with engines that the double can run."""
 
+    runtime_class = DoubleRuntime
+
     def __init__(
-        self, world: Any, real: Library, sm: tuple[int, int] = (12, 0), engine: str = ""
+        self,
+        world: Any,
+        real: Library,
+        sm: tuple[int, int] = (12, 0),
+        engine: str = "",
+        lies: str = "",
+        **library: Any,
     ) -> None:
-        runtime = DoubleRuntime(world, real, sm)
+        runtime = self.runtime_class(world, real, sm, **library)
+        runtime.tape.lies = lies
         self.tape, self.nccl, self.gpu = runtime.tape, runtime.nccl, runtime.memory
         self.built: list[EngineSpec] = []
         super().__init__(runtime, None, engine)

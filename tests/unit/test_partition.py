@@ -8,15 +8,17 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.mask import FULL, LOWER_RIGHT, Mask, seen_pairs
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, MAX_RUNS, Mask, seen_pairs
 from mdattn_mpi.partition import (
     blocks,
+    busiest_share,
     equal_shards,
+    even_shares,
     head_shards,
     partition,
     partition_of,
@@ -26,7 +28,7 @@ from mdattn_mpi.partition import (
     token_count,
     zigzag,
 )
-from mdattn_mpi.problem import AttentionProblem, Partition, Plan, Span, StrategyName
+from mdattn_mpi.problem import AttentionProblem, Causal, Partition, Plan, Span, StrategyName
 from tests.support.reference import problems
 
 ranks = st.integers(1, 20)
@@ -222,6 +224,50 @@ def test_a_plan_may_bring_its_own_partition() -> None:
     assert partition_of(Plan(problem, "ring", 2, partition=own)) is own
     assert partition_of(Plan(problem, "ring", 2)) == partition(problem, "ring", 2)
     assert Plan(problem, "ring", 2, partition=own).digest != Plan(problem, "ring", 2).digest
+
+
+@st.composite
+def masked(draw: st.DrawFn) -> tuple[AttentionProblem, int]:
+    """Windows, and documents of long-tailed lengths, with at least 4,096 tokens a rank."""
+    p = draw(st.sampled_from([2, 3, 4, 5, 8, 16]))
+    random = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    tokens = int(random.integers(4096 * p, 20_000 * p))
+    causal: Causal = draw(st.sampled_from(["none", "upper_left"]))
+    window, segments = (-1, -1), (0,)
+    if draw(st.booleans()):
+        before = draw(st.sampled_from([0, 127, 4095, tokens // 10, tokens // 2]))
+        window = (before, 0 if causal != "none" else draw(st.sampled_from([-1, 0, before])))
+    if draw(st.booleans()):
+        lengths = 1 + 100 * random.pareto(random.uniform(0.6, 2), 4000)
+        starts = np.cumsum(lengths).astype(int)
+        segments = (0, *map(int, np.unique(starts[(starts > 0) & (starts < tokens)])))
+    return AttentionProblem(tokens, tokens, 1, 1, 8, 8, causal=causal, window=window,
+                            segments=segments), p  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(masked())
+def test_work_under_any_mask_is_balanced(case: tuple[AttentionProblem, int]) -> None:
+    problem, p = case
+    for strategy in ("ring", "allgather"):
+        owners = partition(problem, strategy, p)  # type: ignore[arg-type]
+        mask = problem.mask
+        work = [
+            sum(mask.pairs(span, Span(0, problem.kv_tokens)) for span in shard)
+            for shard in owners.query
+        ]
+        assert sum(work) == problem.pairs
+        assert max(work) * p <= 1.03 * problem.pairs
+        sizes = [token_count(shard) for shard in owners.query]
+        assert max(sizes) - min(sizes) <= 1
+        assert max(map(len, owners.query)) <= MAX_RUNS
+
+
+def test_even_shares_of_a_causal_mask_are_two_runs_each() -> None:
+    """The arc with a rank's share of pairs is a run in the middle; then what is around it."""
+    problem = AttentionProblem(8 * 1024, 8 * 1024, 1, 1, 8, 8, causal="upper_left")
+    assert busiest_share(problem, even_shares(problem, 4)) < 0.2501
+    assert max(map(len, even_shares(problem, 4))) == 2
 
 
 def test_no_ranks_is_refused() -> None:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from mdattn_mpi import text
 from mdattn_mpi.text import counted, duration, memory_size, printable, quantity, wrapped
 
 
@@ -78,3 +80,12 @@ def test_a_reader_that_has_left() -> None:
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_what_is_missing_can_be_installed_from_where_this_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(text, "__file__", str(tmp_path / "mdattn_mpi" / "text.py"))
+    assert text.install("cuda") == "pip install 'mdattn_mpi[cuda]'"
+    (tmp_path / "setup.cfg").touch()
+    assert text.install("cuda") == f"pip install -e '{tmp_path}[cuda]'"

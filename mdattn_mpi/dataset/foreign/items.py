@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
@@ -40,6 +40,7 @@ class Reading:
     packing: Packing = field(default_factory=Packing)
     causal: str | None = None
     scale: float | None = None
+    masks: Mapping[str, Any] = field(default_factory=dict)  # window, softcap
     ignore: tuple[str, ...] = ()
 
 
@@ -212,7 +213,8 @@ def _problem(
     causal = how.causal or _mask(said.get("causal", "none"), same=shapes[0][0] == shapes[1][0])
     dtype = _dtype(tensors, how)
     try:
-        return problem_of(shapes, dtype, causal, scale)
+        masks: dict[str, Any] = {n: said[n] for n in ("window", "softcap") if n in said}
+        return problem_of(shapes, dtype, causal, scale, **{**masks, **how.masks})
     except RejectedError as error:
         what = f"{error.what} (shapes {_shapes(tensors)})"
         raise _reject(what, f"{error.fix}; see --layout") from None

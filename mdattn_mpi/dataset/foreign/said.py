@@ -20,7 +20,7 @@ from mdattn_mpi.dataset.unknown import (
     unknown_in,
 )
 
-OPTIONS = ("causal", "scale", "layout")
+OPTIONS = ("causal", "scale", "softcap", "layout")
 Found = Iterator[tuple[str, str]]
 
 
@@ -47,7 +47,7 @@ class Surroundings:
             refuse_unknown(self._misplaced(), ignore, path)
 
     def options(self, names: Sequence[str]) -> dict[str, Any]:
-        """Say causal, scale and layout of the item that has these tensors, as far as known.
+        """Say mask, scale and layout of the item that has these tensors, as far as known.
 
         Raises
         ------
@@ -58,12 +58,15 @@ class Surroundings:
         if not self._file.groups:
             prefix = _prefix(names)
             refuse_unknown(self._unknown_beside(prefix), self._ignore, self._path)
-            said = {name: self._file.others.get(prefix + name) for name in OPTIONS}
+            found = {name: self._file.others.get(prefix + name) for name in ("window", *OPTIONS)}
+            said: dict[str, Any] = found
         else:
             folders = sorted({os.path.dirname(name) for name in names})
             refuse_unknown(self._unknown_around(folders), self._ignore, self._path)
             own = self._file.groups[folders[0]] if len(folders) == 1 else None
             said = {name: own.attribute(name) for name in OPTIONS} if own else {}
+            if own and "window" in own.attribute_names():
+                said["window"] = own.numbers("window", 2) or "not two integers"
             said["layout"] = self._layout(folders[0])
         return {name: value for name, value in said.items() if value is not None}
 
@@ -86,7 +89,8 @@ class Surroundings:
         start = bisect_left(self._names, prefix)
         for name in takewhile(lambda n: n.startswith(prefix), self._names[start:]):
             rest = name.removeprefix(prefix)
-            known = name in self._matched or rest in HARMLESS or rest in ITEM_ATTRIBUTES
+            option = rest in ITEM_ATTRIBUTES and self._file.others.get(name) is not None
+            known = name in self._matched or rest in HARMLESS or option
             if not known and not {"/", "."} & set(rest):
                 yield rest, f"array or value {shown(rest)}"
 

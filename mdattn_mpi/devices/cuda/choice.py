@@ -103,11 +103,12 @@ class Chooser:
 
     def _candidates(self, call: AttentionCall) -> Sequence[tuple[Engine, str]]:
         """Return the engines to try, the fastest first, and why."""
-        cudnn = self.engines["cudnn"]
-        if self._wanted != "auto":
-            return [(self.engines[self._wanted], "asked for")]
-        gains = GAIN.get(self._sm[0])
+        cudnn, gains = self.engines["cudnn"], GAIN.get(self._sm[0])
         sm = f"SM {self._sm[0]}.{self._sm[1]}"
+        if self._wanted != "auto":
+            built = self._wanted == "flash" and gains is None
+            why = f"asked for; built for {sm}, never executed there" if built else "asked for"
+            return [(self.engines[self._wanted], why)]
         if gains is None:
             return [(cudnn, f"flash wasn't measured on {sm}")]
         if "flash" not in self.engines:

@@ -13,9 +13,9 @@ import threading
 from typing import Any
 
 from mdattn_mpi.devices.cuda.attention import AttentionCall, Strides
+from mdattn_mpi.devices.presence import EXTRA
 from mdattn_mpi.errors import RejectedError
 
-EXTRA = "pip install 'mdattn_mpi[cuda]'"
 Q, K, V, OUTPUT, LSE = range(1, 6)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.devices.cuda.attention import Engine
 from mdattn_mpi.devices.cuda.choice import GAIN, Chooser
@@ -12,7 +12,7 @@ from mdattn_mpi.devices.cuda.copies import PeerCopies
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.gpu import Gpu, Network
 from mdattn_mpi.devices.cuda.memory import Memory
-from mdattn_mpi.devices.presence import EXTRA, gpu_count, why_no_cuda
+from mdattn_mpi.devices.presence import gpu_count, why_no_cuda
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.lockstep import gather_together, together
 from mdattn_mpi.problem import KERNEL_NAMES
@@ -20,7 +20,6 @@ from mdattn_mpi.problem import KERNEL_NAMES
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import Group
 
-TransferName = Literal["auto", "copy", "nccl"]
 LEAST_SM = (8, 0)
 Facts = dict[str, Any]
 
@@ -161,7 +160,7 @@ def _open_own(libraries: Libraries, local_rank: int, local_size: int) -> tuple[G
     """Open this rank's GPU; say what the others must know of it."""
     missing = libraries.why_not()
     if missing:
-        kind = RejectedError if EXTRA in missing else DeviceError
+        kind = RejectedError if missing.startswith("not installed") else DeviceError
         raise kind(missing, fix="install it, or use -b cpu")
     count = libraries.count()
     if local_rank >= count:

@@ -13,6 +13,7 @@ from mdattn_mpi.trt.library import Library
 from mdattn_mpi.trt.networks import allgather, ring, ulysses
 from mdattn_mpi.trt.networks.draft import Draft
 from mdattn_mpi.trt.spec import EngineSpec, Shapes
+from mdattn_mpi.trt.versions import Form, form_for
 
 
 class NetworkModule(Protocol):
@@ -38,12 +39,17 @@ NETWORKS: dict[str, NetworkModule] = {
 }
 
 
-def define(library: Library, builder: Any, spec: EngineSpec) -> Any:
-    """Make the strongly typed ``INetworkDefinition`` of `spec`."""
+def form_of(library: Library, spec: EngineSpec) -> Form:
+    """Choose the form of a network that `library` is known to do right."""
+    return form_for(library.flavour, library.version, spec.strategy, spec.dtype, spec.ranks)
+
+
+def define(library: Library, builder: Any, spec: EngineSpec, form: Form | None = None) -> Any:
+    """Make the strongly typed ``INetworkDefinition`` of `spec`; by default in `form_of` it."""
     api = library.api
     flag = 1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     network = builder.create_network(flag)
     network.name = f"{spec.strategy}-{spec.ranks}"
-    draft = Draft(api, network, spec)
+    draft = Draft(api, network, spec, form or form_of(library, spec))
     NETWORKS[spec.strategy].define(draft)
     return network

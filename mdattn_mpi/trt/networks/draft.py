@@ -8,18 +8,20 @@ import numpy as np
 
 from mdattn_mpi.errors import DeviceError
 from mdattn_mpi.trt.spec import EngineSpec, Extent
+from mdattn_mpi.trt.versions import Form
 
 HEADS_FIRST = (1, 0, 2)
 HEADS_FIRST_BY_RANK = (1, 0, 2, 3)
 
 
 class Draft:
-    """A TensorRT network under construction, for one `EngineSpec`."""
+    """A TensorRT network under construction, for one `EngineSpec`, in one `Form`."""
 
-    def __init__(self, api: Any, network: Any, spec: EngineSpec) -> None:
+    def __init__(self, api: Any, network: Any, spec: EngineSpec, form: Form) -> None:
         self.api = api
         self.network = network
         self.spec = spec
+        self.form = form
         self._dtype = {"bfloat16": api.bfloat16, "float16": api.float16}[spec.dtype]
 
     def tokens(self, name: str, heads: int, extent: Extent) -> Any:
@@ -36,10 +38,10 @@ class Draft:
         """
         spec, api = self.spec, self.api
         query = self.tokens("query", spec.q_heads, spec.q)
-        wide = self._out(self.network.add_cast(query, api.float32))
+        wide = self._cast(query, api.float32)
         scale = self._constant(np.full((1, 1, 1), spec.scale, np.float32))
         product = self.network.add_elementwise(wide, scale, api.ElementWiseOperation.PROD)
-        return self._out(self.network.add_cast(self._out(product), self._dtype))
+        return self._cast(self._out(product), self._dtype)
 
     def key_and_value(self) -> tuple[Any, Any]:
         """Add the inputs ``key`` and ``value``."""
@@ -52,12 +54,15 @@ class Draft:
         return key, value
 
     def collective(self, tensor: Any, operation: str) -> Any:
-        """Let the ranks exchange along dim 0: ``ALL_GATHER`` or ``ALL_TO_ALL``."""
+        """Let the ranks exchange along dim 0: ``ALL_GATHER`` or ``ALL_TO_ALL``.
+
+        Always all ranks of the communicator: a list of some of them is ignored by some versions.
+        """
         if self.spec.ranks == 1:
             return tensor
         api = self.api
         layer = self.network.add_dist_collective(
-            tensor,
+            self._cast(tensor, api.float32) if self.form.border else tensor,
             getattr(api.CollectiveOperation, operation),
             api.ReduceOperation.NONE,
             -1,
@@ -65,7 +70,9 @@ class Draft:
         )
         self._out(layer)
         layer.num_ranks = self.spec.ranks
-        return layer.get_output(0)
+        layer.name = f"{operation} of {tensor.name}"  # what an engine's inspector shows
+        traded = layer.get_output(0)
+        return self._cast(traded, self._dtype) if self.form.border else traded
 
     def first_keys(self, *tensors: Any) -> tuple[Any, ...]:
         """Keep of each ``[S, N, H]`` the keys that count, where that is known at run time only."""
@@ -93,8 +100,11 @@ class Draft:
         TensorRT's multi-device attention takes no packed inputs, so heads go first.
         """
         api = self.api
+        inputs = [self._heads_first(tensor) for tensor in (query, key, value)]
+        if self.form.wide:
+            inputs = [self._cast(tensor, api.float32) for tensor in inputs]
         layer = self.network.add_attention_v2(
-            *(self._heads_first(tensor) for tensor in (query, key, value)),
+            *inputs,
             api.AttentionNormalizationOp.SOFTMAX,
             getattr(api.CausalMaskKind, self.spec.mask.upper()),
         )
@@ -102,7 +112,8 @@ class Draft:
         if ring_ranks > 1:
             layer.num_ranks = ring_ranks  # once: it can't be changed again
         heads, dim = tuple(query.shape)[1:]
-        back = self.network.add_shuffle(layer.get_output(0))
+        found = layer.get_output(0)
+        back = self.network.add_shuffle(self._cast(found, self._dtype) if self.form.wide else found)
         back.reshape_dims = (heads, -1, dim)
         back.second_transpose = self.api.Permutation(HEADS_FIRST)
         return self._out(back)
@@ -143,6 +154,9 @@ class Draft:
         """Mark `tensor` as the output ``output``."""
         tensor.name = "output"
         self.network.mark_output(tensor)
+
+    def _cast(self, tensor: Any, dtype: Any) -> Any:
+        return self._out(self.network.add_cast(tensor, dtype))
 
     def _constant(self, values: Any) -> Any:
         return self._out(self.network.add_constant(values.shape, values))

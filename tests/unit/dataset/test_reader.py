@@ -229,7 +229,7 @@ class TestBadInput:
         with h5py.File(path, "a") as file:
             del file["items/bad"]
             file["items/bad"] = 1.0
-        self.refused(path, "is no group")
+        self.refused(path, "isn't a group")
 
     @pytest.mark.parametrize(
         ("tensors", "said"),

@@ -37,13 +37,13 @@ def dataset(name: str) -> Any:
 @pytest.mark.parametrize(
     ("edit", "name", "said"),
     [
-        (attribute("items/a", "window"), "window", "attribute window"),
-        (attribute("items/a", "softcap", 30.0), "softcap", "attribute softcap"),
+        (attribute("items/a", "sliding_window"), "sliding_window", "attribute sliding_window"),
+        (attribute("items/a", "Softcap", 30.0), "Softcap", "attribute Softcap"),
         (attribute("items/a", "is_causal", True), "is_causal", "attribute is_causal"),
         (attribute("items/a", "Scale", 0.5), "Scale", "attribute Scale"),
         (attribute("items/a/key", "scale_factor"), "scale_factor", "scale_factor of key"),
-        (dataset("segments"), "segments", "dataset segments"),
-        (dataset("sinks"), "sinks", "dataset sinks"),
+        (dataset("cu_seqlens"), "cu_seqlens", "dataset cu_seqlens"),
+        (dataset("s_aux"), "s_aux", "dataset s_aux"),
         (lambda file: file.create_group("items/a/more"), "more", "dataset more"),
         (attribute("/", "causal", "upper_left"), "causal", "attribute causal, which only counts"),
         (attribute("items", "scale", 0.5), "scale", "attribute scale, which only counts"),
@@ -66,11 +66,11 @@ def test_it_is_refused_by_name(path: Path, edit: Any, name: str, said: str) -> N
 
 def test_all_of_it_in_one_message(path: Path) -> None:
     with h5py.File(path, "a") as file:
-        attribute("items/a", "window")(file)
-        dataset("sinks")(file)
-    with pytest.raises(RejectedError, match="attribute window, dataset sinks") as caught:
+        attribute("items/a", "slopes")(file)
+        dataset("s_aux")(file)
+    with pytest.raises(RejectedError, match="attribute slopes, dataset s_aux") as caught:
         open_dataset(path)
-    assert "--ignore window,sinks" in caught.value.fix
+    assert "--ignore slopes,s_aux" in caught.value.fix
 
 
 def test_what_is_known_is_never_ignored(path: Path) -> None:

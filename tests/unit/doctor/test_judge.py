@@ -51,6 +51,24 @@ def test_healthy_nodes(ranks: list[dict[str, Any]]) -> None:
     assert "4 stripes" in lines(ranks, "folder")[0].what
 
 
+@pytest.mark.parametrize(
+    ("version", "level", "words"),
+    [
+        ("11.0.0.114", "WARN", "FP16 accumulation"),
+        ("11.3.0", "OK", "way round fused collective"),
+        ("10.9", "OK", "without faults that are known"),
+    ],
+)
+def test_tensorrt_that_is_known_for_faults(
+    ranks: list[dict[str, Any]], version: str, level: str, words: str
+) -> None:
+    assert not lines(ranks, "TensorRT")
+    for rank in ranks:
+        rank["packages"]["tensorrt"] = version
+    (finding,) = lines(ranks, "TensorRT")
+    assert (finding.level, words in finding.what) == (level, True)
+
+
 @pytest.mark.parametrize(("files", "level"), [(39, "FAIL"), (64, "WARN"), (4096, "OK")])
 def test_open_files(ranks: list[dict[str, Any]], files: int, level: str) -> None:
     ranks[1]["limits"]["nofile"] = files

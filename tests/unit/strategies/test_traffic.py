@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mdattn_mpi.devices.protocol import Message
 from mdattn_mpi.mask import Band
-from mdattn_mpi.partition import partition
+from mdattn_mpi.partition import partition, token_count
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
+from mdattn_mpi.strategies import STRATEGIES
+from mdattn_mpi.strategies.rehearsal import Rehearsal, Shape
 from tests.support.group import attend, attend_in_group, take
 from tests.support.loopback import LoopbackDevice, LoopbackTransfer, run_ranks
-from tests.support.reference import random_inputs
+from tests.support.reference import problems, random_inputs
 
 Array = NDArray[Any]
 NAMES = get_args(StrategyName)
@@ -119,9 +124,9 @@ def test_transfers_are_under_way_before_the_yield_and_nothing_is_computed(
 
 @pytest.mark.parametrize("strategy", NAMES)
 def test_one_item_may_be_begun_while_another_computes(strategy: StrategyName) -> None:
-    problems = [full(32), full(50, "upper_left"), full(17, "lower_right")]
-    inputs = [random_inputs(problem, 3) for problem in problems]
-    plans = [Plan(problem, strategy, 3) for problem in problems]
+    items = [full(32), full(50, "upper_left"), full(17, "lower_right")]
+    inputs = [random_inputs(problem, 3) for problem in items]
+    plans = [Plan(problem, strategy, 3) for problem in items]
     alone = [attend_in_group(plan, *arrays) for plan, arrays in zip(plans, inputs, strict=True)]
 
     def run(device: Spy) -> list[Any]:
@@ -214,3 +219,106 @@ def test_memory_of_a_ring_at_131072_tokens_halves_as_ranks_double() -> None:
 
     mib = {ranks: set(run_ranks(ranks, held, device=Idle)) for ranks in (1, 2, 4, 8, 16)}
     assert mib == {ranks: {n << 20} for ranks, n in {1: 64, 2: 64, 4: 48, 8: 24, 16: 12}.items()}
+
+
+class Counting:
+    """A device whose arrays have only a shape: counts the tokens of K that others send it."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.device = Rehearsal(rank, ranks)
+        self.rank, self.ranks, self.received = rank, ranks, 0
+
+    def exchange(self, send: Sequence[Message[Any]], receive: Sequence[Message[Any]]) -> None:
+        coming = [array.shape for array, peer in receive if peer != self.rank]
+        self.received += sum(tokens for tokens, *_, dim in coming if dim == K_DIM)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.device, name)
+
+
+K_DIM = 24  # of keys; of values 16
+
+
+def received(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> list[int]:
+    """How many tokens of K each rank is sent by others."""
+    problem = replace(problem, q_heads=1, kv_heads=1, head_dim=K_DIM, v_head_dim=16)
+    plan, found = Plan(problem, strategy, ranks), []
+    owners = partition(problem, strategy, ranks)
+    for rank in range(ranks):
+        device = Counting(rank, ranks)
+        tokens = (token_count(spans[rank]) for spans in (owners.query, owners.kv, owners.kv))
+        shapes = (Shape(n, 1, dim) for n, dim in zip(tokens, (K_DIM, K_DIM, 16), strict=True))
+        list(STRATEGIES[strategy](device, plan, *shapes))  # type: ignore[arg-type]
+        found.append(device.received)
+    return found
+
+
+def needed(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> list[int]:
+    """How many tokens of K each rank sees that another owns: from the definition."""
+    owners, found = partition(problem, strategy, ranks), []
+    rows = np.arange(problem.q_tokens)
+    first, last = np.zeros_like(rows), np.full_like(rows, problem.kv_tokens - 1)
+    if problem.causal != "none":
+        last = rows
+    if problem.window[0] >= 0:
+        first = np.maximum(first, rows - problem.window[0])
+    if problem.window[1] >= 0:
+        last = np.minimum(last, rows + problem.window[1])
+    if problem.segments:
+        starts = np.array([*problem.segments, problem.q_tokens])
+        document = np.searchsorted(starts, rows, side="right") - 1
+        first = np.maximum(first, starts[document])
+        last = np.minimum(last, starts[document + 1] - 1)
+    for query, own in zip(owners.query, owners.kv, strict=True):
+        ends = np.zeros(problem.kv_tokens + 1, int)
+        for span in query:
+            np.add.at(ends, first[span.slice], 1)
+            np.add.at(ends, last[span.slice] + 1, -1)
+        seen = ends.cumsum()[:-1] > 0
+        for span in own:
+            seen[span.slice] = False
+        found.append(int(seen.sum()))
+    return found
+
+
+LONG = AttentionProblem(1 << 20, 1 << 20, 1, 1, 24, 16)
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather"])
+@pytest.mark.parametrize(("causal", "window"), [("upper_left", (4095, 0)), ("none", (4095, 4095))])
+def test_with_a_window_strips_of_neighbours_are_sent(
+    strategy: StrategyName, causal: Any, window: tuple[int, int]
+) -> None:
+    """A million tokens on 8 ranks; without the window a rank is sent 917,504."""
+    problem = replace(LONG, causal=causal, window=window)
+    found = received(problem, strategy, 8)
+    assert found == needed(problem, strategy, 8)
+    assert max(found) <= 2.1 * 4096
+    assert max(found) > 0
+
+
+@pytest.mark.parametrize("strategy", ["ring", "allgather"])
+@pytest.mark.parametrize("window", [(-1, -1), (1000, 0)])
+def test_of_documents_only_what_is_shared_is_sent(
+    strategy: StrategyName, window: tuple[int, int]
+) -> None:
+    starts = np.random.default_rng(5).choice(np.arange(1, 1 << 18), 63, replace=False)
+    segments = (0, *map(int, sorted(starts)))
+    problem = replace(
+        LONG, q_tokens=1 << 18, kv_tokens=1 << 18, causal="upper_left", window=window,
+        segments=segments,
+    )  # fmt: skip
+    found = received(problem, strategy, 8)
+    assert found == needed(problem, strategy, 8)
+    assert sum(found) < 0.1 * 7 * problem.kv_tokens  # of what a ring without documents sends
+    assert max(found) > 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems(max_tokens=300), ranks=st.integers(1, 16))
+def test_nothing_that_no_query_sees_is_sent_where_a_mask_hides_keys(
+    problem: AttentionProblem, ranks: int
+) -> None:
+    problem = replace(problem, causal="upper_left", window=(13, 0), kv_tokens=problem.q_tokens)
+    for strategy in ("ring", "allgather"):
+        assert received(problem, strategy, ranks) == needed(problem, strategy, ranks)  # type: ignore[arg-type]

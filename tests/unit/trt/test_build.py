@@ -12,11 +12,12 @@ import pytest
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.trt.build import build_attention, cache_key, make_attention
+from mdattn_mpi.trt.build import build_attention, build_network, cache_key, make_attention
 from mdattn_mpi.trt.choice import spec_for
 from mdattn_mpi.trt.library import LOGGER, Library, Log
 from mdattn_mpi.trt.networks import define
 from mdattn_mpi.trt.store import Cache, sha256_of
+from mdattn_mpi.trt.versions import Form
 from tests.support.tensorrt import library, needs_tensorrt
 
 pytestmark = needs_tensorrt
@@ -73,6 +74,39 @@ def test_where_the_builder_returns_nothing_its_last_words_are_told(
         build_attention(found, ring, target(found))
     assert caught.value.exit_code == 4
     assert str(found) in caught.value.what
+
+
+@pytest.mark.parametrize("form", [Form(border=True), Form(wide=True), Form(True, True)])
+def test_every_way_round_builds(form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = library()
+    monkeypatch.setattr("mdattn_mpi.trt.build.form_of", lambda *_: form)
+    for strategy, causal in (("allgather", "upper_left"), ("ulysses", "none")):
+        (spec,) = spec_for(problems("float16", causal, (1000, 4096)), strategy, 2)  # type: ignore[arg-type]
+        assert build_attention(found, spec, target(found))
+
+
+def test_a_collective_that_was_fused_is_cast_at_its_border(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found, forms = library(), []
+    (spec,) = spec_for(problems("bfloat16", "none", (128,)), "allgather", 2)
+
+    def define_noted(lib: Any, builder: Any, spec: Any, form: Form) -> Any:
+        forms.append(form)
+        return define(lib, builder, spec, form)
+
+    def fails_at_first(lib: Any, builder: Any, network: Any, log: Log, *rest: Any) -> bytes:
+        log.clear()
+        if len(forms) == 1:
+            severity = lib.api.ILogger.Severity.ERROR
+            log.sink.log(severity, "CollectiveOperation not supported In toMyelinCommKind")
+            raise log.error("TensorRT built no engine")
+        return build_network(lib, builder, network, log, *rest)
+
+    monkeypatch.setattr("mdattn_mpi.trt.build.define", define_noted)
+    monkeypatch.setattr("mdattn_mpi.trt.build.build_network", fails_at_first)
+    assert build_attention(found, spec, target(found))
+    assert forms == [Form(), Form(border=True)]
 
 
 def test_the_collector_does_not_run_inside_of_it(caplog: pytest.LogCaptureFixture) -> None:

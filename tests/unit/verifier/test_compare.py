@@ -28,7 +28,7 @@ def test_chosen_rows_are_the_telling_ones_and_some_more(problem, data):
     for border in borders:
         assert {border - 1, border} & set(range(length)) <= set(chosen)
     assert len(chosen) >= min(count, length)
-    assert len(chosen) <= count + 4 + 2 * len(borders)
+    assert len(chosen) <= count + 6 + 2 * (len(borders) + len(problem.segments))
 
 
 def test_another_seed_chooses_other_rows_and_the_same_seed_the_same():

@@ -13,18 +13,18 @@ from mdattn_mpi.verifier.reference import MAX_BLOCK, reference
 from tests.support.reference import attention, problems, random_inputs
 
 
-def attend(problem, rows, q, k, v):
+def attend(problem, rows, q, k, v, *sinks):
     tensor = {"key": k, "value": v}
-    return reference(problem, rows, q[rows], lambda name, span: tensor[name][span.slice])
+    return reference(problem, rows, q[rows], lambda name, span: tensor[name][span.slice], *sinks)
 
 
 @given(problem=problems(max_tokens=90), seed=st.integers(0, 2**32 - 1), data=st.data())
 @settings(max_examples=80, deadline=None)
 def test_equals_dense_attention(problem, seed, data):
-    q, k, v = random_inputs(problem, seed)
+    inputs = random_inputs(problem, seed)
     rows = np.array(sorted(data.draw(st.sets(st.integers(0, problem.q_tokens - 1), min_size=1))))
-    output, lse = attention(problem, q, k, v)
-    found = attend(problem, rows, q, k, v)
+    output, lse = attention(problem, *inputs)
+    found = attend(problem, rows, *inputs)
     np.testing.assert_allclose(found.output, output[rows], rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(found.lse, lse[rows], rtol=1e-12, atol=1e-12)
     assert found.finite.all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -13,13 +14,14 @@ from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.devices.cuda.flash.tvm import FunctionLaunch, open_library
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.files import cache_folder
+from mdattn_mpi.text import install
 
-EXTRA = "pip install 'mdattn_mpi[flash]'"
+EXTRA = install("flash")
 # Of a beta: other versions may compile, and compute something else. setup.cfg has the same.
 PINNED = {"flash-attn-4": "4.0.0b36", "nvidia-cutlass-dsl": "4.8.1"}
 ALSO = ("apache-tvm-ffi", "quack-kernels")
-ARCHITECTURES = {9: "sm_90a"}
-LARGEST = 256  # head dim
+ARCHITECTURES = {9: "sm_90a", 10: "sm_100a"}
+LARGEST = {9: 256, 10: 128}  # head dim
 TILE_DIM = 16  # head dims are rounded up to multiples of it
 
 
@@ -61,14 +63,14 @@ class FlashEngine:
             from cutlass.cute.runtime import load_module
             from flash_attn.cute import cache_utils  # opens what a loaded kernel needs
 
-            from mdattn_mpi.devices.cuda.flash.sm90 import compile_kernel
+            kernels = import_module(f"mdattn_mpi.devices.cuda.flash.sm{sm[0]}0")
         except ImportError as missing:
             raise RejectedError(
                 f"FlashAttention can't be loaded ({missing})", fix=f"{EXTRA}, or use --kernel cudnn"
             ) from None
         del cache_utils
         self._sm, self._ordinal = sm, ordinal
-        self._compile, self._load_module = compile_kernel, load_module
+        self._compile, self._load_module = kernels.compile_kernel, load_module
         self._library = open_library()
         self._store = store.Store(
             cache_folder("flash"), {name: version(name) for name in (*PINNED, *ALSO)}
@@ -80,15 +82,15 @@ class FlashEngine:
 
     def refusal(self, call: AttentionCall) -> str:
         """See `attention.Engine`."""
-        return refusal(call)
+        return refusal(call, self._sm)
 
     def prepare(self, call: AttentionCall) -> FunctionLaunch:
         """See `attention.Engine`: a kernel is compiled once for all lengths."""
-        why = refusal(call)
+        why = refusal(call, self._sm)
         if why:
             raise RejectedError(f"FlashAttention can't do this: {why}", fix="use --kernel cudnn")
-        function = self._function(KernelKey.of(call, self._sm))
-        return FunctionLaunch(self._library, function, call, self._ordinal)
+        key = KernelKey.of(call, self._sm)
+        return FunctionLaunch(self._library, self._function(key), call, self._ordinal, key.ones)
 
     def close(self) -> None:
         """Let go of the functions; compiled code stays loaded, as CUDA has it."""
@@ -113,11 +115,12 @@ class FlashEngine:
         return getattr(module, store.SYMBOL)
 
 
-def refusal(call: AttentionCall) -> str:
-    """Say why the kernel of SM 9.0 can't do a call; empty where it can."""
+def refusal(call: AttentionCall, sm: tuple[int, int]) -> str:
+    """Say why the kernel of an architecture can't do a call; empty where it can."""
+    largest = LARGEST[sm[0]]
     dims = (call.head_dim, call.v_head_dim)
-    if any(dim % 8 or not 8 <= dim <= LARGEST for dim in dims):
-        return f"head dims {dims[0]} and {dims[1]}: it takes multiples of 8 up to {LARGEST}"
+    if any(dim % 8 or not 8 <= dim <= largest for dim in dims):
+        return f"head dims {dims[0]} and {dims[1]}: it takes multiples of 8 up to {largest}"
     if -(-dims[1] // TILE_DIM) > -(-dims[0] // TILE_DIM):
         # The tile of the output takes the place of the queries' in shared memory: with H = 40 and
         # Hv = 256 it wrote beyond that (CUDA error 700 on an H100).

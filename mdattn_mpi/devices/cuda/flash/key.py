@@ -19,6 +19,11 @@ class KernelKey(NamedTuple):
     mask: MaskKind
     capped: bool
 
+    @property
+    def ones(self) -> int:
+        """Dims of one before those of output and LSE: the batch, and on SM 10.0 the split."""
+        return 2 if self.sm[0] == 10 and self.out_dtype != self.dtype else 1
+
     @staticmethod
     def of(call: AttentionCall, sm: tuple[int, int]) -> KernelKey:
         """Return the kernel that does `call`."""

@@ -3,22 +3,15 @@
 Nothing here may be imported before `engine` has named the architecture to compile for.
 """
 
-import math
-
-import cuda.bindings.driver as cu
 import cutlass
-from cutlass import Float32, Int32, const_expr, cute
+from cutlass import Int32, const_expr, cute
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.interface import _tile_size_fwd_sm90
 from flash_attn.cute.seqlen_info import SeqlenInfoQK
-from flash_attn.cute.utils import AuxData
 from quack import layout_utils
-from quack.compile_utils import make_fake_tensor
 
+from mdattn_mpi.devices.cuda.flash.compiling import TYPES, compile_attention, soft_cap
 from mdattn_mpi.devices.cuda.flash.key import KernelKey
-
-ALIGNMENT = 16  # bytes, of every row
-TYPES = {"bfloat16": cutlass.BFloat16, "float16": cutlass.Float16, "float32": Float32}
 
 
 class Float32Output(FlashAttentionForwardSm90):
@@ -65,23 +58,8 @@ class Float32Output(FlashAttentionForwardSm90):
                     logs[row, 0] = lse[row]
 
 
-@cute.jit
-def soft_cap(score, batch, head, q_idx, kv_idx, seqlen_info, aux_tensors, aux_scalars):
-    """``cap · tanh(score / cap)``, to float32.
-
-    FlashAttention's own takes the fast tanh, whose error of 5e-4 is 0.02 in a score of 50: that
-    would be 2 % of a weight.
-    """
-    cap, rate = aux_scalars
-    return cap - 2.0 * cap / (1.0 + cute.math.exp2(score * rate, fastmath=True))
-
-
 def compile_kernel(key: KernelKey):
-    """Compile ``attend(q, k, v, output, lse, scale, softcap, before, after, stream)``.
-
-    For any lengths, strides and bounds. Tensors have a batch dim of one before ours; the LSE is
-    given as ``[1, heads, tokens]``, with the strides that it has.
-    """
+    """Compile the kernel of a key; see `compile_attention`."""
     causal, band = key.mask == "causal", key.mask == "band"
     tile = _tile_size_fwd_sm90(key.head_dim, key.v_head_dim, causal, band)
     kind = FlashAttentionForwardSm90 if key.out_dtype == key.dtype else Float32Output
@@ -103,33 +81,4 @@ def compile_kernel(key: KernelKey):
         intra_wg_overlap=tile.intra_wg_overlap,
         mma_pv_is_rs=tile.mma_pv_is_rs,
     )
-    rows, keys, q_heads, kv_heads = (cute.sym_int() for _ in range(4))
-
-    def tensor(dtype: str, *shape):
-        element = TYPES[dtype]
-        return make_fake_tensor(element, (1, *shape), 8 * ALIGNMENT // element.width)
-
-    @cute.jit
-    def attend(
-        q: cute.Tensor, k: cute.Tensor, v: cute.Tensor, output: cute.Tensor, lse: cute.Tensor,
-        scale: Float32, softcap: Float32, before: Int32, after: Int32, stream: cu.CUstream,
-    ):  # fmt: skip
-        capping = (softcap, 2.0 * math.log2(math.e) / softcap) if const_expr(key.capped) else None
-        kernel(
-            q, k, v, output, lse, scale,
-            window_size_left=before if const_expr(band) else None,
-            window_size_right=after if const_expr(band) else None,
-            aux_data=AuxData(None, capping), stream=stream,
-        )  # fmt: skip
-
-    return cute.compile(
-        attend,
-        tensor(key.dtype, rows, q_heads, key.head_dim),
-        tensor(key.dtype, keys, kv_heads, key.head_dim),
-        tensor(key.dtype, keys, kv_heads, key.v_head_dim),
-        tensor(key.out_dtype, rows, q_heads, key.v_head_dim),
-        make_fake_tensor(Float32, (1, q_heads, rows), 1, leading_dim=1),
-        *(Float32(1.0), Float32(1.0), Int32(1), Int32(1)),
-        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=False),
-        options="--enable-tvm-ffi",
-    )
+    return compile_attention(key, kernel)

@@ -54,12 +54,16 @@ class FunctionLaunch:
         A ``tvm_ffi.Function``; kept.
     call, ordinal
         What is computed, and on which GPU.
+    ones
+        Dims of one before those of output and LSE; the inputs have one.
 
     """
 
     workspace = 0
 
-    def __init__(self, library: Any, function: Any, call: AttentionCall, ordinal: int) -> None:
+    def __init__(
+        self, library: Any, function: Any, call: AttentionCall, ordinal: int, ones: int = 1
+    ) -> None:
         self._library, self._function = library, function
         self._handle = ctypes.c_void_p(function.__chandle__())
         rows, keys = call.q_tokens, call.kv_tokens
@@ -72,7 +76,10 @@ class FunctionLaunch:
             ((rows, q_heads, call.v_head_dim), call.output, call.out_dtype),
             ((q_heads, rows), (head, token), "float32"),
         )
-        self._tensors = [tensor(*each, ordinal) for each in dims]
+        self._tensors = [
+            tensor(*each, ordinal, before)
+            for each, before in zip(dims, (1, 1, 1, ones, ones), strict=True)
+        ]
         self._arguments = _Arguments()
         for argument, array in zip(self._arguments, self._tensors, strict=False):
             argument.type, argument.value.pointer = TENSOR, ctypes.addressof(array)
@@ -96,14 +103,18 @@ class FunctionLaunch:
             raise DeviceError(f"FlashAttention: {_raised(self._library)}")
 
 
-def tensor(shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, ordinal: int) -> Tensor:
-    """Describe an array on GPU `ordinal`, after a batch dim of one; without its address."""
+def tensor(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: str, ordinal: int, ones: int
+) -> Tensor:
+    """Describe an array on GPU `ordinal`, after some dims of one; without its address."""
     whole = max(n * step for n, step in zip(shape, strides, strict=True))
+    ndim = ones + len(shape)
     extents, steps = (
-        (ctypes.c_int64 * 4)(*numbers) for numbers in ((1, *shape), (whole, *strides))
+        (ctypes.c_int64 * ndim)(*numbers)
+        for numbers in (((1,) * ones) + shape, ((whole,) * ones) + strides)
     )
     found = Tensor(
-        device_type=CUDA, device_id=ordinal, ndim=1 + len(shape), code=CODES[dtype],
+        device_type=CUDA, device_id=ordinal, ndim=ndim, code=CODES[dtype],
         bits=BITS[dtype], lanes=1,
     )  # fmt: skip
     found.shape, found.strides = extents, steps  # ctypes keeps them

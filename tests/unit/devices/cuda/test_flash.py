@@ -42,7 +42,8 @@ def test_setup_cfg_pins_what_the_engine_wants() -> None:
     ("installed", "sm", "why"),
     [
         (engine.PINNED, (9, 0), ""),
-        (engine.PINNED, (10, 0), "not built for SM 10.0"),
+        (engine.PINNED, (10, 0), ""),
+        (engine.PINNED, (8, 0), "not built for SM 8.0"),
         (dict(list(engine.PINNED.items())[:1]), (9, 0), r"cutlass-dsl isn't installed.*\[flash\]"),
         ({**engine.PINNED, "flash-attn-4": "9"}, (9, 0), "flash-attn-4 is 9, and 4.*checked"),
     ],
@@ -73,9 +74,19 @@ def test_why_it_can_not_be_used(
     ],
 )
 def test_what_its_kernel_can_not_do(change: dict[str, Any], why: str) -> None:
-    found = engine.refusal(CALL._replace(**change))
+    found = engine.refusal(CALL._replace(**change), (9, 0))
     assert why in found
     assert bool(found) == bool(why)
+
+
+def test_other_architectures_have_other_limits() -> None:
+    large = CALL._replace(head_dim=256)
+    assert "multiples of 8 up to 128" in engine.refusal(large, (10, 0))
+    assert not engine.refusal(large, (9, 0))
+    wide, plain = (
+        KernelKey.of(CALL._replace(out_dtype=t), (10, 0)) for t in ("float32", "bfloat16")
+    )
+    assert (wide.ones, plain.ones, KEY.ones) == (2, 1, 1)  # one split of the keys comes first
 
 
 def test_a_kernel_is_for_all_lengths_and_strides() -> None:
@@ -147,6 +158,11 @@ def test_a_launch_gives_addresses_strides_scale_and_stream() -> None:
         *(0.25, 0.0, UNBOUNDED, 0),
         1234,
     ]
+    launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), CALL, 3, ones=2)
+    launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))
+    assert [found[1] for found in library.seen.pop()[3:6]] == [
+        (1, 10, 2, 8), (1, 1, 6, 4, 8), (1, 1, 4, 6)
+    ]  # fmt: skip
     band = CALL._replace(band=Band(3, None), softcap=30.0)
     launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), band, ordinal=3)
     launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))

@@ -2,12 +2,16 @@
 
     python -m pytest tests/unit/devices/cuda/test_flash_contract.py
 
-Every kind of kernel that a problem of the tests needs is compiled for SM 9.0 and loaded again. A
-launch gets as far as CUDA: what it was given was found right by the compiled function itself.
+Every kind of kernel that a problem of the tests needs is compiled for SM 9.0 and loaded again, and
+some for SM 10.0 in a process of their own, for a process compiles for one architecture. A launch
+gets as far as CUDA: what it was given was found right by the compiled function itself.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +21,7 @@ from typing import Any
 import pytest
 
 from mdattn_mpi.devices.cuda.attention import AttentionCall
-from mdattn_mpi.devices.cuda.flash.engine import FlashEngine, why_not
+from mdattn_mpi.devices.cuda.flash.engine import ARCHITECTURES, FlashEngine, why_not
 from mdattn_mpi.devices.cuda.memory import contiguous_strides
 from mdattn_mpi.devices.presence import gpu_count
 from mdattn_mpi.errors import DeviceError
@@ -45,6 +49,13 @@ KINDS = [
     for dtype, band, softcap in (MASKS[number % 2], MASKS[2 + number % 4])
     for out in (dtype, "float32")
 ]
+SM = (int(os.environ.get("FLASH_CONTRACT_SM", "9")), 0)
+if SM[0] == 10:  # they take longer
+    KINDS = [
+        (8, 8, 128, 128, "bfloat16", "bfloat16", FULL, 0.0),
+        (32, 8, 128, 128, "float16", "float32", LOWER_RIGHT, 0.0),
+        (6, 3, 72, 56, "bfloat16", "float32", WINDOW, 50.0),
+    ]
 
 
 def call_of(
@@ -61,9 +72,9 @@ def call_of(
 def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FlashEngine]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MDATTN_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("CUTE_DSL_ARCH", "sm_90a")
+        patch.setenv("CUTE_DSL_ARCH", ARCHITECTURES[SM[0]])
         import_quack()
-        yield FlashEngine((9, 0), 0)
+        yield FlashEngine(SM, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -94,3 +105,16 @@ def test_another_process_loads_what_was_compiled(engine: FlashEngine, tmp_path: 
     compiled = store.compiled
     assert store.get(next(iter(engine._functions)), never, engine._load)
     assert store.compiled == compiled
+
+
+@pytest.mark.skipif(SM[0] == 10, reason="it is what is tested")
+@pytest.mark.timeout(400)
+def test_kernels_of_sm_10_compile_too() -> None:
+    """And take our calls, as far as that can be seen without such a GPU."""
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-k", "every_kernel", __file__]
+    environment = {**os.environ, "FLASH_CONTRACT_SM": "10"}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=380, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    assert "3 passed" in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.partition import equal_partition
 from mdattn_mpi.problem import AttentionProblem, StrategyName
+from mdattn_mpi.trt.versions import Form
 from tests.support.network_interpreter import ThreadRanks, interpret, padded, recorded, shards
 from tests.support.tensorrt import library
 
@@ -54,6 +56,7 @@ def check(
     ranks: int,
     others: tuple[AttentionProblem, ...] = (),
     seed: int = 0,
+    form: Form | None = None,
 ) -> None:
     """Execute the network for `problem` (and `others`, by one profile); compare `problem`."""
     from mdattn_mpi.trt.choice import spec_for
@@ -65,7 +68,8 @@ def check(
     (spec,) = [each for each in specs if each.includes(own)]
     builder = found.api.Builder(found.api.Logger(found.api.Logger.ERROR))
     with recorded(found.api) as collectives:
-        network = define(found, builder, spec)
+        network = define(found, builder, spec, form)
+    assert Counter(collectives.values()) == spec.collectives  # what the inspector must find
     q, k, v = draw(problem, seed)
     parts = equal_partition(problem, ranks)
 
@@ -96,6 +100,13 @@ def check(
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_full_attention(strategy: StrategyName, ranks: int, dtype: Any) -> None:
     check(AttentionProblem(64, 64, 16, 4, 32, 32, dtype), strategy, ranks)
+
+
+@pytest.mark.parametrize("form", [Form(border=True), Form(wide=True), Form(True, True)])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_way_round(strategy: StrategyName, form: Form) -> None:
+    causal: Any = "none" if strategy == "ring" else "upper_left"
+    check(AttentionProblem(64, 64, 8, 4, 32, 32, "float16", causal), strategy, 2, form=form)
 
 
 @pytest.mark.parametrize("causal", ["upper_left", "lower_right"])

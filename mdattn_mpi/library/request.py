@@ -1,0 +1,88 @@
+"""A call, or the making of an `Attention`, as all ranks agree on it; and the plan for it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mdattn_mpi.errors import MdattnError
+from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
+from mdattn_mpi.library.options import Options
+from mdattn_mpi.library.session import Session, check_comm, session_of
+from mdattn_mpi.library.spans import owners_of
+from mdattn_mpi.problem import AttentionProblem, Partition, Plan, digest_of
+
+
+class Request(NamedTuple):
+    """A call, or the making of an `Attention`, as all ranks have agreed on it."""
+
+    session: Session
+    shards: Shards
+    options: Options
+    tokens: Sequence[tuple[int, int]]  # of query and of key and value, on each rank
+    key: Any  # the same on all ranks; others have others
+
+
+def agree_on(comm: Any, arrays: Sequence[Any], options: Options, deadline: float | None) -> Request:
+    """Collective. Check this rank's arguments, and that all ranks were called alike."""
+    check_comm(comm)
+    from mdattn_mpi.lockstep.arrival import DEFAULT, call_deadline
+
+    error: MdattnError | None = None
+    shards, facts, seconds = None, dict[str, Any](), DEFAULT
+    try:
+        seconds = call_deadline(deadline)
+        options = options.checked()
+        shards = shards_of(*arrays)
+        facts = {
+            **options._asdict(),
+            "dtype": shards.dtype,
+            "backend": shards.backend,
+            "heads and head dims of q, k, v": [shape[1:] for shape in shards.shapes],
+        }
+    except Exception as wrong:  # all ranks must hear of it
+        error = MdattnError.wrap(wrong)
+    session = session_of(comm, seconds)
+    if error:
+        error.rank = session.world.rank
+    digest = digest_of(facts)
+    with session.left_if_alone():
+        agreed = session.agree(
+            "attention", lambda: facts, digest, error=error, word=shards.tokens if shards else 0
+        )
+    assert shards
+    tokens = [tokens_of(number) for number in agreed.words]
+    return Request(session, shards, options, tokens, (digest, agreed.words))
+
+
+def plan_of(request: Request) -> Plan:
+    """Collective where the device isn't open. Choose a strategy."""
+    from mdattn_mpi.strategies import choose
+
+    shards, options = request.shards, request.options
+    query, kv = zip(*request.tokens, strict=True)
+    problem = AttentionProblem(
+        q_tokens=sum(query),
+        kv_tokens=sum(kv),
+        q_heads=shards.q.shape[1],
+        kv_heads=shards.k.shape[1],
+        head_dim=shards.q.shape[2],
+        v_head_dim=shards.v.shape[2],
+        dtype=shards.dtype,
+        causal=options.causal,
+        scale=options.scale,  # type: ignore[arg-type]
+        window=options.window,
+        softcap=options.softcap,
+        sinks=options.sinks,
+        segments=options.segments,
+    )
+    owners = Partition(
+        query=owners_of("query", query, options.order), kv=owners_of("kv", kv, options.order)
+    )
+    ranks, lse = len(query), options.return_lse
+    with request.session.device(shards.backend, options.kernel) as device:
+        device.check(problem)
+        strategy, reasons = choose(
+            problem, ranks, options.strategy, device.costs(problem), batch=False, owners=owners
+        )
+    return Plan(problem, strategy, ranks, shards.backend, lse, partition=owners, reasons=reasons)
