@@ -39,7 +39,7 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise RejectedError(
-            f"ONNX Runtime is needed ({error})", fix="pip install onnxruntime, or onnxruntime-gpu"
+            f"ONNX Runtime is needed ({error})", fix="pip install 'mdattn_mpi[fast]'"
         ) from error
     return onnxruntime
 
