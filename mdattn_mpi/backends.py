@@ -132,7 +132,7 @@ class StrategyBackend:
         from mdattn_mpi.strategies import STRATEGIES
 
         arrays = map(self.device.upload, shards)
-        steps = STRATEGIES[plan.strategy](self.device, plan, *arrays)
+        steps = self.device.perform(STRATEGIES[plan.strategy], plan, *arrays, ahead=True)
         next(steps)
         return Execution(steps)
 

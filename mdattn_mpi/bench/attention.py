@@ -7,7 +7,9 @@ alternating runs, medians. Results are compared before anything is timed.
   mpirun -n 2 mdattn bench attention -b cuda --lengths 8192,32768
 
 On the CPU, a ratio above 1 means that ours is faster than scaled_dot_product_attention; what exp
-gains is our time with NumPy's over that with the one in use, if another is installed.
+gains is our time with NumPy's over that with the one in use, if another is installed. With a
+window, our time is also given as a share of that without any mask; on GPUs, PyTorch's side is then
+flex_attention on one of them.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from __future__ import annotations
 import argparse
 
 from mdattn_mpi.bench.measure import on_all_ranks
-from mdattn_mpi.bench.options import add_backend, add_rounds, add_shapes, problems
+from mdattn_mpi.bench.options import add_backend, add_rounds, add_shapes, add_window, problems
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +26,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_shapes(
         parser, lengths=(2048, 8192, 16384), head_dims=(64, 128), causal="both", dtype="both"
     )
+    add_window(parser)
     add_rounds(parser)
     add = parser.add_argument
     add(
@@ -31,6 +34,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--kernel", default="auto", metavar="NAME", help="on GPUs: auto (default), cudnn, flash")
     add("--no-rivals", dest="rivals", action="store_false", help="GPUs: leave PyTorch out")
+    add(
+        "--no-replays",
+        dest="replays",
+        action="store_false",
+        help="GPUs: ask for every copy and kernel of every call",
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import alternate, report
 from mdattn_mpi.errors import DeviceError, RejectedError
-from mdattn_mpi.mask import Span
+from mdattn_mpi.mask import UNBOUNDED, Mask, Span
 from mdattn_mpi.partition import blocks
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.text import install, show
+from mdattn_mpi.verifier.visible import visible
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.cpu.host import Array, HostDevice
@@ -38,10 +39,13 @@ def main(problems: Sequence[AttentionProblem], rounds: int, *, as_json: bool) ->
     results: list[Row] = []
     for problem in problems:
         took = alternate(sides(*devices, torch, problem), rounds, before=partial(time.sleep, PAUSE))
+        unmasked = took.pop("unmasked", None)
         gains = {
             "ratio": took["theirs"] / took["ours"],  # above 1, ours is faster
             "exp_gain": took.pop("numpy_exp") / took["ours"],
         }
+        if unmasked:
+            gains["mask_cost"] = took["ours"] / unmasked
         results.append({**asdict(problem), **took, **gains})
         if not as_json:
             show(_line(problem, results[-1]))
@@ -75,6 +79,7 @@ def _line(problem: AttentionProblem, row: Row) -> str:
         f"{problem}: ours {row['ours'] * 1e3:.1f} ms ({gflops / row['ours']:.0f} GFLOP/s), "
         f"PyTorch {row['theirs'] * 1e3:.1f} ms ({gflops / row['theirs']:.0f}), "
         f"ratio {row['ratio']:.2f}; exp gains {row['exp_gain']:.2f}"
+        + (f"; {row['mask_cost']:.3f} of our time without any mask" if "mask_cost" in row else "")
     )
 
 
@@ -101,6 +106,8 @@ def sides(
 ) -> dict[str, Callable[[], Any]]:
     """Functions that compute the same attention of the same random inputs, on devices and PyTorch.
 
+    And ours without any mask, where there is a window.
+
     Raises
     ------
     DeviceError
@@ -124,17 +131,24 @@ def sides(
         for tensor in tensors
     )
 
-    def attend(device: HostDevice) -> Array:
+    def attend(device: HostDevice, mask: Mask = problem.mask) -> Array:
         accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, problem.softcap)
-        for block in blocks((Span(0, len(q)),), (Span(0, len(k)),), problem.mask):
+        for block in blocks((Span(0, len(q)),), (Span(0, len(k)),), mask):
             keys = block.kv.slice
             device.attend(accumulator, block.q, k[keys], v[keys], block.band)
         return device.finish(accumulator)[0]
 
+    seen = None
+    if problem.window != UNBOUNDED:
+        keys = torch.arange(len(k))
+        first, last = map(torch.from_numpy, visible(problem, np.arange(len(q))))
+        seen = (keys >= first[:, None]) & (keys <= last[:, None])
+
     def theirs() -> Any:
         return torch.nn.functional.scaled_dot_product_attention(
             *tensors,
-            is_causal=problem.causal != "none",
+            attn_mask=seen,
+            is_causal=seen is None and problem.causal != "none",
             scale=problem.scale,
             enable_gqa=problem.group_heads > 1,
         )
@@ -144,8 +158,9 @@ def sides(
     ).max()
     if not difference < 0.05:  # both round to 16 bits; random values of order 1
         raise DeviceError(f"ours and PyTorch's differ by {difference} for {problem}")
-    return {
+    found: dict[str, Callable[[], Any]] = {
         "ours": partial(attend, ours),
         "theirs": theirs,
         "numpy_exp": partial(attend, with_numpy_exp),
     }
+    return found if seen is None else {**found, "unmasked": partial(attend, ours, Mask())}

@@ -49,6 +49,7 @@ class Side:
     name: str
     run: Callable[[int], list[float]]
     error: float = float("nan")
+    host: list[float] = field(default_factory=list)  # milliseconds of the host, a call
     times: list[float] = field(default_factory=list)
 
     @property
@@ -62,7 +63,13 @@ def main(world: World, problems: Sequence[AttentionProblem], arguments: argparse
     from mdattn_mpi.devices.cuda.open import open_cuda
 
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-    device = open_cuda(world, transfer=arguments.transfer, kernel=arguments.kernel, timings=False)
+    device = open_cuda(
+        world,
+        transfer=arguments.transfer,
+        kernel=arguments.kernel,
+        timings=False,
+        replays=arguments.replays,
+    )
     rivals = Rivals(world) if arguments.rivals else None
     results = []
     for problem in problems:
@@ -118,7 +125,14 @@ def measure(
         world.barrier()
         calls = max(2, min(40, int(SECONDS / expected)))
         side.times += side.run(calls)
-    own = {side.name: {"ms": side.milliseconds, "error": side.error} for side in sides}
+    own = {
+        side.name: {
+            "ms": side.milliseconds,
+            "error": side.error,
+            "host ms": median(side.host) if side.host else float("nan"),
+        }
+        for side in sides
+    }
     every = world.allgather(own)
     return {
         name: {
@@ -201,6 +215,8 @@ def our_sides(
     world: World, device: CudaDevice, problem: AttentionProblem, inputs: Inputs
 ) -> Iterator[Side]:
     """One GPU by itself, then the strategies for lone items and in a stream."""
+    import torch
+
     from mdattn_mpi.strategies import STRATEGIES
 
     def side(name: str, strategy: StrategyName, *, ahead: bool = False, **options: Any) -> Side:
@@ -211,7 +227,8 @@ def our_sides(
         ]
 
         def begin(call: int) -> Any:
-            steps = STRATEGIES[strategy](device, plan, *arrays[call % len(arrays)], **options)
+            shards = arrays[call % len(arrays)]
+            steps = device.perform(STRATEGIES[strategy], plan, *shards, ahead=ahead, **options)
             next(steps)
             return steps
 
@@ -223,21 +240,26 @@ def our_sides(
             raise AssertionError("a strategy yields once")
 
         def run(calls: int) -> list[float]:
-            marks, running = [], begin(0)
+            marks, running, took = [], begin(0), 0.0
             for call in range(1, calls + 2):
+                asked = time.perf_counter()
                 following = begin(call) if ahead else None
                 end(running)
+                took += time.perf_counter() - asked
                 marks.append(device.mark())
+                asked = time.perf_counter()
                 running = following or begin(call)
+                took += time.perf_counter() - asked
             end(running)
             device.mark().sync()
+            found.host.append(1e3 * took / (calls + 1))
             return [later - earlier for earlier, later in pairwise(marks[1:])]
 
-        found = end(begin(0))
-        import torch
-
-        output = torch.from_dlpack(device.export(found))
-        return Side(name, run, inputs.error(output, own, own))
+        for call in range(4 * SETS):  # of the same arrays: recorded, then replayed
+            output = end(begin(call))
+        output = torch.from_dlpack(device.export(end(begin(0))))
+        found = Side(name, run, inputs.error(output, own, own))
+        return found
 
     yield _alone(world, device, problem, inputs)
     if world.size > 1:
@@ -284,13 +306,16 @@ def _lines(problem: AttentionProblem, result: dict[str, Any], ranks: int) -> str
     sides: dict[str, dict[str, Any]] = result["sides"]
     one = sides[ONE]
     theirs = min((sides[name]["ms"] for name in THEIRS if name in sides), default=float("nan"))
-    rows = [("", "ms", "of ranks", "share of ideal", "PyTorch's / it", "error", "/ one GPU's")]
+    rows = [
+        ("", "ms", "of ranks", "host ms", "share of ideal", "PyTorch's / it", "error", "/ one GPU")
+    ]
     for name, found in sides.items():
         rows.append(
             (
                 f"auto: {name}" if name == result["auto"] else name,
                 f"{found['ms']:.3f}",
                 " ".join(f"{ms:.3f}" for ms in found["ms of ranks"]),
+                f"{found['host ms']:.3f}",
                 f"{one['ms'] / found['ms'] / (1 if name in (ONE, FLEX) else ranks):.3f}",
                 f"{theirs / found['ms']:.2f}",
                 f"{found['error']:.2e}",

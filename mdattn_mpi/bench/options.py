@@ -8,6 +8,7 @@ from itertools import product
 from typing import get_args
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import UNBOUNDED
 from mdattn_mpi.problem import DTYPES, AttentionProblem, Causal
 
 
@@ -50,8 +51,21 @@ def add_shapes(
     add("--dtype", choices=(*DTYPES, "both"), default=dtype, help=f"default: {dtype}")
 
 
+def add_window(parser: argparse.ArgumentParser) -> None:
+    """Declare ``--window``, which `problems` reads where a benchmark has it."""
+    parser.add_argument(
+        "--window",
+        nargs=2,
+        type=int,
+        default=UNBOUNDED,
+        metavar=("BEFORE", "AFTER"),
+        help="keys seen before and after the diagonal; -1: all (default)",
+    )
+
+
 def problems(arguments: argparse.Namespace) -> Iterator[AttentionProblem]:
-    """All combinations of lengths, head dims, dtypes and masks."""
+    """All combinations of lengths, head dims, dtypes and causal masks."""
+    window = tuple(getattr(arguments, "window", UNBOUNDED))
     dtypes = list(DTYPES.values()) if arguments.dtype == "both" else [DTYPES[arguments.dtype]]
     both: tuple[Causal, ...] = ("none", "upper_left")
     masks = both if arguments.causal == "both" else (arguments.causal,)
@@ -59,7 +73,7 @@ def problems(arguments: argparse.Namespace) -> Iterator[AttentionProblem]:
     for length, dim, dtype, causal in product(
         arguments.lengths, arguments.head_dims, dtypes, masks
     ):
-        yield AttentionProblem(length, length, *heads, dim, dim, dtype, causal)
+        yield AttentionProblem(*(length, length), *heads, *(dim, dim), dtype, causal, window=window)
 
 
 def one_problem(arguments: argparse.Namespace) -> AttentionProblem:

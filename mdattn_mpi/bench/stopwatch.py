@@ -72,7 +72,8 @@ def _with_links(world: World, watch: Stopwatch, timings: Timings) -> Timings:
     large = watch.seconds_among(exchanging(watch.device, LINK_BYTES))
     bandwidth = LINK_BYTES / max(large - latency, 1e-9)
     message = max(watch.asking_seconds(small) - timings.host.get("copy", 0.0), 0.0)
-    host = {**timings.host, **_slowest(world, {"message": message})}
+    replay = watch.asking_seconds(replaying(watch.device))
+    host = {**timings.host, **_slowest(world, {"message": message, "replay": replay})}
     return replace(timings, bandwidth=bandwidth, latency=latency, host=host)
 
 
@@ -181,6 +182,27 @@ def exchanging(device: CudaDevice, nbytes: int) -> Callable[[], Any]:
         device.wait(device.exchange([(there, after)], [(here, before)]))
         device.copy(here[:1], seen)  # the next message can't come before this
         return seen
+
+    return once
+
+
+def replaying(device: CudaDevice) -> Callable[[], Any]:
+    """Attend to next to nothing, in a group: recorded by the first calls, then replayed."""
+    from mdattn_mpi.problem import AttentionProblem, Plan
+    from mdattn_mpi.strategies import STRATEGIES
+
+    problem = AttentionProblem(64 * device.ranks, 64 * device.ranks, HEADS, HEADS, DIM, DIM)
+    plan = Plan(problem, "ring", device.ranks)
+    shards = [_random(device, (64, HEADS, DIM)) for _ in range(3)]
+
+    def once() -> Any:
+        steps = device.perform(STRATEGIES["ring"], plan, *shards)
+        next(steps)
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value[1]
+        raise AssertionError("a strategy yields once")
 
     return once
 

@@ -60,7 +60,8 @@ class Timings:
         Seconds that a merge takes besides.
     host
         Seconds that the host needs to ask for one ``attend``, ``finish``, ``copy`` or ``message``
-        (all that goes to one other rank at a time, and all that comes from one).
+        (all that goes to one other rank at a time, and all that comes from one), or for a whole
+        item at once, a ``replay``.
 
     """
 
@@ -247,11 +248,15 @@ def calls(traces: Sequence[Sequence[Verb]]) -> set[Call]:
 
 
 def host_seconds(traces: Sequence[Sequence[Verb]], timings: Timings) -> float:
-    """Add up what the slowest host needs to ask for everything; GPUs can't be faster for long."""
-    return max(
+    """Add up what the slowest host needs to ask for everything; GPUs can't be faster for long.
+
+    Where an item of several ranks is replayed, that is one launch.
+    """
+    asking = max(
         sum(_asking(verb, number, timings.host) for verb in verbs)
         for number, verbs in enumerate(traces)
     )
+    return min(asking, timings.host.get("replay", asking)) if len(traces) > 1 else asking
 
 
 def _asking(verb: Verb, rank: int, host: Mapping[str, float]) -> float:

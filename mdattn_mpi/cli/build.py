@@ -21,6 +21,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.text import quantity
 
 if TYPE_CHECKING:
     from mdattn_mpi.problem import AttentionProblem, Causal, DTypeName
@@ -258,5 +259,6 @@ def _line(arguments: argparse.Namespace, manifest: Manifest, how: str) -> str:
     what = str(manifest.attention()) if manifest.spec else f"model on {manifest.ranks} ranks"
     return (
         f"{arguments.output}: {what}; SM {show_sm(manifest.sm)}, {manifest.flavour} "
-        f"{manifest.version}, {manifest.size / 1e6:.1f} MB, SHA-256 {manifest.sha256[:16]}…; {how}"
+        f"{manifest.version}, {quantity(manifest.size, 'B')}, "
+        f"SHA-256 {manifest.sha256[:16]}…; {how}"
     )

@@ -32,7 +32,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.cli.options import DTYPES, add_opening_options, add_writing_options
-from mdattn_mpi.text import counted, wrapped
+from mdattn_mpi.text import counted, quantity, wrapped
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,7 +179,7 @@ def _convert_tensors(arguments: argparse.Namespace) -> int:
             for block in rounded_blocks(source, tensor, shape, arguments.source[0]):
                 dataset.append(source.item, tensor, block)
                 bar.update(block.nbytes)
-    print(f"{arguments.path}: {len(sources)} items, {total / 1e6:.1f} MB")
+    print(f"{arguments.path}: {counted(len(sources), 'item')}, {quantity(total, 'B')}")
     for source in sources[:10]:
         print(f"  {source}")
     if len(sources) > 10:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 EPILOG = "Exit codes: 0 answered; 2 no such output, and no job in Slurm's queue that will write it."
 
-SILENCE = 20.0  # seconds after which a job that says nothing is called silent
+SILENCE = 30.0  # seconds after which a job is called silent: it says something every ten
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

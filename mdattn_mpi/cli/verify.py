@@ -14,6 +14,14 @@ How much error is allowed follows from how an engine has to round; "used" says h
 item takes up at its worst row and head. Rows that see an input which isn't finite can't be judged;
 an item of which none can is "not judged". One process does it, without MPI, on a file that may
 still be written by others.
+
+What a model gave is compared with the model itself, whole in one process and in float32:
+
+  mdattn verify out.h5 --data tokens.h5 --model DIR
+
+Items are drawn, and of long ones the first --tokens are compared where the model is causal; what
+wasn't compared is said. Allowed is 3 times the error that the model makes in the output's dtype in
+one process, 4 times at the worst token. Shards of all items are compared with their checksums.
 """
 
 from __future__ import annotations
@@ -21,16 +29,21 @@ from __future__ import annotations
 import argparse
 import os
 import textwrap
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mdattn_mpi.cli.options import add_opening_options
 from mdattn_mpi.errors import RejectedError, VerificationError
+from mdattn_mpi.text import counted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from mdattn_mpi.dataset import Output
     from mdattn_mpi.verifier.check import ItemReport
+    from mdattn_mpi.verifier.transformer import ModelReport
+
+    AnyReport = ItemReport | ModelReport
 
 
 EPILOG = """\
@@ -49,17 +62,20 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the dataset that it was made from (default: the path that it names)",
     )
     rows = parser.add_mutually_exclusive_group()
-    rows.add_argument(
-        "--rows", type=_count, default=64, metavar="N", help="random rows an item (default: 64)"
-    )
-    rows.add_argument("--all", action="store_true", help="all rows")
+    rows.add_argument("--rows", type=_count, metavar="N", help="random rows an item (default: 64)")
+    rows.add_argument("--all", action="store_true", help="all rows; of a model, all items")
     add("--items", default="*", metavar="PATTERN", help="only these: names or globs, with commas")
-    add("--seed", type=_count, default=0, metavar="N", help="of the random rows (default: 0)")
+    add("--seed", type=_count, default=0, metavar="N", help="of what is drawn (default: 0)")
     add("--partial", action="store_true", help="let it pass that items aren't finished")
-    add("--other-data", action="store_true", help="compare even if the dataset's digest differs")
+    add("--other-data", action="store_true", help="compare even if dataset or model differ")
     add("-b", "--backend", metavar="NAME", help="what computed it, if not what the output names")
     add_opening_options(parser)
     add("--json", action="store_true", help="print what was found as JSON")
+    add = parser.add_argument_group("what a model gave").add_argument
+    add("--model", metavar="DIR", help="the model's folder")
+    add("--sample", type=_count, metavar="N", help="items to compare (default: 16)")
+    add("--tokens", type=_count, metavar="N", help="of an item at most (default: 2048)")
+    add("--device", metavar="NAME", help="where the model runs: cpu (default), cuda:0, …")
 
 
 def _count(text: str) -> int:
@@ -79,20 +95,53 @@ def main(arguments: argparse.Namespace) -> int:
         The files can't be used.
 
     """
-    reports = []
-    table = _Table(quiet=arguments.json)
-    for report in _reports(arguments):
+    _check_options(arguments)
+    reports: list[AnyReport] = []
+    table = _Table(arguments.json, "tokens" if arguments.model else "rows")
+    for report in _model_reports(arguments) if arguments.model else _reports(arguments):
         table.add(report)
         reports.append(report)
     _conclude(arguments, reports)
     return 0
 
 
+def _check_options(arguments: argparse.Namespace) -> None:
+    """Refuse options of the other kind of output."""
+    of_model = bool(arguments.model)
+    others = ("rows", "backend") if of_model else ("sample", "tokens", "device")
+    wrong = next((name for name in others if getattr(arguments, name) is not None), None)
+    if wrong:
+        raise RejectedError(
+            f"--{wrong} with{'' if of_model else 'out'} --model", fix=f"leave --{wrong} out"
+        )
+
+
+def _model_reports(arguments: argparse.Namespace) -> list[ModelReport]:
+    from mdattn_mpi.dataset import open_output
+    from mdattn_mpi.verifier.transformer import Extent, verify
+
+    given = {"items": arguments.sample, "tokens": arguments.tokens, "device": arguments.device}
+    extent = Extent(seed=arguments.seed, **{n: v for n, v in given.items() if v is not None})
+    with open_output(arguments.output) as output:
+        arguments.data = arguments.data or _named_input(output)
+        return verify(
+            output,
+            arguments.data,
+            arguments.model,
+            arguments.items,
+            replace(extent, items=None) if arguments.all else extent,
+            allow=arguments.allow or (),
+            ignore=arguments.ignore or (),
+            other=arguments.other_data,
+        )
+
+
 def _reports(arguments: argparse.Namespace) -> Iterator[ItemReport]:
     from mdattn_mpi.dataset import open_output
     from mdattn_mpi.verifier.check import Options, check, open_input, pair
 
-    options = Options(None if arguments.all else arguments.rows, arguments.seed, arguments.backend)
+    rows = 64 if arguments.rows is None else arguments.rows
+    options = Options(None if arguments.all else rows, arguments.seed, arguments.backend)
     with open_output(arguments.output) as output:
         arguments.data = arguments.data or _named_input(output)
         with open_input(
@@ -121,25 +170,24 @@ def _named_input(output: Output) -> str:
 class _Table:
     """Prints a line an item, as soon as it is known; what is wrong below it."""
 
-    def __init__(self, quiet: bool) -> None:
+    def __init__(self, quiet: bool, rows: str) -> None:
         self.quiet = quiet
         if not quiet:
-            print(f"{'item':<28}{'rows':>7}{'error':>10}{'allowed':>10}{'used':>6}  shards")
+            print(f"{'item':<28}{rows:>7}{'error':>10}{'allowed':>10}{'used':>6}  shards")
 
-    def add(self, report: ItemReport) -> None:
+    def add(self, report: AnyReport) -> None:
         """Print one item."""
-        if self.quiet:
+        if self.quiet or report.verdict == "by checksum":
             return
-        name, found = report.item.name, report.judgement
+        name, found = report.item.name, report.cells
         name = name if len(name) <= 27 else name[:26] + "…"
         line = f"{name:<28}"
         if found is not None:
             ranks = report.entry.ranks
-            used = max(found.used, found.lse_used or 0.0)
-            share = f"{used:.0%}" if used < 9.995 else "> 9×"
+            share = f"{found.used:.0%}" if found.used < 9.995 else "> 9×"
             good = ranks - len(report.bad_shards)
             line += f"{found.rows:>7}"
-            measures = f"{found.error:>10.1e}{found.tolerance:>10.1e}{share:>6}"
+            measures = f"{found.error:>10.1e}{found.allowed:>10.1e}{share:>6}"
             line += measures if found.judged else " " * len(measures)
             line += f"  {good}/{ranks}"
         print(f"{line:<70} {report.verdict}", flush=True)
@@ -148,17 +196,17 @@ class _Table:
             print(*lines, sep="\n", flush=True)
 
 
-def _conclude(arguments: argparse.Namespace, reports: list[ItemReport]) -> None:
+def _conclude(arguments: argparse.Namespace, reports: list[AnyReport]) -> None:
     count = {
         verdict: sum(report.verdict == verdict for report in reports)
-        for verdict in ("right", "wrong", "not judged", "unfinished")
+        for verdict in ("right", "wrong", "not judged", "by checksum", "unfinished")
     }
     bad = count["wrong"] or count["not judged"] or (count["unfinished"] and not arguments.partial)
     if arguments.json:
         _print_json(arguments, reports, count, exit_code=1 if bad else 0)
     else:
         summary = ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
-        print(f"{arguments.output}: {len(reports)} items, {summary}")
+        print(f"{arguments.output}: {counted(len(reports), 'item')}, {summary}")
     if count["wrong"]:
         raise VerificationError(
             f"{count['wrong']} of {len(reports)} items are wrong",
@@ -168,9 +216,11 @@ def _conclude(arguments: argparse.Namespace, reports: list[ItemReport]) -> None:
         )
     if count["not judged"]:
         raise VerificationError(
-            f"{count['not judged']} of {len(reports)} items could not be judged: no row that was "
-            "looked at has a finite input",
-            fix="mend the dataset, and run without --nonfinite pass",
+            f"{count['not judged']} of {len(reports)} items could not be judged"
+            + ("" if arguments.model else ": no row that was looked at has a finite input"),
+            fix="compare more: --tokens, --sample; or look at the reasons above"
+            if arguments.model
+            else "mend the dataset, and run without --nonfinite pass",
             file=arguments.output,
         )
     if bad:
@@ -182,7 +232,7 @@ def _conclude(arguments: argparse.Namespace, reports: list[ItemReport]) -> None:
 
 
 def _print_json(
-    arguments: argparse.Namespace, reports: list[ItemReport], count: dict[str, int], exit_code: int
+    arguments: argparse.Namespace, reports: list[AnyReport], count: dict[str, int], exit_code: int
 ) -> None:
     import json
 

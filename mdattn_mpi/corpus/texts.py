@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 from mdattn_mpi.dataset.kinds import must_be_regular
 from mdattn_mpi.dataset.layout import shown
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.text import install
 
 Cut = Literal["line", "paragraph", "document"]
 
@@ -258,9 +259,7 @@ def _parquet(path: str, how: Reading) -> Iterator[Text]:
         import pyarrow
         import pyarrow.parquet
     except ImportError:
-        raise RejectedError(
-            "Parquet needs pyarrow", fix="pip install 'mdattn_mpi[parquet]'", file=path
-        ) from None
+        raise RejectedError("Parquet needs pyarrow", fix=install("parquet"), file=path) from None
     columns = [how.field, *([how.id] if how.id else [])]
     try:
         file = pyarrow.parquet.ParquetFile(path)

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from mdattn_mpi.corpus.texts import Text
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.text import install
 
-EXTRA = "pip install 'mdattn_mpi[transformers]'"
+EXTRA = install("transformers")
 BATCH_CHARACTERS = 1 << 20
 AHEAD = 3  # batches a process that wait or are done
 

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import h5py
 import numpy as np
 
 from mdattn_mpi.dataset.dtypes import hdf5_type
@@ -305,7 +304,8 @@ def _create_item(folder: Any, item: Item, encoding: Encoding, layout: Layout) ->
             put_attributes(group[tensor].id, {"dtype": "bfloat16"})
         places[tensor] = _Place(group, start, start + 2 * prod(shape))
     if problem.sinks:
-        start = allocate(group, "sinks", (problem.q_heads,), h5py.h5t.IEEE_F32LE)
+        write_array(group, "sinks", np.zeros(problem.q_heads, "<f4"))
+        start = group["sinks"].id.get_offset()
         places["sinks"] = _Place(group, start, start + 4 * problem.q_heads)
     if problem.segments:
         starts = np.array(problem.segments, "<i8")

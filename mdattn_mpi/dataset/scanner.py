@@ -45,7 +45,7 @@ class _Child:
 
     def __init__(self, allow: Sequence[str]) -> None:
         self.allow = tuple(allow)
-        self.owner = os.getpid()
+        self.owner, self.folder = os.getpid(), _folder()
         page, self._errors = os.memfd_create("mdattn-page"), os.memfd_create("mdattn-errors")
         try:
             os.ftruncate(page, PAGE_BYTES)
@@ -127,7 +127,8 @@ def _ask(request: Mapping[str, Any], allow: Sequence[str]) -> tuple[bytes, bytes
     allow = [os.path.realpath(folder) for folder in allow]
     with _lock:
         for attempt in range(2):
-            if _child and (_child.allow != tuple(allow) or _child.owner != os.getpid()):
+            here = tuple(allow), os.getpid(), _folder()
+            if _child and (_child.allow, _child.owner, _child.folder) != here:
                 _child.end()
                 _child = None
             _child = _child or _Child(allow)
@@ -139,6 +140,14 @@ def _ask(request: Mapping[str, Any], allow: Sequence[str]) -> tuple[bytes, bytes
                 if crash.how or attempt:  # else it had just gone because nobody asked
                     raise
     raise AssertionError
+
+
+def _folder() -> str:
+    """The folder from which relative paths lead on; empty if it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 def _environment(plugins: bool) -> dict[str, str]:

@@ -10,11 +10,11 @@ it. `exchange` is the one exception: it returns at once, and what it receives ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from mdattn_mpi.mask import Band, Span
-from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.problem import AttentionProblem, Plan
 
 if TYPE_CHECKING:
     import numpy as np
@@ -135,6 +135,22 @@ class HostedDevice(Device[A, T, P], Protocol[A, T, P]):
     @property
     def seconds(self) -> Mapping[str, float]:
         """Seconds spent so far in ``compute``, ``exchange`` and ``merge``."""
+        ...
+
+    def perform(
+        self,
+        attend: Callable[..., Any],
+        plan: Plan,
+        *inputs: A,
+        ahead: bool = False,
+        **options: Any,
+    ) -> Generator[None, None, tuple[A, A]]:
+        """Collective. ``attend(device, plan, *inputs, **options)``, a strategy; or its replay.
+
+        A device may note what a strategy asks it for, and do just that for later calls of one plan
+        and the same options. `ahead` says that what stands before the ``yield`` is to go on while
+        the call before computes.
+        """
         ...
 
     def check(self, problem: AttentionProblem) -> tuple[str, ...]:

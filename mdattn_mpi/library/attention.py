@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from mdattn_mpi.errors import MdattnError, RejectedError
@@ -149,6 +148,7 @@ class Attention:
     _kernel: str
     _expected: str
     _started: deque[Call]
+    _strategy_options: dict[str, Any] | None
     _sinks: Any
 
     def __init__(
@@ -183,6 +183,7 @@ class Attention:
         self._kernel = request.options.kernel
         self._expected = _kind(request.shards)
         self._started = deque()
+        self._strategy_options = None
         with session.left_if_alone():
             self._plan = together(session.world, "plan", lambda: plan_of(request), Plan.facts)
 
@@ -245,6 +246,14 @@ class Attention:
                 fix="make another one for other shapes, or call attention()",
             )
 
+    def _options_on(self, device: AnyDevice) -> dict[str, Any]:
+        """Return the strategy's options: where a call stands alone it hides behind itself."""
+        if self._strategy_options is None:
+            alone = self._plan.strategy == "allgather"
+            start = {"head_start": device.head_start(self._plan.problem)} if alone else {}
+            self._strategy_options = start
+        return self._strategy_options
+
     def _begin(self, shards: Shards) -> Call:
         """Collective. Start a call with arrays that were agreed on."""
         call = Call(self, shards)
@@ -266,7 +275,7 @@ class Call:
 
     def _begin(self) -> None:
         """Collective. Post the first transfers; nobody computes before all have their buffers."""
-        from mdattn_mpi.strategies import STRATEGIES, Attend, allgather
+        from mdattn_mpi.strategies import STRATEGIES
 
         session, plan = self._made._session, self._made._plan
         error = None
@@ -277,10 +286,9 @@ class Call:
                     session.device(plan.backend, self._made._kernel)
                 )
                 arrays = map(device.adopt, self._shards.arrays)
-                attend: Attend = STRATEGIES[plan.strategy]
-                if plan.strategy == "allgather":  # where it is alone it hides behind itself
-                    attend = partial(allgather.attend, head_start=device.head_start(plan.problem))
-                self._steps = attend(device, plan, *arrays)
+                options = self._made._options_on(device)
+                attend = STRATEGIES[plan.strategy]
+                self._steps = device.perform(attend, plan, *arrays, **options)
                 next(self._steps)
             except Exception as wrong:  # all ranks must hear of it
                 error = MdattnError.wrap(wrong, rank=session.world.rank)

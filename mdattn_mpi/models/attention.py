@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from mdattn_mpi.errors import RejectedError
@@ -241,7 +240,7 @@ class SharedAttention:
 
     def _attend(self, q: Any, k: Any, v: Any, wanted: Options) -> Any:
         """Collective. Run a strategy to its end over ``[S, N, H]``."""
-        from mdattn_mpi.strategies import STRATEGIES, Attend, allgather
+        from mdattn_mpi.strategies import STRATEGIES
 
         shards = shards_of(q, k, v)
         layer = Layer(
@@ -263,10 +262,11 @@ class SharedAttention:
             sinks = wanted.sinks.detach().float()
             given.append(sinks.numpy() if self.backend == "cpu" else sinks)
         adopted = map(self.device.adopt, given)
-        attend: Attend = STRATEGIES[plan.strategy]
+        options: dict[str, Any] = {}
         if plan.strategy == "allgather":  # nothing else hides its transfers
-            attend = partial(allgather.attend, head_start=self.device.head_start(plan.problem))
-        out, _ = _run(attend(self.device, plan, *adopted))
+            options = {"head_start": self.device.head_start(plan.problem)}
+        attend = STRATEGIES[plan.strategy]
+        out, _ = _run(self.device.perform(attend, plan, *adopted, **options))
         return shards.give(self.device.export(out))
 
     def plan(self, layer: Layer) -> Plan:

@@ -175,10 +175,11 @@ class Transformer:
         if self.network.device.type == "cpu":
             yield
             return
+        stream = torch.cuda.current_stream(self.network.device)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
+        before.record(stream)
         yield
-        after.record()
+        after.record(stream)
         self._marks.append((before, after))
 
     def _run(self, running: Running) -> list[Any]:
@@ -254,5 +255,5 @@ def _to_host(tensor: torch.Tensor) -> tuple[HostArray, Any]:
     host = torch.empty(bits.shape, dtype=bits.dtype, pin_memory=True)
     host.copy_(bits, non_blocking=True)
     end = torch.cuda.Event()
-    end.record()
+    end.record(torch.cuda.current_stream(tensor.device))
     return host.numpy().view(dtype), end

@@ -57,6 +57,8 @@ def load(
 
     if threads:
         torch.set_num_threads(threads)
+    if device != "cpu":
+        torch.cuda.set_device(device)  # streams and pinned memory are those of the current one
     if attention == "mdattn":
         from mdattn_mpi.models.attention import register
 

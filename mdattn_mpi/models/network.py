@@ -76,7 +76,8 @@ class Network:
         self.table = _positions_table(self.backbone)
         self.longest = int(getattr(config, "max_position_embeddings", 0) or 0)
         if self.table:
-            self.longest = self.table - self.numbering.first
+            held = self.table - self.numbering.first
+            self.longest = min(held, self.longest or held)
 
     def check_length(self, tokens: int, beyond: bool) -> None:
         """Refuse a sequence that is longer than the model's positions.
@@ -145,6 +146,13 @@ class Network:
     def run_as_it_is(self, ids: Ids, by: Attending) -> torch.Tensor:
         """Return hidden states ``[S, D]`` of a whole sequence, at positions of the model's own."""
         return self._forward(by, input_ids=ids)
+
+    def release(self) -> None:
+        """Give back what PyTorch keeps of the GPU's memory for itself."""
+        if self.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
 
     def _forward(self, by: Attending, **inputs: Ids) -> torch.Tensor:
         import torch

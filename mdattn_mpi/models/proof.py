@@ -24,7 +24,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.models.attention import Attending, Layer, SharedAttention, StrategyWish
 from mdattn_mpi.models.pieces import PIECE
 from mdattn_mpi.models.sequence import ONE_DOCUMENT, Ids, TokenSequence, owners_of
-from mdattn_mpi.problem import Span
+from mdattn_mpi.problem import Plan, Span
 from mdattn_mpi.text import counted
 
 if TYPE_CHECKING:
@@ -130,10 +130,25 @@ def prove(
     Raises
     ------
     RejectedError
-        A layer asks for what isn't known, or has no attention of its own to be compared with. What
-        parts is refused by `Proof.check`.
+        A layer asks for what isn't known, has no attention of its own to be compared with, or can't
+        be run so. What parts is refused by `Proof.check`.
 
     """
+    try:
+        return _prove(network, device, backend, group, strategy)
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
+        raise RejectedError(
+            f"{network.name} can't be run on some of a sequence's tokens: {error}",
+            fix="use another model: layers of this one want more than tokens and their positions",
+        ) from error
+    finally:
+        network.release()  # long items want other sizes
+
+
+def _prove(
+    network: Network, device: AnyDevice, backend: str, group: Group, strategy: StrategyWish
+) -> Proof:
+    """Collective. Run the probe four times: as it is, rounded, shared, and without each other."""
     tokens, unseen = probe_length(network.config, group.size, network.longest)
     ids = probe_ids(network.config, network.vocabulary, tokens)
     owners = owners_of(tokens, group.size, network.causal)
@@ -219,6 +234,10 @@ class _Alone:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._device, name)
+
+    def perform(self, attend: Any, plan: Plan, *inputs: Any, **options: Any) -> Any:
+        """Do what a strategy does alone; nothing is replayed."""
+        return attend(self, plan, *inputs, **options)
 
 
 class _Own:

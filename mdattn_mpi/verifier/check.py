@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -17,7 +17,17 @@ from mdattn_mpi.verifier.compare import Array, Judgement, Place, Source, choose_
 from mdattn_mpi.verifier.survey import Survey, survey
 from mdattn_mpi.verifier.tolerance import rounding_of
 
-Verdict = Literal["right", "wrong", "not judged", "unfinished"]
+Verdict = Literal["right", "wrong", "not judged", "by checksum", "unfinished"]
+
+
+class Cells(NamedTuple):
+    """What a table says of an item; nothing but rows where nothing could be judged."""
+
+    rows: int
+    error: float
+    allowed: float
+    used: float
+    judged: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,15 @@ class ItemReport:
         if self.bad_shards or self.survey.impossible or not self.judgement.right:
             return "wrong"
         return "right" if self.judgement.judged else "not judged"
+
+    @property
+    def cells(self) -> Cells | None:
+        """What a table says of it; None when it isn't done."""
+        found = self.judgement
+        if found is None:
+            return None
+        used = max(found.used, found.lse_used or 0.0)
+        return Cells(found.rows, found.error, found.tolerance, used, found.judged)
 
     @property
     def bad_shards(self) -> tuple[int, ...]:
@@ -129,8 +148,10 @@ def open_input(
     """
     if any(isinstance(item, ModelItem) for item in output.items):
         raise RejectedError(
-            "holds what a model gave; only attention can be verified",
-            fix="look for damage with `mdattn inspect --check`",
+            "holds what a model gave",
+            fix="name the model: --model DIR"
+            if "model" in output.attributes
+            else "look for damage with `mdattn inspect --check`: engines can't be verified",
             file=output.path,
         )
     dataset = open_dataset(

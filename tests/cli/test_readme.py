@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ COMMAND = re.compile(r"^ *\$ ((?:.*\\\n)*.*)$", re.MULTILINE)
 
 # Why a command isn't run here, by what is in it. The first that matches counts.
 ELSEWHERE = {
+    **(
+        {}
+        if find_spec("transformers")
+        else {r"(transformer|make_model|parallel)\.py|\btiny": "needs the extra transformers"}
+    ),
     r"\b(sbatch|srun|squeue|scancel|salloc|mdattn submit)\b": "needs Slurm",
     r"-b (cuda|tensorrt)|\bmdattn build\b|nvidia-smi|--backend (cuda|tensorrt)": "needs a GPU",
     r"^git |^cd ": "about getting the source",

@@ -1,7 +1,7 @@
 """The library call on arrays that are still being computed, whose results are used at once.
 
-A producer runs for about a millisecond in the caller's stream; q, k and v are overwritten or freed
-as soon as `attention` returns, the output is read, overwritten and freed; nothing waits for the GPU
+A producer runs for some milliseconds in the caller's stream; q, k and v are overwritten or freed as
+soon as `attention` returns, the output is read, overwritten and freed; nothing waits for the GPU
 before all calls have been made. Results are compared on the GPU with float64.
 """
 
@@ -25,7 +25,7 @@ from mdattn_mpi.problem import AttentionProblem, DTypeName, StrategyName
 
 TOKENS, HEADS, DIM = 2048, 8, 128
 WIDTH = 4096  # of the producer's matrices
-STEPS = 16  # products of the producer
+STEPS = 40  # products of the producer: longer than a host needs for a call
 SETS = 4  # different inputs
 STRATEGIES: tuple[StrategyName, ...] = get_args(StrategyName)
 Context = Callable[[], contextlib.AbstractContextManager[Any]]

@@ -1,6 +1,6 @@
 """Check the CUDA device on real GPUs, then time it; a short table at the end.
 
-    mpirun -n 2 python tests/gpu/run.py [check] [masks] [in-flight] [bench] [long] [window] ...
+    mpirun -n 2 python tests/gpu/run.py [check] [masks] [in-flight] [bench] [layers] [long] ...
 
 Without words it checks and benches; `long` benches 512k, `window` a window of 4096 at 256k. `masks`
 is the part of `check` with windows, packed documents, soft caps and sinks. `in-flight` is the part
@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import cProfile
+import faulthandler
 import itertools
 import os
+import pstats
 import sys
 import time
 from collections.abc import Iterator
@@ -91,6 +94,8 @@ def check(world: World, transfer: str, kernel: str, wanted: list[AttentionProble
         following = begin(*batch[index + 1]) if index + 1 < len(batch) else None
         backend.enqueue(running)
         downloads.append(backend.collect(running))
+        if world.rank == 0 and index % 33 == 32:
+            print(f"    {index + 1} of {len(batch)} items asked for", flush=True)
         running = following
     wrong = sum(
         _wrong(world, transfer, plan, arrays, *download.wait())
@@ -239,9 +244,6 @@ def million(world: World, kernel: str) -> int:
 
 def profile(world: World, kernel: str) -> None:
     """Collective. Where the time of a lone call goes: on the GPU, and on the host."""
-    import cProfile
-    import pstats
-
     from mdattn_mpi.bench import attention_cuda as bench
 
     device = open_cuda(world, kernel=kernel, timings=False)
@@ -270,10 +272,40 @@ def profile(world: World, kernel: str) -> None:
     device.close()
 
 
+def layers(world: World) -> None:
+    """Collective. A model of 32 layers as the library sees it: what a call takes of the host."""
+    import torch
+
+    torch.cuda.set_device(world.local_rank)
+    for length in (8192, 16384):
+        shape = (length // world.size, 8, 128)
+        x = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+        made = mdattn_mpi.Attention(world.comm, x, x, x)
+        for ways in ("calls alone", "with projections"):
+            host, begin = [], time.perf_counter()
+            for layer in range(32 * 8):
+                q, k, v = (x, x, x) if ways == "calls alone" else (x * 2, x + 1, x - 1)
+                asked = time.perf_counter()
+                out = made.start(q, k, v).wait()
+                host.append(1e6 * (time.perf_counter() - asked))
+                x = x if ways == "calls alone" else (out + x).mul_(0.5)
+                if layer % 32 == 31:
+                    torch.cuda.synchronize()
+                    world.barrier()
+            if world.rank == 0:
+                each = (time.perf_counter() - begin) / len(host) * 1e3
+                few, half, most = np.percentile(host[64:], (10, 50, 90))
+                print(
+                    f"{length}, {ways}: host {half:.0f} us a call ({few:.0f} to "
+                    f"{most:.0f}), all {each:.3f} ms a layer",
+                    flush=True,
+                )
+
+
 @contextlib.contextmanager
 def timeline(device: Any) -> Iterator[list[tuple[str, Any]]]:
     """Note timed events at the beginning and end of what goes on in each stream."""
-    gpu, launches, copies = device._gpu, device._kernels._launches, device._copies
+    gpu, launches, copies = device._gpu, device.kernels._launches, device._copies
     places: list[tuple[str, Any]] = []
     originals = (launches.get, gpu.merge, gpu.copy, copies.arrival, device.mark)
 
@@ -330,9 +362,15 @@ def main() -> int:
     parser.add_argument("--calls", type=int, default=40, help="in flight, of each kind")
     parser.add_argument("--rows", default="", help="rows of the table to bench, as 0,3,4")
     parser.add_argument("--no-rivals", dest="rivals", action="store_false")
+    parser.add_argument("--no-replays", dest="replays", action="store_false")
+    parser.add_argument(
+        "--stacks", type=float, default=0.0, help="seconds after which to show them"
+    )
     parser.add_argument("--json", default="")
     arguments = parser.parse_args()
     world, wrong = start(), 0
+    if arguments.stacks:
+        faulthandler.dump_traceback_later(arguments.stacks)
     begin = time.perf_counter()
     if "masks" in arguments.what:
         wrong += check(world, "auto", arguments.kernel, masked_problems())
@@ -348,6 +386,13 @@ def main() -> int:
     if {"check", "in-flight"} & set(arguments.what):
         wrong += in_flight.check(world, arguments.calls, reference, TOLERANCE)
         print(f"rank {world.rank}: {wrong} wrong, {time.perf_counter() - begin:.1f} s", flush=True)
+    if "layers" in arguments.what:
+        layers(world)
+    if "profile-layers" in arguments.what:
+        profiler = cProfile.Profile()
+        profiler.runcall(layers, world)
+        if world.rank == 0:
+            pstats.Stats(profiler).sort_stats("tottime").print_stats(24)
     if "profile" in arguments.what:
         profile(world, arguments.kernel)
     if "million" in arguments.what:

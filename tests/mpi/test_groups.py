@@ -154,4 +154,4 @@ def test_ranks_that_no_group_takes_wait_for_the_others(tmp_path: Path) -> None:
         "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     )
     done = mpirun(3, ["-c", script, *command(data, out, "--group-size", "auto")], check=True)
-    assert "1 of 1 items done" in done.stderr
+    assert "1 of 1 item done" in done.stderr

@@ -1,8 +1,8 @@
 """A double of the CUDA driver and cuDNN at their seams, with all ranks in one process.
 
 Streams are queues of work that is done late and in an order drawn at random, as far as events and
-flags allow. Memory that is given out, received into or freed is poisoned. So what a device forgets
-to wait for comes out as a wrong result.
+flags allow; so are the graphs that they are captured into. Memory that is given out, received into
+or freed is poisoned. So what a device forgets to wait for comes out as a wrong result.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.gpu import Gpu, View
 from mdattn_mpi.devices.cuda.merge import MergeCall
-from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.errors import DeviceError, RejectedError
 
 DEADLINE = 30.0
 POISON = 0x7FC0
@@ -39,20 +39,16 @@ class Machine:
         self.lock = threading.RLock()
         self.random = random.Random(seed)
         self.streams: list[Stream] = []
+        self.replays: list[Replay] = []
         self.memory: dict[int, Any] = {}  # address -> buffer
 
     def step(self) -> bool:
         """Do one piece of work of a stream drawn at random; False where none can go on."""
         with self.lock:
-            busy = [stream for stream in self.streams if stream.queue]
+            busy: list[Stream | Replay] = [stream for stream in self.streams if stream.queue]
+            busy += self.replays
             self.random.shuffle(busy)
-            for stream in busy:
-                ready, act = stream.queue[0]
-                if ready():
-                    stream.queue.popleft()
-                    act()
-                    return True
-            return False
+            return any(each.step() for each in busy)
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Work until `condition`, which other ranks may bring about."""
@@ -70,14 +66,18 @@ class Event:
         self.machine = machine
         self.done = False
         self.time = 0.0
+        self.capture: Capture | None = None
+        self.nodes: frozenset[int] = frozenset()
 
     @property
     def is_done(self) -> bool:
+        assert self.capture is None, "a captured event is asked for"
         if self.machine.random.random() < 0.3:
             self.machine.step()
         return self.done
 
     def sync(self) -> None:
+        assert self.capture is None, "a captured event is waited for"
         self.machine.until(lambda: self.done)
 
     def __sub__(self, other: Event) -> float:
@@ -93,11 +93,76 @@ class Stream:
         self.machine = machine
         self.queue: deque[tuple[Callable[[], bool], Callable[[], object]]] = deque()
         self.handle = len(machine.streams)
+        self.capture: Capture | None = None
+        self.last: frozenset[int] = frozenset()  # the nodes that the next one comes after
         machine.streams.append(self)
 
     def push(self, act: Callable[[], object], ready: Callable[[], bool] = lambda: True) -> None:
         with self.machine.lock:
-            self.queue.append((ready, act))
+            if self.capture is None:
+                self.queue.append((ready, act))
+            else:
+                self.capture.nodes.append(Node(ready, act, self.last))
+                self.last = frozenset([len(self.capture.nodes) - 1])
+
+    def step(self) -> bool:
+        """Do the next piece of work, if it can be done."""
+        ready, act = self.queue[0]
+        if ready():
+            self.queue.popleft()
+            act()
+            return True
+        return False
+
+
+class Node(NamedTuple):
+    """A piece of captured work, and the nodes that it comes after."""
+
+    ready: Callable[[], bool]
+    act: Callable[[], object]
+    after: frozenset[int]
+
+
+class Capture:
+    """What streams were given that began with one of them."""
+
+    def __init__(self, origin: Stream) -> None:
+        self.origin = origin
+        self.streams = [origin]
+        self.nodes: list[Node] = []
+        self.open = True
+
+    def end(self) -> list[Node]:
+        """Return the nodes; all streams must have joined the first."""
+        self.open = False
+        joined: set[int] = set()
+        found = set(self.origin.last)
+        while found:
+            joined |= found
+            found = {node for each in found for node in self.nodes[each].after} - joined
+        for stream in self.streams:
+            assert stream.last <= joined, "a captured stream isn't joined"
+            stream.capture, stream.last = None, frozenset()
+        return self.nodes
+
+
+class Replay:
+    """A launched graph: any order of nodes that their edges allow."""
+
+    def __init__(self, machine: Machine, nodes: list[Node]) -> None:
+        self.machine, self.nodes = machine, nodes
+        self.left = set(range(len(nodes)))
+
+    def step(self) -> bool:
+        """Do a node that can be done, if there is one."""
+        free = [number for number in self.left if not self.nodes[number].after & self.left]
+        self.machine.random.shuffle(free)
+        for number in free:
+            if self.nodes[number].ready():
+                self.left.remove(number)
+                self.nodes[number].act()
+                return True
+        return False
 
 
 class FakeGpu:
@@ -147,6 +212,9 @@ class FakeGpu:
 
     def record(self, stream: Stream, *, timed: bool = False) -> Event:
         event = Event(self.machine)
+        if stream.capture is not None:
+            event.capture, event.nodes = stream.capture, stream.last
+            return event
 
         def reach() -> None:
             event.done, event.time = True, time.monotonic()
@@ -155,10 +223,44 @@ class FakeGpu:
         return event
 
     def wait(self, stream: Stream, event: Event) -> None:
-        stream.push(lambda: None, lambda: event.done)
+        if event.capture is None:
+            assert stream.capture is None, "a captured stream waits for what isn't captured"
+            stream.push(lambda: None, lambda: event.done)
+            return
+        assert event.capture.open, "a stream waits for what was captured before"
+        if stream.capture is None:
+            stream.capture = event.capture
+            stream.capture.streams.append(stream)
+        assert stream.capture is event.capture, "a stream waits for another capture"
+        stream.last |= event.nodes
 
     def synchronize(self) -> None:
-        self.machine.until(lambda: all(not stream.queue for stream in self.machine.streams))
+        self.machine.until(lambda: not any(stream.queue for stream in self.machine.streams))
+
+    def begin_capture(self, stream: Stream) -> None:
+        assert stream.capture is None
+        stream.capture = Capture(stream)
+
+    def end_capture(self, stream: Stream) -> list[Node]:
+        if stream.capture is None or stream.capture.origin is not stream:
+            raise DeviceError("no capture has begun with this stream")
+        return stream.capture.end()
+
+    def launch(self, graph: list[Node], stream: Stream) -> None:
+        assert stream.capture is None
+        replay = Replay(self.machine, graph)
+
+        def begin() -> None:
+            self.machine.replays.append(replay)
+
+        def end() -> None:
+            self.machine.replays.remove(replay)
+
+        stream.push(begin)
+        stream.push(end, lambda: not replay.left)
+
+    def destroy(self, graph: list[Node]) -> None:
+        graph.clear()
 
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
         stream.push(lambda: ctypes.memmove(target, source, nbytes))
@@ -181,6 +283,10 @@ class FakeGpu:
     def await_flag(self, address: int, value: int, stream: Stream) -> None:
         flag = ctypes.c_uint32.from_address(address)
         stream.push(lambda: None, lambda: flag.value >= value)
+
+    def take_flag(self, address: int, stream: Stream) -> None:
+        flag = ctypes.c_uint32.from_address(address)
+        stream.push(lambda: setattr(flag, "value", 0), lambda: flag.value == 1)
 
     def reaches(self, pci_bus_id: str) -> bool:
         return True

@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "slurm": set(),
-    "verifier": {"dataset"},
+    "verifier": {"dataset", "models.folder", "models.load"},
     "library": {"partition", "strategies", "lockstep", "backends"},
     "corpus": {"dataset"},
     "models": {
@@ -94,6 +94,7 @@ ROOMS: dict[str, set[str]] = {
         "strategies",  # it times them
         "runner",
         "models",
+        "verifier",
     },
     "onnx": set(),
 }
@@ -127,6 +128,7 @@ ONLY: dict[str, set[str]] = {
         "dataset.foreign.torch_file",
         "devices.cuda.interop",
         "models",
+        "verifier.transformer",
     },
     "transformers": {"models", "bench.model", "corpus.tokenizer"},
     "pyarrow": {"corpus.texts"},

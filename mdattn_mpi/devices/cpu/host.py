@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
@@ -18,7 +18,7 @@ from mdattn_mpi.devices.cpu.exponential import Exponential, fastest_exp
 from mdattn_mpi.devices.cpu.partial import Partial
 from mdattn_mpi.devices.protocol import NO_ROWS, Rehearsed
 from mdattn_mpi.mask import Band, Span
-from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.problem import AttentionProblem, Plan
 
 Array = NDArray[Any]
 
@@ -72,6 +72,18 @@ class HostDevice:
     def ranks(self) -> int:
         """How many ranks the group has."""
         return self._ranks
+
+    def perform(
+        self,
+        attend: Callable[..., Any],
+        plan: Plan,
+        *inputs: Array,
+        ahead: bool = False,
+        **options: Any,
+    ) -> Generator[None, None, tuple[Array, Array]]:
+        """Do what the strategy does."""
+        steps: Generator[None, None, tuple[Array, Array]] = attend(self, plan, *inputs, **options)
+        return steps
 
     def poll(self) -> None:
         """Keep messages going; called between blocks, by the thread that called `attend`."""

@@ -7,42 +7,32 @@ and item i-1 goes back to the host. The host never waits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mdattn_mpi.devices.cuda.choice import Chooser
+from mdattn_mpi.devices.cuda.arena import Arena
 from mdattn_mpi.devices.cuda.clock import Clock
-from mdattn_mpi.devices.cuda.copies import Copies, PeerCopies
+from mdattn_mpi.devices.cuda.copies import Carrier
 from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Network
 from mdattn_mpi.devices.cuda.interop import Interop
 from mdattn_mpi.devices.cuda.kernels import Kernels
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, HostBuffers, Memory
+from mdattn_mpi.devices.cuda.messages import Transfer, before, by_peer, spans
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
 from mdattn_mpi.devices.cuda.partials import Partials
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
 from mdattn_mpi.estimate import Costs, gpu_costs, head_start
 from mdattn_mpi.mask import Band, Span
-from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.problem import AttentionProblem, Plan
 
 ALIGNED = 16  # bytes
 URGENT = 5  # as a stream; see `driver.Gpu.stream`
-
-
-class Transfer(NamedTuple):
-    """Messages under way; keeps their arrays."""
-
-    received: list[DeviceArray]
-    kept: list[DeviceArray]
-    sent: list[DeviceArray]
-    copies: Copies | None
-    ends: Fence
-    last: Event | None  # a timed event of the last of `ends`; None without any
 
 
 @dataclass(eq=False)
@@ -65,8 +55,8 @@ class CudaDevice:
     ----------
     rank, ranks
         This rank's number in the group, and the group's size.
-    gpu, chooser
-        The driver, and which engine attends on this rank's GPU.
+    gpu, launches
+        The driver, and what attends on this rank's GPU.
     copies, nccl
         The way to the ranks in `near`, and to all others; None where no rank needs it.
     near
@@ -80,6 +70,11 @@ class CudaDevice:
     timings
         Whether `seconds` is wanted: it costs a lone short item some microseconds.
 
+    Attributes
+    ----------
+    kernels, clock
+        What attends and merges; where the time went.
+
     """
 
     def __init__(
@@ -87,10 +82,10 @@ class CudaDevice:
         rank: int,
         ranks: int,
         gpu: Gpu,
-        chooser: Chooser,
+        launches: Launches,
         *,
-        memory: Memory,
-        copies: PeerCopies | None = None,
+        memory: Memory | Arena,
+        copies: Carrier | None = None,
         nccl: Network | None = None,
         near: Iterable[int] = (),
         facts: Mapping[str, str] | None = None,
@@ -98,13 +93,13 @@ class CudaDevice:
         timings: bool = True,
     ) -> None:
         self._rank, self._ranks = rank, ranks
-        self._gpu, self._chooser = gpu, chooser
+        self._gpu, self._chooser = gpu, launches.chooser
         self._copies, self._nccl, self._near = copies, nccl, frozenset(near)
         self.memory = memory
         self.host = HostBuffers(gpu)
         self._facts, self._limit = dict(facts or {}), limit
-        self._clock = Clock(timings)
-        self._kernels = Kernels(gpu, Launches(chooser, gpu.use), memory, self._clock)
+        self.clock = Clock(timings)
+        self.kernels = Kernels(gpu, launches, memory, self.clock)
         self._upwards, self._downwards = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream())
         self._within, self._net = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream(URGENT))
         self._uploading = Held()
@@ -121,6 +116,12 @@ class CudaDevice:
         """How many ranks the group has."""
         return self._ranks
 
+    @property
+    def queues(self) -> tuple[Queue, ...]:
+        """All streams but those of other libraries."""
+        own = (self._upwards, self._downwards, self._within, self._net)
+        return (*self.kernels.lanes, *own, *(self._copies.queues if self._copies else ()))
+
     # -- arrays ------------------------------------------------------------------------------------
 
     def empty(self, shape: tuple[int, ...], like: DeviceArray) -> DeviceArray:
@@ -130,9 +131,9 @@ class CudaDevice:
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
         """Copy `source` into `target`; same shape, any strides."""
         if source.size:
-            main = self._kernels.main
-            main.wait(*_before([source], [target]))
-            self._move(main, source, target)
+            main = self.kernels.main
+            main.wait(*before([source], [target]))
+            self.move(main, source, target)
             source.allocation.read(main.now)
             target.allocation.wrote(main.now)
 
@@ -143,7 +144,7 @@ class CudaDevice:
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """Take an array from the host; from `host` it goes while the host goes on."""
         source = np.ascontiguousarray(array)
-        target = self.memory.empty(source.shape, source.dtype)
+        target = self.memory.empty(source.shape, source.dtype, newest=True)
         if not source.size:
             return target
         up = self._upwards
@@ -184,8 +185,8 @@ class CudaDevice:
 
     def mark(self) -> Event:
         """Record all kernels so far; marks give milliseconds by ``-`` once they are past."""
-        self._kernels.join()
-        return self._kernels.main.mark(timed=True)
+        self.kernels.join()
+        return self.kernels.main.mark(timed=True)
 
     # -- messages ----------------------------------------------------------------------------------
 
@@ -193,7 +194,7 @@ class CudaDevice:
         self, send: Sequence[Message[DeviceArray]], receive: Sequence[Message[DeviceArray]]
     ) -> Transfer:
         """Collective. Start sending and receiving; return once the hosts have spoken."""
-        away, coming = _by_peer(send), _by_peer(receive)
+        away, coming = by_peer(send), by_peer(receive)
         own, kept = away.pop(self._rank, []), coming.pop(self._rank, [])
         received = [array for arrays in coming.values() for array in arrays]
         sent = [array for arrays in away.values() for array in arrays]
@@ -225,24 +226,24 @@ class CudaDevice:
             assert self._copies is not None
             arrived, last = self._copies.arrival(transfer.copies)
             extend(ends, arrived)
-        if transfer.received and last is not None and self._clock.runs:
-            self._clock.waited(self._kernels.tails(), last)
+        if transfer.received and last is not None and self.clock.runs:
+            self.clock.waited(self.kernels.tails(), last)
         for array in (*transfer.kept, *transfer.received):
             array.allocation.wrote(ends)
 
     def _keep(self, sources: list[DeviceArray], targets: list[DeviceArray]) -> Event:
         """Copy a message to the rank itself; return a timed event of its end."""
-        self._within.wait(*_before(sources, targets))
+        self._within.wait(*before(sources, targets))
         for source, target in zip(sources, targets, strict=True):
-            self._move(self._within, source, target)
+            self.move(self._within, source, target)
         return self._within.mark(timed=True)
 
     def _exchange_far(
         self, send: dict[int, list[DeviceArray]], receive: dict[int, list[DeviceArray]]
     ) -> Event:
         """Exchange with ranks that NCCL reaches; return a timed event of the end."""
-        self._net.wait(*_before(chain(*send.values()), chain(*receive.values())))
-        out, into, nccl = _spans(send), _spans(receive), self._nccl
+        self._net.wait(*before(chain(*send.values()), chain(*receive.values())))
+        out, into, nccl = spans(send), spans(receive), self._nccl
         assert nccl is not None
         self._net.enqueue(lambda stream: nccl.exchange(out, into, int(stream.handle)))
         return self._net.mark(timed=True)
@@ -253,7 +254,10 @@ class CudaDevice:
         near = {peer: arrays for peer, arrays in messages.items() if peer in self._near}
         return near, {peer: arrays for peer, arrays in messages.items() if peer not in near}
 
-    def _move(self, queue: Queue, source: DeviceArray, target: DeviceArray) -> None:
+    def move(self, queue: Queue, source: DeviceArray, target: DeviceArray) -> None:
+        """Copy in a stream that comes after all that it must; any strides."""
+        if not source.size:
+            return
         if source.is_contiguous and target.is_contiguous:
             queue.enqueue(self._gpu.copy, target.address, source.address, source.nbytes)
             return
@@ -267,7 +271,7 @@ class CudaDevice:
         dim = int(source.shape[1] <= source.shape[0])  # the one with fewer pieces
         for index in range(source.shape[dim]):
             piece = (slice(None),) * dim + (slice(index, index + 1),)
-            self._move(queue, source[piece], target[piece])
+            self.move(queue, source[piece], target[piece])
 
     # -- attention ---------------------------------------------------------------------------------
 
@@ -283,37 +287,48 @@ class CudaDevice:
 
         The results of `merged` rows stay in float32 until they are merged, where a kernel can.
         """
-        return self._kernels.accumulator(q, v_head_dim, scale, softcap, merged)
+        return self.kernels.accumulator(q, v_head_dim, scale, softcap, merged)
 
     def attend(
         self, accumulator: Partials, rows: Span, k: DeviceArray, v: DeviceArray, band: Band
     ) -> None:
         """Add the attention of the query's `rows` to what they see of `k` and `v`."""
-        self._kernels.attend(accumulator, rows, k, v, band)
+        self.kernels.attend(accumulator, rows, k, v, band)
 
     def finish(
         self, accumulator: Partials, sinks: DeviceArray | None = None
     ) -> tuple[DeviceArray, DeviceArray]:
         """Merge what has more than one result, or a sink, in float32, rounded once."""
-        return self._kernels.finish(accumulator, sinks)
+        return self.kernels.finish(accumulator, sinks)
+
+    def perform(
+        self,
+        attend: Callable[..., Any],
+        plan: Plan,
+        *inputs: DeviceArray,
+        ahead: bool = False,
+        **options: Any,
+    ) -> Generator[None, None, tuple[DeviceArray, DeviceArray]]:
+        """See `protocol.HostedDevice`; only a `replaying.ReplayingDevice` does more than that."""
+        return attend(self, plan, *inputs, **options)  # type: ignore[no-any-return]
 
     # -- what it is and what it takes --------------------------------------------------------------
 
     def check(self, problem: AttentionProblem) -> tuple[str, ...]:
         """Refuse what no kernel can do on this GPU; say which one will, and why."""
-        choice = self._kernels.choose(problem)
+        choice = self.kernels.choose(problem)
         partial = "float32" if choice.float32 else problem.dtype
         return (f"kernel {choice.reason}; partial results in {partial}",)
 
     def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
         """Make calls of the kernel ready, in a thread, before they are wanted."""
-        self._kernels.prepare(problem, calls)
+        self.kernels.prepare(problem, calls)
 
     def costs(self, problem: AttentionProblem) -> Costs:
         """Rough figures of this GPU, its links, and the kernel that takes `problem`."""
         near = len(self._near) == self._ranks - 1
         memory = int(0.92 * self._limit)
-        choice = self._kernels.choose(problem)
+        choice = self.kernels.choose(problem)
         return gpu_costs(
             self._gpu.sm[0],
             self._gpu.multiprocessors,
@@ -330,7 +345,7 @@ class CudaDevice:
     @property
     def seconds(self) -> dict[str, float]:
         """GPU time so far: ``compute``, ``merge``, and ``exchange`` where kernels waited for it."""
-        return self._clock.seconds()
+        return self.clock.seconds()
 
     def describe(self) -> dict[str, str]:
         """The GPU, the libraries and the way of the messages."""
@@ -347,37 +362,13 @@ class CudaDevice:
         if self._nccl is not None:
             self._nccl.close()
         self._uploading.clear()
-        self._kernels.close()
+        self.kernels.close()
         self.memory.close()
         self.host.close()
 
     def abort(self) -> None:
         """Release what can be released at once, waiting for no other rank."""
         self._open = False
-        self._kernels.abort()
+        self.kernels.abort()
         if self._nccl is not None:
             self._nccl.abort()
-
-
-def _by_peer(messages: Sequence[Message[DeviceArray]]) -> dict[int, list[DeviceArray]]:
-    found: dict[int, list[DeviceArray]] = {}
-    for array, peer in messages:
-        if array.size:
-            assert array.is_contiguous, "a message is contiguous"
-            found.setdefault(peer, []).append(array)
-    return found
-
-
-def _before(read: Iterable[DeviceArray], write: Iterable[DeviceArray]) -> list[Fence]:
-    """Return what comes before some arrays are read, and others written."""
-    return [
-        *(array.allocation.written for array in read),
-        *(array.allocation.used for array in write),
-    ]
-
-
-def _spans(messages: dict[int, list[DeviceArray]]) -> dict[int, list[tuple[int, int]]]:
-    return {
-        peer: [(array.address, array.nbytes) for array in arrays]
-        for peer, arrays in messages.items()
-    }

@@ -121,6 +121,42 @@ class Gpu:
         """Wait for everything on this GPU."""
         self._device.sync()
 
+    # -- graphs ------------------------------------------------------------------------------------
+
+    def begin_capture(self, stream: Any) -> None:
+        """Do nothing of what `stream` is given from now on, nor streams that wait for it: note it.
+
+        They may wait for nothing that isn't captured with them, and all join `stream` in the end.
+        """
+        # Relaxed: other threads go on making kernels ready, and libraries may take memory.
+        relaxed = cu.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        check(cu.cuStreamBeginCapture(stream.handle, relaxed))
+
+    def end_capture(self, stream: Any) -> Any:
+        """Return what was noted, ready to be launched.
+
+        Raises
+        ------
+        DeviceError
+            Something could not be captured; the streams are as they were before.
+
+        """
+        graph = check(cu.cuStreamEndCapture(stream.handle))
+        try:
+            made = check(cu.cuGraphInstantiate(graph, 0))
+        finally:
+            check(cu.cuGraphDestroy(graph))
+        check(cu.cuGraphUpload(made, stream.handle))
+        return made
+
+    def launch(self, graph: Any, stream: Any) -> None:
+        """Do what was noted, at this place of `stream`; not twice at a time."""
+        check(cu.cuGraphLaunch(graph, stream.handle))
+
+    def destroy(self, graph: Any) -> None:
+        """Forget what was noted, once it isn't under way."""
+        check(cu.cuGraphExecDestroy(graph))
+
     # -- copies, flags and fills -------------------------------------------------------------------
 
     def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
@@ -150,6 +186,18 @@ class Gpu:
         """Hold `stream` until the word at `address` has come to `value` (modulo 2³²)."""
         at_least = cu.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_GEQ
         check(cu.cuStreamWaitValue32(stream.handle, address, value, int(at_least)))
+
+    def take_flag(self, address: int, stream: Any) -> None:
+        """Hold `stream` until the word at `address` is 1, then set it to 0: in one operation."""
+        wait, write = cu.CUstreamBatchMemOpParams(), cu.CUstreamBatchMemOpParams()
+        kinds = cu.CUstreamBatchMemOpType
+        wait.operation = wait.waitValue.operation = kinds.CU_STREAM_MEM_OP_WAIT_VALUE_32
+        wait.waitValue.address, wait.waitValue.value = cu.CUdeviceptr(address), 1
+        wait.waitValue.flags = int(cu.CUstreamWaitValue_flags.CU_STREAM_WAIT_VALUE_EQ)
+        write.operation = write.writeValue.operation = kinds.CU_STREAM_MEM_OP_WRITE_VALUE_32
+        write.writeValue.address, write.writeValue.value = cu.CUdeviceptr(address), 0
+        write.writeValue.flags = int(cu.CUstreamWriteValue_flags.CU_STREAM_WRITE_VALUE_DEFAULT)
+        check(cu.cuStreamBatchMemOp(stream.handle, 2, [wait, write], 0))
 
     # -- other processes ---------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mdattn_mpi.devices.cuda.arena import Arena
 from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.choice import Choice
 from mdattn_mpi.devices.cuda.clock import Clock
@@ -44,26 +45,28 @@ class Kernels:
 
     Attributes
     ----------
+    lanes
+        The streams of the kernels, the most urgent one first.
     main
-        The most urgent lane, where everything begins and ends.
+        That one, where everything begins and ends.
 
     """
 
-    def __init__(self, gpu: Gpu, launches: Launches, memory: Memory, clock: Clock) -> None:
+    def __init__(self, gpu: Gpu, launches: Launches, memory: Memory | Arena, clock: Clock) -> None:
         self._gpu, self._launches, self._memory, self._clock = gpu, launches, memory, clock
-        self._lanes = [Queue(gpu, gpu.stream(LANES - lane)) for lane in range(LANES)]
-        self.main = self._lanes[0]
+        self.lanes = [Queue(gpu, gpu.stream(LANES - lane)) for lane in range(LANES)]
+        self.main = self.lanes[0]
         self._workspaces: dict[Queue, DeviceArray] = {}
 
     def join(self) -> None:
         """Let what begins in `main` come after all kernels so far."""
-        self.main.wait(*(lane.now for lane in self._lanes))
+        self.main.wait(*(lane.now for lane in self.lanes))
 
     def tails(self) -> list[Event]:
         """Record timed events of all kernels so far."""
         return [
             lane.mark(timed=True)
-            for lane in self._lanes
+            for lane in self.lanes
             if lane is self.main or not self.main.follows(lane, lane.count)
         ]
 
@@ -93,7 +96,7 @@ class Kernels:
         region = partials.region(rows)
         rows = rows.shift(-region.rows.start)
         first, full = not region.covers(rows), region.is_full
-        lane = self._lanes[partials.calls % LANES]
+        lane = self.lanes[partials.calls % LANES]
         partials.calls += 1
         lane.wait(partials.begin, k.allocation.written, v.allocation.written)
         q, lse = region.q[rows.slice], region.lse[rows.slice]
@@ -150,6 +153,10 @@ class Kernels:
                 call = call._replace(out_dtype="float32")
             found.append(call)
         self._launches.prepare(found)
+
+    def drop_workspaces(self) -> None:
+        """Let go of what kernels need besides; the next ones get some again."""
+        self._workspaces.clear()
 
     def abort(self) -> None:
         """Make no more calls ready; wait for nothing."""

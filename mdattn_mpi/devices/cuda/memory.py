@@ -13,8 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ from mdattn_mpi.errors import DeviceError
 ALIGNMENT = 512
 BLOCK = 1 << 28  # the least that is taken from the driver at a time
 HOST_ALIGNMENT = 4096
+SIMILAR = 1.25  # times the size of an array, at most, that a piece for it may have
 LOOSE = 16  # times the size of an array, at most, that pinned memory for it may have
 
 
@@ -36,6 +38,14 @@ class BlockRange:
     block: int
     start: int
     stop: int
+
+
+class _Spare(NamedTuple):
+    """A piece that was given back; `turn` grows from one to the next."""
+
+    piece: BlockRange
+    fence: Fence
+    turn: int
 
 
 @dataclass
@@ -67,16 +77,19 @@ class Memory:
         self.blocks: list[int] = []
         self._sizes: list[int] = []
         self._holes: list[list[_Hole]] = []
-        # What was given back last, by size: items of one shape take it as it is.
-        self._spare: dict[int, list[tuple[BlockRange, Fence]]] = {}
+        # What was given back last, by size: items of nearly the same shape take it as it is.
+        self._spare: dict[int, deque[_Spare]] = {}
+        self._turns = count()
         # What destructors gave back, whichever thread they ran in and whatever it was doing.
         self._returned: deque[tuple[BlockRange, Fence]] = deque()
         self._in_use = 0
         self.peak = 0
 
-    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+    def empty(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any], *, newest: bool = False
+    ) -> DeviceArray:
         """An array with undefined contents, which gives its memory back when it is garbage."""
-        piece, fence = self.cut(prod(shape) * dtype.itemsize)
+        piece, fence = self.cut(prod(shape) * dtype.itemsize, newest=newest)
         allocation = Allocation(
             self.blocks[piece.block] + piece.start, piece, fence, self.give_back
         )
@@ -88,8 +101,12 @@ class Memory:
         self._take_back()
         return self._in_use
 
-    def cut(self, nbytes: int) -> tuple[BlockRange, Fence]:
+    def cut(self, nbytes: int, *, newest: bool = False) -> tuple[BlockRange, Fence]:
         """Cut out a piece; it may be written once its fence has been passed.
+
+        What was given back longest ago goes first: what still uses it, if anything, ends soonest.
+        With `newest` it is what was given back last, for who has time: an output that is still on
+        its way to the host then makes room for an upload, and not for the next output.
 
         Raises
         ------
@@ -98,13 +115,15 @@ class Memory:
 
         """
         self._take_back()
-        size = -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
-        spare = self._spare.get(size)
-        # The longest idle first: what still uses it, if anything, ends soonest.
-        piece = spare.pop(0) if spare else self._cut_hole(size)
-        self._in_use += size
+        size = self.size_of(nbytes)
+        piece, fence = self._take_spare(size, newest) or self._cut_hole(size)
+        self._in_use += piece.stop - piece.start
         self.peak = max(self.peak, self._in_use)
-        return piece
+        return piece, fence
+
+    def size_of(self, nbytes: int) -> int:
+        """Count the bytes of a piece that holds `nbytes`."""
+        return -(-max(nbytes, 1) // ALIGNMENT) * ALIGNMENT
 
     def give_back(self, piece: BlockRange, fence: Fence) -> None:
         """Let a piece be used again after `fence`; a destructor may call, in any thread."""
@@ -115,7 +134,18 @@ class Memory:
             piece, fence = self._returned.popleft()
             size = piece.stop - piece.start
             self._in_use -= size
-            self._spare.setdefault(size, []).append((piece, fence))
+            spare = _Spare(piece, fence, next(self._turns))
+            self._spare.setdefault(size, deque()).append(spare)
+
+    def _take_spare(self, size: int, newest: bool) -> tuple[BlockRange, Fence] | None:
+        similar = [
+            spares for n, spares in self._spare.items() if spares and size <= n <= SIMILAR * size
+        ]
+        if not similar:
+            return None
+        if newest:
+            return max(similar, key=lambda spares: spares[-1].turn).pop()[:2]
+        return min(similar, key=lambda spares: spares[0].turn).popleft()[:2]
 
     def _cut_hole(self, size: int) -> tuple[BlockRange, Fence]:
         found = self._smallest_hole(size)
@@ -135,9 +165,9 @@ class Memory:
 
     def _fill_holes(self) -> None:
         """Join all that was given back to its neighbours."""
-        for pieces in self._spare.values():
-            for piece, fence in pieces:
-                self._join(piece, fence)
+        for spares in self._spare.values():
+            for spare in spares:
+                self._join(spare.piece, spare.fence)
         self._spare.clear()
 
     def _join(self, piece: BlockRange, fence: Fence) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mdattn_mpi.devices.cuda.arena import Arena
 from mdattn_mpi.devices.cuda.attention import Engine
 from mdattn_mpi.devices.cuda.choice import GAIN, Chooser
 from mdattn_mpi.devices.cuda.copies import PeerCopies
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.gpu import Gpu, Network
+from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import Memory
+from mdattn_mpi.devices.cuda.peers import Peers
+from mdattn_mpi.devices.cuda.recorder import Recorder
+from mdattn_mpi.devices.cuda.replaying import ReplayingDevice
+from mdattn_mpi.devices.cuda.step import Steps
+from mdattn_mpi.devices.cuda.windows import Windows
 from mdattn_mpi.devices.presence import gpu_count, why_no_cuda
 from mdattn_mpi.errors import DeviceError, MdattnError, RejectedError
 from mdattn_mpi.lockstep import gather_together, together
@@ -31,6 +39,7 @@ def open_cuda(
     transfer: str = "auto",
     kernel: str = "auto",
     timings: bool = True,
+    replays: bool = True,
     seam: Libraries | None = None,
 ) -> CudaDevice:
     """Collective. Open this rank's GPU, and the ways to those of the other ranks.
@@ -50,6 +59,8 @@ def open_cuda(
         on this GPU by the table in `choice`; the same on all ranks.
     timings
         Whether `CudaDevice.seconds` is wanted.
+    replays
+        Whether calls of one plan are recorded and replayed, where copy engines reach all ranks.
     seam
         What opens the GPU instead of `Libraries`, for tests.
 
@@ -72,16 +83,21 @@ def open_cuda(
     _check_alike(everyone)
     near = _near(group, gpu, everyone, transfer)
     memory = Memory(gpu)
-    chooser = _open_engines(group, libraries, gpu, kernel)
-    copies, near, note = _open_copies(group, gpu, memory, near, transfer)
+    launches = Launches(_open_engines(group, libraries, gpu, kernel), gpu.use)
+    peers, copies, note = _open_copies(group, gpu, memory, near, transfer)
+    near = near if copies else []
     # All ranks or none: also one that reaches all others by copies takes part.
     some_are_far = any(group.allgather(len(near) < group.size - 1))
     nccl = libraries.nccl(group) if some_are_far else None
-    return CudaDevice(
+    device: Callable[..., CudaDevice] = CudaDevice
+    if replays and peers and not some_are_far:
+        steps = _open_steps(group, gpu, launches, memory, peers)
+        device = partial(ReplayingDevice, steps)
+    return device(
         group.rank,
         group.size,
         gpu,
-        chooser,
+        launches,
         memory=memory,
         copies=copies,
         nccl=nccl,
@@ -241,21 +257,31 @@ def _near(group: Group, gpu: Gpu, everyone: Sequence[Facts], transfer: str) -> l
 
 def _open_copies(
     group: Group, gpu: Gpu, memory: Memory, near: list[int], transfer: str
-) -> tuple[PeerCopies | None, list[int], str]:
+) -> tuple[Peers | None, PeerCopies | None, str]:
     """Collective. Open the copy engines; where CUDA IPC doesn't work, do without."""
     if not any(group.allgather(bool(near))):
-        return None, [], "asked for" if transfer == "nccl" else "no GPUs that reach each other"
+        return None, None, "asked for" if transfer == "nccl" else "no GPUs that reach each other"
     # Opened by all ranks or none: also a rank without a near one takes part.
-    comm = group.comm.Dup()
+    peers = Peers(group.comm.Dup(), gpu, memory, near)
     try:
-        copies = together(group, "copies", lambda: PeerCopies(comm, gpu, memory, near))
+        copies = together(group, "copies", lambda: PeerCopies(gpu, peers))
         handles = copies.share()
         together(group, "open copies", lambda: copies.connect(handles))
     except MdattnError as error:
         if transfer == "copy":
             raise
-        return None, [], f"CUDA IPC doesn't work here: {error.what}"
-    return copies, near, ""
+        return None, None, f"CUDA IPC doesn't work here: {error.what}"
+    return peers, copies, ""
+
+
+def _open_steps(group: Group, gpu: Gpu, launches: Launches, memory: Memory, peers: Peers) -> Steps:
+    """Open what records and replays: a device of its own, whose streams note what they get."""
+    arena, windows = Arena(memory), Windows(gpu, peers)
+    device = CudaDevice(
+        group.rank, group.size, gpu, launches,
+        memory=arena, copies=windows, near=peers.ranks, timings=False,
+    )  # fmt: skip
+    return Steps(gpu, memory, Recorder(gpu, device, arena, windows), peers)
 
 
 def _describe_way(near: int, size: int, note: str) -> str:

@@ -46,12 +46,15 @@ class Queue:
     ----------
     count
         How many things the stream was given, waits included.
+    captured
+        Whether what it is given is noted, not done: then nothing becomes past.
 
     """
 
     def __init__(self, gpu: Gpu, stream: Stream, owner: Any = None) -> None:
         self._gpu, self._stream, self._owner = gpu, stream, owner
         self.count = 0
+        self.captured = False
         self._marks: deque[_Mark] = deque(maxlen=KEPT)  # in order
         self._after: dict[Queue, int] = {}
         self._done = 0
@@ -88,11 +91,15 @@ class Queue:
 
     def is_past(self, count: int) -> bool:
         """Whether the GPU is known to have done the first `count`."""
-        if count > self._done:
+        if count > self._done and not self.captured:
             mark = next((mark for mark in self._marks if mark.position >= count), None)
             if mark and mark.event.is_done:
                 self._done = mark.position
         return count <= self._done
+
+    def forget(self) -> None:
+        """Take everything so far for past."""
+        self._done = self.count
 
     def mark(self, *, timed: bool = False) -> Event:
         """Record an event of everything so far; marks that are `timed` give milliseconds by -."""

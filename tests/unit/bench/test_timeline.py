@@ -118,6 +118,8 @@ def test_the_host_asks_for_every_verb(
     traces = trace(plan_of(strategy, 4), STRATEGIES[strategy])
     wanted = 2.0 * messages + 0.5 * kept + 30.0 * attends + 500.0
     assert host_seconds(traces, timings) == wanted
+    replayed = replace(timings, host={**timings.host, "replay": 1.0})
+    assert host_seconds(traces, replayed) == (1.0 if len(traces) > 1 else wanted)
 
 
 @given(

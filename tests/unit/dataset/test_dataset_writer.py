@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import ml_dtypes
 import numpy as np
 import pytest
 
 import mdattn_mpi
-from mdattn_mpi.dataset import TENSORS, Item
+from mdattn_mpi.dataset import TENSORS, Item, open_dataset
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, Span
 from tests.support.reference import random_inputs
@@ -20,6 +22,67 @@ PROBLEMS = {
     "two": AttentionProblem(23, 23, 2, 2, 8, 8, "float16", "upper_left"),
     "three": AttentionProblem(1, 5, 2, 1, 16, 8, "bfloat16"),
 }
+
+
+def test_masks_and_what_goes_with_them(tmp_path: Path) -> None:
+    problem = AttentionProblem(
+        30, 30, 4, 2, 8, 8, "float16", "upper_left",
+        window=(5, 0), softcap=20.0, sinks=True, segments=(0, 4, 17),
+    )  # fmt: skip
+    q, k, v, sinks = random_inputs(problem, 2)
+    said = {name: getattr(problem, name) for name in ("causal", "window", "softcap", "segments")}
+    with mdattn_mpi.DatasetWriter(tmp_path / "d.h5") as data:
+        data.add("a", q, k, v, sinks=sinks, **said)
+        data.add("plain", q, k, v)
+        with pytest.raises(RejectedError, match=r"sinks are float64 \[4\]"):
+            data.add("b", q, k, v, sinks=sinks.astype(float))
+    with open_dataset(tmp_path / "d.h5") as opened:
+        item, plain = opened.items
+        assert item.problem == problem
+        assert plain.problem == replace(
+            problem, causal="none", window=(-1, -1), softcap=0.0, sinks=False, segments=()
+        )
+        assert (opened.read(item, "sinks", ()) == sinks).all()
+        for name in ("query", "sinks", "segments"):
+            assert opened.tensor(item, name).crc32 == opened.checksum(item, name)
+        digest = opened.digest
+    with h5py.File(tmp_path / "d.h5", "a") as file:
+        file["items/a/segments"][1] = 5
+    with open_dataset(tmp_path / "d.h5") as opened:  # another document is another problem
+        assert opened.items[0].problem.segments == (0, 5, 17)
+        assert opened.digest != digest
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("sinks", np.zeros(3, np.float32), "3 sinks"),
+        ("sinks", np.zeros(4), "sinks holds float64"),
+        ("segments", np.array([0, 40]), "segments: 40 is none of 30 tokens"),
+        ("segments", np.array([0, 4, 4]), "4 comes after 4"),
+        ("segments", np.array([2, 4]), "segments begin with 2"),
+        ("segments", np.array([0, 4], np.int32), "segments holds int32"),
+        ("segments", np.zeros(5000, np.int64), "5000 segments"),
+        ("window", 3, "attribute window isn't two integers"),
+        ("window", np.array([3.0, 0.0]), "window"),
+        ("window", np.array([3, -2]), "window is"),
+        ("softcap", -1.0, "softcap is -1.0"),
+    ],
+)
+def test_masks_that_make_no_sense_are_refused(
+    tmp_path: Path, name: str, value: Any, said: str
+) -> None:
+    problem = AttentionProblem(30, 30, 4, 2, 8, 8, "float16")
+    with mdattn_mpi.DatasetWriter(tmp_path / "d.h5") as data:
+        data.add("a", *random_inputs(problem, 2))
+    with h5py.File(tmp_path / "d.h5", "a") as file:
+        item = file["items/a"]
+        if name in ("window", "softcap"):
+            item.attrs[name] = value
+        else:
+            item[name] = value
+    with pytest.raises(RejectedError, match=said):
+        open_dataset(tmp_path / "d.h5")
 
 
 @pytest.mark.parametrize("layout", ["token_major", "head_major"])

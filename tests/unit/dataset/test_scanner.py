@@ -381,3 +381,14 @@ def test_a_tree_of_unknown_structure(tmp_path: Path) -> None:
             if node.is_group:
                 nodes += filter(None, map(node.child, node.names()))
         assert sum(node.is_dataset for node in nodes) == 30
+
+
+def test_relative_paths_after_a_change_of_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        write_dataset(Path("x.h5"), {name: random_tensors()})
+        with open_dataset("x.h5") as dataset:
+            assert [item.name for item in dataset.items] == [name]

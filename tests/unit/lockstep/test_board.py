@@ -99,7 +99,7 @@ def test_records_of_earlier_runs_are_left_out(tmp_path: Path) -> None:
             page = Board()
             page.identify(job=job, rank=rank, size=size)
             page.beat("S")
-            file.publish(bytes(page.page), rank, size)
+            file.publish({rank: bytes(page.page)}, size)
             time.sleep(0.002)
     assert [(record.job, record.rank) for record in file.records()] == [(2, 0), (2, 1)]
     assert [record.rank for record in file.records(1)] == [2]
@@ -108,10 +108,29 @@ def test_records_of_earlier_runs_are_left_out(tmp_path: Path) -> None:
 
 def test_a_loss_is_announced_to_its_own_run_only(tmp_path: Path) -> None:
     file = BoardFile(tmp_path)
-    assert not file.is_lost(7)
+    assert not file.notice(7).lost
     file.announce_loss(7)
-    assert file.is_lost(7)
-    assert not file.is_lost(8)
+    assert file.notice(7).lost
+    assert not file.notice(8).lost
+
+
+def test_everybody_hears_when_somebody_asks(tmp_path: Path) -> None:
+    file = BoardFile(tmp_path)
+    assert file.notice(7).asked == 0
+    file.ask()
+    file.announce_loss(7)
+    file.ask()
+    assert file.notice(7) == (True, 2)
+
+
+def test_pages_of_many_ranks_are_written_in_their_places(tmp_path: Path) -> None:
+    file = BoardFile(tmp_path)
+    ranks = [0, 1, 2, 5, *range(700, 1500)]
+    file.publish({rank: bytes([1 + rank % 200]) * PAGE for rank in ranks}, 1500)
+    pages = file.pages()
+    assert len(pages) == 1500
+    for rank, page in enumerate(pages):
+        assert page == bytes([(1 + rank % 200) * (rank in ranks)]) * PAGE
 
 
 def test_the_process_has_one_board() -> None:

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from mdattn_mpi.lockstep import Board, death_note
-from mdattn_mpi.lockstep.board import BoardFile, pid_namespace
+from mdattn_mpi.lockstep.board import pid_namespace
+from mdattn_mpi.lockstep.node import NodeBoard
 from mdattn_mpi.lockstep.process import process_state
 from mdattn_mpi.lockstep.publisher import Publisher, within_patience
 
@@ -20,7 +21,7 @@ import os, signal, sys, threading, time
 from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.lockstep import board, watch
 def main():
-    board().identify(device="cpu")
+    board().identify(device="cpu", local_size=1)
     board().attach({folder!r}, 0, 1)
     board().enter("read", "item-1", 60.0)
     board().started()
@@ -165,23 +166,28 @@ def test_files_that_hang_are_not_waited_for() -> None:
     assert within_patience(fail, 5) is None
 
 
-def published(folder: Path, rank: int, watchdog_pid: int, namespace: int) -> Board:
-    """The board of one rank of two, of whose page the run folder has a copy."""
+def published(request: Any, folder: Path, rank: int, watchdog_pid: int, namespace: int) -> Board:
+    """The board of one rank of two, of whose page its node has a copy."""
     board = Board()
     board.attach(folder, rank, 2)
     board.identify(watchdog_pid=watchdog_pid, pid_namespace=namespace)
     board.started()
-    BoardFile(folder).publish(bytes(board.page), rank, 2)
+    node = NodeBoard(board.record())
+    node.write(rank, bytes(board.page))
+    request.addfinalizer(node.hide)
     return board
 
 
 @pytest.mark.parametrize("same_container", [True, False])
-def test_a_watchdog_that_was_gone_before_it_was_met(tmp_path: Path, same_container: bool) -> None:
+def test_a_watchdog_that_was_gone_before_it_was_met(
+    request: Any, tmp_path: Path, same_container: bool
+) -> None:
     """In another container its pid means nothing here; who has vanished there is late one day."""
     gone = subprocess.Popen(["true"])
     gone.wait()
-    own = published(tmp_path, 0, os.getpid(), pid_namespace())
-    published(tmp_path, 1, gone.pid, pid_namespace() + (not same_container))
+    own = published(request, tmp_path, 0, os.getpid(), pid_namespace())
+    published(request, tmp_path, 1, gone.pid, pid_namespace() + (not same_container))
     publisher = Publisher(own, os.getpid())
     publisher.look()
+    publisher.look()  # the first one learns who is there
     assert (publisher.vanished is not None) == same_container

@@ -125,6 +125,14 @@ def test_an_option_that_is_not_known_is_refused_by_name(option: str) -> None:
         proof_of("llama", change, ranks=1)
 
 
+def test_layers_that_want_more_than_tokens_and_positions() -> None:
+    def change(network: Network) -> None:
+        layers(network)[1].forward = lambda hidden, **rest: rest["image"]
+
+    with pytest.raises(RejectedError, match="LlamaModel can't be run on some"):
+        proof_of("llama", change)
+
+
 @pytest.mark.parametrize("ranks", range(1, 9))
 @pytest.mark.parametrize("window", [None, 6, 128, 4096])
 def test_the_probe_is_longer_than_any_window_and_not_divisible(

@@ -68,6 +68,9 @@ def test_kinds_need_engines_of_their_own() -> None:
             "allgather", 2, "first queries see no key", "-b cuda",
         ),
         (replace(PROBLEM, v_head_dim=32), "allgather", 2, "one head dim", "-b cuda"),
+        (replace(PROBLEM, window=(128, -1)), "ulysses", 2, "a window", "-b cuda"),
+        (replace(PROBLEM, segments=(0, 100)), "allgather", 2, "documents", "-b cuda"),
+        (replace(PROBLEM, softcap=30.0, sinks=True), "ring", 2, "a soft cap and sinks", "-b cuda"),
     ],
 )  # fmt: skip
 def test_refusals(problem: Any, strategy: Any, ranks: int, why: str, works: str) -> None:

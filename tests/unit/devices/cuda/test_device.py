@@ -43,7 +43,7 @@ def in_group(
     machine, shared = machine or Machine(seed), {}
     results: list[Any] = [None] * ranks
     errors: list[BaseException] = []
-    options = {name: wrong.pop(name) for name in ("transfer", "kernel") if name in wrong}
+    options = {name: wrong.pop(name) for name in ("transfer", "kernel", "replays") if name in wrong}
     wrong = {"gpus": ranks, **wrong}
 
     def run(rank: int) -> None:
@@ -490,7 +490,7 @@ def test_calls_that_were_rehearsed_are_ready_when_they_come() -> None:
             for plan in plans:
                 calls = rehearse(STRATEGIES[strategy], plan, device.rank)
                 device.prepare(plan.problem, calls)
-            launches = device._kernels._launches
+            launches = device.kernels._launches
             expected = {call: coming.result() for call, coming in launches._coming.items()}
             attend_in_turn(device, plans, [random_inputs(p, 1) for p in problems])
             found.append((set(expected), set(launches._ready)))
@@ -531,6 +531,11 @@ def zeros(problem: AttentionProblem) -> list[Any]:
     return [np.zeros(shape, np.float16) for _ in range(3)]
 
 
+CALLS = (
+    "record", "wait", "copy", "copy_rows", "raise_flag", "await_flag", "merge", "fill", "launch",
+)  # fmt: skip
+
+
 def count_calls(gpu: Any, asked: list[int]) -> None:
     """Add each call that enqueues something to the last of `asked`."""
 
@@ -542,7 +547,7 @@ def count_calls(gpu: Any, asked: list[int]) -> None:
 
         return ask
 
-    for name in ("record", "wait", "copy", "copy_rows", "raise_flag", "await_flag", "merge"):
+    for name in CALLS:
         setattr(gpu, name, counted(getattr(gpu, name)))
 
 

@@ -38,7 +38,7 @@ def call(device: CudaDevice, plan: Plan, arrays: list[Tensor], moves: Callable[[
     `moves` comes between the start and the wait.
     """
     adopted = [device.adopt(array) for array in arrays]
-    steps = STRATEGIES[plan.strategy](device, plan, *adopted)
+    steps = device.perform(STRATEGIES[plan.strategy], plan, *adopted)
     next(steps)
     try:
         next(steps)
@@ -86,6 +86,7 @@ def attend(
     stride: int = 1,
     transfer: str = "copy",
     moves: bool = False,
+    replays: bool = True,
 ) -> bool:
     """Call again and again on all ranks; tell whether all results are right."""
     machine = Machine(seed)
@@ -112,7 +113,7 @@ def attend(
         return found
 
     with known(callers):
-        results = in_group(ranks, act, machine=machine, transfer=transfer)
+        results = in_group(ranks, act, machine=machine, transfer=transfer, replays=replays)
     right = True
     for number, arrays in enumerate(inputs):
         out, lse = (np.concatenate([shard[number][i] for shard in results]) for i in (0, 1))
@@ -131,6 +132,7 @@ def test_a_caller_waits_for_nothing(
 ) -> None:
     for seed in range(2):
         assert attend(strategy, ranks, seed, pattern=pattern)
+        assert attend(strategy, ranks, seed, pattern=pattern, replays=False)
 
 
 @pytest.mark.parametrize("strategy", NAMES)
@@ -158,10 +160,11 @@ def test_a_library_without_streams(strategy: StrategyName, ranks: int) -> None:
         assert attend(strategy, ranks, seed, hides=True)
 
 
-def without_fence(memory: Memory, nbytes: int, cut: Any = Memory.cut) -> Any:
-    return cut(memory, nbytes)[0], {}
+def without_fence(memory: Memory, nbytes: int, cut: Any = Memory.cut, **options: Any) -> Any:
+    return cut(memory, nbytes, **options)[0], {}
 
 
+@pytest.mark.parametrize("replays", [False, True])
 @pytest.mark.parametrize(
     ("what", "names", "instead", "hides"),
     [
@@ -175,12 +178,22 @@ def without_fence(memory: Memory, nbytes: int, cut: Any = Memory.cut) -> Any:
     ],
 )
 def test_each_rule_is_needed(
-    monkeypatch: pytest.MonkeyPatch, what: type, names: str, instead: Any, hides: bool
+    monkeypatch: pytest.MonkeyPatch,
+    what: type,
+    names: str,
+    instead: Any,
+    hides: bool,
+    replays: bool,
 ) -> None:
+    if what is StreamCaller and names == "give_back" and replays:
+        pytest.skip("the caller waits for the output, whose end is that of the whole replay")
+    if what is Memory and replays:
+        pytest.skip("flags lie in such memory too: the ranks wait for each other instead")
     for name in names.split():
         monkeypatch.setattr(what, name, instead)
     pattern = default_stream if hides else a_stream_a_call
-    assert not all(attend("ring", 2, seed, pattern=pattern, hides=hides) for seed in range(10))
+    options: dict[str, Any] = {"pattern": pattern, "hides": hides, "replays": replays}
+    assert not all(attend("ring", 2, seed, **options) for seed in range(20))
 
 
 def test_other_libraries_wait_for_what_they_say() -> None:

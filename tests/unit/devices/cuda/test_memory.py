@@ -79,6 +79,28 @@ def test_the_piece_that_has_been_idle_longest_goes_first() -> None:
     assert [memory.cut(1000)[0] for _ in range(3)] == [pieces[1], pieces[2], pieces[0]]
 
 
+def test_the_piece_that_was_given_back_last_goes_first_to_who_has_time() -> None:
+    memory = Memory(Driver())
+    pieces = [memory.cut(1000)[0] for _ in range(3)]
+    for piece in (pieces[1], pieces[2], pieces[0]):
+        memory.give_back(piece, {})
+    assert [memory.cut(1000, newest=True)[0] for _ in range(2)] == [pieces[0], pieces[2]]
+    assert memory.cut(1000)[0] == pieces[1]
+
+
+def test_a_slightly_smaller_array_takes_a_piece_as_it_is() -> None:
+    """Joined pieces have the fences of all: an item would wait for the download before it."""
+    memory = Memory(Driver())
+    pieces = [memory.cut(size)[0] for size in (100_000, 100_000, 90_000)]
+    for number, piece in enumerate(pieces):
+        memory.give_back(piece, (number,))
+    assert [memory.cut(85_000)[1] for _ in range(3)] == [(0,), (1,), (2,)]
+    assert memory.in_use == sum(piece.stop - piece.start for piece in pieces)
+    for piece in pieces:
+        memory.give_back(piece, {})
+    assert memory.cut(50_000)[0] not in pieces  # not in one of twice the size
+
+
 def test_a_piece_brings_its_fence_along() -> None:
     memory = Memory(Driver())
     piece, fence = memory.cut(1000)
