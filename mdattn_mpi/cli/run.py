@@ -4,9 +4,10 @@
   mpirun -n 4 mdattn run tokens.h5 --model DIR -o out.h5
 
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
-output. With --model it is a whole transformer that they run over token ids; with --engine and
---bind, a model's TensorRT engine. The same command again does only what isn't done. Beside the
-output, OUT.h5.run/ gets one log a rank, summary.json, and a death note if a rank is lost.
+output. With --model it is a whole transformer that they run over token ids (or an ONNX model, on
+CPUs); with --engine and --bind, a model's TensorRT engine. The same command again does only what
+isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, and a death note if a
+rank is lost.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     model = parser.add_argument_group("a transformer over token ids")
     add = model.add_argument
-    add("--model", metavar="DIR", help="a folder with config.json and safetensors")
+    folder = "a folder with config.json and safetensors; or an .onnx file"
+    add("--model", metavar="DIR", help=folder)
     give = "last_hidden_state (default), embedding, logprobs; several with commas"
     add("--give", metavar="NAMES", help=give)
     add("--pool", metavar="HOW", help="of an embedding: mean (default), last, first")

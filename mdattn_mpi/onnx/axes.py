@@ -8,11 +8,14 @@ is given some.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isqrt
 from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import graph_inputs
-from mdattn_mpi.onnx.shapes import Labels, infer_shapes, labels_of
+from mdattn_mpi.onnx.lengths import Lengths
+from mdattn_mpi.onnx.model import Labels, graph_inputs, labels_of
+
+PRIMES = [n for n in range(11, 300) if all(n % d for d in range(2, isqrt(n) + 1))]
 
 
 class TokenDim(NamedTuple):
@@ -43,6 +46,7 @@ def token_dims(
     else:
         labels, found = _found(model, labels, attentions)
     if not found:
+        _refuse_inner_tokens(model, labels, attentions)
         raise RejectedError(
             "which dim counts tokens? "
             + "; ".join(f"{n} has {_show(d)}" for n, d in labels.items()),
@@ -52,6 +56,20 @@ def token_dims(
         name: [TokenDim(found[label], dim) for dim, label in enumerate(dims) if label in found]
         for name, dims in labels.items()
     }
+
+
+def _refuse_inner_tokens(model: Any, labels: Labels, attentions: Sequence[Any]) -> None:
+    """Refuse a model whose tokens are made inside, such as patches of an image."""
+    lengths = {three[1] for three in _attention_dims(model, labels, attentions)}
+    outside = {dim for dims in labels.values() for dim in dims}
+    if lengths and outside.isdisjoint(lengths) and all(isinstance(n, int) for n in lengths):
+        given = ", ".join(f"{name} {_show(dims)}" for name, dims in labels.items())
+        counts = ", ".join(map(str, sorted(n for n in lengths if isinstance(n, int))))
+        raise RejectedError(
+            f"its attentions are over {counts} tokens, which "
+            f"the model makes itself of {given}: no dim of an input counts them",
+            fix="export what follows them, with the tokens as an input of dynamic length",
+        )
 
 
 def _show(dims: Sequence[str | int]) -> str:
@@ -113,10 +131,46 @@ def _attention_dims(
 
     The label of an input's dim, a length, or None where inference doesn't carry it so far.
     """
-    graph = infer_shapes(model, labels)
-    shapes = {value.name: labels_of(value) for value in (*graph.value_info, *graph.input)}
-    found = [[shapes.get(tensor, []) for tensor in node.input[:3]] for node in attentions]
-    return [[dims[-2] if len(dims) > 2 else None for dims in three] for three in found]
+    fixed = {dim for dims in labels.values() for dim in dims if isinstance(dim, int)}
+    symbols = dict.fromkeys(dim for dims in labels.values() for dim in dims if isinstance(dim, str))
+    spare = (prime for prime in PRIMES if prime not in fixed)
+    numbers = dict(zip(symbols, spare, strict=False))
+    back: dict[int, str | int | None] = {number: symbol for symbol, number in numbers.items()}
+    dims = {
+        name: [numbers[dim] if isinstance(dim, str) else dim for dim in each]
+        for name, each in labels.items()
+    }
+    shapes = Lengths(model, dims).shapes
+    found = [[shapes.get(tensor, ()) for tensor in node.input[:3]] for node in attentions]
+    return [
+        [back.get(dims[-2], dims[-2]) if len(dims) > 2 else None for dims in three]
+        for three in found
+    ]
+
+
+def at_lengths(
+    model: Any,
+    places: Mapping[str, Sequence[TokenDim]],
+    lengths: Mapping[str, int],
+    others: Sequence[int] = (1,),
+) -> dict[str, list[int]]:
+    """Return the dims of all inputs at some lengths of the sequences.
+
+    Other symbols count 1, as in an engine that is built of the model; or each one of `others`.
+    """
+    symbols: dict[str, int] = {}
+    found = {}
+    for value in graph_inputs(model):
+        tokens = {place.dim: lengths[place.sequence] for place in places.get(value.name, ())}
+        found[value.name] = [
+            tokens[number]
+            if number in tokens
+            else symbols.setdefault(dim, others[len(symbols) % len(others)])
+            if isinstance(dim, str)
+            else dim
+            for number, dim in enumerate(labels_of(value))
+        ]
+    return found
 
 
 def _sequences(

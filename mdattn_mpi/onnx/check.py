@@ -10,50 +10,71 @@ from __future__ import annotations
 
 from typing import Any
 
+from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx import counts, rules
-from mdattn_mpi.onnx.model import ATTENTION, operator, reads, subgraphs
+from mdattn_mpi.onnx.faults import Faults
+from mdattn_mpi.onnx.model import ATTENTION, RANDOM, operator, reads, subgraphs
 from mdattn_mpi.onnx.tokens import Tokens
 
-_RANDOM = "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
-RANDOM = frozenset(_RANDOM.split())
 
+def check(tokens: Tokens, faults: Faults) -> None:
+    """Note every node of a graph that doesn't treat tokens alike.
 
-def check(tokens: Tokens) -> None:
-    """Make sure that all nodes of a graph treat tokens alike."""
-    for number, node in enumerate(tokens.graph.node):
-        if any(name in tokens.counts or tokens.place(name) for name in reads(node)):
-            _check_node(node, number, tokens)
-        elif operator(node) in RANDOM:
-            raise tokens.refuse(node, "draws random numbers, every rank its own")
-        for name in filter(None, node.output):
-            shape = tokens.shape(name)
-            if shape is None or -1 in shape:  # any dim could be the tokens
-                raise tokens.refuse(node, f"makes {name!r}, whose shape isn't known")
+    What comes after a node at fault isn't looked at.
+    """
+    for node in tokens.graph.node:
+        if faults.tensors.intersection((*reads(node), *node.output)):
+            faults.tensors.update(node.output)
+            continue
+        try:
+            _check_one(node, tokens)
+        except RejectedError as error:
+            faults.add(error, node.output)
     for value in tokens.graph.output:
         if value.name in tokens.counts:
-            raise tokens.refuse(None, f"gives {value.name!r}, computed from the number of tokens")
+            why = f"gives {value.name!r}, computed from the number of tokens"
+            faults.add(tokens.refuse(None, why))
 
 
-def _check_node(node: Any, number: int, tokens: Tokens) -> None:
+def _check_one(node: Any, tokens: Tokens) -> None:
+    outputs = [name for name in node.output if name]
+    for why in filter(None, map(tokens.failure, outputs)):
+        raise tokens.refuse(
+            node,
+            f"doesn't take every number of tokens: {why}",
+            "export the model with a dynamic number of tokens; or name the dim of every input that "
+            "counts them: --shard INPUT:DIM",
+        )
+    if any(name in tokens.counts or tokens.place(name) for name in reads(node)):
+        _check_node(node, tokens)
+    elif operator(node) in RANDOM:
+        raise tokens.refuse(node, "draws random numbers, every rank its own")
+    for name in outputs:
+        if tokens.shape(name) is None:  # any dim could be the tokens
+            raise tokens.refuse(node, f"makes {name!r}, whose shape isn't known")
+
+
+def _check_node(node: Any, tokens: Tokens) -> None:
     """Check a node that reads tokens or what depends on their number."""
     kind = operator(node)
     if kind in ATTENTION:
         rules.check_attention(node, tokens)
     elif kind == "If":
-        _check_branches(node, number, tokens)
+        _check_branches(node, tokens)
     elif not counts.follow(node, tokens):
         rules.check(node, tokens)
 
 
-def _check_branches(node: Any, number: int, tokens: Tokens) -> None:
+def _check_branches(node: Any, tokens: Tokens) -> None:
     """All branches must treat tokens alike, and give tokens at the same place."""
     condition = node.input[0]
     if condition in tokens.counts or tokens.place(condition):
         raise tokens.refuse(node, "decides by tokens or their number, which differ on a shard")
-    traced = [subgraphs(graph.node[number]) for graph in tokens.inferred]
-    for (_, graph), *inferred in zip(subgraphs(node), *traced, strict=True):
-        branch = tokens.branch(graph, [each for _, each in inferred], node)
-        check(branch)
+    for attribute, graph in subgraphs(node):
+        branch = tokens.branch(graph, attribute, node)
+        inner = Faults()
+        check(branch, inner)
+        inner.end()
         for name, value in zip(node.output, graph.output, strict=True):
             if branch.place(value.name) != tokens.place(name):
                 raise tokens.refuse(node, f"gives {name!r} with tokens from one branch only")

@@ -17,8 +17,13 @@ LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
 RANK_COUNT = "nb_rank"  # what the parser honours
 MISSPELLED = ("nbRanks", "nb_ranks", "num_ranks")  # what it ignores without a word
+WINDOW = "mdattn_window"  # of an attention: keys before and after a query that it sees; -1: all
+_RANDOM = "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
+RANDOM = frozenset(_RANDOM.split())
 STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators
 ATTENTION = ("Attention", "TRT_Attention")
+
+Labels = dict[str, list[str | int]]  # of every dim of every input: a symbol, or its length
 
 
 def import_onnx() -> Any:
@@ -180,6 +185,14 @@ def graph_inputs(model: Any) -> list[Any]:
     """List the inputs that aren't initializers."""
     constants = {tensor.name for tensor in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in constants]
+
+
+def labels_of(value: Any) -> list[str | int]:
+    """Return the dims of an input: symbols (one of its own where there is none), or lengths."""
+    return [
+        dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_dim{number}"
+        for number, dim in enumerate(value.type.tensor_type.shape.dim)
+    ]
 
 
 def constant_of(graph: Any, name: str) -> Any:

@@ -1,6 +1,6 @@
 """Attention in single steps, as many exporters write it, made one node.
 
-``MatMul(q, kᵀ)``, perhaps a scale and casts, ``Softmax`` over the keys, ``MatMul(·, v)``.
+``MatMul(q, kᵀ)``, perhaps a scale, casts and a mask, ``Softmax`` over the keys, ``MatMul(·, v)``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of, operator, reads
-from mdattn_mpi.onnx.shapes import infer_shapes, labels_of
+from mdattn_mpi.onnx.axes import at_lengths
+from mdattn_mpi.onnx.graph import Links, prune
+from mdattn_mpi.onnx.lengths import Lengths
+from mdattn_mpi.onnx.masks import BLOCKED
+from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of, operator
 
+ANY = 37  # what symbols count while heads are looked for
 SCALES = ("Mul", "Div", "Cast")
-MASKS = ("Add", "Where")
+
+
+class Mask(NamedTuple):
+    """What blocks keys: a tensor that is added to the scores, or a condition."""
+
+    tensor: str
+    kind: str  # "added", "seen" where true, "blocked" where true
 
 
 class Pattern(NamedTuple):
@@ -25,120 +35,132 @@ class Pattern(NamedTuple):
     second: Any
     between: list[Any]
     scale: float
+    mask: Mask | None
 
 
 def fuse_patterns(model: Any) -> list[str]:
-    """Put a ``TRT_Attention`` in place of every pattern; return what was done, in words.
+    """Put a ``TRT_Attention`` in place of every pattern, with its mask as the fourth input.
+
+    Return what was done, in words.
 
     Raises
     ------
     RejectedError
-        A pattern with a mask, or whose heads aren't a dim of their own.
+        A pattern whose heads aren't a dim of their own.
 
     """
-    links = _Links(model)
     done = []
-    for softmax in [node for node in model.graph.node if operator(node) == "Softmax"]:
+    softmaxes = [node for node in model.graph.node if operator(node) == "Softmax"]
+    shapes = Lengths(model, at_lengths(model, {}, {}, (ANY,))).shapes if softmaxes else {}
+    for softmax in softmaxes:
+        links = Links(model)
         pattern = _match(links, softmax)
         if pattern:
-            _check_dims(links, pattern)
+            _check_dims(pattern, shapes)
             _replace(model, pattern)
-            done.append(
-                f"{name_of(softmax)}: attention in {len(pattern.between) + 3} nodes, "
-                "made one TRT_Attention"
-            )
+            nodes = len(pattern.between) + 3
+            done.append(f"{name_of(softmax)}: attention in {nodes} nodes, made one TRT_Attention")
+    if done:
+        prune(model.graph)
     return done
 
 
-class _Links:
-    """Who makes a tensor, and who reads it."""
-
-    def __init__(self, model: Any) -> None:
-        self.graph = model.graph
-        self._nodes = list(model.graph.node)
-        self._makers = {name: node for node in self._nodes for name in node.output}
-        self._outputs = {value.name for value in model.graph.output}
-        self._weights = {tensor.name for tensor in model.graph.initializer}
-        graph = infer_shapes(model, {})
-        self.shapes = {value.name: labels_of(value) for value in (*graph.input, *graph.value_info)}
-
-    def maker(self, tensor: str) -> Any:
-        """Return the node that makes `tensor`; None for an input or a weight."""
-        return self._makers.get(tensor)
-
-    def only_reader(self, tensor: str) -> Any:
-        """Return the one node that reads `tensor`; None when there are more, or it is an output."""
-        found = [node for node in self._nodes if tensor in reads(node)]
-        return found[0] if len(found) == 1 and tensor not in self._outputs else None
-
-    def is_product(self, node: Any) -> bool:
-        """Whether a node multiplies two tensors, neither of which is a weight."""
-        return (
-            node is not None
-            and operator(node) == "MatMul"
-            and not any(map(self._is_weight, node.input))
-        )
-
-    def _is_weight(self, tensor: str) -> bool:
-        maker = self.maker(tensor)
-        return tensor in self._weights or (maker is not None and operator(maker) == "Constant")
-
-    def unscale(self, node: Any) -> tuple[str, float] | None:
-        """Return what a Mul, Div or Cast is applied to, and the factor; None if it's no number."""
-        if operator(node) == "Cast":
-            return node.input[0], 1.0
-        for number in (1, 0) if operator(node) == "Mul" else (1,):
-            value = constant_of(self.graph, node.input[number])
-            if value is not None and np.size(value) == 1:
-                factor = float(np.asarray(value).astype(np.float64).reshape(()))
-                return node.input[1 - number], factor if operator(node) == "Mul" else 1 / factor
-        return None
-
-
-def _match(links: _Links, softmax: Any) -> Pattern | None:
+def _match(links: Links, softmax: Any) -> Pattern | None:
     """Walk up from a Softmax to the product of queries and keys, and down to that with values."""
     between: list[Any] = []
-    scale = 1.0
+    scale, mask = 1.0, None
     node = links.maker(softmax.input[0])
-    while node is not None and operator(node) in SCALES:
-        scaled = links.unscale(node)
-        if scaled is None:
+    while node is not None and not _is_product(links, node):
+        if scaled := _unscale(links, node):
+            node_before, scale = scaled[0], scale * scaled[1]
+        elif mask is None and (found := _unmask(links, node)):
+            node_before, mask = found
+        else:
             return None
         between.append(node)
-        node, scale = links.maker(scaled[0]), scale * scaled[1]
-    if node is not None and operator(node) in MASKS:
-        _refuse_mask(links, node)
-    if not links.is_product(node):
+        node = links.maker(node_before)
+    after = _after(links, softmax, between)
+    if node is None or after is None:
         return None
-    first, weights = node, softmax.output[0]
-    after = links.only_reader(weights)
-    while after is not None and operator(after) == "Cast":
-        between.append(after)
-        weights = after.output[0]
-        after = links.only_reader(weights)
-    if after is None or operator(after) != "MatMul" or after.input[0] != weights:
+    if any(links.only_reader(each.output[0]) is None for each in (node, *between)):
         return None
-    if any(links.only_reader(each.output[0]) is None for each in (first, *between)):
+    return Pattern(node, softmax, after, between, scale, mask)
+
+
+def _is_product(links: Links, node: Any) -> bool:
+    """Whether a node multiplies two tensors, neither of which is a weight."""
+    return (
+        node is not None
+        and operator(node) == "MatMul"
+        and not any(map(links.is_weight, node.input))
+    )
+
+
+def _comes_from_product(links: Links, tensor: str) -> bool:
+    node = links.maker(tensor)
+    while node is not None and (scaled := _unscale(links, node)):
+        node = links.maker(scaled[0])
+    return _is_product(links, node)
+
+
+def _unscale(links: Links, node: Any) -> tuple[str, float] | None:
+    """Return what a Mul, Div or Cast is applied to, and the factor; None if it's no number."""
+    if operator(node) not in SCALES:
         return None
-    return Pattern(first, softmax, after, between, scale)
+    if operator(node) == "Cast":
+        return node.input[0], 1.0
+    for number in (1, 0) if operator(node) == "Mul" else (1,):
+        value = constant_of(links.graph, node.input[number])
+        if value is not None and np.size(value) == 1:
+            factor = float(np.asarray(value).astype(np.float64).reshape(()))
+            return node.input[1 - number], factor if operator(node) == "Mul" else 1 / factor
+    return None
 
 
-def _refuse_mask(links: _Links, mask: Any) -> None:
-    for name in mask.input:
-        node = links.maker(name)
-        while node is not None and operator(node) in SCALES:
-            node = links.maker(node.input[0])
-        if links.is_product(node):
-            raise RejectedError(
-                f"{name_of(mask)} adds a mask to the scores of an attention: it can't be "
-                "cut into token shards",
-                fix="export the model with is_causal instead of a mask, or use -n 1",
-            )
+def _unmask(links: Links, node: Any) -> tuple[str, Mask] | None:
+    """Return the scores that an Add or Where masks, and the mask."""
+    if operator(node) == "Add":
+        for scores, added in (node.input, reversed(node.input)):
+            if _comes_from_product(links, scores):
+                return scores, Mask(added, "added")
+    if operator(node) == "Where":
+        condition, *sides = node.input
+        for kind, scores, filler in (("seen", *sides), ("blocked", *reversed(sides))):
+            value = constant_of(links.graph, filler)
+            blocks = value is not None and np.size(value) == 1 and np.all(value <= BLOCKED)
+            if blocks and _comes_from_product(links, scores):
+                return scores, Mask(condition, kind)
+    return None
 
 
-def _check_dims(links: _Links, pattern: Pattern) -> None:
+def _after(links: Links, softmax: Any, between: list[Any]) -> Any:
+    """Walk down to the product with values: over casts, and zeros for rows that see no key."""
+    weights = softmax.output[0]
+    while True:
+        readers = links.readers(weights)
+        zeros = [node for node in readers if operator(node) == "IsNaN"]
+        if len(readers) == 2 and zeros:
+            (other,) = (node for node in readers if node is not zeros[0])
+            condition = zeros[0].output[0]
+            if operator(other) != "Where" or other.input[0] != condition:
+                return None
+            if other.input[2] != weights or links.only_reader(condition) is None:
+                return None
+            between += [other]
+            weights = other.output[0]
+            continue
+        node = links.only_reader(weights)
+        if node is not None and operator(node) == "Cast":
+            between.append(node)
+            weights = node.output[0]
+            continue
+        right = node is not None and operator(node) == "MatMul" and node.input[0] == weights
+        return node if right else None
+
+
+def _check_dims(pattern: Pattern, shapes: Any) -> None:
     """Make sure that heads have a dim of their own, and that the keys are last."""
-    shape = links.shapes.get(pattern.first.input[0], [None] * 4)  # where it isn't known
+    shape = shapes.get(pattern.first.input[0], [None] * 4)  # where it isn't known
     if len(shape) != 4 or attribute_of(pattern.softmax, "axis", -1) not in (-1, 3):
         raise RejectedError(
             f"{name_of(pattern.softmax)} isn't over the keys in the last of four dims",
@@ -164,16 +186,22 @@ def _replace(model: Any, pattern: Pattern) -> None:
             make("CastLike", [product, query], [query_16], name=query_16),
         ]
         query = query_16
-    nodes.append(
-        make("TRT_Attention", [query, key, value], pattern.second.output, name=f"{name}_attention")
-    )
-    gone = [pattern.first, *pattern.between, pattern.softmax, pattern.second]
+    given = [query, key, value]
+    if pattern.mask:
+        mask = pattern.mask.tensor
+        if pattern.mask.kind == "blocked":
+            nodes.append(make("Not", [mask], [f"{name}_seen"], name=f"{name}_seen"))
+            mask = f"{name}_seen"
+        given.append(mask)
+    nodes.append(make("TRT_Attention", given, pattern.second.output, name=f"{name}_attention"))
+    gone = {*pattern.first.output, *pattern.softmax.output, *pattern.second.output}
+    gone.update(name for node in pattern.between for name in node.output)
     kept: list[Any] = []
     for node in model.graph.node:
-        if any(node is each or node == each for each in gone):
-            kept += nodes if node == pattern.second else []
-        else:
+        if gone.isdisjoint(node.output):
             kept.append(node)
+        elif node.output[0] == pattern.second.output[0]:
+            kept += nodes
     copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
     del model.graph.node[:]
     model.graph.node.extend(copies)

@@ -183,6 +183,15 @@ def regroup(node: Any, tokens: Tokens) -> Dims:
     return ()
 
 
+def look_up(node: Any, tokens: Tokens) -> Dims:
+    """Each index takes from its own place in the other dims, along one dim from anywhere."""
+    place = tokens.place(node.input[1])
+    axis = attribute_of(node, "axis", 0) % len(_shape(node.input[1], tokens))
+    if place and place.dim != axis:
+        _check_uncut(node, node.input[:1], tokens, place.dim - len(_shape(node.input[1], tokens)))
+    return [axis] if tokens.place(node.input[0]) else ()
+
+
 def part(node: Any, tokens: Tokens) -> Dims:
     """A part of other dims; a part of the tokens would be one of every shard."""
     if len(node.input) > 3 and node.input[3]:
@@ -273,6 +282,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(("MatMul", "Gemm"), product),
     "BatchNormalization": batch_normalization,
     "ConstantOfShape": transpose,
+    "GatherElements": look_up,
     "CumSum": lambda node, tokens: _constants(node, 1, tokens),
     "Dropout": dropout,
     "Einsum": einsum,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import TokenDim, token_dims
+from mdattn_mpi.onnx.cast import cast_products
 from mdattn_mpi.onnx.check import check
+from mdattn_mpi.onnx.faults import Faults
 from mdattn_mpi.onnx.model import (
     ATTENTION,
     STANDARD,
@@ -18,10 +20,11 @@ from mdattn_mpi.onnx.model import (
     operator,
 )
 from mdattn_mpi.onnx.patterns import fuse_patterns
-from mdattn_mpi.onnx.sharding import Sharding, write_sharding
+from mdattn_mpi.onnx.sharding import POSITIONS, Sharding, write_sharding
+from mdattn_mpi.onnx.simplify import simplify
 from mdattn_mpi.onnx.site import Site, mask_of
 from mdattn_mpi.onnx.tokens import Tokens, trace_tokens
-from mdattn_mpi.problem import StrategyName
+from mdattn_mpi.problem import DTypeName, StrategyName
 
 OLDEST = 13  # the opset since which Softmax, Slice and Reshape are as they are used here
 
@@ -29,7 +32,11 @@ Places = Mapping[str, Sequence[TokenDim]]
 
 
 def shard_model(
-    model: Any, strategy: StrategyName, ranks: int, named_axes: Mapping[str, int]
+    model: Any,
+    strategy: StrategyName,
+    ranks: int,
+    named_axes: Mapping[str, int],
+    dtype: DTypeName | None = None,
 ) -> tuple[Any, list[str]]:
     """Make a model that `ranks` ranks run together, each on its own tokens.
 
@@ -41,6 +48,8 @@ def shard_model(
         How to share.
     named_axes
         The dim that counts tokens, by input; empty to find it.
+    dtype
+        Of products, attentions and their weights that are in float32; None leaves them so.
 
     Returns
     -------
@@ -52,38 +61,94 @@ def shard_model(
         No attention, one that can't be shared this way, or a node that mixes tokens.
 
     """
-    sharded = import_onnx().ModelProto()
-    sharded.CopyFrom(model)
-    _check_opset(sharded)
-    done = fuse_patterns(sharded) if ranks > 1 else []
-    attentions = [node for node in sharded.graph.node if operator(node) in ATTENTION]
-    if not attentions and ranks > 1:
+    if ranks > 1:
+        prepared = prepare(_copied(model), named_axes, dtype)
+        sharded, tokens, done = prepared.model, prepared.tokens, prepared.done
+        done += _share(sharded, tokens, strategy, ranks)
+    else:
+        _check_opset(model)
+        sharded = _copied(model)
+        attentions = _attentions(sharded)
+        tokens = _trace(sharded, token_dims(sharded, attentions, named_axes))
+        done = ["one rank has all tokens; the model is left as it is"]
+    places = outer_places(sharded, tokens)
+    _free_token_dims(sharded, places)
+    sharding = Sharding(strategy, ranks, {name: place.dim for name, place in places.items()})
+    for value in graph_inputs(model):
+        if sharding.given_by_rank(value.name):
+            raise RejectedError(
+                f"the input {value.name!r} would be taken for one that sharding adds",
+                fix="rename it",
+            )
+    write_sharding(sharded, sharding)
+    return sharded, done
+
+
+class Prepared(NamedTuple):
+    """A model whose every node but attention treats tokens alike.
+
+    Masks are attributes of the attentions, positions an input; nothing is shared yet.
+    """
+
+    model: Any
+    tokens: Tokens
+    places: Places  # of its inputs
+    done: list[str]  # in words
+
+
+def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None = None) -> Prepared:
+    """Rewrite a model in place, so that it can be cut into token shards.
+
+    See `shard_model` for the arguments.
+
+    Raises
+    ------
+    RejectedError
+        It can't be: with all reasons, a node each.
+
+    """
+    _check_opset(model)
+    done = fuse_patterns(model)
+    attentions = _attentions(model)
+    if not attentions:
         raise RejectedError(
             "the model has no attention: no Attention or TRT_Attention node, and no "
             "MatMul–Softmax–MatMul",
             fix="export it with scaled dot-product attention (opset 23 has the operator)",
         )
-    _name_apart(sharded, attentions)
-    tokens = _trace(sharded, token_dims(sharded, attentions, named_axes))
-    if ranks > 1:
-        check(tokens)
-        done += _share(sharded, tokens, strategy, ranks)
-    else:
-        done.append("one rank has all tokens; the model is left as it is")
-    places = {
+    places: Places = token_dims(model, attentions, named_axes)
+    faults = Faults()
+    told, added = simplify(model, places, faults)
+    done += told
+    places = {name: each for name, each in {**places, **added}.items() if each}
+    if dtype:
+        done.append(f"{cast_products(model, dtype)} nodes in {dtype}, the rest in float32")
+    tokens = _trace(model, places)
+    check(tokens, faults)
+    faults.end()
+    return Prepared(model, tokens, places, done)
+
+
+def outer_places(model: Any, tokens: Tokens) -> dict[str, TokenDim]:
+    """Return where the tokens are in the inputs and outputs that are the model's own."""
+    return {
         value.name: place
-        for value in (*graph_inputs(model), *sharded.graph.output)
-        if (place := tokens.place(value.name))
+        for value in (*graph_inputs(model), *model.graph.output)
+        if not value.name.startswith(POSITIONS) and (place := tokens.place(value.name))
     }
-    _free_token_dims(sharded, places)
-    sharding = Sharding(strategy, ranks, {name: place.dim for name, place in places.items()})
-    for value in graph_inputs(model):
-        if sharding.counts_keys(value.name):
-            raise RejectedError(
-                f"the input {value.name!r} would be taken for a number of keys", fix="rename it"
-            )
-    write_sharding(sharded, sharding)
-    return sharded, done
+
+
+def _copied(model: Any) -> Any:
+    copied = import_onnx().ModelProto()
+    copied.CopyFrom(model)
+    return copied
+
+
+def _attentions(model: Any) -> list[Any]:
+    """List the attentions of a model, each with a name of its own."""
+    found = [node for node in model.graph.node if operator(node) in ATTENTION]
+    _name_apart(model, found)
+    return found
 
 
 def _check_opset(model: Any) -> None:
@@ -105,13 +170,12 @@ def _name_apart(model: Any, attentions: Sequence[Any]) -> None:
 
 def _trace(model: Any, places: Places) -> Tokens:
     """Find the tokens; where sequences can only be of one length, they are one."""
-    try:
-        return trace_tokens(model, places)
-    except RejectedError:
-        if len({place.sequence for each in places.values() for place in each}) == 1:
-            raise
+    tokens = trace_tokens(model, places)
+    several = len({place.sequence for each in places.values() for place in each}) > 1
+    if several and any(tokens.failure(name) for node in model.graph.node for name in node.output):
         one = {name: [TokenDim("tokens", p.dim) for p in each] for name, each in places.items()}
         return trace_tokens(model, one)
+    return tokens
 
 
 def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> list[str]:
@@ -143,7 +207,7 @@ def _share(model: Any, tokens: Tokens, strategy: StrategyName, ranks: int) -> li
         numbers.update(dict.fromkeys(site.numbers))
     del model.graph.node[:]
     model.graph.node.extend(nodes)
-    _add_numbers(model, list(numbers))
+    _add_inputs(model, list(numbers))
     return done
 
 
@@ -173,14 +237,18 @@ def _cut_keys_too(node: Any, tokens: Tokens) -> str:
     return f"cut the keys too: -s ulysses {named}; or use -n 1"
 
 
-def _add_numbers(model: Any, names: Sequence[str]) -> None:
-    """Add inputs of one number each."""
+def _add_inputs(model: Any, names: Sequence[str]) -> None:
+    """Add inputs of one number each, and of positions."""
     onnx = import_onnx()
+    inputs = {value.name for value in model.graph.input}
     for name in names:
-        if name in [value.name for value in model.graph.input]:
+        positions = name.startswith(POSITIONS)
+        if name in inputs and not positions:
             raise RejectedError(f"the model has an input {name!r} already", fix="rename it")
-        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [1])
-        model.graph.input.append(value)
+        if name not in inputs:
+            shape = ["tokens"] if positions else [1]
+            value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, shape)
+            model.graph.input.append(value)
 
 
 def _free_token_dims(model: Any, places: Mapping[str, TokenDim]) -> None:

@@ -13,6 +13,8 @@ from mdattn_mpi.errors import RejectedError
 # mask is aligned with the last row of a rank's buffer, those up to there. In a model that collects
 # the keys of several sequences the sequence's name follows: ``keys_T``.
 KEYS, CAUSAL_KEYS = "keys", "causal_keys"
+# Inputs ``[tokens]``, int64: where in its sequence each token of the rank's shard stands.
+POSITIONS = "token_positions"
 NOTE = "mdattn"
 
 
@@ -24,11 +26,11 @@ class Sharding:
     ranks: int
     axes: dict[str, int]  # the dim that counts tokens, of each input and output that has one
 
-    def counts_keys(self, tensor: str) -> str | None:
-        """Tell which of `KEYS` and `CAUSAL_KEYS` an input is; None for a tensor of the model."""
+    def given_by_rank(self, tensor: str) -> str | None:
+        """Tell which of `KEYS`, `CAUSAL_KEYS`, `POSITIONS` an input is; None: the model's own."""
         if tensor in self.axes:
             return None
-        for kind in (KEYS, CAUSAL_KEYS):
+        for kind in (KEYS, CAUSAL_KEYS, POSITIONS):
             if tensor == kind or tensor.startswith(f"{kind}_"):
                 return kind
         return None

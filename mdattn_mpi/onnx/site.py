@@ -9,14 +9,17 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import RANK_COUNT, attribute_of, import_onnx, name_of, operator
-from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
+from mdattn_mpi.onnx.masks import window_of
+from mdattn_mpi.onnx.model import RANK_COUNT, WINDOW, attribute_of, import_onnx, name_of, operator
+from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS, POSITIONS
 from mdattn_mpi.onnx.tokens import Shape, Tokens
 from mdattn_mpi.problem import StrategyName
 
 
 def mask_of(node: Any) -> str:
-    """Tell which keys a query of an attention sees: ``none``, ``upper_left``, ``lower_right``."""
+    """Tell which keys a query sees: ``none``, ``upper_left``, ``lower_right``, ``window``."""
+    if window_of(node):
+        return "window"
     if attribute_of(node, "is_causal", 0):
         return "upper_left"
     return str(attribute_of(node, "causal_kind", b"none").decode())
@@ -47,6 +50,7 @@ class Site:
             for shape, heads in zip(self._shapes, self._heads, strict=True)
         )
         self._mask = mask_of(node)
+        self._says = "has a window" if self._mask == "window" else f"is causal ({self._mask})"
         query, key = (tokens.place(name) for name in node.input[:2])
         self._same_length = query is not None and key is not None and query[0] == key[0]
 
@@ -86,14 +90,14 @@ class Site:
         if joined:
             self._join_heads()
         if self.after:  # the rest of the model reads what comes last
-            self.node.output[0] = f"{self._prefix}_inner"
+            self.node.output[0] = f"{self._output}_mdattn_inner"
             self.after[-1].output[0] = self._output
         return f"{self._shown}: {done}"
 
     def _ring(self) -> None:
         if self._mask != "none":
             raise self._refuse(
-                "is causal: TensorRT's multi-device attention has no mask",
+                f"{self._says}: TensorRT's multi-device attention has no mask",
                 "use -s allgather or -s ulysses",
             )
         self._set(RANK_COUNT, self.ranks)
@@ -114,18 +118,43 @@ class Site:
         """Collect keys and values; under a mask a rank's keys end with its own last token."""
         if self._mask != "none" and not self._same_length:
             raise self._refuse(
-                f"is causal ({self._mask}) over keys of another sequence than the queries'",
+                f"{self._says} over keys of another sequence than the queries'",
                 "use -s ulysses" if self._mask == "upper_left" else "use -n 1",
             )
-        keys = KEYS if self._mask == "none" else CAUSAL_KEYS
+        keys = KEYS if self._mask in ("none", "window") else CAUSAL_KEYS
         for number in (1, 2):
             tokens_first = self._transpose(self.node.input[number], (2, 0, 1, 3))
             gathered = self._collective(tokens_first, "all_gather")
             seen = self._first(keys, gathered, 0)
             self.node.input[number] = self._transpose(seen, (1, 2, 0, 3))
-        if self._mask != "none":
+        if self._mask == "window":
+            self.numbers.append(POSITIONS + self._suffix)
+            self._write_window(POSITIONS + self._suffix)
+        elif self._mask != "none":
             self._make_trt_attention()
             self._set("causal_kind", "lower_right")
+
+    def _write_window(self, rows: str) -> None:
+        """Block the keys outside of the window, for queries at the positions `rows`."""
+        before, after = window_of(self.node) or (-1, -1)
+        self._unset(WINDOW)
+        column = self._reshape(rows, (-1, 1))
+        distance = self._op("Sub", [column, self._numbers(KEYS + self._suffix)])
+        seen = [
+            self._op("LessOrEqual", [each, self._constant(np.array(most, np.int64))])
+            for each, most in ((distance, before), (self._op("Neg", [distance]), after))
+            if most >= 0
+        ]
+        both = self._op("And", seen) if len(seen) > 1 else seen[0]
+        self.node.input.append(
+            self._op("Unsqueeze", [both, self._constant(np.array([0, 1], np.int64))])
+        )
+
+    def _numbers(self, count: str) -> str:
+        """0, 1, … up to a count of one element."""
+        zero, one = (self._constant(np.array(number, np.int64)) for number in (0, 1))
+        number = self._op("Squeeze", [count, self._constant(np.array([0], np.int64))])
+        return self._op("Range", [zero, number, one])
 
     def _make_trt_attention(self) -> None:
         """Take the operator that alone has ``lower_right``, and that has no scale."""
@@ -144,12 +173,11 @@ class Site:
         Rows at the end fill up the shards of the queries, and those of the keys are left out: that
         moves a mask which is aligned with the last row and the last key.
         """
+        if self._mask in ("lower_right", "window") and not self._same_length:
+            raise self._refuse(
+                f"{self._says} over keys of another sequence than the queries'", "use -n 1"
+            )
         if self._mask == "lower_right":
-            if not self._same_length:
-                raise self._refuse(
-                    "is causal (lower_right) over keys of another sequence than the queries'",
-                    "use -n 1",
-                )
             self._set("causal_kind", "upper_left")  # the same, for equal lengths
         if self._heads[0] % self.ranks:
             raise self._refuse(
@@ -162,6 +190,9 @@ class Site:
                 name, heads = self._repeat_heads(name, heads), self.ranks
             traded = self._heads_to_ranks(name, heads // self.ranks, self._dims[number])
             self.node.input[number] = self._first(KEYS, traded, 2) if number else traded
+        if self._mask == "window":
+            self.numbers.append(POSITIONS + self._suffix)
+            self._write_window(self._collective(POSITIONS + self._suffix, "all_gather"))
         self._tokens_to_ranks()
 
     def _repeat_heads(self, name: str, heads: int) -> str:
@@ -192,7 +223,7 @@ class Site:
     @property
     def _result(self) -> str:
         """Name what the nodes behind have made so far."""
-        return str(self.after[-1].output[0]) if self.after else f"{self._prefix}_inner"
+        return str(self.after[-1].output[0]) if self.after else f"{self._output}_mdattn_inner"
 
     def _reshape(self, name: str, shape: Sequence[int], where: list[Any] | None = None) -> str:
         """Reshape; 0 keeps a dim, -1 is what is left."""

@@ -74,7 +74,7 @@ class JobSpec:
             raise RejectedError(
                 "both redo and overwrite", fix="leave --redo out to compute all items again"
             )
-        if self.bind and not self.engine:
+        if self.bind and not self.engine and not self.model.endswith(".onnx"):
             raise RejectedError(
                 "--bind without --engine", fix="name the model's engine: --engine FILE"
             )

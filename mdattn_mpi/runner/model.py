@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from mdattn_mpi.backends import HostArray
+from mdattn_mpi.backends import HostArray, StrategyBackend, open_backend
 from mdattn_mpi.dataset import AnyItem, scan_file
 from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.dataset.named import open_tensors, tensor_names
@@ -22,10 +22,13 @@ from mdattn_mpi.runner.groups import JobGroup, open_groups
 from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.schedule import Queue, Schedule, make_schedule
+from mdattn_mpi.runner.segmented import SegmentedModel
 from mdattn_mpi.runner.work import Shard, Task
 from mdattn_mpi.trt.bindings import Binding, check_bindings, parse_bindings
 from mdattn_mpi.trt.model import Model
 from mdattn_mpi.trt.runtime import open_runtime
+
+AnyModel = Model | SegmentedModel
 
 
 class ModelWork:
@@ -111,14 +114,51 @@ def open_model(spec: JobSpec, world: World) -> Job:
     """
     cut = together(world, "schedule", lambda: _one_size(spec, world))
 
-    def open_one(group: Group) -> Model:
+    def open_one(group: Group) -> AnyModel:
+        if spec.model:
+            return _open_segmented(spec, group, world)
         return Model(open_runtime(group), Path(spec.engine))
 
     return _open(spec, world, cut, open_groups(world, cut, open_one))
 
 
+def _open_segmented(spec: JobSpec, group: Group, world: World) -> SegmentedModel:
+    """Collective. Open an ONNX model on the CPUs of a group."""
+    backend = open_backend("cpu", group, threads=spec.threads)
+    return together(
+        group,
+        "model",
+        lambda: SegmentedModel(
+            cast(StrategyBackend, backend),
+            group,
+            Path(spec.model),
+            spec.strategy,
+            spec.threads or world.cores,
+        ),
+        lambda model: {"model": model.digest},
+    )
+
+
+def _check_segmented(spec: JobSpec) -> None:
+    """Refuse what an ONNX model can't have."""
+    others = {
+        "--lse": spec.lse,
+        "--engine": spec.engine,
+        "--layout": spec.layout != "auto",
+        "--group-size auto": spec.group_size == "auto",
+    }
+    wrong = next((name for name, given in others.items() if given), None)
+    if wrong:
+        raise RejectedError(f"{wrong} with --model {spec.model}", fix=f"leave {wrong} out")
+    if spec.backend not in ("auto", "cpu"):
+        raise RejectedError(
+            f"-b {spec.backend} with --model {spec.model}: its segments run on CPUs",
+            fix="leave -b out; for GPUs: mdattn shard, mdattn build, then --engine and --bind",
+        )
+
+
 def check_options(spec: JobSpec) -> None:
-    """Refuse what a model's engine has decided already.
+    """Refuse what a model's engine, or an ONNX model, has decided already.
 
     Raises
     ------
@@ -126,6 +166,9 @@ def check_options(spec: JobSpec) -> None:
         Says which option to leave out.
 
     """
+    if spec.model:
+        _check_segmented(spec)
+        return
     if spec.backend not in ("auto", "tensorrt"):
         raise RejectedError(f"-b {spec.backend} with --bind", fix="leave -b out: TensorRT runs it")
     if spec.lse:
@@ -144,7 +187,8 @@ def check_options(spec: JobSpec) -> None:
 
 def _one_size(spec: JobSpec, world: World) -> Schedule:
     """Cut the world into groups of the size that was asked for; the items come later."""
-    schedule = make_schedule((), world.nodes, spec.group_size, typical_costs(Model.name))
+    costs = typical_costs("cpu" if spec.model else Model.name)
+    schedule = make_schedule((), world.nodes, spec.group_size, costs)
     size = world.size if spec.group_size == "all" else int(spec.group_size)
     return replace(schedule, queues=(Queue(size, ()),))
 
@@ -152,7 +196,7 @@ def _one_size(spec: JobSpec, world: World) -> Schedule:
 def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) -> Job:
     """Collective. Bind the engine that the groups have loaded to the file."""
     (group,) = groups
-    model = cast(Model, group.executor)
+    model = cast(AnyModel, group.executor)
     catalog = scan_once(
         world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
     )
@@ -177,8 +221,10 @@ def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) ->
     return Job(spec, world, work, dataset, items, schedule, groups)
 
 
-def _bind(spec: JobSpec, model: Model, names: Sequence[str]) -> ModelWork:
-    bound = parse_bindings(spec.bind, model.manifest.axes)
+def _bind(spec: JobSpec, model: AnyModel, names: Sequence[str]) -> ModelWork:
+    tensors = [tensor.name for tensor in (*model.inputs, *model.outputs)]
+    texts = spec.bind or [f"{name}=items/*/{name}" for name in tensors]
+    bound = parse_bindings(texts, model.axes)
     check_bindings(
         bound,
         [tensor.name for tensor in model.inputs],
@@ -195,6 +241,4 @@ def _bind(spec: JobSpec, model: Model, names: Sequence[str]) -> ModelWork:
     def renamed(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         return tuple(replace(tensor, name=bindings[tensor.name].name) for tensor in tensors)
 
-    return ModelWork(
-        spec, renamed(model.inputs), renamed(model.outputs), bindings, model.manifest.sha256
-    )
+    return ModelWork(spec, renamed(model.inputs), renamed(model.outputs), bindings, model.digest)

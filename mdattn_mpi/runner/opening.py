@@ -32,12 +32,12 @@ def open_job(spec: JobSpec, world: World) -> Job:
 
 def _kind_of_work(spec: JobSpec) -> Callable[[JobSpec, World], Job]:
     """What opens a job of the kind that the user asks for."""
-    if spec.model:
+    if spec.model and not spec.model.endswith(".onnx"):
         from mdattn_mpi.runner import transformer
 
         transformer.check_options(spec)
         return transformer.open_transformer
-    if not spec.bind:
+    if not spec.bind and not spec.model:
         return open_attention
     from mdattn_mpi.runner.model import check_options, open_model
 

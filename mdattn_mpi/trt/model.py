@@ -57,9 +57,9 @@ class Model(EngineExecutor):
             )
         self._engine = runtime.load(built)
         names = self._engine.inputs
-        counts = {name: self.manifest.sharding.counts_keys(name) for name in names}
-        self._key_counts = {name: kind for name, kind in counts.items() if kind}
-        self.inputs = self._tensors(name for name in names if name not in self._key_counts)
+        kinds = {name: self.manifest.sharding.given_by_rank(name) for name in names}
+        self._given = {name: kind for name, kind in kinds.items() if kind}
+        self.inputs = self._tensors(name for name in names if name not in self._given)
         self.outputs = self._tensors(self._engine.outputs)
         self._tried = self._try_collectives()
 
@@ -100,6 +100,16 @@ class Model(EngineExecutor):
         together(group, "enqueue trial", lambda: self.enqueue(execution))
         arrays = together(group, "trial", lambda: self.collect(execution).wait())
         return b"".join(array.tobytes() for array in arrays)
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The dim of each input and output that counts tokens."""
+        return self.manifest.axes
+
+    @property
+    def digest(self) -> str:
+        """What all ranks' engines must have."""
+        return self.manifest.sha256
 
     def _tensors(self, names: Iterable[str]) -> tuple[TensorSpec, ...]:
         return tuple(self._tensor(name) for name in names)
@@ -151,7 +161,12 @@ class Model(EngineExecutor):
         own = len(equal_shards(tokens, plan.ranks)[rank])
         inputs = {tensor.name: tensor.with_tokens(length) for tensor in self.inputs}
         values = {KEYS: tokens, CAUSAL_KEYS: (rank + 1) * length}
-        host_inputs = {name: values[kind] for name, kind in self._key_counts.items()}
+        host_inputs = {n: values[kind] for n, kind in self._given.items() if kind in values}
+        positions = [name for name in self._given if name not in host_inputs]
+        inputs.update(dict.fromkeys(positions, (length,)))
+        # Tokens that fill up the last shards stand anywhere: at the last position.
+        own_positions = np.minimum(np.arange(rank * length, (rank + 1) * length), tokens - 1)
+        shards = (*shards, *[own_positions] * len(positions))
         results = tuple(
             Result(
                 tensor.name,

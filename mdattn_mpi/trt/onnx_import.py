@@ -17,7 +17,7 @@ from mdattn_mpi.onnx.model import (
     load_model,
     operator,
 )
-from mdattn_mpi.onnx.sharding import Sharding, read_sharding
+from mdattn_mpi.onnx.sharding import POSITIONS, Sharding, read_sharding
 from mdattn_mpi.partition import shard_length
 from mdattn_mpi.trt.build import BuiltEngine, Profile, build_network
 from mdattn_mpi.trt.choice import check_target
@@ -119,7 +119,11 @@ def profile_of(network: Any, sharding: Sharding, tokens: tuple[int, int]) -> Pro
     profile: Profile = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        if sharding.counts_keys(tensor.name):
+        given = sharding.given_by_rank(tensor.name)
+        if given == POSITIONS:
+            profile[tensor.name] = ((lengths[0],), (lengths[1],), (lengths[2],))
+            continue
+        if given:
             most = shard_length(longest, sharding.ranks) * sharding.ranks
             profile[tensor.name] = ((1,), (longest,), (most,))
             continue

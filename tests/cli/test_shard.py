@@ -65,6 +65,31 @@ def test_ring_marks_the_attention(
     assert [(a.name, a.i) for a in node.attribute] == [("nb_rank", 4)]
 
 
+def test_check_and_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A float32 model is refused, or cast; and held against the whole one where that can be."""
+    pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+    from mdattn_mpi.onnx import compare
+    from tests.support.onnx_decoder import decoder
+
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    path.write_bytes(decoder().SerializeToString())
+    command = ["shard", str(path), "-n", "3", "-s", "allgather", "-o", str(out)]
+    assert main(command) == 2
+    assert "attentions are in float32" in complaint(capsys)
+    assert main([*command, "--dtype", "fp16"]) == 0
+    told = capsys.readouterr().out
+    assert "in float32: checked with ONNX Runtime on 67 tokens: right" in told
+    assert "in float16: checked with ONNX Runtime on 67 tokens: right" in told
+    out.unlink()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(compare, "exchange", compare.forget)
+        assert main([*command, "--dtype", "fp32"]) == 1
+        assert not out.exists()
+        assert "nothing was written" in capsys.readouterr().err
+        assert main([*command, "--dtype", "fp32", "--no-check"]) == 0
+    assert out.exists()
+
+
 def test_refusals(block: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out.onnx")
     junk = tmp_path / "junk.onnx"

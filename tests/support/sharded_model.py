@@ -21,7 +21,7 @@ from onnx.reference.op_run import OpRun
 from mdattn_mpi.onnx.model import ATTENTION, RANK_COUNT, attribute_of, operator
 from mdattn_mpi.onnx.patterns import fuse_patterns
 from mdattn_mpi.onnx.shard import shard_model
-from mdattn_mpi.onnx.sharding import KEYS, Sharding, read_sharding
+from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS, POSITIONS, Sharding, read_sharding
 from mdattn_mpi.partition import equal_shards, shard_length
 from tests.support.network_interpreter import ThreadRanks, exchange, interpret, softmax
 
@@ -29,7 +29,7 @@ Arrays = Mapping[str, Any]
 _THREAD = threading.local()  # .ranks: the group of the rank that runs in this thread
 
 
-def attend(q: Any, k: Any, v: Any, causal: str, scale: float) -> Any:
+def attend(q: Any, k: Any, v: Any, causal: str, scale: float, mask: Any = None) -> Any:
     """Attention in float64, ``[B, N, S, H]``."""
     q, k, v = (array.astype(np.float64) for array in (q, k, v))
     k, v = (np.repeat(array, q.shape[1] // array.shape[1], axis=1) for array in (k, v))
@@ -40,6 +40,8 @@ def attend(q: Any, k: Any, v: Any, causal: str, scale: float) -> Any:
         seen = np.arange(columns) <= np.arange(rows)[:, None] + diagonal
         assert seen.any(axis=1).all(), "a row sees no key: TensorRT divides by zero"
         scores = np.where(seen, scores, -np.inf)
+    if mask is not None:
+        scores = np.where(mask, scores, -np.inf)
     return softmax(scores) @ v
 
 
@@ -48,10 +50,12 @@ class TRT_Attention(OpRun):
 
     op_domain = ""
 
-    def _run(self, q: Any, k: Any, v: Any, causal_kind: str = "none", nb_rank: int = 1) -> Any:
+    def _run(
+        self, q: Any, k: Any, v: Any, mask: Any = None, causal_kind: str = "none", nb_rank: int = 1
+    ) -> Any:
         if (nb_rank or 1) > 1:
             k, v = (np.concatenate(_THREAD.ranks.all_gather(array), axis=2) for array in (k, v))
-        return (attend(q, k, v, causal_kind or "none", 1.0).astype(q.dtype),)
+        return (attend(q, k, v, causal_kind or "none", 1.0, mask).astype(q.dtype),)
 
 
 class DistCollective(OpRun):
@@ -159,7 +163,13 @@ class Comparison:
         dtype = model.graph.output[0].type.tensor_type.elem_type
         self.whole = showing(model, self.shown, dtype)
         self.sharded = showing(sharded, self.shown, dtype)
-        self.axes = {**{name: rank - 2 for name, rank in self.shown.items()}, **self.sharding.axes}
+        dropped = {  # padding masks
+            value.name: [dim.dim_param for dim in value.type.tensor_type.shape.dim].index("S")
+            for value in model.graph.input
+            if value.name not in {each.name for each in sharded.graph.input}
+        }
+        shown = {name: rank - 2 for name, rank in self.shown.items()}
+        self.axes = {**dropped, **shown, **self.sharding.axes}
         self.sequences = {
             value.name: value.type.tensor_type.shape.dim[self.axes[value.name]].dim_param
             for value in self.sharded.graph.input
@@ -197,11 +207,14 @@ class Comparison:
         """Fill in the counts of keys."""
         found = {}
         for value in self.sharded.graph.input:
-            kind = self.sharding.counts_keys(value.name)
+            kind = self.sharding.given_by_rank(value.name)
             if kind:
                 tokens = self.tokens_of(value.name[len(kind) + 1 :] or key_sequence)
-                causal = (rank + 1) * shard_length(tokens, self.ranks)
-                found[value.name] = np.array([tokens if kind == KEYS else causal], np.int64)
+                length = shard_length(tokens, self.ranks)
+                own = np.arange(rank * length, (rank + 1) * length)
+                values: dict[str, Any] = {KEYS: [tokens], CAUSAL_KEYS: [(rank + 1) * length]}
+                values[POSITIONS] = np.minimum(own, tokens - 1)
+                found[value.name] = np.array(values[kind], np.int64)
         return found
 
     def run(self, key_sequence: str, execute: Any) -> dict[str, Any]:

@@ -65,6 +65,7 @@ ROOMS: dict[str, set[str]] = {
         "backends",
         "trt",
         "models",
+        "onnx",
     },
     "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {

@@ -50,8 +50,13 @@ CAPPED_BOUND = SCORE_BOUND / 4  # a quotient, tanh and a product: three rounding
 VALUES = {
     np.dtype(ml_dtypes.bfloat16): range(0x1780, 0x5F81),  # 2⁻⁸⁰ to 2⁶⁴
     np.dtype(np.float16): range(0x0001, 0x7C00),  # all
+    np.dtype(np.float32): range(0x1780_0000, 0x5F80_0001),  # as bfloat16's: a model's own arrays
 }
-INFINITY = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00}
+INFINITY = {
+    np.dtype(ml_dtypes.bfloat16): 0x7F80,
+    np.dtype(np.float16): 0x7C00,
+    np.dtype(np.float32): 0x7F80_0000,
+}
 UNSIGNED = np.uint16(0x7FFF)
 UNDERFLOW = np.float32(2.0**-110)  # above what squares of 256 numbers lose where they are tiny
 
@@ -126,9 +131,10 @@ class _Block:
     def __init__(self, k: Array, v: Array) -> None:
         self.k, self.v = (self._load(name, source) for name, source in (("k", k), ("v", v)))
         self.longest = _longest(self.k[:, :-1])
-        magnitudes = v.view(np.uint16) & UNSIGNED
+        bits = np.dtype(f"u{v.itemsize}")
+        magnitudes = v.view(bits) & bits.type((1 << 8 * v.itemsize - 1) - 1)
         largest = magnitudes.max()
-        magnitudes -= np.uint16(1)  # 0 becomes the greatest: it is as good as any
+        magnitudes -= bits.type(1)  # 0 becomes the greatest: it is as good as any
         usual = VALUES[v.dtype]
         self.usual = largest < usual.stop and int(magnitudes.min()) + 1 >= usual.start
         self.finite = largest < INFINITY[v.dtype]

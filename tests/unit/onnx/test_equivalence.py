@@ -254,7 +254,126 @@ def function() -> Form:
     return Form(whole, {"x": form.inputs["q"]})
 
 
+def counted(*nodes: Any, weights: dict[str, Any] | None = None, **attributes: Any) -> Form:
+    """`nodes` make ``y`` of ``x`` and of ``count``, its number of tokens; then an attention."""
+    shape = [1, "S", HEADS * DIM]
+    first = node("Shape", "x", ["count"], start=1, end=2)
+    last = node("Attention", "yyy", "o", q_num_heads=HEADS, kv_num_heads=HEADS, **attributes)
+    constants = {
+        "zero": np.array([0]),
+        "one": np.array([1]),
+        "start": np.int64(0),
+        "step": np.int64(1),
+        **(weights or {}),
+    }
+    whole = graph([first, *nodes, last], {"x": shape}, {"o": shape}, constants)
+    return Form(whole, {"x": normal(1, TOKENS, HEADS * DIM)}, tensorrt=False)
+
+
+POSITIONS = [node("Squeeze", ["count"], "n"), node("Range", ["start", "n", "step"], "p")]
+
+
+def embedded() -> Form:
+    """Positions by Range look up a table, and turn into angles."""
+    nodes = [
+        *POSITIONS,
+        node("Gather", "tp", "w"),
+        node("Cast", "p", "f", to=FLOAT),
+        node("Unsqueeze", ["f", "one"], "a"),
+        node("Sin", "a", "b"),
+        node("Add", "xw", "z"),
+        node("Mul", "zb", "y"),
+    ]
+    return counted(*nodes, weights={"t": normal(90, HEADS * DIM)})
+
+
+def buffered() -> Form:
+    """A slice of a table of positions."""
+    cut = node("Slice", ["t", "zero", "count", "one"], "p")
+    return counted(cut, node("Add", "xp", "y"), weights={"t": normal(1, 90, HEADS * DIM)})
+
+
+def summed() -> Form:
+    """Positions are sums of ones."""
+    nodes = [
+        node("ConstantOfShape", ["count"], "c"),
+        node("Add", ["c", "step"], "d"),
+        node("Cast", "d", "e", to=INT64),
+        node("CumSum", ["e", "start"], "p"),
+        node("Gather", "tp", "w"),
+        node("Add", "xw", "y"),
+    ]
+    whole = counted(*nodes, weights={"t": normal(90, HEADS * DIM)})
+    (made,) = (each for each in whole.model.graph.node if each.op_type == "ConstantOfShape")
+    value = onnx.numpy_helper.from_array(np.array([0], np.int64))
+    made.attribute.append(helper.make_attribute("value", value))
+    return whole
+
+
+def masked(
+    seen: Sequence[Any], refused: Sequence[str] = (), steps: str = "", padding: bool = False
+) -> Form:
+    """An attention with a mask ``m``, made by `seen` of rows ``r`` and columns ``p``."""
+    shape = [1, HEADS, "S", DIM]
+    nodes = [
+        node("Shape", "q", ["count"], start=2, end=3),
+        *POSITIONS,
+        node("Unsqueeze", ["p", "one"], "r"),
+        *seen,
+    ]
+    if steps:
+        nodes += [
+            node("Transpose", "k", "t", perm=[0, 1, 3, 2]),
+            node("MatMul", "qt", "s"),
+            *{
+                "chosen": [node("Where", "msf", "w")],
+                "added": [node("Where", "mgf", "b"), node("Add", "sb", "w")],
+            }[steps],
+            node("Softmax", "w", "a", axis=-1),
+            node("IsNaN", "a", "i"),
+            node("Where", "iga", "j"),
+            node("MatMul", "jv", "o"),
+        ]
+    else:
+        nodes.append(node("Attention", "qkvm", "o"))
+    constants = {
+        "zero": np.array([0]),
+        "one": np.array([1]),
+        "start": np.int64(0),
+        "step": np.int64(1),
+        "three": np.int64(3),
+        "f": np.float32(-np.inf),
+        "g": np.float32(0),
+    }
+    inputs = {**dict.fromkeys("qkv", shape), **({"h": ([1, "S"], INT64)} if padding else {})}
+    arrays = {name: normal(1, HEADS, TOKENS, DIM) for name in "qkv"}
+    if padding:
+        arrays["h"] = np.ones((1, TOKENS), np.int64)
+    whole = graph(nodes, inputs, {"o": shape}, constants)
+    # The interpreter of networks doesn't know what TensorRT's parser makes of a window.
+    return Form(whole, arrays, refused=refused, tensorrt=seen not in (NEAR, BEFORE))
+
+
+CAUSAL = [node("LessOrEqual", "pr", "m")]
+EVERY = [node("GreaterOrEqual", ["r", "start"], "c"), node("Or", "cc", "e"),
+         node("Concat", ["count", "count"], "u", axis=0), node("Expand", "eu", "m")]  # fmt: skip
+NEAR = [node("Sub", "rp", "c"), node("Abs", "c", "e"), node("LessOrEqual", ["e", "three"], "m")]
+BEFORE = [node("Sub", "rp", "c"), node("Less", ["c", "three"], "e"),
+          node("LessOrEqual", "pr", "l"), node("And", "el", "m")]  # fmt: skip
+PADDED = [node("Cast", "h", "c", to=BOOL), node("LessOrEqual", "pr", "e"), node("And", "ce", "m")]
+
 FORMS: dict[str, Callable[[], Form]] = {
+    "positions": embedded,
+    "a table of positions": buffered,
+    "sums of ones": summed,
+    "a mask of all": lambda: masked(EVERY),
+    "a causal mask": lambda: masked(CAUSAL, refused=("ring",)),
+    "a window": lambda: masked(NEAR, refused=("ring",)),
+    "a window before": lambda: masked(BEFORE, refused=("ring",)),
+    "padding": lambda: masked(PADDED, refused=("ring",), padding=True),
+    "a mask of all, chosen": lambda: masked(EVERY, steps="chosen"),
+    "a causal mask, added": lambda: masked(CAUSAL, refused=("ring",), steps="added"),
+    "a window, added": lambda: masked(NEAR, refused=("ring",), steps="added"),
     "self attention": plain,
     "grouped": lambda: plain(kv_heads=6),
     "one kv head": lambda: plain(kv_heads=1),
@@ -307,7 +426,7 @@ def compared(form: Form, strategy: str, ranks: int, folder: Path) -> Any:
     path.write_bytes(form.model.SerializeToString())
     model = load_model(path)
     if strategy in form.refused:
-        with pytest.raises(RejectedError, match=r"causal"):
+        with pytest.raises(RejectedError, match=r"causal|has a window"):
             Comparison(model, form.inputs, strategy, ranks)
         return None
     inputs = form.inputs

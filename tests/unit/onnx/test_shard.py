@@ -150,6 +150,8 @@ def test_external_data_through_a_link(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "weights").symlink_to(tmp_path / "secret")
     whole = attention()
+    whole.graph.node.append(helper.make_node("Identity", ["w"], ["copy"]))
+    whole.graph.output.append(helper.make_tensor_value_info("copy", HALF, [4]))
     weight = whole.graph.initializer.add(name="w", data_type=HALF, dims=[4])
     weight.data_location = onnx.TensorProto.EXTERNAL
     weight.external_data.add(key="location", value="weights")
@@ -160,6 +162,8 @@ def test_external_data_through_a_link(tmp_path: Path) -> None:
 
 def test_external_data_stays_where_it_is(tmp_path: Path) -> None:
     whole = attention()
+    whole.graph.node.append(helper.make_node("Identity", ["w"], ["copy"]))
+    whole.graph.output.append(helper.make_tensor_value_info("copy", HALF, [4]))
     weight = whole.graph.initializer.add(name="w", data_type=HALF, dims=[4])
     weight.data_location = onnx.TensorProto.EXTERNAL
     weight.external_data.add(key="location", value="weights")

@@ -1,0 +1,111 @@
+"""Products and attentions of a float32 model in 16 bits, which is what TensorRT's attention takes.
+
+Weights and tables are stored in 16 bits. Everything between (norms, residuals, activations) stays
+in float32, as do the model's inputs and outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.onnx.axes import at_lengths
+from mdattn_mpi.onnx.graph import prune
+from mdattn_mpi.onnx.lengths import Lengths
+from mdattn_mpi.onnx.model import ATTENTION, import_onnx, operator
+from mdattn_mpi.problem import DTypeName
+
+NARROW = frozenset(("MatMul", "Gemm", *ATTENTION))
+ANY = 37  # what symbols count while types are looked up
+
+
+def types_of(model: Any) -> dict[str, int]:
+    """Return the element types of all tensors, as ONNX counts these."""
+    return dict(Lengths(model, at_lengths(model, {}, {}, (ANY,))).types)
+
+
+def has_float32_attention(model: Any) -> bool:
+    """Whether an attention of the model computes in float32."""
+    types, wide = types_of(model), import_onnx().TensorProto.FLOAT
+    return any(
+        types.get(node.input[0]) == wide for node in model.graph.node if operator(node) in ATTENTION
+    )
+
+
+def cast_products(model: Any, dtype: DTypeName) -> int:
+    """Rewrite a model in place; return how many nodes are in 16 bits now.
+
+    Raises
+    ------
+    RejectedError
+        A weight that float16 can't hold.
+
+    """
+    return _Caster(model, dtype).run()
+
+
+class _Caster:
+    def __init__(self, model: Any, dtype: DTypeName) -> None:
+        self.onnx = import_onnx()
+        kinds = self.onnx.TensorProto
+        self.graph, self.types = model.graph, types_of(model)
+        self.wide, self.dtype = kinds.FLOAT, dtype
+        self.narrow = kinds.FLOAT16 if dtype == "float16" else kinds.BFLOAT16
+        self.weights = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.cast: dict[str, str] = {}  # tensors, and the same in 16 bits
+
+    def run(self) -> int:
+        nodes: list[Any] = []
+        count = 0
+        for node in self.graph.node:
+            numbers = self._narrow_inputs(node)
+            for number in numbers:
+                node.input[number] = self._narrowed(node.input[number], nodes)
+            nodes.append(node)
+            if numbers:
+                count += 1
+                self._widen(node, nodes)
+        copies = [self.onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+        del self.graph.node[:]
+        self.graph.node.extend(copies)
+        prune(self.graph)
+        return count
+
+    def _narrow_inputs(self, node: Any) -> list[int]:
+        """Return the inputs of a node that are to be in 16 bits."""
+        table = operator(node) == "Gather" and node.input[0] in self.weights
+        if operator(node) not in NARROW and not table:
+            return []
+        return [n for n, name in enumerate(node.input) if self.types.get(name) == self.wide]
+
+    def _narrowed(self, name: str, nodes: list[Any]) -> str:
+        if name not in self.cast:
+            self.cast[name] = f"{name}_{self.dtype}"
+            if name in self.weights:
+                self.graph.initializer.append(self._narrow_weight(name))
+            else:
+                nodes.append(self._cast(name, self.cast[name], self.narrow))
+        return self.cast[name]
+
+    def _narrow_weight(self, name: str) -> Any:
+        values = self.onnx.numpy_helper.to_array(self.weights[name])
+        kind = self.onnx.helper.tensor_dtype_to_np_dtype(self.narrow)
+        with np.errstate(over="ignore"):
+            narrow = values.astype(kind)
+        if np.isfinite(values).all() and not np.isfinite(narrow.astype(np.float32)).all():
+            raise RejectedError(
+                f"the weight {name!r} goes up to {np.abs(values).max():.3g}, beyond {self.dtype}",
+                fix="use --dtype bf16",
+            )
+        return self.onnx.numpy_helper.from_array(narrow, self.cast[name])
+
+    def _widen(self, node: Any, nodes: list[Any]) -> None:
+        """Give the readers of a node what they had in float32."""
+        output = node.output[0]
+        node.output[0] = f"{output}_{self.dtype}"
+        nodes.append(self._cast(node.output[0], output, self.wide))
+
+    def _cast(self, name: str, output: str, kind: int) -> Any:
+        return self.onnx.helper.make_node("Cast", [name], [output], name=f"{output}_cast", to=kind)

@@ -1,0 +1,91 @@
+"""Sharded against whole in ONNX Runtime: right, wrong and inconclusive are told apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mdattn_mpi.errors import RejectedError
+
+onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
+pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+
+from mdattn_mpi.onnx import compare as comparison  # noqa: E402
+from mdattn_mpi.onnx.compare import compare  # noqa: E402
+from mdattn_mpi.onnx.shard import shard_model  # noqa: E402
+from mdattn_mpi.onnx.sharding import read_sharding  # noqa: E402
+from tests.support.onnx_decoder import HEADS, WIDTH, decoder, normal  # noqa: E402
+
+
+def held(model: Any, ranks: int, strategy: Any = "allgather", **more: Any) -> Any:
+    sharded, _ = shard_model(model, strategy, ranks, {}, more.get("dtype"))
+    path = Path("model.onnx")
+    return compare(model, path, sharded, read_sharding(sharded, path), **more)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("strategy", ["allgather", "ulysses"])
+@pytest.mark.parametrize("window", [None, 5])
+def test_right(ranks: int, strategy: Any, window: int | None) -> None:
+    if strategy == "ulysses" and HEADS % ranks:
+        pytest.skip("4 heads aren't dealt to 3 ranks")
+    found = held(decoder(window=window), ranks, strategy)
+    assert found.verdict == "right", found
+    assert found.tokens % ranks
+    controls = [each.control for each in found.tensors if each.control is not None]
+    assert len(controls) == 2
+    assert max(each.error for each in found.tensors) < 2e-5 < 0.05 < min(controls)
+
+
+@pytest.mark.parametrize("strategy", ["allgather", "ulysses"])
+def test_cast(strategy: Any) -> None:
+    found = held(decoder(), 2, strategy, dtype="float16")
+    assert found.verdict == "right", found
+    assert 1e-4 < max(each.error for each in found.tensors) < 5e-2  # it is another precision
+
+
+def test_a_weight_that_float16_cannot_hold() -> None:
+    model = decoder()
+    (words,) = (each for each in model.graph.initializer if each.name == "words")
+    words.CopyFrom(onnx.numpy_helper.from_array(1e5 * normal(50, WIDTH), "words"))
+    with pytest.raises(RejectedError, match=r"'words' goes up to .*beyond float16") as caught:
+        shard_model(model, "allgather", 2, {}, "float16")
+    assert caught.value.fix == "use --dtype bf16"
+
+
+def test_a_window_that_is_forgotten_is_wrong() -> None:
+    """The sharded model of another window: what a short probe would have made of it."""
+    model = decoder(window=20)
+    sharded, _ = shard_model(decoder(window=30), "allgather", 2, {})
+    for kind in ("words", "places", "wq", "wk", "wv"):  # the same weights
+        (ours,) = (each for each in sharded.graph.initializer if each.name == kind)
+        (theirs,) = (each for each in model.graph.initializer if each.name == kind)
+        ours.CopyFrom(theirs)
+    found = compare(model, Path(), sharded, read_sharding(sharded, Path()))
+    assert found.verdict == "wrong"
+    assert "wrong" in str(found)
+
+
+def test_a_forgotten_exchange_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "exchange", comparison.forget)
+    assert held(decoder(), 2).verdict == "wrong"
+
+
+def test_even_attention_proves_nothing() -> None:
+    """Queries of 0 and one value for all tokens: what is exchanged doesn't matter."""
+    model = decoder()
+    for name in ("wq", "wv"):
+        (weight,) = (each for each in model.graph.initializer if each.name == name)
+        weight.CopyFrom(onnx.numpy_helper.from_array(np.zeros((WIDTH, WIDTH), np.float32), name))
+    found = held(model, 2)
+    assert found.verdict == "inconclusive"
+    assert "inconclusive" in str(found)
+
+
+def test_zeros_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = comparison.attend
+    monkeypatch.setattr(comparison, "attend", lambda *given: np.zeros_like(attend(*given)))
+    assert held(decoder(), 2).verdict == "wrong"
