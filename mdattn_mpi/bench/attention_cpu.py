@@ -16,7 +16,6 @@ from mdattn_mpi.mask import UNBOUNDED, Mask, Span
 from mdattn_mpi.partition import blocks
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.text import install, show
-from mdattn_mpi.verifier.visible import visible
 
 if TYPE_CHECKING:
     from mdattn_mpi.devices.cpu.host import Array, HostDevice
@@ -117,6 +116,7 @@ def sides(
     import numpy as np
 
     from mdattn_mpi.dataset import NUMPY
+    from mdattn_mpi.verifier.visible import visible
 
     dtype = getattr(torch, problem.dtype)
     shapes = (
