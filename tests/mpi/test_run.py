@@ -312,17 +312,17 @@ def test_what_the_format_does_not_know(data: Path, tmp_path: Path) -> None:
     copy, out = tmp_path / "d.h5", tmp_path / "out.h5"
     shutil.copy(data, copy)
     with h5py.File(copy, "a") as file:
-        file["items/item2"].attrs["window"] = 64
-    refused(run(2, copy, "-o", out), 2, "item2", "attribute window", "--ignore window")
+        file["items/item2"].attrs["alibi"] = 64
+    refused(run(2, copy, "-o", out), 2, "item2", "attribute alibi", "--ignore alibi")
     assert not out.exists()
-    done = run(2, copy, "-o", out, "--ignore", "window")
+    done = run(2, copy, "-o", out, "--ignore", "alibi")
     assert done.returncode == 0, done.stderr
     assert main(["verify", str(out), "--data", str(copy)]) == 0  # the output remembers
     with h5py.File(copy, "a") as file:
-        file["items/item2"].attrs["softcap"] = 64
+        file["items/item2"].attrs["dropout"] = 64
     assert main(["verify", str(out), "--data", str(copy)]) == 2
-    assert main(["verify", str(out), "--data", str(copy), "--ignore", "softcap"]) == 0
-    refused(run(2, copy, "-o", out, "--ignore", "window,softcap"), 2, "belongs to another job")
+    assert main(["verify", str(out), "--data", str(copy), "--ignore", "dropout"]) == 0
+    refused(run(2, copy, "-o", out, "--ignore", "alibi,dropout"), 2, "belongs to another job")
 
 
 def test_a_folder_whose_name_is_no_text(data: Path, tmp_path: Path) -> None:

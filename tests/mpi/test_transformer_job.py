@@ -9,7 +9,6 @@ import h5py
 import numpy as np
 import pytest
 
-from mdattn_mpi.cli import main
 from tests.support.mpirun import mpirun
 from tests.support.storm import done, results
 from tests.support.tiny_models import hidden_state, tiny_model
@@ -122,17 +121,14 @@ def test_a_killed_job_goes_on_to_the_same_bytes(data: Path) -> None:
     assert results(out) == resumed
 
 
-def test_what_can_not_be_is_refused_before_any_work(
-    data: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_what_can_not_be_is_refused_before_any_work(data: Path) -> None:
     with h5py.File(data, "r+") as file:
         file["items/long/input_ids"] = np.full(600, 9)
-    assert main(command(data, "llama")[2:]) == 2
-    assert "600 tokens; LlamaModel has positions for 512" in " ".join(
-        capfd.readouterr().err.split()
-    )
+    refused = run(data, "llama", ranks=1)
+    assert refused.returncode == 2
+    assert "600 tokens; LlamaModel has positions for 512" in " ".join(refused.stderr.split())
     assert not data.with_name("out.h5").exists()
-    beyond = command(data, "llama", "--beyond-positions", "--dry-run")
-    assert main(beyond[2:]) == 0
-    assert "proof: 7 places of 49 random tokens on 1 rank" in capfd.readouterr().err
+    beyond = run(data, "llama", "--beyond-positions", "--dry-run", ranks=1)
+    assert beyond.returncode == 0, beyond.stderr
+    assert "proof: 7 places of 49 random tokens on 1 rank" in beyond.stderr
     assert not data.with_name("out.h5").exists()

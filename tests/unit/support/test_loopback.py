@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mdattn_mpi.problem import Span
+from mdattn_mpi.mask import LOWER_RIGHT, Span
 from tests.support.loopback import ProtocolError, run_ranks
 
 ONE = np.ones((3, 2, 4), np.float16)
@@ -141,7 +141,7 @@ def not_contiguous(device: Any) -> None:
 
 def fewer_keys_than_rows(device: Any) -> None:
     accumulator = device.accumulator(ONE, 4, 1.0)
-    device.attend(accumulator, Span(0, 3), ONE[:2], ONE[:2], True)
+    device.attend(accumulator, Span(0, 3), ONE[:2], ONE[:2], LOWER_RIGHT)
 
 
 @pytest.mark.parametrize(
