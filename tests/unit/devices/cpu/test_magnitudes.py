@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -60,6 +61,12 @@ def close(problem: AttentionProblem, out: Array, q: Array, k: Array, v: Array) -
     relative, absolute = ROUNDING[problem.dtype]
     with np.errstate(invalid="ignore"):
         return bool((abs(out.astype(float) - right) <= relative * size + absolute).all())
+
+
+def determined(problem: AttentionProblem, q: Array, k: Array, v: Array) -> bool:
+    """Whether float64 gives the same wherever it rounds: not if huge scores are all but equal."""
+    scaled_first = attention(replace(problem, scale=1.0), q.astype(float) * problem.scale, k, v)[0]
+    return close(problem, scaled_first, q, k, v)
 
 
 def normal(problem: AttentionProblem, sizes: tuple[float, float, float], seed: int = 3) -> Inputs:
@@ -189,6 +196,7 @@ def test_any_magnitudes(data: st.DataObject, dtype: str, causal: str) -> None:
     )  # fmt: skip
     inputs = normal(problem, (sizes[0], sizes[1], sizes[2]), data.draw(st.integers(0, 2**32 - 1)))
     cut = data.draw(st.sampled_from([0, 11]))
+    assume(determined(problem, *inputs))
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(tile, "BLOCK_KEYS", 8)
         assert close(problem, attend(problem, *inputs, cut)[0], *inputs)
