@@ -29,7 +29,7 @@ def counted(number: int, noun: str) -> str:
 def duration(seconds: float) -> str:
     """For example ``58 µs``, ``12.3 ms``, ``4.2 s``, ``3 min 05 s``, ``11 h 40 min``."""
     if 0 < seconds < 0.0005:
-        return f"{seconds * 1e6:.2g} µs"
+        return f"{seconds * 1e6:.{0 if seconds > 9.5e-6 else 1}f} µs"
     if seconds < 0.9995:
         return f"{seconds * 1e3:.1f} ms"
     if seconds < 59.95:

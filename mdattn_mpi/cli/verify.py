@@ -220,7 +220,7 @@ def _conclude(arguments: argparse.Namespace, reports: list[AnyReport]) -> None:
             + ("" if arguments.model else ": no row that was looked at has a finite input"),
             fix="compare more: --tokens, --sample; or look at the reasons above"
             if arguments.model
-            else "mend the dataset, and run without --nonfinite pass",
+            else "correct the dataset, and run without --nonfinite pass",
             file=arguments.output,
         )
     if bad:

@@ -156,7 +156,7 @@ def _field(path: str, place: str, fields: Mapping[str, Any], name: str, option: 
             path,
             place,
             f"{name} is {_short(value)}" + ("" if value == "" else ", no text"),
-            f"mend it or leave it out, or name another with {option} NAME",
+            f"correct it or leave it out, or name another with {option} NAME",
         )
     return _writable(path, place, value)
 
@@ -169,7 +169,7 @@ def _writable(path: str, place: str, text: str) -> str:
             path,
             place,
             f"character {error.start + 1} is half of a surrogate pair, {text[error.start]!a}",
-            "mend the program that wrote it, or leave the text out",
+            "correct the program that wrote it, or leave the text out",
         ) from None
     return text
 
@@ -249,7 +249,7 @@ def _residues(path: str, number: int, line: str, header: str) -> str:
     wrong = next((letter for letter in letters if letter not in RESIDUES), None)
     if wrong is not None:
         raise _reject(
-            path, f"line {number}", f"{wrong!r} stands for no residue", "mend the sequence"
+            path, f"line {number}", f"{wrong!r} stands for no residue", "correct the sequence"
         )
     return letters
 

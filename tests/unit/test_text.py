@@ -18,6 +18,8 @@ from mdattn_mpi.text import counted, duration, memory_size, printable, quantity,
     [
         (0.0, "0.0 ms"),
         (5.8e-5, "58 µs"),
+        (2.1e-4, "210 µs"),
+        (2e-6, "2.0 µs"),
         (0.0006, "0.6 ms"),
         (0.9996, "1.0 s"),
         (59.97, "1 min 00 s"),
