@@ -79,7 +79,7 @@ def test_parquet(tmp_path: Path) -> None:
         (
             "a.jsonl",
             '{"text": "x"}\n{"text": 5}',
-            r"a.jsonl, line 2: text is 5, no text. Fix: mend",
+            r"a.jsonl, line 2: text is 5, no text. Fix: correct",
         ),
         ("a.jsonl", '{"text": ""}', r'line 1: text is "". Fix'),
         ("a.jsonl", '{"body": "x"}', r"line 1: has no 'text'; it has body. Fix: .*--field NAME"),
