@@ -6,21 +6,8 @@ cd "$(dirname "$0")/.."
 
 model=$1
 out=${2:-out}
-mpirun=${MPIRUN:-mpirun}
-options=""
 mkdir -p "$out"
-
-say() { printf '%s\n' "$*"; }
-
-case $("$mpirun" --version 2>&1) in
-*"Open MPI"* | *OpenRTE*)
-    options="--oversubscribe"
-    if [ "$(id -u)" = 0 ]; then
-        say "\$ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    fi
-    ;;
-esac
+. data/launch.sh
 
 say "The paragraphs of the Apache license, packed into sequences of 512 tokens, through"
 say "all-MiniLM-L6-v2, a BERT of 6 layers: one embedding a paragraph."

@@ -6,23 +6,8 @@ cd "$(dirname "$0")/.."
 
 data=data/sample.h5
 out=${1:-out}
-mpirun=${MPIRUN:-mpirun}
-options=""
 mkdir -p "$out"
-
-say() { printf '%s\n' "$*"; }
-
-# Open MPI starts two ranks on one core with --oversubscribe only, and as root, as in most
-# containers, when it is told to. A demo may decide that for you: mdattn itself never does.
-case $("$mpirun" --version 2>&1) in
-*"Open MPI"* | *OpenRTE*)
-    options="--oversubscribe"
-    if [ "$(id -u)" = 0 ]; then
-        say "\$ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1"
-        export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
-    fi
-    ;;
-esac
+. data/launch.sh
 
 say "The queries, keys and values of a language model that reads the Declaration of"
 say "Independence: 4 sequences of 257 to 1301 tokens, BF16 and FP16, causal and not."

@@ -212,7 +212,7 @@ class Bench:
 
     def _theirs(self, ids: Any) -> Callable[[], None]:
         """PyTorch shares the same model, its queries, keys and values balanced by itself."""
-        from mdattn_mpi.bench.rival import ContextParallel
+        from mdattn_mpi.bench.model_rival import ContextParallel
 
         rival = ContextParallel(self.world, self.network, ids)
 

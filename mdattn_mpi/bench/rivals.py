@@ -20,22 +20,28 @@ FLEX = "PyTorch flex_attention, one GPU"
 Runner = Callable[[int], list[float]]  # so many calls: milliseconds of each
 
 
-class Rivals:
-    """PyTorch's context parallelism over the same ranks and GPUs; without it, its one kernel."""
+def torch_mesh(world: World) -> Any:
+    """Collective. Open PyTorch's process group, if it isn't; return a mesh of all ranks."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
-    def __init__(self, world: World) -> None:
-        import torch
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
-
-        if world.size < 2:
-            raise RejectedError("one rank", fix="start at least two, or give --no-rivals")
+    if not dist.is_initialized():
         place = f"{os.uname().nodename}:{29000 + world.job % 2000}".encode()
         address, _, port = world.bcast_bytes(place).decode().partition(":")
         torch.cuda.set_device(world.local_rank)
         store = dist.TCPStore(address, int(port), world.size, is_master=world.rank == 0)
         dist.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size)
-        self._mesh = init_device_mesh("cuda", (world.size,))
+    return init_device_mesh("cuda", (world.size,))
+
+
+class Rivals:
+    """PyTorch's context parallelism over the same ranks and GPUs; without it, its one kernel."""
+
+    def __init__(self, world: World) -> None:
+        if world.size < 2:
+            raise RejectedError("one rank", fix="start at least two, or give --no-rivals")
+        self._mesh = torch_mesh(world)
         self._world = world
 
     def runners(

@@ -124,7 +124,7 @@ ONLY: dict[str, set[str]] = {
         "bench.rivals",
         "bench.kernels",
         "bench.model",
-        "bench.rival",
+        "bench.model_rival",
         "dataset.foreign.torch_file",
         "devices.cuda.interop",
         "models",

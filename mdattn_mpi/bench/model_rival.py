@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
+
+from mdattn_mpi.bench.rivals import torch_mesh
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World
@@ -20,16 +21,8 @@ class ContextParallel:
     def __init__(self, world: World, network: Network, ids: Any) -> None:
         import numpy as np
         import torch
-        import torch.distributed as dist
-        from torch.distributed.device_mesh import init_device_mesh
 
-        if not dist.is_initialized():
-            place = f"{os.uname().nodename}:{29000 + world.job % 2000}".encode()
-            address, _, port = world.bcast_bytes(place).decode().partition(":")
-            torch.cuda.set_device(world.local_rank)
-            store = dist.TCPStore(address, int(port), world.size, is_master=world.rank == 0)
-            dist.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size)
-        self.mesh = init_device_mesh("cuda", (world.size,))
+        self.mesh = torch_mesh(world)
         self.network = network
         self.inputs = [
             torch.from_numpy(array)[None].to(network.device)
