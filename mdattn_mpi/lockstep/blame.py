@@ -113,6 +113,16 @@ def may_wait_longer(own: Record, alive: Iterable[Record]) -> bool:
     )
 
 
+def is_clear(own: Record, others: Sequence[Record], asked: float) -> bool:
+    """Whether `others`, all but `own`, say enough to blame one; they were asked at that time.
+
+    An error of MPI is a rank's first sign of a death that the dead one's own watchdog may not have
+    noticed yet.
+    """
+    explained = not _by_mpi(own) or any(each.fault and not _by_mpi(each) for each in others)
+    return explained and all(other.heartbeat > asked for other in others)
+
+
 def first_lost(own: Record, others: Sequence[Record]) -> Record:
     """Tell who failed or was late first.
 
@@ -123,7 +133,7 @@ def first_lost(own: Record, others: Sequence[Record]) -> Record:
     records = [own, *others]
     dead = [record for record in records if record.fault and not record.late]
     if dead:
-        return min(dead, key=lambda record: (record.fault.startswith(BY_MPI), record.fault_time))
+        return min(dead, key=lambda record: (_by_mpi(record), record.fault_time))
     awaited = [
         record
         for record in records
@@ -138,6 +148,10 @@ def first_lost(own: Record, others: Sequence[Record]) -> Record:
             record.since_wall,
         ),
     )
+
+
+def _by_mpi(record: Record) -> bool:
+    return record.fault.startswith(BY_MPI)
 
 
 def _signal_name(number: int) -> str:

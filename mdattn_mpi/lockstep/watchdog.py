@@ -25,6 +25,7 @@ from mdattn_mpi.lockstep.blame import (
     Heartbeats,
     Lateness,
     first_lost,
+    is_clear,
     may_wait_longer,
     verdict_on_exit,
 )
@@ -84,14 +85,14 @@ class Watchdog:
         while True:
             arrived = signal.sigtimedwait(signals, self._until_next_look())
             second = arrived and arrived.si_signo in STOPS and self._second_stop()
-            if arrived:  # perhaps a rank is lost, and its watchdog or the launcher says so
-                self.publisher.hurry.set()
             if second:
                 return self._stop_now()
             code = self._look()
             if code is not None:
                 within_patience(self.publisher.leave)
                 return code
+            if arrived:  # perhaps a rank is lost, and its watchdog or the launcher says so
+                self.publisher.hurry.set()
 
     def _until_next_look(self) -> float:
         """Seconds. A look costs as much as a tenth of a short step, so there are few of them."""
@@ -198,8 +199,8 @@ class Watchdog:
         while own.folder:
             records = within_patience(self.publisher.records) or []
             others = [record for record in records if record.rank != own.rank]
-            current = all(other.heartbeat > asked for other in others)
-            if time.monotonic() > end or (current and len(records) == own.size):
+            clear = len(records) == own.size and is_clear(own, others, asked)
+            if clear or time.monotonic() > end:
                 return records
             time.sleep(0.01)
         return []

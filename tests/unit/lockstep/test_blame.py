@@ -13,6 +13,7 @@ from mdattn_mpi.lockstep.blame import (
     Heartbeats,
     Lateness,
     first_lost,
+    is_clear,
     may_wait_longer,
     verdict_on_exit,
 )
@@ -168,3 +169,15 @@ def test_ranks_of_other_groups_and_those_that_are_done_are_not_behind() -> None:
     other = record(1, agreements=2, group=1)
     done = record(2, agreements=1, state=ENDED)
     assert first_lost(own, [other, done]) is own
+
+
+def test_an_error_of_mpi_is_explained_by_a_death_alone() -> None:
+    """MPI may notice a death before the dead rank's own watchdog does."""
+    asked = 50.0
+    own = record(0, fault=f"{BY_MPI}: process_vm_readv failed (errno 3)")
+    alive, also = record(1, heartbeat=60.0), record(2, heartbeat=60.0, fault=f"{BY_MPI}: reset")
+    dead = replace(alive, fault="was killed by signal 9 (SIGKILL)")
+    assert not is_clear(own, [alive, also], asked)
+    assert is_clear(own, [dead, also], asked)
+    assert is_clear(record(0, fault="raised KeyError: 'x'"), [alive, also], asked)
+    assert not is_clear(own, [dead, replace(also, heartbeat=40.0)], asked)
