@@ -1,4 +1,4 @@
-# What both demos need to start ranks: $mpirun, its $options, and say. Sourced by them.
+# How both demos start ranks: run_job; and say. Sourced by them.
 mpirun=${MPIRUN:-mpirun}
 options=""
 say() { printf '%s\n' "$*"; }
@@ -14,3 +14,19 @@ case $("$mpirun" --version 2>&1) in
     fi
     ;;
 esac
+
+# run_job LOG ARGUMENT...: mdattn run on 2 ranks, which write into LOG, after showing that command.
+run_job() {
+    log=$1
+    shift
+    say "\$ $mpirun${options:+ $options} -n 2 \\"
+    say "mdattn run $*" | fold -s -w 72 | sed 's/^/    /; s/ *$/ \\/'
+    say "    >$log 2>&1"
+    "$mpirun" $options -n 2 mdattn run "$@" </dev/null >"$log" 2>&1 || {
+        code=$?
+        cat "$log"
+        say "The job ended with exit code $code; the lines above are in $log."
+        exit "$code"
+    }
+    grep '^mdattn: .* items done' "$log" | sed 's/^mdattn: //'
+}

@@ -17,18 +17,8 @@ say "\$ mdattn convert $out/license.txt $out/tokens.h5 --cut paragraph --pack 51
 say "    --tokenizer $model --overwrite"
 mdattn convert "$out/license.txt" "$out/tokens.h5" --cut paragraph --pack 512 \
     --tokenizer "$model" --overwrite
-say "\$ $mpirun${options:+ $options} -n 2 \\"
-say "    mdattn run $out/tokens.h5 --model $model \\"
-say "    --give last_hidden_state,embedding -b cpu -o $out/embeddings.h5 --overwrite"
-"$mpirun" $options -n 2 mdattn run "$out/tokens.h5" --model "$model" \
-    --give last_hidden_state,embedding -b cpu -o "$out/embeddings.h5" --overwrite \
-    </dev/null >"$out/embeddings.log" 2>&1 || {
-    code=$?
-    cat "$out/embeddings.log"
-    say "The job ended with exit code $code; the lines above are in $out/embeddings.log."
-    exit "$code"
-}
-grep '^mdattn: .* items done' "$out/embeddings.log" | sed 's/^mdattn: //'
+run_job "$out/embeddings.log" "$out/tokens.h5" --model "$model" \
+    --give last_hidden_state,embedding -b cpu -o "$out/embeddings.h5" --overwrite
 say "\$ mdattn verify $out/embeddings.h5 --model $model"
 mdattn verify "$out/embeddings.h5" --model "$model"
 

@@ -14,20 +14,8 @@ say "Independence: 4 sequences of 257 to 1301 tokens, BF16 and FP16, causal and 
 
 for strategy in ring allgather ulysses; do
     file=$out/$strategy.h5
-    log=$out/$strategy.log
     say
-    say "\$ $mpirun${options:+ $options} -n 2 \\"
-    say "    mdattn run $data -o $file -s $strategy --overwrite \\"
-    say "    >$log 2>&1"
-    "$mpirun" $options -n 2 \
-        mdattn run "$data" -o "$file" -s "$strategy" --overwrite \
-        </dev/null >"$log" 2>&1 || {
-        code=$?
-        cat "$log"
-        say "The job ended with exit code $code; the lines above are in $log."
-        exit "$code"
-    }
-    grep '^mdattn: .* items done' "$log" | sed 's/^mdattn: //'
+    run_job "$out/$strategy.log" "$data" -o "$file" -s "$strategy" --overwrite
     say "\$ mdattn verify $file --data $data"
     mdattn verify "$file" --data "$data"
 done
