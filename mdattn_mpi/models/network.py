@@ -94,7 +94,7 @@ class Network:
             return
         raise RejectedError(
             f"{tokens} tokens; {self.name} has positions for {self.longest}",
-            fix="cut it (mdattn convert --pack)"
+            fix="split it into shorter items"
             if self.table
             else "cut it, or go beyond what the model was trained for: --beyond-positions",
         )
