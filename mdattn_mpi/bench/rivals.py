@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,19 @@ def torch_mesh(world: World) -> Any:
         store = dist.TCPStore(address, int(port), world.size, is_master=world.rank == 0)
         dist.init_process_group("nccl", store=store, rank=world.rank, world_size=world.size)
     return init_device_mesh("cuda", (world.size,))
+
+
+def _timed(call: Callable[..., None], sets: Sequence[Sequence[Any]], calls: int) -> list[float]:
+    """Milliseconds of each of so many calls, the arrays in turn; two more come before them."""
+    import torch
+
+    marks = []
+    for number in range(calls + 2):
+        call(*sets[number % len(sets)])
+        marks.append(torch.cuda.Event(enable_timing=True))
+        marks[-1].record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in pairwise(marks[1:])]
 
 
 class Rivals:
@@ -76,43 +90,31 @@ class Rivals:
         mask = create_block_mask(seen, None, None, *sizes, device="cuda", _compile=True)
         attend = torch.compile(flex_attention)
 
-        def run(calls: int) -> list[float]:
-            marks = []
-            for call in range(calls + 2):
-                q, k, v = heads[call % len(heads)]
-                attend(
-                    q, k, v, block_mask=mask, scale=problem.scale,
-                    enable_gqa=problem.group_heads > 1,
-                )  # fmt: skip
-                marks.append(torch.cuda.Event(enable_timing=True))
-                marks[-1].record()
-            torch.cuda.synchronize()
-            return [a.elapsed_time(b) for a, b in pairwise(marks[1:])]
+        def call(q: Any, k: Any, v: Any) -> None:
+            attend(
+                q, k, v, block_mask=mask, scale=problem.scale, enable_gqa=problem.group_heads > 1
+            )  # fmt: skip
 
-        return run
+        return partial(_timed, call, heads)
 
     def _runner(self, problem: AttentionProblem, heads: list[list[Any]], way: str) -> Runner:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        def call(q: Any, k: Any, v: Any) -> None:
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v,
+                is_causal=problem.causal != "none",
+                scale=problem.scale,
+                enable_gqa=problem.group_heads > 1,
+            )  # fmt: skip
 
         def run(calls: int) -> list[float]:
             with (
                 self._shared(problem, heads, way) as shards,
                 sdpa_kernel(SDPBackend.CUDNN_ATTENTION),
             ):
-                marks = []
-                for call in range(calls + 2):
-                    q, k, v = shards[call % len(shards)]
-                    torch.nn.functional.scaled_dot_product_attention(
-                        q, k, v,
-                        is_causal=problem.causal != "none",
-                        scale=problem.scale,
-                        enable_gqa=problem.group_heads > 1,
-                    )  # fmt: skip
-                    marks.append(torch.cuda.Event(enable_timing=True))
-                    marks[-1].record()
-                torch.cuda.synchronize()
-            return [a.elapsed_time(b) for a, b in pairwise(marks[1:])]
+                return _timed(call, shards, calls)
 
         return run
 
