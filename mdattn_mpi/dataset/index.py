@@ -192,17 +192,31 @@ def first_of(faults: Sequence[RejectedError]) -> RejectedError:
     )
 
 
-def _items(
-    group: Node, name: str, layout: str, default: str, ignore: Collection[str]
-) -> list[IndexedItem]:
-    """Look at one item, or at all entries of its batch dim."""
+def item_group(group: Node, name: str, tensors: str) -> Node:
+    """Return the group of one item.
+
+    Raises
+    ------
+    RejectedError
+        Its name can't be one, or it isn't a group, of `tensors`.
+
+    """
     reject = group.file.reject
     fault = item_name_fault(name)
     if fault:
         raise reject(f"its name {fault}", "rename it")
     item = group.child(name)
     if item is None or not item.is_group:
-        raise reject("isn't a group", f"store it as /{ITEMS}/{name}/query, key and value")
+        raise reject("isn't a group", f"store it as /{ITEMS}/{name}/{tensors}")
+    return item
+
+
+def _items(
+    group: Node, name: str, layout: str, default: str, ignore: Collection[str]
+) -> list[IndexedItem]:
+    """Look at one item, or at all entries of its batch dim."""
+    item = item_group(group, name, "query, key and value")
+    reject = group.file.reject
     if "input_ids" in item.names() and "query" not in item.names():
         raise reject("holds token ids, no query, key and value", "name a model: --model DIR")
     refuse_unknown(unknown_in(item, (*TENSORS, *BESIDE)), ignore, group.file.path)

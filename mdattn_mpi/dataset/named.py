@@ -39,7 +39,7 @@ def open_tensors(
             found[name] = {each.name: _input(node, each) for each in tensors}
             items.append(ModelItem(name, len(items), problem(_tokens(node, found[name]))))
         except RejectedError as error:
-            error.item = name
+            error.file, error.item = error.file or file.path, name
             raise
     return TensorFile(file, items, found)
 

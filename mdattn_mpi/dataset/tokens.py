@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdattn_mpi.dataset.hdf5 import File, Node
-from mdattn_mpi.dataset.index import check_format, chosen_names, first_of, patterns_of
+from mdattn_mpi.dataset.index import check_format, chosen_names, first_of, item_group, patterns_of
 from mdattn_mpi.dataset.layout import (
     DATASET_FORMAT,
     ITEMS,
     TOKEN_DTYPES,
     AnyItem,
     ModelItem,
-    item_name_fault,
     natural_order,
     shown,
 )
@@ -196,7 +195,7 @@ def _open(file: File, problem: MakeProblem, ignore: Sequence[str], keep: bool) -
             segments = found.get("segments")
             made = problem(found["input_ids"].shape[0], segments.shape[0] if segments else 1)
         except RejectedError as fault:
-            fault.item = shown(name)
+            fault.file, fault.item = fault.file or file.path, shown(name)
             faults.append(fault)
             continue
         tensors[name] = found
@@ -225,12 +224,7 @@ def _items_of(file: File, ignore: Sequence[str]) -> Node:
 def _tensors(group: Node, name: str, ignore: Sequence[str]) -> dict[str, TensorData]:
     """Look at one item."""
     reject = group.file.reject
-    fault = item_name_fault(name)
-    if fault:
-        raise reject(f"its name {fault}", "rename it")
-    item = group.child(name)
-    if item is None or not item.is_group:
-        raise reject("is no group", f"store it as /{ITEMS}/{name}/input_ids")
+    item = item_group(group, name, "input_ids")
     if item.child("input_ids") is None:
         fix = (
             "leave --model out: it holds query, key and value"

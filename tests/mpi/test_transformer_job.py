@@ -126,7 +126,9 @@ def test_what_can_not_be_is_refused_before_any_work(data: Path) -> None:
         file["items/long/input_ids"] = np.full(600, 9)
     refused = run(data, "llama", ranks=1)
     assert refused.returncode == 2
-    assert "600 tokens; LlamaModel has positions for 512" in " ".join(refused.stderr.split())
+    words = " ".join(refused.stderr.split())
+    assert f"{data}, item 'long'" in words
+    assert "600 tokens; LlamaModel has positions for 512" in words
     assert not data.with_name("out.h5").exists()
     beyond = run(data, "llama", "--beyond-positions", "--dry-run", ranks=1)
     assert beyond.returncode == 0, beyond.stderr
