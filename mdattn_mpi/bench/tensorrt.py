@@ -1,4 +1,4 @@
-"""TensorRT on GPUs that nobody here has: what runs, what is right, how fast; one file to send back.
+"""Try TensorRT on GPUs that nobody here has: what runs, what is right, how fast; in one file.
 
 On 2 to all ranks, every strategy, mask and dtype is built, proven on known numbers, and timed
 beside our own engine on the same shards (`-b cuda`; its strategy is its own choice). What fails is

@@ -1,7 +1,8 @@
 """Build a TensorRT engine that P ranks run together, and its manifest beside it.
 
   mdattn build data.h5 -s allgather -n 4 -o attn.engine
-  mdattn build --problem tokens=1000:131072,heads=32/8,head_dim=128 -s ulysses -n 4 -o attn.engine
+  mdattn build --problem tokens=1000:131072,heads=32/8,head_dim=128 \\
+      -s ulysses -n 4 -o attn.engine
   mdattn build --onnx sharded.onnx -n 2 --tokens 1024:65536 -o block.engine
   mdattn build --adopt theirs.engine data.h5 -s allgather -n 4 -o attn.engine
 

@@ -1,9 +1,10 @@
 """Make a dataset of a .npz, .npy, .safetensors, .pt or HDF5 file; rewrite a dataset of ours as
 contiguous, token-major data of 16 bits; or make token ids of texts.
 
-  mdattn convert qkv.safetensors data.h5 --query 'l.*.q' --key 'l.*.k' --value 'l.*.v'
-  mdattn convert theirs.h5 data.h5 --query '/runs/*/Q' --key '/runs/*/K' --value '/runs/*/V' \\
-      --layout head_major --dtype bf16
+  mdattn convert qkv.safetensors data.h5 --query 'l.*.q' --key 'l.*.k' \\
+      --value 'l.*.v'
+  mdattn convert theirs.h5 data.h5 --query '/runs/*/Q' \\
+      --key '/runs/*/K' --value '/runs/*/V' --layout head_major --dtype bf16
   mdattn convert q.npy k.npy v.npy data.h5
   mdattn convert packed.pt data.h5 --qkv 'layers.*.qkv' --heads 32/8
 

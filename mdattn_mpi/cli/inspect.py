@@ -3,7 +3,7 @@ are stored, and which of them can't be done. For an output: the state of every i
 HDF5, .npz, .npy, .safetensors or .pt file: the tensors that `mdattn convert` could take.
 
   mdattn inspect data.h5
-  mdattn inspect out.h5 --check      read everything and compare it with the checksums
+  mdattn inspect out.h5 --check      read everything, compare checksums
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Write a dataset of normally distributed Q, K and V, or of token ids.
 
   mdattn make-data data.h5 --items 4 --length 8192 --q-heads 8 --kv-heads 2
-  mdattn make-data tokens.h5 --items 200 --lengths 1000:200000 --vocabulary 32000
+  mdattn make-data tokens.h5 --items 200 --lengths 1000:200000 \\
+      --vocabulary 32000
 
 The second writes token ids for a model; many items are short and few are long. The same arguments
 and seed give the same bytes. A tensor is drawn from a generator of its own, so the first items stay

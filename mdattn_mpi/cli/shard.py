@@ -15,7 +15,8 @@ written; 2 refused.
 
 The attentions tell which dims of the inputs count tokens. Where they can't, name every one of them:
 
-  mdattn shard block.onnx -n 4 -s ulysses --shard hidden:1 --shard positions:1 -o sharded.onnx
+  mdattn shard block.onnx -n 4 -s ulysses --shard hidden:1 \\
+      --shard positions:1 -o sharded.onnx
 """
 
 from __future__ import annotations

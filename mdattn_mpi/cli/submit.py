@@ -1,10 +1,12 @@
 """Write the Slurm script of a job beside its output, submit it, and say how to watch it.
 
   mdattn submit data.h5 -o out.h5 --nodes 2 --gpus-per-node 8 --time 04:00:00
-  mdattn submit *.h5 -o results/ --array 4 --nodes 1 --gpus-per-node 8     (4 files at a time)
-  mdattn submit data.h5 -o out.h5 --nodes 1 --gpus-per-node 8 --requeue --run -s ring --lse
+  mdattn submit *.h5 -o results/ --array 4 --nodes 1 --gpus-per-node 8
+  mdattn submit data.h5 -o out.h5 --nodes 1 --gpus-per-node 8 --requeue \\
+      --run -s ring --lse
 
-What follows --run goes to mdattn run. The same command again resumes.
+The second runs 4 files at a time. What follows --run goes to mdattn run. The same command again
+resumes.
 """
 
 from __future__ import annotations

@@ -61,6 +61,18 @@ def test_a_command_loads_no_other(name: str) -> None:
     assert bool(benchmarks) == (name == "bench")
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_fits_a_narrow_terminal(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5
+    assert not [line for line in lines if len(line) > 80]
+
+
 def test_the_list_says_what_each_command_is_for(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["--help"])
