@@ -109,7 +109,7 @@ def compare(
 
     """
     whole, sharded = (load_weights(_copied(each), path) for each in (model, sharded))
-    tokens = tokens or check_length(sharded, sharding)
+    tokens = tokens or check_length(whole, sharded, sharding)
     inputs = random_inputs(whole, sharding, tokens, seed)
     outputs = [value.name for value in whole.graph.output]
     shown = [
@@ -146,12 +146,30 @@ def _shown(name: str, whole: Any) -> str:
     return next((each for each in (name, plain, wide) if each in made), "")
 
 
-def check_length(sharded: Any, sharding: Sharding) -> int:
+def check_length(whole: Any, sharded: Any, sharding: Sharding) -> int:
     """Choose a length that shows windows, that the ranks don't divide, and that tables allow.
 
     TensorRT's multi-device attention (``ring``) takes equal shards only.
+
+    Raises
+    ------
+    RejectedError
+        The whole model takes a single length: too long, or one that ``ring`` can't share equally.
+
     """
     ranks = sharding.ranks
+    if fixed := _fixed_length(whole, sharding):
+        if sharding.strategy == "ring" and fixed % ranks:
+            raise RejectedError(
+                f"ring takes equal shards, and {ranks} ranks don't divide {fixed} tokens",
+                fix="export the model with dynamic lengths",
+            )
+        if fixed > LONGEST:
+            raise RejectedError(
+                f"the model takes {fixed} tokens only, and a check at most {LONGEST}",
+                fix="export the model with dynamic lengths",
+            )
+        return fixed
     constants = {tensor.name: tensor for tensor in sharded.graph.initializer}
     windows = [
         int(import_onnx().numpy_helper.to_array(constants[node.input[1]]))
@@ -170,6 +188,16 @@ def check_length(sharded: Any, sharding: Sharding) -> int:
     if sharding.strategy == "ring":
         return tokens - tokens % ranks
     return tokens - (tokens % ranks == 0)
+
+
+def _fixed_length(whole: Any, sharding: Sharding) -> int | None:
+    """Return the only length that a model takes; None where it takes any."""
+    dims = [
+        labels_of(value)[axis]
+        for value in graph_inputs(whole)
+        if (axis := sharding.axes.get(value.name)) is not None
+    ]
+    return next((dim for dim in dims if isinstance(dim, int)), None)
 
 
 def _copied(model: Any) -> Any:

@@ -40,6 +40,27 @@ def test_right(ranks: int, strategy: Any, window: int | None) -> None:
     assert max(each.error for each in found.tensors) < 2e-5 < 0.05 < min(controls)
 
 
+def fixed(tokens: int) -> Any:
+    """One attention that takes so many tokens, and no other number."""
+    node = onnx.helper.make_node("Attention", ["q", "k", "v"], ["o"], name="a")
+    tensors = [
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 4, tokens, 8])
+        for name in "qkvo"
+    ]
+    graph = onnx.helper.make_graph([node], "g", tensors[:3], tensors[3:])
+    opsets = [onnx.helper.make_opsetid("", 23)]
+    return onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def test_a_model_of_a_fixed_length_is_compared_at_it() -> None:
+    found = held(fixed(33), 2)
+    assert (found.tokens, found.verdict) == (33, "right")
+    with pytest.raises(RejectedError, match="2 ranks don't divide 33 tokens"):
+        held(fixed(33), 2, "ring")
+    with pytest.raises(RejectedError, match="takes 5000 tokens only"):
+        held(fixed(5000), 2)
+
+
 @pytest.mark.parametrize("strategy", ["allgather", "ulysses"])
 def test_cast(strategy: Any) -> None:
     found = held(decoder(), 2, strategy, dtype="float16")
