@@ -22,6 +22,7 @@ import numpy as np
 from mdattn_mpi.devices.protocol import AnyDevice as AnyDevice
 from mdattn_mpi.devices.protocol import Download as Download
 from mdattn_mpi.devices.protocol import HostArray as HostArray
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Group, gather_together, together
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
@@ -138,12 +139,7 @@ class StrategyBackend:
 
     def enqueue(self, execution: Execution) -> None:
         """Run the strategy to its end."""
-        try:
-            next(execution.steps)
-        except StopIteration as end:
-            execution.result = end.value
-        else:
-            raise AssertionError("a strategy yields once")
+        execution.result = run_to_end(execution.steps)
 
     def collect(self, execution: Execution) -> Download:
         """Start the download of output and LSE."""

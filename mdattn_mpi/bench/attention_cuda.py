@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import report, table, versions
 from mdattn_mpi.bench.rivals import FLEX, THEIRS, Rivals
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.estimate import estimate
 from mdattn_mpi.partition import partition, partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
@@ -233,11 +234,7 @@ def our_sides(
             return steps
 
         def end(steps: Any) -> Any:
-            try:
-                next(steps)
-            except StopIteration as stop:
-                return stop.value[0]
-            raise AssertionError("a strategy yields once")
+            return run_to_end(steps)[0]
 
         def run(calls: int) -> list[float]:
             marks, running, took = [], begin(0), 0.0

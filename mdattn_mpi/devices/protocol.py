@@ -21,7 +21,18 @@ if TYPE_CHECKING:
 
     from mdattn_mpi.estimate import Costs
 
+R = TypeVar("R")
 HostArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
+
+
+def run_to_end(steps: Generator[None, None, R]) -> R:
+    """Run a strategy on from its ``yield``; return what it returns."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        result: R = end.value
+        return result
+    raise AssertionError("a strategy yields once")
 
 
 class Array(Protocol):

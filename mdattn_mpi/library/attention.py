@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Literal
 
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.library.arrays import Shards, shards_of
 from mdattn_mpi.library.options import Options
@@ -297,10 +298,7 @@ class Call:
                 self._compute()
 
     def _compute(self) -> None:
-        try:
-            next(self._steps)
-        except StopIteration as end:
-            self._result = end.value
+        self._result = run_to_end(self._steps)
 
     def wait(self) -> Any:
         """Collective. Return the output, or output and LSE, as `attention` does.

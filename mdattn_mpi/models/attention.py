@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.library.arrays import shards_of
 from mdattn_mpi.partition import token_count
@@ -266,7 +267,9 @@ class SharedAttention:
         if plan.strategy == "allgather":  # nothing else hides its transfers
             options = {"head_start": self.device.head_start(plan.problem)}
         attend = STRATEGIES[plan.strategy]
-        out, _ = _run(self.device.perform(attend, plan, *adopted, **options))
+        steps = self.device.perform(attend, plan, *adopted, **options)
+        next(steps)
+        out, _ = run_to_end(steps)
         return shards.give(self.device.export(out))
 
     def plan(self, layer: Layer) -> Plan:
@@ -293,12 +296,3 @@ class SharedAttention:
                 problem, name, ranks, self.backend, partition=both, reasons=reasons
             )
         return self._plans[layer]
-
-
-def _run(steps: Any) -> Any:
-    """Run a strategy to its end; return what it returns."""
-    try:
-        while True:
-            next(steps)
-    except StopIteration as end:
-        return end.value

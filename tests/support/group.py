@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import Partition, Plan, Span
 from mdattn_mpi.strategies import STRATEGIES
@@ -25,12 +26,7 @@ def attend(device: Any, plan: Plan, *arrays: Array) -> tuple[Array, Array]:
     """Run a strategy on one rank from its start to its end."""
     steps = STRATEGIES[plan.strategy](device, plan, *arrays)
     next(steps)
-    try:
-        next(steps)
-    except StopIteration as end:
-        result: tuple[Array, Array] = end.value
-        return result
-    raise AssertionError("a strategy yields once")
+    return run_to_end(steps)
 
 
 def attend_in_group(

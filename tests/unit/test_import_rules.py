@@ -44,7 +44,7 @@ ROOMS: dict[str, set[str]] = {
     "backends": {"partition", "devices", "strategies", "trt", "lockstep"},
     "slurm": set(),
     "verifier": {"dataset", "models.folder", "models.load"},
-    "library": {"partition", "strategies", "lockstep", "backends"},
+    "library": {"partition", "devices.protocol", "strategies", "lockstep", "backends"},
     "corpus": {"dataset"},
     "models": {
         "library.arrays",

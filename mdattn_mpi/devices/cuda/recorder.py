@@ -20,6 +20,7 @@ from mdattn_mpi.devices.cuda.gpu import Gpu, Graph
 from mdattn_mpi.devices.cuda.memory import Allocation, DeviceArray
 from mdattn_mpi.devices.cuda.order import Fence, Queue
 from mdattn_mpi.devices.cuda.windows import Route, Windows
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.problem import Plan
 
 BYTE = np.dtype(np.uint8)
@@ -124,7 +125,7 @@ class Recorder:
                 self.windows.settle()
                 graphs.append(self._end())
                 self._begin()
-            arrays = _end_of(steps)
+            arrays = run_to_end(steps)
             graphs.append(self._end())
         except BaseException:
             self._give_up(graphs)
@@ -163,11 +164,3 @@ class Recorder:
         with suppress(Exception):  # what was wrong is being raised already
             self._gpu.destroy(self._end())
         self.destroy(graphs)
-
-
-def _end_of(steps: Any) -> Any:
-    try:
-        next(steps)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError("a strategy yields once")

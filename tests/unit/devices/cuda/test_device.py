@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.open import open_cuda
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.mask import FULL
 from mdattn_mpi.partition import partition_of
@@ -82,11 +83,7 @@ def attend_in_turn(
         return steps
 
     def enqueue(steps: Any) -> Any:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return device.download(*end.value)
-        raise AssertionError
+        return device.download(*run_to_end(steps))
 
     downloads, running = [], None
     for plan, arrays in zip(plans, inputs, strict=True):

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mdattn_mpi.devices.cuda import step
 from mdattn_mpi.devices.cuda.replaying import ReplayingDevice
 from mdattn_mpi.devices.cuda.windows import Windows
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import DeviceError
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, StrategyName
@@ -45,7 +46,7 @@ def in_a_batch(device: Any, plans: list[Plan], inputs: Inputs) -> list[Any]:
             following = device.perform(STRATEGIES[plan.strategy], plan, *shards, ahead=True)
             next(following)
         if running:
-            downloads.append(device.download(*end_of(running)))
+            downloads.append(device.download(*run_to_end(running)))
         running = following
     return [download.wait() for download in downloads]
 
@@ -57,19 +58,11 @@ def one_by_one(device: Any, plans: list[Plan], inputs: Inputs) -> list[Any]:
         shards = list(map(device.upload, shards_of(plan, arrays, device.rank)))
         steps = device.perform(STRATEGIES[plan.strategy], plan, *shards)
         next(steps)
-        downloads.append(device.download(*end_of(steps)))
+        downloads.append(device.download(*run_to_end(steps)))
         for shard in shards:
             device.copy(device.upload(np.full(shard.shape, 7, shard.dtype)), shard)
         del shards, steps
     return [download.wait() for download in downloads]
-
-
-def end_of(steps: Any) -> Any:
-    try:
-        next(steps)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError
 
 
 def check(
@@ -145,7 +138,7 @@ def lone_calls(device: Any, plan: Plan, calls: int, **options: Any) -> Any:
         yield
         steps = device.perform(STRATEGIES[plan.strategy], plan, *shards, **options)
         next(steps)
-        end_of(steps)
+        run_to_end(steps)
 
 
 @pytest.mark.parametrize("strategy", NAMES)
