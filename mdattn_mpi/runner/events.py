@@ -19,9 +19,10 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mdattn_mpi.errors import LOGGER
 
@@ -35,6 +36,7 @@ SAMPLE = 5_000_000  # nanoseconds between two looks at what the device has done
 
 Span = tuple[str, str, int, int]  # phase, item, and nanoseconds from and to
 Line = dict[str, Any]
+Column = NDArray[np.int64]
 
 
 class Events:
@@ -178,19 +180,28 @@ class Events:
         """Columns of the spans, with those shorter than the grain put together."""
         names, items, starts, ends = zip(*spans, strict=True)
         phases = tuple(dict.fromkeys(names))
-        phase = np.array([*map({name: n for n, name in enumerate(phases)}.get, names)])
-        item = np.array([self._rows.get(name, -1) for name in items])
-        start, end = np.array(starts), np.array(ends)
-        columns = put_together(phase, item, start, end, self._grain)
-        self._room -= len(columns["start"])
+        length = np.array(ends) - starts
+        whole = Spans(
+            np.array([*map({name: n for n, name in enumerate(phases)}.get, names)]),
+            np.array([self._rows.get(name, -1) for name in items]),
+            np.array(starts) - self.zero,
+            length,
+            np.ones(len(spans), int),
+            length,
+        )
+        kept = whole.put_together(self._grain)
+        self._room -= len(kept.start)
         if self._room < 0:
             self._grain, self._room = max(GRAIN, 2 * self._grain), self._share
-        columns["start"] -= self.zero
-        for name in ("start", "length", "busy"):
-            columns[name] //= 1000
-        seconds = np.bincount(phase, weights=end - start, minlength=len(phases)) / 1e9
-        if (columns["count"] == 1).all():
-            del columns["count"], columns["busy"]
+        columns = {
+            "phase": kept.phase,
+            "item": kept.item,
+            "start": kept.start // 1000,
+            "length": kept.length // 1000,
+        }
+        if (kept.count > 1).any():
+            columns |= {"count": kept.count, "busy": kept.busy // 1000}
+        seconds = np.bincount(whole.phase, weights=length, minlength=len(phases)) / 1e9
         return {
             "phases": phases,
             "seconds": seconds.round(6).tolist(),
@@ -206,38 +217,44 @@ def _take(found: list[Any]) -> list[Any]:
     return taken
 
 
-def put_together(phase: Any, item: Any, start: Any, end: Any, grain: int) -> dict[str, Any]:
-    """Leave spans as they are that last `grain` or longer, and make one of each run of others.
+class Spans(NamedTuple):
+    """Columns of a thread's spans, in order.
 
-    Parameters
-    ----------
-    phase, item, start, end
-        Columns of the spans of one thread, in order.
-    grain
-        How long a span lasts that stays alone; shorter ones are put together by what interval of
-        this length they begin in.
-
-    Returns
-    -------
-    Columns: ``start`` and ``length`` of what was put together, ``count`` of spans in it, how long
-    they were ``busy``, the ``phase`` that took most of this, and the first ``item``.
-
+    ``count`` of the thread's own are put together in one; ``length`` is from the start of the first
+    to the end of the last, ``busy`` is how much of this they took.
     """
-    length = end - start
-    alone, interval = length >= grain, start // max(grain, 1)
-    begins = np.ones(len(start), bool)
-    begins[1:] = alone[1:] | alone[:-1] | (interval[1:] != interval[:-1])
-    first = np.flatnonzero(begins)
-    last = np.append(first[1:], len(start)) - 1
-    by_phase = [np.add.reduceat(length * (phase == each), first) for each in range(phase.max() + 1)]
-    return {
-        "phase": np.argmax(by_phase, axis=0),
-        "item": item[first],
-        "start": start[first],
-        "length": end[last] - start[first],
-        "count": last - first + 1,
-        "busy": np.add.reduceat(length, first),
-    }
+
+    phase: Column  # numbers of names
+    item: Column  # of the first; -1: none
+    start: Column
+    length: Column
+    count: Column
+    busy: Column
+
+    def put_together(self, grain: int) -> Spans:
+        """Make one of each run of spans shorter than `grain` that begin in one interval of it.
+
+        The phase of what comes of them is the one that took most of the time.
+        """
+        alone, interval = self.length >= grain, self.start // max(grain, 1)
+        begins = np.ones(len(self.start), bool)
+        begins[1:] = alone[1:] | alone[:-1] | (interval[1:] != interval[:-1])
+        if begins.all():
+            return self
+        first = np.flatnonzero(begins)
+        last = np.append(first[1:], len(self.start)) - 1
+        by_phase = [
+            np.add.reduceat(self.busy * (self.phase == phase), first)
+            for phase in range(self.phase.max() + 1)
+        ]
+        return Spans(
+            np.argmax(by_phase, axis=0),
+            self.item[first],
+            self.start[first],
+            self.start[last] + self.length[last] - self.start[first],
+            np.add.reduceat(self.count, first),
+            np.add.reduceat(self.busy, first),
+        )
 
 
 def read_lines(folder: Path) -> Iterator[Line]:
