@@ -199,8 +199,8 @@ class Events:
             "start": kept.start // 1000,
             "length": kept.length // 1000,
         }
-        if (kept.count > 1).any():
-            columns |= {"count": kept.count, "busy": kept.busy // 1000}
+        if (kept.number > 1).any():
+            columns |= {"number": kept.number, "busy": kept.busy // 1000}
         seconds = np.bincount(whole.phase, weights=length, minlength=len(phases)) / 1e9
         return {
             "phases": phases,
@@ -220,7 +220,7 @@ def _take(found: list[Any]) -> list[Any]:
 class Spans(NamedTuple):
     """Columns of a thread's spans, in order.
 
-    ``count`` of the thread's own are put together in one; ``length`` is from the start of the first
+    ``number`` of the thread's own are put together in one; ``length`` is from the start of the first
     to the end of the last, ``busy`` is how much of this they took.
     """
 
@@ -228,7 +228,7 @@ class Spans(NamedTuple):
     item: Column  # of the first; -1: none
     start: Column
     length: Column
-    count: Column
+    number: Column
     busy: Column
 
     def put_together(self, grain: int) -> Spans:
@@ -252,7 +252,7 @@ class Spans(NamedTuple):
             self.item[first],
             self.start[first],
             self.start[last] + self.length[last] - self.start[first],
-            np.add.reduceat(self.count, first),
+            np.add.reduceat(self.number, first),
             np.add.reduceat(self.busy, first),
         )
 

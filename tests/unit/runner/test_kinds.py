@@ -89,6 +89,7 @@ class Case:
         create_output(folder / "out.h5", self.items, ranks=1, lse=True, overwrite=True)
         output = open_output(folder / "out.h5", writable=True)
         self.told: list[ItemError] = []
+        job = cast(Any, SimpleNamespace(dataset=self.data, kind=self.kind))
         loop = Loop(
             cast(Any, Alone()),
             cast(Any, Executor(compute or self.compute)),
