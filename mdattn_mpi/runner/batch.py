@@ -57,7 +57,7 @@ def recorded(job: Job) -> Iterator[Events]:
     events = together(world, "events", open_events)  # all ranks leave it at the same moment
     facts = {"about": _about(job)} if world.rank == 0 else {}
     device = job.executor.describe().get("device", "")
-    events.start(world.job, world.rank, host=world.hostname, device=device, **facts)
+    events.start(world.job, world.rank, host=world.hostname, device_name=device, **facts)
     try:
         yield events
     except BaseException as error:

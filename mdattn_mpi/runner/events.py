@@ -220,8 +220,8 @@ def _take(found: list[Any]) -> list[Any]:
 class Spans(NamedTuple):
     """Columns of a thread's spans, in order.
 
-    ``number`` of the thread's own are put together in one; ``length`` is from the start of the first
-    to the end of the last, ``busy`` is how much of this they took.
+    Each is one span or a ``number`` of them put together: ``length`` is then from the start of the
+    first to the end of the last, and ``busy`` is how much of it they took.
     """
 
     phase: Column  # numbers of names

@@ -67,6 +67,7 @@ ROOMS: dict[str, set[str]] = {
         "models",
         "onnx",
     },
+    "report": {"dataset", "lockstep", "runner"},
     "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {
         "doctor",
@@ -77,6 +78,7 @@ ROOMS: dict[str, set[str]] = {
         "backends",
         "trt",
         "runner",
+        "report",
         "verifier",
         "onnx",
         "bench",

@@ -93,9 +93,7 @@ class Case:
         loop = Loop(
             cast(Any, Alone()),
             cast(Any, Executor(compute or self.compute)),
-            files_of(
-                cast(Any, SimpleNamespace(dataset=self.data, kind=self.kind)), output, Events()
-            ),
+            files_of(job, output, Events()),
             board=Board(),
             deadlines=Deadlines(),
             wants_to_stop=lambda: False,
