@@ -16,7 +16,9 @@ from mdattn_mpi.text import duration
 
 WIDE = 1000  # units that a chart is wide, however it is stretched
 POINTS = 500  # of a curve
-BINS = 60  # of a rate
+BINS = 60  # of a rate, at most …
+PER_BIN = 4  # … and so many items in each, so that there is a rate to speak of
+FEW_RANKS = 16  # that have broad bars
 MOST_RANKS = 64  # that have bars
 
 
@@ -38,26 +40,25 @@ def progress_chart(parent: Element, runs: Sequence[Run], before: int, items: int
     svg = _stretched(figure, 160)
     for start in starts[1:]:
         _upright(svg, start / whole, 160, "border", "the job was started again")
-    points = [(0.0, before), *_thinned([(at, before + n + 1) for n, at in enumerate(done)])]
-    steps = [
-        f"{WIDE * at / whole:.1f},{160 - 158 * number / top:.1f}"
-        for at, number in [*points, (whole, before + len(done))]
-    ]
-    add(svg, "polyline", points=" ".join(steps), class_="curve")
+    curve = f"M0 {160 - 158 * before / top:.1f}"
+    for at, number in _thinned([(at, before + n + 1) for n, at in enumerate(done)]):
+        curve += f"H{WIDE * at / whole:.1f}V{160 - 158 * number / top:.1f}"
+    add(svg, "path", d=f"{curve}H{WIDE}", class_="curve")
     for at in failed[:POINTS]:
         _upright(svg, at / whole, 160, "failure", "an item failed")
     _time_axis(figure, whole)
 
-    width = whole / BINS
-    counts = [0] * BINS
+    bins = min(max(1, len(done) // PER_BIN), BINS)
+    width = whole / bins
+    counts = [0] * bins
     for at in done:
-        counts[min(int(at / width), BINS - 1)] += 1
+        counts[min(int(at / width), bins - 1)] += 1
     most = max([*counts, 1])
     figure = _figure(parent, "Items a second", f"{most / width:.3g}")
     svg = _stretched(figure, 70)
     for place, count in enumerate(counts):
         if count:
-            height, wide = 68 * count / most, WIDE / BINS
+            height, wide = 68 * count / most, WIDE / bins
             bar = add(
                 svg, "rect", x=f"{wide * place:.1f}", y=f"{70 - height:.1f}",
                 width=f"{wide - 2:.1f}", height=f"{height:.1f}", class_="compute",
@@ -67,8 +68,9 @@ def progress_chart(parent: Element, runs: Sequence[Run], before: int, items: int
 
 
 def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:
-    step = max(1, len(points) // POINTS)
-    return points[step - 1 :: step]
+    """So many points at most, the last among them."""
+    step = -(-len(points) // POINTS) or 1
+    return points[::-step][::-1]
 
 
 def _figure(parent: Element, title: str, top: str) -> Element:
@@ -110,11 +112,12 @@ def rank_bars(parent: Element, run: Run) -> None:
         ranks = [*ranks[:half], *ranks[-half:]]
         words = f"The {half} ranks that waited least for others, and the {half} that waited most"
         add(parent, "p", f"{words}, of {len(run.ranks)}.", class_="aside")
-    grid = add(parent, "div", class_="bars")
+    few = len(ranks) <= FEW_RANKS
+    grid = add(parent, "div", class_="bars" if few else "bars thin")
     for rank in ranks:
         add(grid, "span", f"rank {rank.rank} · {rank.host}", class_="label")
-        svg = add(grid, "svg", width="100%", height=20, role="img")
-        for thread, top, height in (("main", 0, 12), ("device", 13, 5)):
+        svg = add(grid, "svg", width="100%", height=20 if few else 11, role="img")
+        for thread, top, height in (("main", 0, 12 if few else 7), ("device", 13 if few else 7, 4)):
             _bar(svg, rank, thread, whole, top, height)
 
 

@@ -26,8 +26,9 @@ def table(
     """Add a table; the last `numbers` columns hold figures. It scrolls by itself if it is wide."""
     heads = list(heads)
     made = add(add(parent, "div", class_="scrolls"), "table")
+    head, body = add(made, "thead"), add(made, "tbody")
     for tag, row in (("th", heads), *(("td", row) for row in rows)):
-        line = add(add(made, "thead" if tag == "th" else "tbody"), "tr")
+        line = add(head if tag == "th" else body, "tr")
         for place, cell in enumerate(row):
             right = {"class_": "number"} if place >= len(heads) - numbers else {}
             add(line, tag, cell, **right)

@@ -185,18 +185,23 @@ class Timeline {
     this.runs[number] ??= await unpacked(this.data.runs[number]);
     this.run = this.data.runs[number];
     this.ranks = this.runs[number];
+    this.place_of = Object.fromEntries(this.run.phases.map((phase, n) => [phase, n]));
     this.threads.checked = this.ranks.length <= FEW;
     this.all();
     this.resize();
   }
 
-  // Paper shows all ranks, in the colours of paper.
+  // Paper shows all ranks, in the colours of paper; there is no time for a frame of animation.
   print(begins) {
+    if (!this.ranks) return;
     document.documentElement.classList.toggle("printing", begins);
     const high = Math.min(AXIS + this.ranks.length * this.rankHeight(), 8000);
     this.view.style.maxHeight = begins ? `${high + 2}px` : "";
     this.view.scrollTop = 0;
+    this.printing = false;
     this.resize();
+    this.paint();
+    this.printing = begins;
   }
 
   all() {
@@ -239,7 +244,7 @@ class Timeline {
   }
 
   resize() {
-    if (!this.ranks) return;
+    if (!this.ranks || this.printing) return;
     const whole = AXIS + this.ranks.length * this.rankHeight();
     const most = parseFloat(getComputedStyle(this.view).maxHeight) || 560;
     const [wide, high] = [this.view.clientWidth, Math.min(whole, most)];
@@ -255,11 +260,11 @@ class Timeline {
   }
 
   draw() {
-    if (!this.ranks || !this.colour || this.asked) return;
+    if (!this.ranks || !this.colour || this.asked || this.printing) return;
     this.asked = true;
     requestAnimationFrame(() => {
       this.asked = false;
-      this.paint();
+      if (!this.printing) this.paint();
     });
   }
 
@@ -313,60 +318,69 @@ class Timeline {
     }
   }
 
-  // What is narrower than a pixel is added up, and the pixel shows what there is most of.
+  // A column of pixels is divided from the bottom up as its time was.
   paintLane(pen, name, lane, y) {
-    const rate = this.width() / (this.to - this.from);
-    const parts = name === "device" ? SHARES : this.run.phases;
+    const [left, columns] = [Math.round(LABEL * this.scale), Math.round(this.width() * this.scale)];
+    const rate = columns / (this.to - this.from);
     const about = this.data.phases[name];
-    const colours = parts.map((part) => this.colour(about[part].colour));
-    const sums = new Float64Array(parts.length);
-    let pixel = -1;
-    const flush = () => {
-      if (pixel >= 0) this.fill(pen, name, colours, sums, LABEL + pixel, 1, y);
-      sums.fill(0);
-      pixel = -1;
+    const order = Object.keys(about).filter((part) => name === "device" || this.place_of[part] >= 0);
+    const places = order.map((part) => (name === "device" ? SHARES.indexOf(part) : this.place_of[part]));
+    const colours = order.map((part) => this.colour(about[part].colour));
+    const shares = new Float64Array(order.length);
+    const sums = new Float64Array(columns * order.length);
+    const touched = new Uint8Array(columns);
+    const [top, high] = [Math.round(y * this.scale), Math.round(LANE[name] * this.scale)];
+    const stack = (x, wide, part_of) => {
+      let done = 0;
+      for (let part = 0; part < order.length; part++) {
+        const share = part_of(part);
+        if (!share) continue;
+        const [low, up] = [done * high, Math.min(1, (done += share)) * high].map(Math.round);
+        pen.fillStyle = colours[part];
+        pen.fillRect(left + x, top + high - up, wide, up - low);
+      }
     };
+    const touch = (column, weight) => {
+      if (weight <= 0 || column >= columns) return;
+      touched[column] = 1;
+      for (let part = 0; part < order.length; part++)
+        sums[column * order.length + part] += weight * shares[part];
+    };
+
+    pen.setTransform(1, 0, 0, 1, 0, 0);
+    for (let n = after(lane.end, this.from); n < lane.start.length; n++) {
+      if (lane.start[n] >= this.to) break;
+      const x = Math.max(0, (lane.start[n] - this.from) * rate);
+      const end = Math.min(columns, (lane.end[n] - this.from) * rate);
+      places.forEach((place, part) => {
+        const fill = name === "device" ? lane.shares[place][n] : lane.fill[n];
+        shares[part] = name === "device" || lane.phase[n] === place ? fill / 255 : 0;
+      });
+      const [first, last] = [Math.ceil(x), Math.floor(end)]; // whole columns of this span alone
+      if (last < first) {
+        touch(last, end - x);
+      } else {
+        touch(first - 1, first - x);
+        if (last > first) stack(first, last - first, (part) => shares[part]);
+        touch(last, end - last);
+      }
+    }
+    for (let column = 0; column < columns; column++)
+      if (touched[column]) stack(column, 1, (part) => sums[column * order.length + part]);
+    pen.setTransform(this.scale, 0, 0, this.scale, 0, 0);
+    if (name === "main") this.writeItems(pen, lane, y);
+  }
+
+  // Names of the items in whose computing there is room for them.
+  writeItems(pen, lane, y) {
+    const rate = this.width() / (this.to - this.from);
     for (let n = after(lane.end, this.from); n < lane.start.length; n++) {
       if (lane.start[n] >= this.to) break;
       const x = Math.max(0, (lane.start[n] - this.from) * rate);
       const wide = Math.min(this.width(), (lane.end[n] - this.from) * rate) - x;
-      if (Math.floor(x) !== pixel) flush();
-      if (wide < 1) pixel = Math.floor(x);
-      const weight = Math.min(wide, 1);
-      if (name === "device") {
-        for (let p = 0; p < 3; p++) sums[p] += (weight * lane.shares[p][n]) / 255;
-      } else sums[lane.phase[n]] += (weight * lane.fill[n]) / 255;
-      if (wide >= 1) {
-        this.fill(pen, name, colours, sums, LABEL + x, wide, y);
-        sums.fill(0);
-        pixel = -1;
-        if (wide > 48 && name === "main" && lane.item[n] >= 0) this.write(pen, lane, n, x, wide, y);
-      }
+      if (wide > 48 && this.run.phases[lane.phase[n]] === "enqueue" && lane.item[n] >= 0)
+        this.write(pen, lane, n, x, wide, y);
     }
-    flush();
-  }
-
-  fill(pen, name, colours, sums, x, wide, y) {
-    const high = LANE[name];
-    if (name === "device") {
-      let bottom = y + high;
-      sums.forEach((share, part) => {
-        pen.fillStyle = colours[part];
-        bottom -= share * high;
-        pen.fillRect(x, bottom, wide, share * high);
-      });
-      return;
-    }
-    let most = 0;
-    let whole = 0;
-    sums.forEach((sum, phase) => {
-      whole += sum;
-      if (sum > sums[most]) most = phase;
-    });
-    pen.fillStyle = colours[most];
-    pen.globalAlpha = Math.min(1, 0.15 + whole);
-    pen.fillRect(x, y, wide, high);
-    pen.globalAlpha = 1;
   }
 
   write(pen, lane, n, x, wide, y) {

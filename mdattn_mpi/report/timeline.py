@@ -41,8 +41,11 @@ def timeline_data(runs: Sequence[Run], name_of: Callable[[int], str]) -> str:
 
 
 def _names(runs: Sequence[Run]) -> dict[str, tuple[str, ...]]:
-    every = dict.fromkeys(name for run in runs for name in run.phases)
-    return {thread: (*dict.fromkeys((*PHASES[thread], *every)),) for thread in THREADS}
+    every = [name for run in runs for name in run.phases]
+    more = dict.fromkeys(OWN_THREADS, every)
+    return {
+        thread: tuple(dict.fromkeys([*PHASES[thread], *more.get(thread, ())])) for thread in THREADS
+    }
 
 
 def put_together(run: Run, most: int) -> dict[tuple[int, str], Spans]:
