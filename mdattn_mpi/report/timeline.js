@@ -168,6 +168,7 @@ class Timeline {
       canvas.setPointerCapture(event.pointerId);
     });
     canvas.addEventListener("pointerup", () => (this.held = undefined));
+    canvas.addEventListener("pointerleave", () => (this.said.textContent = ""));
     canvas.addEventListener("pointermove", (event) => {
       if (this.held !== undefined) {
         this.pan((this.held - event.offsetX) / this.width());
@@ -187,7 +188,7 @@ class Timeline {
     this.ranks = this.runs[number];
     this.place_of = Object.fromEntries(this.run.phases.map((phase, n) => [phase, n]));
     this.threads.checked = this.ranks.length <= FEW;
-    this.all();
+    [this.from, this.to] = [0, Math.max(this.run.until, 1e-6)];
     this.resize();
   }
 
@@ -200,7 +201,6 @@ class Timeline {
     this.view.scrollTop = 0;
     this.printing = false;
     this.resize();
-    this.paint();
     this.printing = begins;
   }
 
@@ -256,7 +256,7 @@ class Timeline {
     this.space.style.height = `${Math.max(0, whole - high)}px`;
     const style = getComputedStyle(document.documentElement);
     this.colour = (name) => style.getPropertyValue(`--${name}`).trim();
-    this.draw();
+    this.paint(); // at once: a canvas that has changed its size is empty
   }
 
   draw() {

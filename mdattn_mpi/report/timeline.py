@@ -101,7 +101,7 @@ def _pack(run: Run, most: int) -> tuple[dict[str, Any], set[int]]:
             }
             for place, rank in enumerate(run.ranks)
         ],
-        "columns": b64encode(zlib.compress(raw, 9)).decode(),
+        "columns": b64encode(zlib.compress(raw)).decode(),
     }
     return facts, {*np.unique(whole.item[whole.item >= 0]).tolist()}
 
