@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from mdattn_mpi.errors import LOGGER
 
 THREADS = ("main", "read", "write")  # of a rank; what the loop, reader and writer do
-PERIOD = 2.0  # seconds between two lines of a rank
+PERIODS = (0.25, 0.5, 1.0, 2.0)  # seconds between two lines of a rank; at first, and later on
 PATIENCE = 2.0  # seconds that a job which ends waits for a file system
 ROWS = 512_000  # that all ranks write until the shortest span becomes twice as long …
 FEWEST, MOST = 500, 8_000  # … but not fewer or more than these a rank
@@ -131,7 +132,8 @@ class Events:
                 self._forgo()
 
     def _go_on(self) -> None:
-        while not self._over.wait(PERIOD):
+        periods = chain(PERIODS, repeat(PERIODS[-1]))
+        while not self._over.wait(next(periods)):
             if line := self._taken():
                 self._append(line)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -44,11 +43,10 @@ def write_run(
             _item(events, chance, number, name, begins[number], ends[number], rank, slow)
             if rank == 0:
                 events._done.append((name, events.zero + round(1e9 * ends[number])))
-        if closed:
-            events.close(stopped=False)
-        else:
-            events._append(events._taken())
-            events._over.set()
+        events._over.set()
+        events._thread.join()
+        events._append({**events._taken(), **({"ended": 0, "stopped": False} if closed else {})})
+        events._forgo()
 
 
 def _about(ranks: int, items: int) -> dict[str, object]:
@@ -90,8 +88,3 @@ def _item(
     exchange = whole * chance.uniform(0.01, 0.1)
     compute = computed - begun - exchange
     events._device.append((at(begin), at(end), compute, exchange, 0.0))
-
-
-def wait_for_a_line(seconds: float = 0.01) -> None:
-    """Let a thread of events have its turn."""
-    time.sleep(seconds)
