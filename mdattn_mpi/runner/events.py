@@ -18,7 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from itertools import chain, repeat
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,8 @@ from numpy.typing import NDArray
 from mdattn_mpi.errors import LOGGER
 
 THREADS = ("main", "read", "write")  # of a rank; what the loop, reader and writer do
-PERIODS = (0.25, 0.5, 1.0, 2.0)  # seconds between two lines of a rank; at first, and later on
+FIRST = (0.25, 0.5, 1.0)  # seconds after the start at which a rank writes a line, …
+PERIOD = 2.0  # … and then between two lines
 PATIENCE = 2.0  # seconds that a job which ends waits for a file system
 ROWS = 512_000  # that all ranks write until the shortest span becomes twice as long …
 FEWEST, MOST = 500, 8_000  # … but not fewer or more than these a rank
@@ -132,8 +133,10 @@ class Events:
                 self._forgo()
 
     def _go_on(self) -> None:
-        periods = chain(PERIODS, repeat(PERIODS[-1]))
-        while not self._over.wait(next(periods)):
+        """Write at the same moments on all ranks: when one is held up, so are those it meets next."""
+        for due in chain(FIRST, count(PERIOD, PERIOD)):
+            if self._over.wait(1e-9 * self.zero + due - time.monotonic()):
+                return
             if line := self._taken():
                 self._append(line)
 
