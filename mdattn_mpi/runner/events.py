@@ -133,7 +133,7 @@ class Events:
                 self._forgo()
 
     def _go_on(self) -> None:
-        """Write at the same moments on all ranks: when one is held up, so are those it meets next."""
+        """Write at the same moments on all ranks: what holds one up then holds up no others."""
         for due in chain(FIRST, count(PERIOD, PERIOD)):
             if self._over.wait(1e-9 * self.zero + due - time.monotonic()):
                 return
