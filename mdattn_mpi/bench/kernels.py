@@ -104,7 +104,7 @@ def calls_of(
                 for call in rehearse(attend, Plan(problem, name, size), 0):
                     heads = call.q_heads, call.kv_heads
                     for block in call.blocks:
-                        found[plain_call(problem, *heads, Run((block,)))] = None
+                        found[plain_call(problem, *heads, Run((block,), block.band))] = None
     return found
 
 

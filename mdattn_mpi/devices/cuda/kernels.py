@@ -162,7 +162,7 @@ class Kernels:
         rows, keys = (min(SAMPLE, n) for n in (problem.q_tokens, problem.kv_tokens))
         keys, heads = max(rows, keys), (problem.q_heads, problem.kv_heads)
         blocks = [Block(Span(0, rows), Span(0, keys), band) for band in bands_of(problem)]
-        calls = (plain_call(problem, *heads, Run((block,))) for block in blocks)
+        calls = (plain_call(problem, *heads, Run((block,), block.band)) for block in blocks)
         choices = [self._launches.chooser.choose(call) for call in calls]
         return choices[0]
 

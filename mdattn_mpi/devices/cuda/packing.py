@@ -12,16 +12,17 @@ from mdattn_mpi.devices.cuda.attention import ONE, Documents
 from mdattn_mpi.devices.cuda.gpu import Gpu
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.order import Queue
-from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.mask import FULL, Band, Span
 from mdattn_mpi.partition import Block
 
 MOST = 256  # lists of beginnings that are kept
 
 
 class Run(NamedTuple):
-    """Blocks of one band whose rows, and whose keys, follow each other."""
+    """Blocks whose rows, and whose keys, follow each other; `band` is right for each of them."""
 
     blocks: tuple[Block, ...]
+    band: Band
 
     @property
     def q(self) -> Span:
@@ -32,11 +33,6 @@ class Run(NamedTuple):
     def kv(self) -> Span:
         """All keys."""
         return Span(self.blocks[0].kv.start, self.blocks[-1].kv.stop)
-
-    @property
-    def band(self) -> Band:
-        """The band of each block."""
-        return self.blocks[0].band
 
     @property
     def documents(self) -> Documents:
@@ -50,24 +46,48 @@ class Run(NamedTuple):
     @property
     def alone(self) -> list[Run]:
         """A run for each block."""
-        return [Run((block,)) for block in self.blocks]
+        return [Run((block,), block.band) for block in self.blocks]
 
 
 def runs(blocks: Sequence[Block]) -> Iterator[Run]:
     """Join blocks to runs, in order."""
     found: list[Block] = []
+    band = FULL
     for block in blocks:
-        if found and not _follows(found[-1], block):
-            yield Run(tuple(found))
-            found = []
+        both = _common_band(band, block.band)
+        if not found:
+            both = block.band
+        elif not (
+            (block.q.start, block.kv.start) == (found[-1].q.stop, found[-1].kv.stop)
+            and _is_right(both, block)
+            and (both == band or all(_is_right(both, each) for each in found))
+        ):
+            yield Run(tuple(found), band)
+            found, both = [], block.band
         found.append(block)
+        band = both
     if found:
-        yield Run(tuple(found))
+        yield Run(tuple(found), band)
 
 
-def _follows(last: Block, block: Block) -> bool:
-    ends = last.q.stop, last.kv.stop, last.band
-    return ends == (block.q.start, block.kv.start, block.band)
+def _common_band(one: Band, other: Band) -> Band:
+    """Return the bounds that either has."""
+    return Band(*(b if a is None else a for a, b in zip(one, other, strict=True)))
+
+
+def _is_right(band: Band, block: Block) -> bool:
+    """Whether a block sees the same in `band` as in its own.
+
+    Blocks have no bound where it would hide nothing, as in a document shorter than the window.
+    """
+    rows, keys = len(block.q), len(block.kv)
+    return band == block.band or (
+        rows <= keys
+        and all(
+            bound == own or (own is None and bound is not None and bound >= length - 1)
+            for bound, own, length in zip(band, block.band, (keys, rows), strict=True)
+        )
+    )
 
 
 class Offsets:
