@@ -35,6 +35,7 @@ from mdattn_mpi.lockstep.launcher import launcher
 from mdattn_mpi.lockstep.process import WATCHDOG, name_this, process_state
 from mdattn_mpi.lockstep.publisher import LOOK, POLL, Publisher, within_patience
 from mdattn_mpi.lockstep.record import ENDED, PAGE, Page, Record
+from mdattn_mpi.lockstep.terminal import terminal
 
 _SOON = 0.05  # seconds between two looks when something may be wrong
 _LOOK = 0.5  # seconds between two looks, at most; what is urgent wakes the watchdog up
@@ -71,6 +72,7 @@ class Watchdog:
         self.stacks = stacks
         self.launched = launcher()
         self.launcher_pid = os.getppid()
+        self.terminal = terminal()
         self.publisher = Publisher(board, child)
         self.lateness = Lateness(time.monotonic())
         self.heartbeats = Heartbeats()
@@ -104,6 +106,7 @@ class Watchdog:
         now = time.monotonic()
         first, self._stop_asked = self._stop_asked, self._stop_asked or now
         self.board.request_stop()
+        self._erase_bar()
         return first > 0 and now - first > _REPEAT
 
     def _stop_now(self) -> int:
@@ -241,9 +244,15 @@ class Watchdog:
         """Kill the rank; don't wait long for one that the kernel can't kill yet."""
         with suppress(ProcessLookupError):
             os.kill(self.child, signal.SIGKILL)
+        self._erase_bar()
         for _ in range(20):
             with suppress(ChildProcessError):
                 if os.waitpid(self.child, os.WNOHANG) == (0, 0):
                     time.sleep(0.01)
                     continue
             return
+
+    def _erase_bar(self) -> None:
+        """Leave room for text that isn't rank 0's; it draws no more, for it stops or is lost."""
+        if self.terminal:
+            self.terminal.erase()
