@@ -21,8 +21,8 @@ class Process(NamedTuple):
     state: str
     parent: int
     start: int
-    group: int
-    foreground: int  # the group that its terminal listens to; -1 without a terminal
+    group: int = 0
+    foreground: int = -1  # the group that its terminal listens to; -1 without a terminal
 
     @property
     def in_foreground(self) -> bool:

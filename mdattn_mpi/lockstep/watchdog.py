@@ -36,12 +36,16 @@ from mdattn_mpi.lockstep.process import WATCHDOG, name_this, process_state
 from mdattn_mpi.lockstep.publisher import LOOK, POLL, Publisher, within_patience
 from mdattn_mpi.lockstep.record import ENDED, PAGE, Page, Record
 from mdattn_mpi.lockstep.terminal import terminal
+from mdattn_mpi.text import wrapped
 
 _SOON = 0.05  # seconds between two looks when something may be wrong
 _LOOK = 0.5  # seconds between two looks, at most; what is urgent wakes the watchdog up
 _LOOK_AGAIN = 2.0  # seconds between two looks at whom a late rank waits for
 _REPEAT = 0.5  # launchers send one signal several times, to the process and to its group
 _NOTE_PATIENCE = 1.0
+_ASKED_TO_STOP = (
+    "mdattn: asked to stop: what is in hand is finished first; to go on, run the same command again"
+)
 
 
 def watch(main: Callable[[], int]) -> int:
@@ -106,8 +110,15 @@ class Watchdog:
         now = time.monotonic()
         first, self._stop_asked = self._stop_asked, self._stop_asked or now
         self.board.request_stop()
-        self._erase_bar()
+        if not first:
+            self._answer_stop()
         return first > 0 and now - first > _REPEAT
+
+    def _answer_stop(self) -> None:
+        """Say so at once, at the terminal: Open MPI's mpirun passes on nothing after Ctrl-C."""
+        self._erase_bar()
+        if self.terminal and self.launched.rank == 0 and self.board.record().folder:
+            self.terminal.say(wrapped(_ASKED_TO_STOP))
 
     def _stop_now(self) -> int:
         self._kill()

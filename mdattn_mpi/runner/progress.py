@@ -21,9 +21,6 @@ DRAW_SECONDS = 0.25
 AFTER_TEXT = 0.5  # seconds that text may take through the launcher, before the bar is drawn again
 RATE_ITEMS = 50
 LEAST_METER = 6  # columns
-ASKED_TO_STOP = (
-    "mdattn: asked to stop: what is in hand is finished first; to go on, run the same command again"
-)
 
 
 class Progress:
@@ -161,10 +158,7 @@ class Progress:
             if self._stops():  # after drawing, too: the watchdog may have erased it meanwhile
                 break
         with self._lock:
-            if self._over.is_set():
-                terminal.erase()
-            else:
-                terminal.say(wrapped(ASKED_TO_STOP, INDENT))
+            terminal.erase()
 
 
 def bar(
