@@ -9,6 +9,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import TokenDim, token_dims
 from mdattn_mpi.onnx.cast import cast_products
 from mdattn_mpi.onnx.check import check
+from mdattn_mpi.onnx.contrib.rewrite import write_out
 from mdattn_mpi.onnx.faults import Faults
 from mdattn_mpi.onnx.model import (
     ATTENTION,
@@ -108,7 +109,7 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
 
     """
     _check_opset(model)
-    done = fuse_patterns(model)
+    done = write_out(model) + fuse_patterns(model)
     attentions = _attentions(model)
     if not attentions:
         raise RejectedError(
