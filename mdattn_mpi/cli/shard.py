@@ -3,11 +3,12 @@
   mdattn shard block.onnx -n 4 -s ring -o sharded.onnx
   mdattn build --onnx sharded.onnx -n 4 --tokens 1024:65536 -o block.engine
 
-Attention is found as the operators Attention (opset 23 and later) and TRT_Attention, and as
-MatMul-Softmax-MatMul, with masks that are made of lengths. ring marks it for TensorRT's
-multi-device attention; allgather and ulysses put DistCollective nodes around it. Positions become
-an input. Everything else must treat every token alike: nodes that aren't known to are refused by
-name, all of them at once, in branches too.
+Attention is found as the operators Attention (opset 23 and later) and TRT_Attention, as those of
+ONNX Runtime (MultiHeadAttention, GroupQueryAttention, Attention), and as MatMul-Softmax-MatMul,
+with masks that are made of lengths. ring marks it for TensorRT's multi-device attention; allgather
+and ulysses put DistCollective nodes around it. Positions become an input. Everything else must
+treat every token alike: nodes that aren't known to are refused by name, all of them at once, in
+branches too.
 
 Where ONNX Runtime is installed, the sharded model is run against the whole one, on the shards of P
 ranks in one process. Exit codes: 0 right or inconclusive, which is said; 1 wrong, and nothing is

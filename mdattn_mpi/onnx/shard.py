@@ -28,6 +28,7 @@ from mdattn_mpi.onnx.tokens import Tokens, trace_tokens
 from mdattn_mpi.problem import DTypeName, StrategyName
 
 OLDEST = 13  # the opset since which Softmax, Slice and Reshape are as they are used here
+ALIKE = 17  # what opsets from there on up to this one share means the same in it
 
 Places = Mapping[str, Sequence[TokenDim]]
 
@@ -108,13 +109,13 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
         It can't be: with all reasons, a node each.
 
     """
-    _check_opset(model)
+    _raise_opset(model)
     done = write_out(model) + fuse_patterns(model)
     attentions = _attentions(model)
     if not attentions:
         raise RejectedError(
-            "the model has no attention: no Attention or TRT_Attention node, and no "
-            "MatMul–Softmax–MatMul",
+            "the model has no attention: no node Attention, TRT_Attention, MultiHeadAttention "
+            "or GroupQueryAttention, and no MatMul–Softmax–MatMul",
             fix="export it with scaled dot-product attention (opset 23 has the operator)",
         )
     places: Places = token_dims(model, attentions, named_axes)
@@ -150,6 +151,17 @@ def _attentions(model: Any) -> list[Any]:
     found = [node for node in model.graph.node if operator(node) in ATTENTION]
     _name_apart(model, found)
     return found
+
+
+def _raise_opset(model: Any) -> None:
+    """Let a model have the operators that are written into it: CastLike, LayerNormalization.
+
+    ONNX Runtime's optimizer puts LayerNormalization into older opsets as well.
+    """
+    _check_opset(model)
+    for each in model.opset_import:
+        if each.domain in STANDARD:
+            each.version = max(each.version, ALIKE)
 
 
 def _check_opset(model: Any) -> None:

@@ -43,6 +43,8 @@ class Call:
             It can't be inferred.
 
         """
+        if not tensor:
+            raise self.refuse("lacks an input that it must have", "export the model anew")
         if tensor not in self.shapes.shapes:
             raise self.refuse(f"takes {tensor!r}, whose shape isn't known")
         return self.shapes.shapes[tensor]

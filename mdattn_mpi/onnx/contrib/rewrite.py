@@ -19,7 +19,6 @@ from mdattn_mpi.onnx.model import STANDARD, import_onnx, operator, reads
 from mdattn_mpi.onnx.nodes import Nodes
 
 ANY = 37  # what symbols count while shapes are looked up
-NORMS = 17  # the first opset with LayerNormalization; what older ones have means the same in it
 
 Rule = tuple[Callable[[Call], None], str]  # what writes a node out; the names of its inputs
 
@@ -64,7 +63,7 @@ RULES: Mapping[str, Rule] = {
 
 
 def write_out(model: Any) -> list[str]:
-    """Rewrite a model in place; return what was done, in words.
+    """Rewrite a model in place, of opset 17 or later; return what was done, in words.
 
     Raises
     ------
@@ -75,8 +74,6 @@ def write_out(model: Any) -> list[str]:
     kinds = [operator(node) for node in model.graph.node]
     (opset,) = (each for each in model.opset_import if each.domain in STANDARD)
     found = sorted({kind for kind in kinds if kind in RULES})
-    if found or "LayerNormalization" in kinds:  # which ONNX Runtime has in older opsets too
-        opset.version = max(opset.version, NORMS)
     if not found:
         return []
     shapes = Lengths(model, at_lengths(model, {}, {}, (ANY,)), only=())
