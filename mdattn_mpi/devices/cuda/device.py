@@ -100,7 +100,8 @@ class CudaDevice:
         self._facts, self._limit = dict(facts or {}), limit
         self.clock = Clock(timings)
         self.kernels = Kernels(gpu, launches, memory, self.clock)
-        self._upwards, self._downwards = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream())
+        self._upwards = Queue(gpu, gpu.stream())
+        self._downwards = Queue(gpu, gpu.stream(), leaves=True)
         self._within, self._net = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream(URGENT))
         self._uploading = Held()
         self._interop = Interop(gpu)
@@ -144,7 +145,7 @@ class CudaDevice:
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """Take an array from the host; from `host` it goes while the host goes on."""
         source = np.ascontiguousarray(array)
-        target = self.memory.empty(source.shape, source.dtype, newest=True)
+        target = self.memory.empty(source.shape, source.dtype)
         if not source.size:
             return target
         up = self._upwards
