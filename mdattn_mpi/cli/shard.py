@@ -48,6 +48,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the dim of an input that counts tokens (default: what the attentions tell)",
     )
     add(
+        "--until",
+        action="append",
+        default=[],
+        metavar="TENSOR",
+        help="end the model at this tensor: before a pooling over the tokens, for example",
+    )
+    add(
         "--dtype",
         choices=["fp16", "bf16", "fp32"],
         help="of products and attentions that are in float32, which TensorRT's attention isn't "
@@ -66,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     from mdattn_mpi.onnx.cast import has_float32_attention
     from mdattn_mpi.onnx.model import load_model, save_model
     from mdattn_mpi.onnx.segments import load_weights
-    from mdattn_mpi.onnx.shard import shard_model
+    from mdattn_mpi.onnx.shard import end_at, shard_model
     from mdattn_mpi.onnx.sharding import read_sharding
 
     if arguments.ranks < 1:
@@ -80,6 +87,8 @@ def main(arguments: argparse.Namespace) -> int:
     if dtype:
         model = load_weights(model, source)
     try:
+        if arguments.until:
+            end_at(model, arguments.until)
         sharded, done = shard_model(
             model, arguments.strategy, arguments.ranks, parse_axes(arguments.shard), dtype
         )

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import TokenDim, token_dims
-from mdattn_mpi.onnx.cast import cast_products
+from mdattn_mpi.onnx.cast import cast_products, types_of
 from mdattn_mpi.onnx.check import check
 from mdattn_mpi.onnx.contrib.rewrite import write_out
 from mdattn_mpi.onnx.faults import Faults
+from mdattn_mpi.onnx.graph import prune
 from mdattn_mpi.onnx.model import (
     ATTENTION,
     STANDARD,
@@ -19,6 +20,7 @@ from mdattn_mpi.onnx.model import (
     import_onnx,
     name_of,
     operator,
+    reads,
 )
 from mdattn_mpi.onnx.patterns import fuse_patterns
 from mdattn_mpi.onnx.sharding import POSITIONS, Sharding, write_sharding
@@ -86,6 +88,29 @@ def shard_model(
     return sharded, done
 
 
+def end_at(model: Any, names: Sequence[str]) -> None:
+    """Make some tensors the outputs of a model, in place, and drop what only others needed.
+
+    Raises
+    ------
+    RejectedError
+        There is no such tensor.
+
+    """
+    known = {value.name: value for value in model.graph.output}
+    made = [name for node in model.graph.node for name in node.output if name]
+    if missing := next((name for name in names if name not in made), None):
+        raise RejectedError(
+            f"--until {missing!r}: no node of the model makes such a tensor",
+            fix=f"name another, for example {made[-1]!r}",
+        )
+    types, make = types_of(model), import_onnx().helper.make_tensor_value_info
+    outputs = [known.get(name) or make(name, types.get(name, 0), None) for name in names]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    prune(model.graph)
+
+
 class Prepared(NamedTuple):
     """A model whose every node but attention treats tokens alike.
 
@@ -127,8 +152,22 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
         done.append(f"{cast_products(model, dtype)} nodes in {dtype}, the rest in float32")
     tokens = _trace(model, places)
     check(tokens, faults)
-    faults.end()
+    faults.end(_end_before(tokens, faults))
     return Prepared(model, tokens, places, done)
+
+
+def _end_before(tokens: Tokens, faults: Faults) -> str:
+    """Say where to end a model whose faults all come after its last attention; else nothing."""
+    attentions = [node for node in tokens.graph.node if operator(node) in ATTENTION]
+    if any(faults.tensors.intersection((*node.input, *node.output)) for node in attentions):
+        return ""
+    after = {name for node in attentions for name in node.output}
+    found = ""
+    for node in tokens.graph.node:
+        if after.intersection(reads(node)) and faults.tensors.isdisjoint(node.output):
+            after.update(node.output)
+            found = node.output[0] if tokens.place(node.output[0]) else found
+    return f"end the model before it: mdattn shard … --until {found!r}" if found else ""
 
 
 def outer_places(model: Any, tokens: Tokens) -> dict[str, TokenDim]:
