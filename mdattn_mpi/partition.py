@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.mask import FULL, LOWER_RIGHT, MAX_RUNS, Band, Mask, Span
@@ -242,8 +243,7 @@ def seen(query: tuple[Span, ...], kv: tuple[Span, ...], mask: Mask) -> tuple[Spa
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One rectangle of attention: rows of the rank's query against rows of a kv shard.
 
     ``q`` and ``kv`` count from the start of the two local arrays. Every row of a block sees a key,

@@ -59,9 +59,7 @@ def attend(
     accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, problem.softcap, merged)
     held, tokens = own, owners.kv[rank]
     for step in range(ranks):
-        for block in blocks(owners.query[rank], tokens, mask):
-            keys, values = (array[block.kv.slice] for array in held)
-            device.attend(accumulator, block.q, keys, values, block.band)
+        device.attend(accumulator, blocks(owners.query[rank], tokens, mask), *held)
         if coming:
             held, tokens, transfer = coming
             device.wait(transfer)  # the shard just attended to has been sent: its buffer is free

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mdattn_mpi.devices.protocol import Message
-from mdattn_mpi.mask import Band
-from mdattn_mpi.partition import contiguous, partition, token_count, zigzag
-from mdattn_mpi.problem import AttentionProblem, Partition, Plan, Span, StrategyName
+from mdattn_mpi.partition import Block, contiguous, partition, token_count, zigzag
+from mdattn_mpi.problem import AttentionProblem, Partition, Plan, StrategyName
 from mdattn_mpi.strategies import STRATEGIES
 from mdattn_mpi.strategies.rehearsal import Rehearsal, Shape
 from tests.support.group import attend, attend_in_group, take
@@ -59,11 +58,11 @@ class Spy(LoopbackDevice):
         self.verbs.append("wait")
         super().wait(transfer)
 
-    def attend(self, accumulator: Any, rows: Span, k: Array, v: Array, band: Band) -> None:
-        if not self.verbs or self.verbs[-1] != "attend":
+    def attend(self, accumulator: Any, blocks: Sequence[Block], k: Array, v: Array) -> None:
+        if blocks and self.verbs[-1:] != ["attend"]:
             self.verbs.append("attend")
-        self.calls += 1
-        super().attend(accumulator, rows, k, v, band)
+        self.calls += len(blocks)
+        super().attend(accumulator, blocks, k, v)
 
 
 def watch(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> list[Spy]:
