@@ -23,6 +23,9 @@ class Launcher:
     local_size: int = -1
     speaks: str = ""  # which MPI the launcher belongs to
 
+    def __str__(self) -> str:
+        return f"{self.name} of {self.speaks}" if self.name else "none"
+
 
 # What launchers call rank, size, local rank and local size. Open MPI goes first: its mpirun starts
 # its daemons by srun, whose variables then are those of the daemon. Slurm goes last: it also sets
