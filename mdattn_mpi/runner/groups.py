@@ -22,14 +22,19 @@ NO_ITEM = -1
 
 @dataclass
 class JobGroup:
-    """The ranks that do one queue's items together with this rank."""
+    """The ranks that do one queue's items together with this rank: its group number `index`."""
 
     queue: int
+    index: int
     group: Group
     executor: Executor
     complete: bool  # the world's last ranks may be too few; they leave the queue out
-    name: int  # by which the board tells groups apart
     plans: dict[str, AnyPlan] = field(default_factory=dict)
+
+    @property
+    def name(self) -> int:
+        """By which the board tells groups apart."""
+        return self.queue << 20 | self.index
 
     def join(self, board: Board) -> None:
         """Say that this rank works in this group now; all its ranks count from the same number."""
@@ -45,7 +50,7 @@ class JobGroup:
         if counter is None:
             yield from schedule.queues[self.queue].items
             return
-        items = schedule.items(self.queue, counter.claim)
+        items = schedule.items(self.queue, self.index, counter.claim)
         while True:
             enter()
             mine = next(items, NO_ITEM) if self.group.rank == 0 else NO_ITEM
@@ -106,9 +111,8 @@ def open_groups(
         alone = queue.size == world.size and schedule.order == tuple(range(world.size))
         group = world if alone else world.split(index, place)
         complete = schedule.group(queue.size, world.rank) is not None
-        name = number << 20 | index
         executor = together(world, "backend", partial(open_one, group))
-        groups.append(JobGroup(number, group, executor, complete, name))
+        groups.append(JobGroup(number, index, group, executor, complete))
     return groups
 
 
