@@ -45,18 +45,15 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _job(path: str) -> Job:
     """Put together what is known about the job that writes `path`."""
-    from mdattn_mpi.cli.status import status
     from mdattn_mpi.dataset import open_output
-    from mdattn_mpi.errors import RejectedError
     from mdattn_mpi.lockstep.death_note import message
     from mdattn_mpi.report.page import Job
     from mdattn_mpi.report.runs import read_runs
+    from mdattn_mpi.runner.status import status
 
-    facts = status(path)
-    if "items" not in facts:
-        raise RejectedError(f"the job is {facts['state']}: there is no output yet", file=path)
     with open_output(path) as output:
         rows = [*zip(output.items, output.ledger.entries(), strict=True)]
+    facts = status(path)
     try:
         runs = read_runs(Path(f"{path}.run"))
     except (KeyError, TypeError, ValueError, IndexError) as error:
@@ -78,7 +75,6 @@ def _job(path: str) -> Job:
 
 
 def _write(path: str, text: str) -> None:
-    from mdattn_mpi.errors import RejectedError
     from mdattn_mpi.files import write_whole
 
     raw = text.encode(errors="backslashreplace")
