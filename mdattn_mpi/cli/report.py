@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.text import memory_size, show
 
 if TYPE_CHECKING:

@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from mdattn_mpi.cli import main
+from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.report.page import Job, page
 from mdattn_mpi.report.runs import read_runs
 from tests.support.browser import Browser, Page, chromium
+from tests.support.finished import finished
 from tests.support.synthetic_run import write_run
 
 EVIL = "</script><script>document.title='evil'</script><img src=x onerror=\"wrong='evil'\">&'"
@@ -192,3 +195,19 @@ def test_a_large_job_is_a_page_of_a_few_megabytes(tmp_path: Path, browser: Brows
         shown.resize(380, 800)
         scrolls = "const page = document.documentElement; return page.scrollWidth"
         assert ask(shown, f"await painted(); {scrolls}") <= 380
+
+
+def test_what_can_not_be_reported_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def refused(*arguments: str) -> str:
+        assert main(["report", *arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "none.h5" in refused(str(tmp_path / "none.h5"))
+    out = finished(tmp_path, {"a": AttentionProblem(4, 4, 1, 1, 8, 8)}).output
+    assert main(["report", str(out)]) == 0
+    assert "No rank has kept what it did" in Path(f"{out}.html").read_text()
+    assert "name another place" in refused(str(out), "-o", str(tmp_path / "no" / "page.html"))
+    folder = Path(f"{out}.run")
+    folder.mkdir()
+    (folder / "events-0000.jsonl").write_text('{"run":1,"rank":0,"main":{}}\n')
+    assert "remove events-*.jsonl" in refused(str(out))

@@ -67,8 +67,3 @@ def test_a_killed_job_and_its_resumption(
     assert "out.h5: finished" in text
     assert "A rank was lost" not in text
     assert f"{out}.html: " in capsys.readouterr().out
-
-
-def test_what_can_not_be_reported_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "none.h5")]) == 2
-    assert "none.h5" in capsys.readouterr().err
