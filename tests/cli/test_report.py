@@ -200,7 +200,7 @@ def test_a_large_job_is_a_page_of_a_few_megabytes(tmp_path: Path, browser: Brows
 def test_what_can_not_be_reported_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(*arguments: str) -> str:
         assert main(["report", *arguments]) == 2
-        return capsys.readouterr().err
+        return " ".join(capsys.readouterr().err.split())
 
     assert "none.h5" in refused(str(tmp_path / "none.h5"))
     out = finished(tmp_path, {"a": AttentionProblem(4, 4, 1, 1, 8, 8)}).output
