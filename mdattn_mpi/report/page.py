@@ -38,7 +38,7 @@ class Job:
     runs
         The earliest first.
     death
-        The message of the death note, if there is one.
+        The message of the death note, if there is one; its last line is a command.
     plan
         What was expected of it, if anybody has asked before.
 
@@ -114,8 +114,9 @@ def _heading(body: Element, job: Job) -> None:
     if job.death:
         note = add(body, "div", class_="death")
         add(note, "h2", "A rank was lost")
-        for line in job.death.splitlines():
-            add(note, "pre" if line.startswith("  ") else "p", line)
+        *lines, command = job.death.splitlines()
+        add(note, "p", " ".join(line.strip() for line in lines).removeprefix("mdattn: "))
+        add(note, "pre", command.strip())
 
 
 def _tiles(job: Job) -> Iterator[tuple[str, str]]:
@@ -217,9 +218,7 @@ def _ratio(measured: float, expected: float) -> str:
 
 def _over_time(body: Element, job: Job) -> None:
     section = _section(body, "Items over time")
-    first = job.runs[0].about
-    before = job.counts["total"] - int(first.get("todo", job.counts["total"]))
-    progress_chart(section, job.runs, before, job.counts["total"])
+    progress_chart(section, job.runs, job.counts["total"])
 
 
 def _run(body: Element, job: Job, number: int) -> None:
