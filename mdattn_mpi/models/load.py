@@ -57,7 +57,6 @@ def load(
     """
     check_installed()
     import torch
-    import transformers
 
     if threads:
         torch.set_num_threads(threads)
@@ -67,11 +66,8 @@ def load(
         from mdattn_mpi.models.attention import register
 
         register()
-    kind: Any = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()  # a bar a rank
-    config = _config(folder, head=head)
-    with _refusing(folder):
+    with _refusals(folder):
+        kind, config = _architecture(folder, head)
         model, about = kind.from_pretrained(
             folder.path,
             config=config,
@@ -88,31 +84,50 @@ def load(
     return loaded
 
 
-def _config(folder: ModelFolder, *, head: bool) -> Any:
-    """Read the config, and make sure that Transformers has the architecture."""
+def skeleton(folder: ModelFolder, dtype: DTypeName, *, head: bool = False) -> torch.nn.Module:
+    """The same model without any weights, on PyTorch's meta device: what can be told before it.
+
+    Raises
+    ------
+    RejectedError
+        As `load`, but for the weights.
+
+    """
+    check_installed()
+    import torch
+
+    with _refusals(folder), torch.device("meta"):
+        kind, config = _architecture(folder, head)
+        model: torch.nn.Module = kind.from_config(config, dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def _architecture(folder: ModelFolder, head: bool) -> tuple[Any, Any]:
+    """Transformers' class and config for a folder, if it has the architecture."""
     import transformers
 
-    whose = f"Transformers {transformers.__version__}"
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # a bar a rank
+    whose, file = f"Transformers {transformers.__version__}", str(folder.path / CONFIG)
     if folder.kind not in transformers.CONFIG_MAPPING:
         raise RejectedError(
             f"{whose}, which is installed here, has no architecture {printable(folder.kind)!r} "
             "(model_type)",
             fix="update it (pip install -U transformers), or use a model that it has",
-            file=str(folder.path / CONFIG),
+            file=file,
         )
-    with _refusing(folder):
-        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
     if head and type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise RejectedError(
             f"{whose} has no language model of architecture {folder.kind!r}",
             fix="leave logprobs out, or use a causal language model",
-            file=str(folder.path / CONFIG),
+            file=file,
         )
-    return config
+    return transformers.AutoModelForCausalLM if head else transformers.AutoModel, config
 
 
 @contextmanager
-def _refusing(folder: ModelFolder) -> Iterator[None]:
+def _refusals(folder: ModelFolder) -> Iterator[None]:
     """Refuse a config that Transformers can't make a model of: any kind of error is its fault."""
     import transformers
 
