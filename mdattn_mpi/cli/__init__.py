@@ -114,6 +114,7 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 def _parse_all(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """As ``parse_args``, but what isn't known is complained of with the usage of the command."""
     arguments, unknown = parser.parse_known_args(argv)
+    its_own = vars(arguments).pop("parser")  # what is left are the command's options
     if unknown:
-        arguments.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        its_own.error(f"unrecognized arguments: {' '.join(unknown)}")
     return arguments
