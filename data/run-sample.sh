@@ -33,5 +33,5 @@ Next, after \`. ${VENV:-.venv}/bin/activate\`:
   mpirun -n 2 mdattn run big.h5 -o big-out.h5
   mdattn run --help                 every option, with examples
 
-docs/tutorial.md goes on from here with data of your own; README.md: GPUs, Slurm.
+docs/tutorial.md goes on with data of your own; README.md: GPUs, Slurm.
 END
