@@ -96,7 +96,7 @@ def _without_output(
         **facts,
         "state": state,
         "here": False,
-        "items": items if total else None,
+        **({"items": items} if total else {}),
         **_ended(records, now),
         "ranks": [_rank(record, now) for record in records],
         "death_note": note,
