@@ -221,7 +221,7 @@ def _lines(facts: Facts) -> Iterator[str]:
     if facts.get("items_per_second"):
         yield f"  {', '.join(_rate(facts))}"
     if facts.get("ended") is not None:
-        spent = f", after {duration(facts['seconds'])} of work" if items else ""
+        spent = f", after {duration(facts['seconds'])} of work" if facts["seconds"] else ""
         yield f"  ended {_age(facts['ended'])} ago{spent}"
     yield from _failures(facts)
     if not lost:
