@@ -95,6 +95,8 @@ def _transformer(spec: JobSpec) -> Prospect:
     from mdattn_mpi.models.outputs import LOGPROBS, check_give
     from mdattn_mpi.models.size import ModelSize
 
+    if spec.model.endswith(".onnx"):
+        raise RejectedError("an ONNX model can't be planned", fix="see `mdattn run --dry-run`")
     folder, dtype = open_folder(spec.model), DTYPES[spec.dtype]
     network = Network(skeleton(folder, dtype, head=LOGPROBS in spec.give))
     give = check_give(spec.give, network.causal)
