@@ -126,7 +126,10 @@ class Batch:
             terminal=None if world.rank or spec.quiet or spec.verbose else terminal(),
             stops=lambda: world.board.stop_requested,
         )
-        self.elsewhere = {} if world.rank else {item.name: item for item in job.todo}
+        # What other groups may do, by name: its state in the ledger before this job.
+        todo = set() if world.rank else {item.name for item in job.todo}
+        states = zip(job.output.items, job.output.ledger.states(), strict=True)
+        self.elsewhere = {item.name: state for item, state in states if item.name in todo}
         self.slowest = 0.0
         self.last = self.looked = perf_counter()
 
@@ -179,6 +182,7 @@ class Batch:
         if group.group.rank == 0:
             self.events.failed(item.name, str(error))
         self.job.failed.append(error)
+        self.elsewhere.pop(item.name, None)
         LOGGER.error("%s", error)
         self.progress.skipped(f"mdattn: {error}")
 
@@ -187,15 +191,19 @@ class Batch:
         return sum(group.executor.timings().get("compute", 0.0) for group in self.job.groups)
 
     def look_around(self) -> None:
-        """Show on rank 0 what other groups have finished."""
+        """Show on rank 0 what other groups have finished, and what failed there."""
         now = perf_counter()
         if not self.elsewhere or now - self.looked < LOOK:
             return
         self.looked = now
         for item, state in zip(self.output.items, self.output.ledger.states(), strict=True):
-            if state == "done" and item.name in self.elsewhere:
-                del self.elsewhere[item.name]
+            if state == self.elsewhere.get(item.name, state):
+                continue
+            del self.elsewhere[item.name]
+            if state == "done":
                 self.progress.finished(item.problem)
+            else:
+                self.progress.skipped(f"mdattn: {self.output.ledger.entry(item).reason}")
 
 
 def files_of(job: Job, output: Output, events: Events) -> Files:
