@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from mdattn_mpi.errors import MdattnError, RejectedError
-from mdattn_mpi.library.arrays import Shards, crc32_of, shards_of
-from mdattn_mpi.library.call import Call, begun_by_all, undone_on_error
+from mdattn_mpi.library.arrays import Shards, shards_of
+from mdattn_mpi.library.call import Call, Planned, begun_by_all, undone_on_error
 from mdattn_mpi.library.options import Options
 from mdattn_mpi.library.request import SINKS, Request, agree_on, plan_of
 from mdattn_mpi.library.session import Session
@@ -20,9 +19,6 @@ from mdattn_mpi.problem import (
     Plan,
     StrategyName,
 )
-
-if TYPE_CHECKING:
-    from mdattn_mpi.backends import AnyDevice
 
 
 def attention(
@@ -118,7 +114,7 @@ def attention(
         made._plan_for(request)
         session.remember(key, made)
     session.latest[key[0]] = made
-    call = request.call or Call(made, request.shards)
+    call = request.call or Call(made._planned, request.shards)
     call.begin()
     return call.wait()
 
@@ -128,7 +124,7 @@ def _begin_latest(session: Session, digest: int, shards: Shards) -> Call | None:
     made: Attention | None = session.latest.get(digest)
     if made is None or _kind(shards) != made._expected:
         return None
-    return made._begin_alone(shards)
+    return made._planned.begin_alone(shards)
 
 
 class Attention:
@@ -155,12 +151,8 @@ class Attention:
 
     """
 
-    _session: Session
-    _plan: Plan
-    _kernel: str
+    _planned: Planned
     _expected: str
-    _started: deque[Call]
-    _strategy_options: dict[str, Any] | None
     _sinks: Any
 
     def __init__(
@@ -191,19 +183,18 @@ class Attention:
         """Collective. Plan; all that is collective and the same for every call is done here."""
         from mdattn_mpi.lockstep import together
 
-        self._session = session = request.session
-        self._kernel = request.options.kernel
+        session, sinks = request.session, request.shards.sinks
         self._expected = _kind(request.shards)
-        self._started = deque()
-        self._strategy_options = None
         with session.left_if_alone():
-            self._plan = together(session.world, "plan", lambda: plan_of(request), Plan.facts)
-            if self._plan.problem.sinks and self._plan.backend == "cuda":
-                together(session.world, "sinks", lambda: self._read(request.shards.sinks), dict)
+            plan = together(session.world, "plan", lambda: plan_of(request), Plan.facts)
+            planned = self._planned = Planned(session, plan, request.options.kernel)
+            if plan.problem.sinks and plan.backend == "cuda":
+                together(session.world, "sinks", lambda: {SINKS: planned.crc32_of(sinks)}, dict)
 
     def __repr__(self) -> str:
         """What it computes, and how."""
-        return f"<Attention: {self._plan.problem}; {self._plan.strategy}, {self._plan.ranks} ranks>"
+        plan = self._planned.plan
+        return f"<Attention: {plan.problem}; {plan.strategy}, {plan.ranks} ranks>"
 
     def start(self, q: Any, k: Any, v: Any) -> Call:
         """Collective. Start a call; it needn't be waited for before the next is started.
@@ -230,14 +221,14 @@ class Attention:
             Some ranks didn't come before the deadline; on the others, naming them.
 
         """
-        session, plan = self._session, self._plan
+        planned, session, plan = self._planned, self._planned.session, self._planned.plan
         session.check_open()
         error, sinks, call = None, 0, None
         try:
             shards = shards_of(q, k, v, self._sinks)
             self._check(shards)
             sinks = shards.sinks_crc32
-            call = self._begin_alone(shards)
+            call = planned.begin_alone(shards)
         except Exception as wrong:  # all ranks must hear of it
             error = MdattnError.wrap(wrong, rank=session.world.rank)
         with session.left_if_alone(), undone_on_error(call):
@@ -248,9 +239,9 @@ class Attention:
                 error=error,
                 stop=call is None,
             )
-        call = begun_by_all(call, agreed) or Call(self, shards)
+        call = begun_by_all(call, agreed) or Call(planned, shards)
         call.begin()
-        self._started.append(call)
+        planned.started.append(call)
         return call
 
     def wait(self) -> Any:
@@ -258,9 +249,9 @@ class Attention:
 
         See `Call.wait`.
         """
-        if not self._started:
+        if not self._planned.started:
             raise RejectedError("no call is under way", fix="call start(q, k, v) before wait()")
-        return self._started[0].wait()
+        return self._planned.started[0].wait()
 
     def _check(self, shards: Shards) -> None:
         found = _kind(shards)
@@ -269,37 +260,6 @@ class Attention:
                 f"q, k, v are {found}; this Attention was made for {self._expected}",
                 fix="make another one for other shapes, or call attention()",
             )
-
-    def _read(self, sinks: Any) -> dict[str, int]:
-        """Bring sinks to the host, to compare them: once, because it waits for the GPU."""
-        with self._session.device("cuda", self._kernel) as device:
-            (found,) = device.download(device.adopt(sinks)).wait()
-        return {SINKS: crc32_of(found)}
-
-    def _options_on(self, device: AnyDevice) -> dict[str, Any]:
-        """Return the strategy's options: where a call stands alone it hides behind itself."""
-        if self._strategy_options is None:
-            alone = self._plan.strategy == "allgather"
-            start = {"head_start": device.head_start(self._plan.problem)} if alone else {}
-            self._strategy_options = start
-        return self._strategy_options
-
-    def _begin_alone(self, shards: Shards) -> Call | None:
-        """Begin a call, unless something of it needs another rank: an agreement has to follow."""
-        if self._strategy_options is None or self._session.over:
-            return None
-        if not self._session.has_open(self._plan.backend, self._kernel):
-            return None
-        call = Call(self, shards)
-        try:
-            if call.open_device().is_ready(self._plan, **self._strategy_options):
-                call.first_half()
-                return call
-        except BaseException:
-            call.undo()
-            raise
-        call.undo()
-        return None
 
 
 def _kind(shards: Shards) -> str:

@@ -2,26 +2,77 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import MdattnError, RejectedError
-from mdattn_mpi.library.arrays import Shards
-from mdattn_mpi.problem import digest_of
+from mdattn_mpi.library.arrays import Shards, crc32_of
+from mdattn_mpi.library.session import Session
+from mdattn_mpi.problem import Plan, digest_of
 
 if TYPE_CHECKING:
     from mdattn_mpi.backends import AnyDevice
-    from mdattn_mpi.library.attention import Attention
     from mdattn_mpi.lockstep import Agreement
+
+
+@dataclass(eq=False)
+class Planned:
+    """What calls of one plan have in common.
+
+    Attributes
+    ----------
+    options
+        The strategy's; None before the first call.
+    started
+        Calls that `Attention.start` has made, and nobody has waited for.
+
+    """
+
+    session: Session
+    plan: Plan
+    kernel: str
+    options: dict[str, Any] | None = None
+    started: deque[Call] = field(default_factory=deque)
+
+    def options_on(self, device: AnyDevice) -> dict[str, Any]:
+        """Return the strategy's options: where a call stands alone it hides behind itself."""
+        if self.options is None:
+            alone = self.plan.strategy == "allgather"
+            self.options = {"head_start": device.head_start(self.plan.problem)} if alone else {}
+        return self.options
+
+    def begin_alone(self, shards: Shards) -> Call | None:
+        """Begin a call, unless something of it needs another rank: an agreement has to follow."""
+        session, name = self.session, self.plan.backend
+        if self.options is None or session.over or not session.has_open(name, self.kernel):
+            return None
+        call = Call(self, shards)
+        try:
+            if call.open_device().is_ready(self.plan, **self.options):
+                call.first_half()
+                return call
+        except BaseException:
+            call.undo()
+            raise
+        call.undo()
+        return None
+
+    def crc32_of(self, sinks: Any) -> int:
+        """Bring sinks from the GPU, to compare them: once, because it waits for the GPU."""
+        with self.session.device(self.plan.backend, self.kernel) as device:
+            (found,) = device.download(device.adopt(sinks)).wait()
+        return crc32_of(found)
 
 
 class Call:
     """One attention under way; `Attention.start` makes it."""
 
-    def __init__(self, made: Attention, shards: Shards) -> None:
-        self._made = made
+    def __init__(self, planned: Planned, shards: Shards) -> None:
+        self._planned = planned
         self._shards = shards
         self._open = ExitStack()  # the device, until the call has been waited for
         self._number = 0
@@ -34,7 +85,7 @@ class Call:
 
         What all ranks have begun alone needs no second agreement: the one after it told them all.
         """
-        session, plan = self._made._session, self._made._plan
+        session, plan = self._planned.session, self._planned.plan
         self._number = session.number_of_call()
         with session.left_on_error():
             session.under_way.append(self)
@@ -51,8 +102,8 @@ class Call:
 
     def open_device(self) -> AnyDevice:
         """Collective where it isn't open."""
-        made = self._made
-        opened = made._session.device(made._plan.backend, made._kernel)
+        planned = self._planned
+        opened = planned.session.device(planned.plan.backend, planned.kernel)
         self._device = self._open.enter_context(opened)
         return self._device
 
@@ -60,9 +111,9 @@ class Call:
         """Collective, unless the device is ready. Post the first transfers."""
         from mdattn_mpi.strategies import STRATEGIES
 
-        plan, device = self._made._plan, self._device
+        plan, device = self._planned.plan, self._device
         arrays = map(device.adopt, self._shards.arrays)
-        options = self._made._options_on(device)
+        options = self._planned.options_on(device)
         self._steps = device.perform(STRATEGIES[plan.strategy], plan, *arrays, **options)
         next(self._steps)
 
@@ -90,7 +141,7 @@ class Call:
             Some ranks didn't come before the deadline; on the others, naming them.
 
         """
-        session, plan = self._made._session, self._made._plan
+        session, plan = self._planned.session, self._planned.plan
         if self not in session.under_way:
             raise RejectedError(
                 "this call was waited for before", fix="keep what wait() returns; it gives it once"
@@ -106,8 +157,8 @@ class Call:
             given = [self._shards.give(self._device.export(result)) for result in results]
             self._open.close()
         session.under_way.remove(self)
-        if self in self._made._started:
-            self._made._started.remove(self)
+        if self in self._planned.started:
+            self._planned.started.remove(self)
         del self._shards, self._steps, self._result
         return tuple(given) if plan.lse else given[0]
 
