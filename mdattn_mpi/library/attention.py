@@ -196,6 +196,11 @@ class Attention:
         plan = self._planned.plan
         return f"<Attention: {plan.problem}; {plan.strategy}, {plan.ranks} ranks>"
 
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why this strategy, its estimate, and whether one rank alone would be faster."""
+        return self._plan.reasons
+
     def start(self, q: Any, k: Any, v: Any) -> Call:
         """Collective. Start a call; it needn't be waited for before the next is started.
 

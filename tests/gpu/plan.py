@@ -41,12 +41,12 @@ def main() -> None:
     parser.add_argument("--gpus-per-node", type=int, default=0)
     parser.add_argument("--ranks-per-node", type=int, default=1)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--rows", default="")
+    parser.add_argument("--rows", metavar="NAME,NAME", help="default: all")
     parser.add_argument("--tokens", nargs=2, metavar=("FILE", "MODEL"), help="a model's job too")
     given = parser.parse_args()
     rows = GPU_ROWS if given.gpus_per_node else CORE_ROWS
     data = given.folder / "plan-data.h5"
-    for name in given.rows.split(",") if given.rows else rows:
+    for name in rows if given.rows is None else filter(None, given.rows.split(",")):
         count, lengths, heads, kv_heads, dim, causal, size = rows[name]
         problems = [
             AttentionProblem(length, length, heads, kv_heads, dim, dim, causal=causal)
