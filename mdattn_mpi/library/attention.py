@@ -199,7 +199,7 @@ class Attention:
     @property
     def reasons(self) -> tuple[str, ...]:
         """Why this strategy, its estimate, and whether one rank alone would be faster."""
-        return self._plan.reasons
+        return self._planned.plan.reasons
 
     def start(self, q: Any, k: Any, v: Any) -> Call:
         """Collective. Start a call; it needn't be waited for before the next is started.
