@@ -29,6 +29,7 @@ COMMANDS = {  # and what `mdattn --help` says of them
     "convert": "make a dataset of other files: tensors, or texts for a model",
     "inspect": "say what a file holds, and what is finished",
     "status": "say how a job is doing, from another shell",
+    "report": "write a page about a job, and a trace of it",
     "bench": "measure speed, memory, and what each guarantee costs",
     "build": "build a TensorRT engine ahead of a job",
     "shard": "share an ONNX model by tokens",
