@@ -69,6 +69,7 @@ ROOMS: dict[str, set[str]] = {
         "models",
         "onnx",
     },
+    "report": {"dataset", "lockstep", "runner"},
     "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {
         "planning",
@@ -81,6 +82,7 @@ ROOMS: dict[str, set[str]] = {
         "backends",
         "trt",
         "runner",
+        "report",
         "verifier",
         "onnx",
         "bench",
