@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused_for_what_was_asked_and_left_out_beside_it(
         ([*GPUS, "--items", "nothing"], "nothing"),
         ([*GPUS, "-o", "d.h5"], "the output is the dataset itself"),
         ([*GPUS, "--model", "x.onnx"], "an ONNX model can't be planned"),
-        ([*GPUS, "--model", "absent"], "is no folder"),
+        ([*GPUS, "--model", "absent"], "name a local folder"),
     ],
 )
 def test_refusals(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
