@@ -11,6 +11,7 @@ import pytest
 
 from mdattn_mpi.cli import main
 from mdattn_mpi.cli.plan import neighbours
+from mdattn_mpi.planning.gpus import GPUS as GPUS_BY_NAME
 from tests.support.complaint import complaint
 
 ROOT = Path(__file__).parents[2]
@@ -108,6 +109,27 @@ def test_gpus_that_nobody_measured_are_called_that(capsys: pytest.CaptureFixture
         notes = planned(capsys, *GPUS, "--gpu", name)["notes"]
         assert ("never measured" in str(notes)) == (not measured)
     assert "none is here" in str(planned(capsys, *GPUS)["notes"])
+
+
+def test_the_gpu_that_is_here_is_meant_unless_another_one_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a100 = GPUS_BY_NAME["a100"]
+    here = {
+        "gpu_count": lambda: 2,
+        "gpu_name": lambda ordinal: "NVIDIA A100-SXM4-80GB",
+        "gpu_sm": lambda ordinal: a100.sm,
+        "gpu_attribute": lambda ordinal, which: a100.multiprocessors,
+        "gpu_memory": lambda: a100.memory,
+    }
+    for name, answer in here.items():
+        monkeypatch.setattr(f"mdattn_mpi.runner.prospect.{name}", answer)
+    found, named, other = (
+        planned(capsys, *GPUS, *words) for words in ((), ("--gpu", "a100"), ("--gpu", "h200"))
+    )
+    assert "NVIDIA A100-SXM4-80GB (the one here; never measured" in str(found["notes"])
+    assert found["plans"] == named["plans"]
+    assert "H200 SXM (asked for)" in str(other["notes"])
 
 
 def test_what_does_not_fit_is_refused_for_what_was_asked_and_left_out_beside_it(
