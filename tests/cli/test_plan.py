@@ -11,8 +11,11 @@ import pytest
 
 from mdattn_mpi.cli import main
 from mdattn_mpi.cli.plan import neighbours
+from mdattn_mpi.dataset import open_output
 from mdattn_mpi.planning.gpus import GPUS as GPUS_BY_NAME
+from mdattn_mpi.problem import AttentionProblem
 from tests.support.complaint import complaint
+from tests.support.finished import finished
 
 ROOT = Path(__file__).parents[2]
 GPUS = ["--nodes", "1", "--gpus-per-node", "4"]
@@ -81,6 +84,34 @@ def test_more_gpus_and_the_figures_as_json(capsys: pytest.CaptureFixture[str]) -
     assert main(["inspect", "d.h5", "--json"]) == 0
     tokens = sum(item["q_tokens"] for item in json.loads(capsys.readouterr().out)["items"])
     assert found["output_bytes"] == pytest.approx(tokens * 8 * 128 * 2, rel=0.02)
+
+
+def test_only_what_is_left_of_an_output_counts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = {f"i{n}": AttentionProblem(n, n, 2, 1, 16, 16) for n in (40, 50, 60)}
+    files = finished(folder, items)
+
+    def left(*words: str) -> tuple[float, int, str]:
+        assert main(["plan", str(files.data), "--json", *GPUS, *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        plan = found["plans"][1]
+        seconds = plan["seconds"] - plan["starting_seconds"]
+        return seconds, sum(plan["items_by_group_size"].values()), str(found["notes"])
+
+    _, all_items, _ = left()
+    done, none, notes = left("-o", str(files.output))
+    assert (done, none, all_items) == (0, 0, 3)
+    assert "0 of 3 items left to do" in notes
+    with open_output(files.output, writable=True) as output:
+        output.ledger.reopen(output.item("i60"))
+    some, one, notes = left("-o", str(files.output))
+    assert some > 0
+    assert one == 1
+    assert "1 of 3 items left to do" in notes
+    (folder / "other.h5").write_bytes(b"x" * 100)
+    assert main(["plan", str(files.data), *GPUS, "-o", "other.h5"]) == 2
+    assert "other.h5" in complaint(capsys)
 
 
 def test_half_and_double() -> None:
