@@ -38,7 +38,9 @@ from mdattn_mpi.text import duration, memory_size
 FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
 FLOPS_PER_CORE = 6e10  # of a server's processor
 
-FILE_BANDWIDTH = 2e9  # bytes/s of one rank, from and to the files
+# Bytes/s of one rank from and to files in memory, a look at every number and checksums included:
+# 16 items of 64k tokens on two ranks, beside H200s (docs/performance.md, the whole job).
+READING, WRITING = 3.7e9, 1.4e9
 BATCH = 2  # items of a batch that a rank holds at a time: one computes, the next is on its way
 
 PREPARING = 0.04  # seconds of an execution plan of cuDNN, which FlashAttention does without
@@ -78,6 +80,8 @@ class Costs:
         taken, however much it merges.
     multiprocessors
         Tiles of rows that a GPU's kernel works on at a time; 0 where it isn't done by tiles.
+    reading, writing
+        Bytes/s of a rank's files.
 
     """
 
@@ -92,6 +96,8 @@ class Costs:
     partials: int = 1
     exact_merge: bool = False
     multiprocessors: int = 0
+    reading: float = READING
+    writing: float = WRITING
 
 
 def gpu_costs(
@@ -244,13 +250,29 @@ def item_seconds(problem: AttentionProblem, ranks: int, costs: Costs) -> float:
     every = [estimate(problem, ranks, name, costs, batch=True) for name in STRATEGY_NAMES]
     fitting = [each for each in every if not costs.memory or each.memory <= costs.memory]
     attention = min(each.seconds for each in fitting or every)
-    return costs.item + max(attention, file_bytes(problem) / ranks / FILE_BANDWIDTH)
+    written = output_bytes(problem)
+    return costs.item + beside_files(attention, input_bytes(problem), written, ranks, costs)
 
 
-def file_bytes(problem: AttentionProblem) -> int:
-    """Bytes that an item moves from and to the files: Q, K, V and the output."""
-    q_dims = problem.head_dim + problem.v_head_dim
-    return problem.kv_bytes + 2 * problem.q_tokens * problem.q_heads * q_dims
+def beside_files(computing: float, read: int, written: int, ranks: int, costs: Costs) -> float:
+    """Seconds of an item whose ranks read and write so many bytes while others compute.
+
+    A GPU computes meanwhile; on a CPU rank the same cores do it all.
+    """
+    reading, writing = read / ranks / costs.reading, written / ranks / costs.writing
+    if costs.multiprocessors:
+        return max(computing, reading, writing)
+    return computing + reading + writing
+
+
+def input_bytes(problem: AttentionProblem) -> int:
+    """Bytes of an item's Q, K and V."""
+    return problem.kv_bytes + 2 * problem.q_tokens * problem.q_heads * problem.head_dim
+
+
+def output_bytes(problem: AttentionProblem) -> int:
+    """Bytes of an item's output, without LSE."""
+    return 2 * problem.q_tokens * problem.q_heads * problem.v_head_dim
 
 
 def least_memory(problem: AttentionProblem, ranks: int, costs: Costs) -> int:

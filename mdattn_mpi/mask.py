@@ -19,7 +19,7 @@ from mdattn_mpi.errors import RejectedError
 UNBOUNDED = (-1, -1)  # a window
 ASCENDING = "give the first token of each document, ascending, beginning with 0"
 MAX_RUNS = 8  # of a rank's tokens, where a mask hides keys; 5 are the most that were seen
-MAX_SEGMENTS = 4096  # each is a call of a kernel at least, and a word in an attribute
+MAX_SEGMENTS = 4096  # each is a call of most kernels, and a word in an attribute
 
 
 @dataclass(frozen=True, order=True)

@@ -93,6 +93,7 @@ def calls_of(
 ) -> dict[AttentionCall, None]:
     """Return each distinct call that rank 0 makes of the kernel, as a set in order."""
     from mdattn_mpi.devices.cuda.kernels import plain_call
+    from mdattn_mpi.devices.cuda.packing import Run
     from mdattn_mpi.strategies import STRATEGIES
     from mdattn_mpi.strategies.rehearsal import rehearse
 
@@ -100,8 +101,10 @@ def calls_of(
     for size in ranks:
         for name, attend in STRATEGIES.items():
             if name in strategies:
-                calls = rehearse(attend, Plan(problem, name, size), 0)
-                found |= dict.fromkeys(plain_call(problem, call) for call in calls)
+                for call in rehearse(attend, Plan(problem, name, size), 0):
+                    heads = call.q_heads, call.kv_heads
+                    for block in call.blocks:
+                        found[plain_call(problem, *heads, Run((block,), block.band))] = None
     return found
 
 

@@ -12,12 +12,12 @@ from mdattn_mpi.devices.cuda.choice import needs_no_preparing
 from mdattn_mpi.estimate import PREPARING, typical_costs
 from mdattn_mpi.lockstep import Group, World, gather_together, together
 from mdattn_mpi.partition import partition_of
+from mdattn_mpi.planning.schedule import make_schedule
 from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
 from mdattn_mpi.runner.finite import check_finite, check_output, is_finite
 from mdattn_mpi.runner.groups import JobGroup, memory_of_a_rank, open_groups
 from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.schedule import make_schedule
 from mdattn_mpi.runner.work import Shard, Task
 from mdattn_mpi.trt.store import sha256_of
 

@@ -8,7 +8,7 @@ from time import perf_counter
 from mdattn_mpi.backends import HostArray
 from mdattn_mpi.dataset import AnyItem, Output
 from mdattn_mpi.errors import LOGGER, ItemError, MdattnError
-from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit
+from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit, terminal
 from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.runner.clock import PhaseClock
 from mdattn_mpi.runner.groups import JobGroup
@@ -76,7 +76,10 @@ class Batch:
             sum(item.problem.work for item in job.todo),
             shown=world.rank == 0,
             quiet=spec.quiet,
-            bar=not spec.verbose,
+            computing=self.computing,
+            device="CPU" if job.executor.name == "cpu" else "GPU",
+            terminal=None if world.rank or spec.quiet or spec.verbose else terminal(),
+            stops=lambda: world.board.stop_requested,
         )
         self.elsewhere = {} if world.rank else {item.name: item for item in job.todo}
         self.slowest = 0.0
@@ -124,6 +127,10 @@ class Batch:
         self.job.failed.append(error)
         LOGGER.error("%s", error)
         self.progress.skipped(f"mdattn: {error}")
+
+    def computing(self) -> float:
+        """Seconds that this rank's device has computed."""
+        return sum(group.executor.timings().get("compute", 0.0) for group in self.job.groups)
 
     def look_around(self) -> None:
         """Show on rank 0 what other groups have finished."""

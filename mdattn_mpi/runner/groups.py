@@ -14,8 +14,8 @@ from mdattn_mpi.devices.presence import gpu_memory
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Board, Group, World, together
 from mdattn_mpi.lockstep.counter import SharedCounter
+from mdattn_mpi.planning.schedule import Schedule
 from mdattn_mpi.problem import AnyPlan, digest_of
-from mdattn_mpi.runner.schedule import Schedule
 
 NO_ITEM = -1
 USABLE = 0.8  # of a GPU's memory; of the host's, half: the page cache needs some too

@@ -18,12 +18,12 @@ from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.outputs import LOGPROBS, check_give, given_tensors
 from mdattn_mpi.models.sequence import owners_of
 from mdattn_mpi.models.size import ModelSize
+from mdattn_mpi.planning.schedule import Measure, make_schedule
 from mdattn_mpi.problem import DTYPES, AnyPlan, ModelPlan, ModelProblem, Span, TensorSpec
 from mdattn_mpi.runner.finite import first_nonfinite
 from mdattn_mpi.runner.groups import memory_of_a_rank, open_groups
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.schedule import Measure, make_schedule
 from mdattn_mpi.runner.work import Shard, Task
 from mdattn_mpi.text import memory_size
 

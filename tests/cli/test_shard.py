@@ -90,6 +90,29 @@ def test_check_and_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert out.exists()
 
 
+def test_until(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pooled model is refused, and told where to end; ended there it is sharded."""
+    onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
+    pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+    from tests.support.onnx_decoder import decoder
+
+    model = decoder()
+    model.graph.node.append(onnx.helper.make_node("ReduceMean", ["out"], ["mean"], axes=[1]))
+    model.graph.output[0].name = "mean"
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    path.write_bytes(model.SerializeToString())
+    command = ["shard", str(path), "-n", "3", "-s", "allgather", "--dtype", "fp32", "-o", str(out)]
+    assert main(command) == 2
+    told = complaint(capsys)
+    assert "'mean' (ReduceMean) works along the tokens" in told
+    assert "end the model before it: mdattn shard … --until 'out'" in told
+    assert main([*command, "--until", "out"]) == 0
+    assert "67 tokens: right" in capsys.readouterr().out
+    assert [value.name for value in onnx.load(out).graph.output] == ["out"]
+    assert main([*command, "--until", "nothing"]) == 2
+    assert "--until 'nothing': no node of the model makes such a tensor" in complaint(capsys)
+
+
 def test_refusals(block: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out.onnx")
     junk = tmp_path / "junk.onnx"

@@ -115,9 +115,8 @@ def print_timeline(noted: Noted, began: float) -> None:
     first = found["uploaded"][0][1]
     offset = found["uploaded"][0][0]  # roughly: as if the first upload took no time
     print("item: begun, enqueued by the host; on the GPU uploaded, keys there, computing, computed")
-    rows = zip(
-        *(found[k] for k in ("uploaded", "enqueued", "there", "computing", "computed")), strict=True
-    )
+    names = ("uploaded", "enqueued", "there", "computing", "computed")
+    rows = zip(*(found[name] for name in names), strict=False)  # the shortest, last, are replayed
     for number, row in enumerate(rows):
         gpu = [offset + (event - first) for _, event in (row[0], *row[2:])]
         times = (row[0][0], row[1][0], *gpu)

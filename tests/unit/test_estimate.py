@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdattn_mpi.estimate import (
-    FILE_BANDWIDTH,
     cpu_costs,
     estimate,
-    file_bytes,
     gpu_costs,
     head_start,
+    input_bytes,
     item_seconds,
     least_memory,
     least_ranks,
+    output_bytes,
     typical_costs,
 )
 from mdattn_mpi.mask import Mask
@@ -63,9 +63,21 @@ def test_what_is_measured_on_an_h200_is_about_what_is_estimated() -> None:
 
 def test_files_bound_an_item_that_computes_for_less() -> None:
     short = AttentionProblem(4096, 4096, 8, 8, 128, 128)
-    assert item_seconds(short, 2, GPU) == GPU.item + file_bytes(short) / 2 / FILE_BANDWIDTH
+    assert (input_bytes(short), output_bytes(short)) == (3 * 8 << 20, 8 << 20)
+    assert item_seconds(short, 2, GPU) == GPU.item + (24 << 20) / 2 / GPU.reading
+    slow_output = replace(GPU, writing=1e8)
+    assert item_seconds(short, 2, slow_output) == GPU.item + (8 << 20) / 2 / 1e8
     million = AttentionProblem(1 << 20, 1 << 20, 8, 8, 128, 128)
     assert item_seconds(million, 2, GPU) > million.flops / 2 / GPU.flops
+
+
+def test_a_core_reads_writes_and_computes_one_after_the_other() -> None:
+    problem, cpu = AttentionProblem(4096, 4096, 8, 8, 128, 128), cpu_costs()
+    no_files = replace(cpu, reading=float("inf"), writing=float("inf"))
+    files = (24 << 20) / cpu.reading + (8 << 20) / cpu.writing
+    assert item_seconds(problem, 1, cpu) == pytest.approx(
+        item_seconds(problem, 1, no_files) + files
+    )
 
 
 def test_a_strategy_that_does_not_fit_is_not_counted_on() -> None:

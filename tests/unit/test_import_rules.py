@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "text": set(),
     "partition": set(),
     "estimate": {"partition"},
+    "planning": {"estimate", "partition"},
     "lockstep": set(),
     "dataset": set(),
     "devices": {"estimate", "lockstep", "partition"},
@@ -57,6 +58,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "transformers": {"models", "library", "lockstep", "partition"},
     "runner": {
+        "planning",
         "estimate",
         "partition",
         "devices",
@@ -69,6 +71,8 @@ ROOMS: dict[str, set[str]] = {
     },
     "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {
+        "planning",
+        "estimate",
         "doctor",
         "partition",
         "devices",
@@ -85,6 +89,7 @@ ROOMS: dict[str, set[str]] = {
         "corpus",
     },
     "bench": {
+        "planning",
         "partition",
         "estimate",
         "devices",

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.estimate import Costs, item_seconds, least_memory, typical_costs
-from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.runner.schedule import (
+from mdattn_mpi.planning.schedule import (
     Measure,
     Queue,
     Schedule,
@@ -22,6 +21,7 @@ from mdattn_mpi.runner.schedule import (
     ladder,
     make_schedule,
 )
+from mdattn_mpi.problem import AttentionProblem
 
 GPU = typical_costs("cuda")
 
@@ -62,7 +62,7 @@ def test_groups_of_one_size_end_together(groups: int, size: int) -> None:
         longest = max(expected(item, size) for item in range(1000))
         fair = sum(expected(item, size) for item in range(1000)) / groups
         assert longest < fair, "this draw could not be balanced by anybody"
-        assert lateness(schedule, problems, 0.1, seed) <= 1.03
+        assert lateness(schedule, problems, 0.1, seed) <= 1.04
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16, 24, 32, 48, 64])
@@ -71,7 +71,7 @@ def test_auto_ends_together_however_long_the_tail(ranks: int, sigma: float) -> N
     for seed in range(3):
         problems = long_tailed(1000, sigma, seed)
         schedule = make_schedule(problems, cluster(ranks), "auto", GPU)
-        assert lateness(schedule, problems, 0.1, seed) <= 1.03
+        assert lateness(schedule, problems, 0.1, seed) <= 1.04
 
 
 def test_auto_gives_long_items_many_ranks_and_short_ones_few() -> None:
