@@ -13,6 +13,8 @@ and `call` of `Costs`, for the busiest of P ranks::
                 with a head start: compute + 3 · C + merge of its rows
                 with a mask that hides keys: the gather is of what a rank sees of other shards, and
                 `ring` takes max(compute + C, (P−1) · L + gather) + merge
+    hierarchical   of n nodes: (n−1) · max(compute/n + C, hop, gather) + compute/n + C + merge,
+                + gather outside a batch;  gather = L + a node's other K‖V shards / near B
     ulysses     max(compute + C, gather) in a batch, else their sum, + merge + the way back
                 gather = L + Q, K, V of its heads from the others / B
                 way back = L + output and LSE to the others / B;  merge = packing both ways / M
@@ -30,7 +32,13 @@ from math import ceil
 
 from mdattn_mpi.mask import Mask
 from mdattn_mpi.partition import busiest_share, head_shards, token_count
-from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, Partition, StrategyName
+from mdattn_mpi.problem import (
+    FLAT_STRATEGIES,
+    STRATEGY_NAMES,
+    AttentionProblem,
+    Partition,
+    StrategyName,
+)
 from mdattn_mpi.text import duration, memory_size
 
 # Attention as cuDNN does it, per multiprocessor and by the major number of the SM architecture:
@@ -41,6 +49,7 @@ FLOPS_PER_CORE = 6e10  # of a server's processor
 # Bytes/s of one rank from and to files in memory, a look at every number and checksums included:
 # 16 items of 64k tokens on two ranks, beside H200s (docs/performance.md, the whole job).
 READING, WRITING = 3.7e9, 1.4e9
+NEAR_BANDWIDTH = 3.5e11  # bytes/s between GPUs that reach each other by peer copies
 BATCH = 2  # items of a batch that a rank holds at a time: one computes, the next is on its way
 
 PREPARING = 0.04  # seconds of an execution plan of cuDNN, which FlashAttention does without
@@ -60,7 +69,7 @@ class Costs:
     flops
         Attention, FLOP/s.
     bandwidth
-        Bytes/s that a rank sends while it receives as much.
+        Bytes/s that a rank sends while it receives as much; between nodes, if there are several.
     latency
         Seconds before the first byte of an exchange arrives.
     merge
@@ -82,6 +91,10 @@ class Costs:
         Tiles of rows that a GPU's kernel works on at a time; 0 where it isn't done by tiles.
     reading, writing
         Bytes/s of a rank's files.
+    node_size
+        Ranks of a node, where the group is several nodes of as many ranks, node after node; else 1.
+    near_bandwidth
+        The same as `bandwidth` within a node, where `node_size` is above 1.
 
     """
 
@@ -98,6 +111,8 @@ class Costs:
     multiprocessors: int = 0
     reading: float = READING
     writing: float = WRITING
+    node_size: int = 1
+    near_bandwidth: float = NEAR_BANDWIDTH
 
 
 def gpu_costs(
@@ -105,6 +120,7 @@ def gpu_costs(
     multiprocessors: int,
     *,
     near: bool = True,
+    node_size: int = 1,
     memory: int = 0,
     preparing: float = PREPARING,
     exact_merge: bool = False,
@@ -112,7 +128,7 @@ def gpu_costs(
     """Costs of a GPU; `near` where all GPUs of its group reach each other by peer copies."""
     return Costs(
         flops=FLOPS_PER_MULTIPROCESSOR.get(sm_major, 2e12) * multiprocessors,
-        bandwidth=3.5e11 if near else 4e10,
+        bandwidth=NEAR_BANDWIDTH if near else 4e10,
         latency=1.2e-5 if near else 3e-5,
         merge=2e12,
         call=1e-5,
@@ -122,10 +138,11 @@ def gpu_costs(
         partials=PARTIALS,
         exact_merge=exact_merge,
         multiprocessors=multiprocessors,
+        node_size=node_size,
     )
 
 
-def cpu_costs(memory: int = 0) -> Costs:
+def cpu_costs(memory: int = 0, node_size: int = 1) -> Costs:
     """Costs of a rank of one thread, whose messages go through shared memory."""
     return Costs(
         flops=FLOPS_PER_CORE,
@@ -135,6 +152,8 @@ def cpu_costs(memory: int = 0) -> Costs:
         call=50e-6,
         item=2e-3,
         memory=memory,
+        node_size=node_size,
+        near_bandwidth=4e9,
     )
 
 
@@ -213,6 +232,22 @@ def estimate(
         buffers = min(2, ranks - 1) * min(kv_tokens, foreign) * kv_row
         return Estimate(seconds, compute, exchange, merge, held * (shards + buffers) + partials)
 
+    if strategy == "hierarchical":
+        nodes = ranks // costs.node_size
+        compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
+        compute += _idle(problem, tiles * nodes, compute, costs)
+        hop = costs.latency + kv_tokens * kv_row / costs.bandwidth
+        gather = costs.latency
+        gather += (costs.node_size - 1) * kv_tokens * kv_row / costs.near_bandwidth
+        step = compute / nodes + costs.call
+        merge = nodes * q_tokens * partial_row / costs.merge if nodes > 1 else 0.0
+        seconds = (nodes - 1) * max(step, hop, gather) + step + merge + (0 if batch else gather)
+        partials = min(nodes, costs.partials) * q_tokens * partial_row
+        step_bytes = (2 + costs.node_size) * kv_tokens * kv_row  # of an item ahead; else two
+        exchange = (nodes - 1) * hop + nodes * gather
+        memory = held * (shards + step_bytes) + step_bytes + partials
+        return Estimate(seconds, compute, exchange, merge, memory)
+
     if strategy == "allgather":
         compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
         compute += _idle(problem, tiles, compute, costs)
@@ -242,12 +277,19 @@ def estimate(
     return Estimate(seconds, compute, gather + back, merge, memory)
 
 
+def contenders(problem: AttentionProblem, ranks: int, costs: Costs) -> tuple[StrategyName, ...]:
+    """Strategies that are worth an estimate: `hierarchical` on several nodes, without a window."""
+    nodes = costs.node_size > 1 and ranks > costs.node_size and not ranks % costs.node_size
+    return STRATEGY_NAMES if nodes and not problem.mask.hides_keys else FLAT_STRATEGIES
+
+
 def item_seconds(problem: AttentionProblem, ranks: int, costs: Costs) -> float:
     """Estimate an item of a batch by its fastest strategy that fits, its files included.
 
     What the first item of a shape takes besides isn't in it: `Costs.preparing`.
     """
-    every = [estimate(problem, ranks, name, costs, batch=True) for name in STRATEGY_NAMES]
+    names = contenders(problem, ranks, costs)
+    every = [estimate(problem, ranks, name, costs, batch=True) for name in names]
     fitting = [each for each in every if not costs.memory or each.memory <= costs.memory]
     attention = min(each.seconds for each in fitting or every)
     written = output_bytes(problem)
@@ -277,7 +319,8 @@ def output_bytes(problem: AttentionProblem) -> int:
 
 def least_memory(problem: AttentionProblem, ranks: int, costs: Costs) -> int:
     """Bytes a rank that the most frugal strategy takes, in a batch."""
-    return min(estimate(problem, ranks, name, costs, batch=True).memory for name in STRATEGY_NAMES)
+    names = contenders(problem, ranks, costs)
+    return min(estimate(problem, ranks, name, costs, batch=True).memory for name in names)
 
 
 def least_ranks(problem: AttentionProblem, costs: Costs) -> int | None:
