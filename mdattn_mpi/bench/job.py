@@ -71,7 +71,7 @@ def measure(world: World, arguments: argparse.Namespace) -> None:
     def prepare() -> None:
         if world.rank == 0:
             folder.mkdir(parents=True)
-            _make_dataset(data, [kinds[n % len(kinds)] for n in range(arguments.items)])
+            make_dataset(data, [kinds[n % len(kinds)] for n in range(arguments.items)])
 
     try:
         together(world, "dataset", prepare)
@@ -105,7 +105,7 @@ def measure(world: World, arguments: argparse.Namespace) -> None:
         report(figures, rows, facts, as_json=arguments.json)
 
 
-def _make_dataset(path: Path, kinds: Sequence[AttentionProblem]) -> None:
+def make_dataset(path: Path, kinds: Sequence[AttentionProblem]) -> None:
     """Write random items, the same block of numbers again and again.
 
     Drawing them all, as `mdattn make-data` does, would take longer than measuring.

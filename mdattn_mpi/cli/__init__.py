@@ -23,6 +23,7 @@ from mdattn_mpi.text import stop_showing, wrapped
 
 COMMANDS = {  # and what `mdattn --help` says of them
     "run": "compute attention over every item of a dataset",
+    "plan": "say what a job will take: time, memory, what it waits for",
     "verify": "compare an output with float64 attention",
     "make-data": "write a synthetic dataset",
     "convert": "make a dataset of other files: tensors, or texts for a model",

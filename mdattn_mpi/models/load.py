@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 from mdattn_mpi.errors import RejectedError
@@ -53,7 +55,6 @@ def load(
     """
     check_installed()
     import torch
-    import transformers
 
     if threads:
         torch.set_num_threads(threads)
@@ -63,11 +64,8 @@ def load(
         from mdattn_mpi.models.attention import register
 
         register()
-    kind: Any = transformers.AutoModelForCausalLM if head else transformers.AutoModel
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()  # a bar a rank
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    with _refusals(folder):
+        kind, config = _architecture(folder, head)
         model, about = kind.from_pretrained(
             folder.path,
             config=config,
@@ -78,15 +76,51 @@ def load(
             local_files_only=True,
             output_loading_info=True,
         )
+    _check_loaded(folder, about)
+    loaded: torch.nn.Module = model.eval().requires_grad_(False).to(device)
+    return loaded
+
+
+def skeleton(folder: ModelFolder, dtype: DTypeName, *, head: bool = False) -> torch.nn.Module:
+    """The same model without any weights, on PyTorch's meta device: what can be told before it.
+
+    Raises
+    ------
+    RejectedError
+        As `load`, but for the weights.
+
+    """
+    check_installed()
+    import torch
+
+    with _refusals(folder), torch.device("meta"):
+        kind, config = _architecture(folder, head)
+        model: torch.nn.Module = kind.from_config(config, dtype=getattr(torch, dtype))
+    return model.eval()
+
+
+def _architecture(folder: ModelFolder, head: bool) -> tuple[Any, Any]:
+    """Transformers' class and config for a folder."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()  # a bar a rank
+    config = transformers.AutoConfig.from_pretrained(folder.path, trust_remote_code=False)
+    return transformers.AutoModelForCausalLM if head else transformers.AutoModel, config
+
+
+@contextmanager
+def _refusals(folder: ModelFolder) -> Iterator[None]:
+    import transformers
+
+    try:
+        yield
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         raise RejectedError(
             f"Transformers {transformers.__version__} can't load it: {error}",
             fix="use an architecture that it knows, or update it",
             file=str(folder.path),
         ) from error
-    _check_loaded(folder, about)
-    loaded: torch.nn.Module = model.eval().requires_grad_(False).to(device)
-    return loaded
 
 
 def _check_loaded(folder: ModelFolder, about: dict[str, Any]) -> None:

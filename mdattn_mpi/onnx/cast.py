@@ -14,7 +14,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import at_lengths
 from mdattn_mpi.onnx.graph import prune
 from mdattn_mpi.onnx.lengths import Lengths
-from mdattn_mpi.onnx.model import ATTENTION, import_onnx, operator
+from mdattn_mpi.onnx.model import ATTENTION, all_nodes, import_onnx, operator, subgraphs
 from mdattn_mpi.problem import DTypeName
 
 NARROW = frozenset(("MatMul", "Gemm", *ATTENTION))
@@ -48,6 +48,33 @@ def cast_products(model: Any, dtype: DTypeName) -> int:
 
     """
     return _Caster(model, dtype).run()
+
+
+def in_float32(model: Any) -> Any:
+    """Copy a model, whose weights are in it, with everything that is in 16 bits in float32."""
+    onnx = import_onnx()
+    wide, narrow = onnx.TensorProto.FLOAT, (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+
+    def widen(tensor: Any) -> None:
+        if tensor.data_type in narrow:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+    graphs = [copied.graph, *(g for n in all_nodes(copied.graph) for _, g in subgraphs(n))]
+    for graph in graphs:
+        for tensor in graph.initializer:
+            widen(tensor)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in narrow:
+                value.type.tensor_type.elem_type = wide
+        for attribute in (each for node in graph.node for each in node.attribute):
+            if attribute.name in ("to", "dtype") and attribute.i in narrow:
+                attribute.i = wide
+            if attribute.HasField("t"):
+                widen(attribute.t)
+    return copied
 
 
 class _Caster:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,11 +13,11 @@ from mdattn_mpi.devices.presence import gpu_memory
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Board, Group, World, together
 from mdattn_mpi.lockstep.counter import SharedCounter
+from mdattn_mpi.planning.forecast import usable_gpu_memory, usable_host_memory
 from mdattn_mpi.planning.schedule import Schedule
 from mdattn_mpi.problem import AnyPlan, digest_of
 
 NO_ITEM = -1
-USABLE = 0.8  # of a GPU's memory; of the host's, half: the page cache needs some too
 
 
 @dataclass
@@ -120,6 +119,5 @@ def open_groups(
 def memory_of_a_rank(backend: str, world: World) -> int:
     """Bytes that an item's shards may take on this rank."""
     if backend != "cpu":
-        return int(gpu_memory() * USABLE)
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // (2 * world.local_size)
+        return usable_gpu_memory(gpu_memory())
+    return usable_host_memory(world.local_size)

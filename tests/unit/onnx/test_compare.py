@@ -13,8 +13,8 @@ from mdattn_mpi.errors import RejectedError
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
 pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
-from mdattn_mpi.onnx import compare as comparison  # noqa: E402
 from mdattn_mpi.onnx import lengths  # noqa: E402
+from mdattn_mpi.onnx import ranks as in_one_process  # noqa: E402
 from mdattn_mpi.onnx.compare import compare  # noqa: E402
 from mdattn_mpi.onnx.shard import shard_model  # noqa: E402
 from mdattn_mpi.onnx.sharding import read_sharding  # noqa: E402
@@ -135,7 +135,7 @@ def test_a_window_that_is_forgotten_is_wrong() -> None:
 
 
 def test_a_forgotten_exchange_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "exchange", comparison.forget)
+    monkeypatch.setattr(in_one_process, "exchange", in_one_process.forget)
     assert held(decoder(), 2).verdict == "wrong"
 
 
@@ -151,6 +151,6 @@ def test_even_attention_proves_nothing() -> None:
 
 
 def test_zeros_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = comparison.attend
-    monkeypatch.setattr(comparison, "attend", lambda *given: np.zeros_like(attend(*given)))
+    attend = in_one_process.attend
+    monkeypatch.setattr(in_one_process, "attend", lambda *given: np.zeros_like(attend(*given)))
     assert held(decoder(), 2).verdict == "wrong"
