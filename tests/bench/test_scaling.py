@@ -33,9 +33,9 @@ def test_the_network_slows_a_plain_ring_more(capsys: pytest.CaptureFixture[str])
         [seconds[name, network] for network in ("100", "400", "100000")]
         for name in ("ring", "hierarchical")
     )
-    assert ring[0] > 3.9 * ring[1] > 10 * ring[2]  # bytes alone decide
-    assert ring[1] > 3 * nodes[1]
-    assert ring[2] < 1.2 * nodes[2]
+    assert ring[0] > 3 * ring[1] > 3 * ring[2]
+    assert ring[1] > 2 * nodes[1]
+    assert nodes[0] == nodes[1] == nodes[2]  # its host takes longer than its bytes
 
 
 @pytest.mark.parametrize(
