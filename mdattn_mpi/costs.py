@@ -12,6 +12,9 @@ from dataclasses import dataclass
 # SM 9 measured on an H200, the others scaled from data sheets.
 FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
 FLOPS_PER_CORE = 6e10  # of a server's processor
+# A model's layers beside attention, over cuDNN's attention: an 8B's on two H200s, 16k to 1M tokens
+# (docs/performance.md, whole models). And on a core, whose 16-bit products PyTorch does faster.
+DENSE, DENSE_PER_CORE = 0.8, 1.2e11
 
 # Bytes/s of one rank from and to files in memory, a look at every number and checksums included:
 # 16 items of 64k tokens on two ranks, beside H200s (docs/performance.md, the whole job).
@@ -52,6 +55,8 @@ class Costs:
         Tiles of rows that a GPU's kernel works on at a time; 0 where it isn't done by tiles.
     reading, writing
         Bytes/s of a rank's files.
+    dense
+        A model's layers beside attention, FLOP/s; 0 where they are as fast.
     node_size
         Ranks of a node, where the group is several nodes of as many ranks, node after node; else 1.
     near_bandwidth
@@ -74,6 +79,7 @@ class Costs:
     multiprocessors: int = 0
     reading: float = READING
     writing: float = WRITING
+    dense: float = 0.0
     node_size: int = 1
     near_bandwidth: float = NEAR_BANDWIDTH
     replayed: bool = False
@@ -90,8 +96,9 @@ def gpu_costs(
     exact_merge: bool = False,
 ) -> Costs:
     """Costs of a GPU; `near` where all GPUs of its group reach each other by peer copies."""
+    flops = FLOPS_PER_MULTIPROCESSOR.get(sm_major, 2e12) * multiprocessors
     return Costs(
-        flops=FLOPS_PER_MULTIPROCESSOR.get(sm_major, 2e12) * multiprocessors,
+        flops=flops,
         bandwidth=NEAR_BANDWIDTH if near else 4e10,
         latency=1.2e-5 if near else 3e-5,
         merge=2e12,
@@ -102,6 +109,7 @@ def gpu_costs(
         partials=PARTIALS,
         exact_merge=exact_merge,
         multiprocessors=multiprocessors,
+        dense=DENSE * flops,
         node_size=node_size,
         replayed=near,
     )
@@ -111,6 +119,7 @@ def cpu_costs(memory: int = 0, node_size: int = 1) -> Costs:
     """Costs of a rank of one thread, whose messages go through shared memory."""
     return Costs(
         flops=FLOPS_PER_CORE,
+        dense=DENSE_PER_CORE,
         bandwidth=4e9,
         latency=20e-6,
         merge=4e9,

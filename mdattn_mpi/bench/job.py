@@ -130,12 +130,13 @@ def make_dataset(path: Path, kinds: Sequence[AttentionProblem]) -> None:
 def _measure(world: World, spec: JobSpec) -> tuple[dict[str, float], dict[str, str]]:
     """Collective. Seconds of the whole job and of each part alone, the slowest rank's; facts."""
     from mdattn_mpi.runner.batch import files_of, run_items
+    from mdattn_mpi.runner.events import Events
     from mdattn_mpi.runner.opening import open_files, open_job
 
     job = open_job(spec, world)
     open_files(job)
     assert job.output is not None
-    files = files_of(job, job.output)
+    files = files_of(job, job.output, Events())
     memory, timings = _in_memory(job, files), job.executor.timings
     items = in_order(job)
     parts: dict[str, Callable[[], None]] = {

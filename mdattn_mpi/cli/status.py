@@ -209,7 +209,8 @@ def _rate(facts: Facts) -> list[str]:
 def _lines(facts: Facts) -> Iterator[str]:
     ranks, items = facts.get("ranks", ()), facts.get("items")
     here = [rank for rank in ranks if rank["phase"] != "left"]
-    number = f", {counted(len(ranks), 'rank')}" if here else ""
+    lost = facts["state"] == "lost a rank"  # its note says where everybody was
+    number = f", {counted(len(ranks), 'rank')}" if here and not lost else ""
     yield printable(f"{facts['path']}: {facts['state']}{number}")
     if facts["slurm"]:
         yield f"  Slurm's {facts['slurm']}"
@@ -220,10 +221,10 @@ def _lines(facts: Facts) -> Iterator[str]:
     if facts.get("items_per_second"):
         yield f"  {', '.join(_rate(facts))}"
     if facts.get("ended") is not None:
-        spent = f", after {duration(facts['seconds'])} of work" if items else ""
+        spent = f", after {duration(facts['seconds'])} of work" if facts["seconds"] else ""
         yield f"  ended {_age(facts['ended'])} ago{spent}"
     yield from _failures(facts)
-    if facts["state"] != "lost a rank":  # the note says where everybody was
+    if not lost:
         yield from _ranks(here, facts["state"])
     yield from _advice(facts)
 

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from mdattn_mpi.models.network import Network
 
 EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "decoder")  # in names of weights that are looked up
-DENSE = 1.3  # matrix products of large models are so much faster than attention, about
 ID_BYTES = 4  # of a token id in a file, mostly
 INNER = 6  # bytes a number of an MLP's inner width takes: gate, up and their product
 
@@ -126,7 +125,7 @@ class ModelSize:
     def seconds(self, problem: ModelProblem, ranks: int, costs: Costs) -> float:
         """Estimate how long a group takes for a sequence."""
         tokens = problem.tokens
-        dense = 2 * self.multiplied * tokens / ranks / (DENSE * costs.flops)
+        dense = 2 * self.multiplied * tokens / ranks / (costs.dense or costs.flops)
         attention = min(each.seconds for each in self._attentions(tokens, ranks, costs))
         computing = dense + self.shape.layers * attention
         return costs.item + beside_files(computing, *self.files(problem), ranks, costs)

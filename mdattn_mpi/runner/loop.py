@@ -68,11 +68,12 @@ class Loop:
         wants_to_stop: Callable[[], bool],
         finished: Callable[[Task], None],
         failed: Callable[[AnyItem, ItemError], None],
+        note: Callable[[tuple[str, str, int, int]], None] | None = None,
     ) -> None:
         self.group = group
         self.executor = executor
         self.files = files
-        self.clock = PhaseClock(board, deadlines)
+        self.clock = PhaseClock(board, deadlines, note)
         self.wants_to_stop = wants_to_stop
         self.finished = finished
         self.failed = failed

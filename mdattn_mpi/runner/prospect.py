@@ -50,12 +50,15 @@ class Prospect:
         What the items are, in words.
     output
         Bytes of the output.
+    width
+        Of a model's hidden states.
 
     """
 
     work: Work
     shapes: Sequence[str]
     output: int
+    width: int = 0
     notes: list[str] = field(default_factory=list)
 
 
@@ -85,7 +88,7 @@ def _attention(spec: JobSpec) -> Prospect:
         items = dataset.items
         work = Work([item.problem for item in items], ATTENTION, lambda problem: problem, files)
         shapes = _shapes(dataset.describe(item) for item in items)
-        return Prospect(work, shapes, file_bytes(items, spec.lse), list(dataset.warnings))
+        return Prospect(work, shapes, file_bytes(items, spec.lse), notes=list(dataset.warnings))
 
 
 def _transformer(spec: JobSpec) -> Prospect:
@@ -95,6 +98,8 @@ def _transformer(spec: JobSpec) -> Prospect:
     from mdattn_mpi.models.outputs import LOGPROBS, check_give
     from mdattn_mpi.models.size import ModelSize
 
+    if spec.model.endswith(".onnx"):
+        raise RejectedError("an ONNX model can't be planned", fix="see `mdattn run --dry-run`")
     folder, dtype = open_folder(spec.model), DTYPES[spec.dtype]
     network = Network(skeleton(folder, dtype, head=LOGPROBS in spec.give))
     give = check_give(spec.give, network.causal)
@@ -116,7 +121,7 @@ def _transformer(spec: JobSpec) -> Prospect:
         )
         shapes = _shapes(f"{item.problem.tokens} tokens" for item in items)
         model = f"{network.name}, {quantity(folder.parameters, '')} parameters"
-        return Prospect(work, [*shapes, model], file_bytes(items, lse=False))
+        return Prospect(work, [*shapes, model], file_bytes(items, lse=False), network.width)
 
 
 def _shapes(shapes: Iterable[str]) -> list[str]:
@@ -186,6 +191,12 @@ def cores(spec: JobSpec, prospect: Prospect, per_node: int, threads: int) -> Har
     )
     typical = typical_costs("cpu", usable_host_memory(per_node))
     costs = replace(typical, flops=flops * threads)
+    if spec.model:
+        from mdattn_mpi.models.speed import core_dense_flops
+
+        dense = core_dense_flops(prospect.width, DTYPES[spec.dtype])
+        costs = replace(costs, dense=dense * threads)
+        prospect.notes.append(f"and {quantity(dense, 'FLOP/s')} of the model's matrix products")
     begin = starting("cores", "model" if spec.model else "")
     return Hardware(costs, costs, typical, begin, disk=_disk(spec, per_node, prospect.notes))
 

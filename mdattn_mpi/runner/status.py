@@ -96,7 +96,7 @@ def _without_output(
         **facts,
         "state": state,
         "here": False,
-        "items": items if total else None,
+        **({"items": items} if total else {}),
         **_ended(records, now),
         "ranks": [_rank(record, now) for record in records],
         "death_note": note,
@@ -149,12 +149,12 @@ def _speed(
 
 
 def _ended(records: Sequence[Record], now: float) -> dict[str, float | None]:
-    """How long ago the last rank left, and how long the job had worked by then."""
+    """How long ago the last rank left, and how long the job had worked by then, if it had."""
     if not records or any(record.state != ENDED for record in records):
         return {"ended": None, "seconds": None}
     end = max(record.since_wall for record in records)
-    began = min((record.first_wall for record in records if record.first_wall), default=end)
-    return {"ended": max(0.0, now - end), "seconds": max(0.0, end - began)}
+    began = [record.first_wall for record in records if record.done > record.first_done]
+    return {"ended": max(0.0, now - end), "seconds": end - min(began) if began else None}
 
 
 def _rank(record: Record, now: float) -> Facts:

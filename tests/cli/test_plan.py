@@ -136,6 +136,8 @@ def test_what_does_not_fit_is_refused_for_what_was_asked_and_left_out_beside_it(
         ([*GPUS, "--kernel", "flash", "--gpu", "a100"], "--kernel flash: not built for SM 8.0"),
         ([*GPUS, "--items", "nothing"], "nothing"),
         ([*GPUS, "-o", "d.h5"], "the output is the dataset itself"),
+        ([*GPUS, "--model", "x.onnx"], "an ONNX model can't be planned"),
+        ([*GPUS, "--model", "absent"], "is no folder"),
     ],
 )
 def test_refusals(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

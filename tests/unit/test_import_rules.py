@@ -70,6 +70,7 @@ ROOMS: dict[str, set[str]] = {
         "models",
         "onnx",
     },
+    "report": {"dataset", "lockstep", "runner"},
     "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {
         "planning",
@@ -82,6 +83,7 @@ ROOMS: dict[str, set[str]] = {
         "backends",
         "trt",
         "runner",
+        "report",
         "verifier",
         "onnx",
         "bench",
