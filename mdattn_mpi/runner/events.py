@@ -17,7 +17,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
@@ -38,6 +38,7 @@ GRAIN = 100_000  # nanoseconds: the first length below which spans are put toget
 SAMPLE = 5_000_000  # nanoseconds between two looks at what the device has done
 
 Span = tuple[str, str, int, int]  # phase, item, and nanoseconds from and to
+Note = Callable[[Span], None]  # what is called with every span that is over
 Line = dict[str, Any]
 Column = NDArray[np.int64]
 

@@ -18,6 +18,7 @@ from mdattn_mpi.dataset import AnyItem
 from mdattn_mpi.errors import ItemError, MdattnError
 from mdattn_mpi.lockstep import Agreement, Board, Deadlines, Group, Step
 from mdattn_mpi.runner.clock import PhaseClock
+from mdattn_mpi.runner.events import Note
 from mdattn_mpi.runner.pipeline import ReadAhead, WriteBehind
 from mdattn_mpi.runner.work import Begun, Enqueued, Read, Task, Written
 
@@ -68,7 +69,7 @@ class Loop:
         wants_to_stop: Callable[[], bool],
         finished: Callable[[Task], None],
         failed: Callable[[AnyItem, ItemError], None],
-        note: Callable[[tuple[str, str, int, int]], None] | None = None,
+        note: Note | None = None,
     ) -> None:
         self.group = group
         self.executor = executor
