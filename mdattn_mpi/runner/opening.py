@@ -14,6 +14,7 @@ from mdattn_mpi.dataset.writer import check_place, file_bytes
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
+from mdattn_mpi.runner.events import remove_events
 from mdattn_mpi.runner.folder import provenance, run_folder, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
@@ -169,6 +170,7 @@ def _made_output(job: Job) -> bytes:
     if spec.redo:
         _reopen_items(job)
     elif spec.overwrite or not Path(spec.output).exists():
+        remove_events(run_folder(spec))
         create_output(
             spec.output,
             job.items,
