@@ -462,3 +462,10 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, act: str, what: str) -
     assert set(said) == {"0", "2"}, done.stderr
     for text in said.values():
         assert f"rank 1 never reached {what} (waited 1.5 s)" in text
+
+
+def test_on_gpus_a_replayed_call_takes_one_agreement(tmp_path: Path) -> None:
+    """What was begun before an agreement that refuses it leaves nothing behind."""
+    done = mpirun(2, ["-m", "tests.support.library_job", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all is well") == 2

@@ -319,6 +319,10 @@ class CudaDevice:
         """See `protocol.HostedDevice`; only a `replaying.ReplayingDevice` does more than that."""
         return attend(self, plan, *inputs, **options)  # type: ignore[no-any-return]
 
+    def is_ready(self, plan: Plan, **options: Any) -> bool:
+        """See `protocol.HostedDevice`; only a `replaying.ReplayingDevice` may say so."""
+        return False
+
     # -- what it is and what it takes --------------------------------------------------------------
 
     def check(self, problem: AttentionProblem) -> tuple[str, ...]:
