@@ -166,6 +166,7 @@ def gpus(
     room = usable_gpu_memory(gpu.memory)
     preparing = 0.0 if flash or spec.model else PREPARING
     near, far = (gpu.costs(near=near, memory=room, preparing=preparing) for near in (True, False))
+    far = replace(far, node_size=per_node, near_bandwidth=near.bandwidth)
     return Hardware(
         near,
         far,
