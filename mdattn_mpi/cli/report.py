@@ -30,6 +30,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--html", metavar="REPORT.html", help=html)
     trace = "write all spans for Perfetto (ui.perfetto.dev) too"
     parser.add_argument("--trace", metavar="TRACE.json", help=trace)
+    plan = "what `mdattn plan --json` expected of it, to compare"
+    parser.add_argument("--plan", metavar="PLAN.json", help=plan)
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -37,17 +39,18 @@ def main(arguments: argparse.Namespace) -> int:
     from mdattn_mpi.report.page import page
     from mdattn_mpi.report.trace import trace
 
-    job = _job(arguments.output)
+    job = _job(arguments.output, arguments.plan)
     _write(arguments.html or f"{arguments.output}.html", page(job))
     if arguments.trace:
         _write(arguments.trace, "".join(trace(job.runs, job.name_of)))
     return 0
 
 
-def _job(path: str) -> Job:
+def _job(path: str, plan: str | None) -> Job:
     """Put together what is known about the job that writes `path`."""
     from mdattn_mpi.dataset import open_output
     from mdattn_mpi.lockstep.death_note import message
+    from mdattn_mpi.report.expected import read_plan
     from mdattn_mpi.report.page import Job
     from mdattn_mpi.report.runs import read_runs
     from mdattn_mpi.runner.status import status
@@ -72,6 +75,7 @@ def _job(path: str) -> Job:
         reasons=[entry.reason if entry.state == "failed" else "" for _, entry in rows],
         runs=runs,
         death=message(facts["death_note"]) if facts["death_note"] else "",
+        plan=read_plan(plan, len(runs[-1].ranks)) if plan and runs else None,
     )
 
 

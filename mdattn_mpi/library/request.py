@@ -108,7 +108,17 @@ def plan_of(request: Request) -> Plan:
     ranks, lse = len(query), options.return_lse
     with request.session.device(shards.backend, options.kernel) as device:
         device.check(problem)
+        costs = device.costs(problem)
         strategy, reasons = choose(
-            problem, ranks, options.strategy, device.costs(problem), batch=False, owners=owners
+            problem, ranks, options.strategy, costs, batch=False, owners=owners
         )
-    return Plan(problem, strategy, ranks, shards.backend, lse, partition=owners, reasons=reasons)
+    return Plan(
+        problem,
+        strategy,
+        ranks,
+        shards.backend,
+        lse,
+        partition=owners,
+        node_size=costs.node_size,
+        reasons=reasons,
+    )

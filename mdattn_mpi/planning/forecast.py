@@ -65,6 +65,8 @@ class Work:
         Bytes that an item reads, and that it writes.
     weights
         Bytes that every rank loads before the first item.
+    left
+        Positions of the items that are still to be done; None: all are.
 
     """
 
@@ -73,6 +75,7 @@ class Work:
     attention: Callable[[Any], AttentionProblem]
     files: Callable[[Any], tuple[int, int]]
     weights: int = 0
+    left: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -162,15 +165,18 @@ def forecast(
     names = [f"node {node}" for node in range(nodes) for _ in range(per_node)]
     schedule = make_schedule(work.problems, names, group_size, hardware.typical, work.measure)
 
+    left = range(len(work.problems)) if work.left is None else work.left
+    schedule = schedule.only(left)
+
     def end(**changes: float) -> float:
         seconds = _seconds(work, hardware, per_node, len(names), changes)
         return max(finish_times(schedule, seconds))
 
     items, computing, files = end(), end(reading=inf, writing=inf), end(flops=inf)
     on_gpus = bool(hardware.near.multiprocessors)
-    if on_gpus:
+    if on_gpus and left:
         items += _ends(work, schedule, hardware.near)
-    written = sum(work.files(problem)[1] for problem in work.problems)
+    written = sum(work.files(work.problems[item])[1] for item in left)
     disk = written / (nodes * hardware.disk)
     starting = hardware.starting + work.weights / hardware.near.reading
     held, staged = _memory(work, schedule, hardware, per_node)
@@ -202,13 +208,8 @@ def _seconds(
 
 def _ends(work: Work, schedule: Schedule, costs: Costs) -> float:
     """Seconds in which no item computes: the first is read, the last is written."""
-    first, last = (
-        (work.problems[items[at]], queue.size)
-        for queue, items, at in (
-            (schedule.queues[0], schedule.queues[0].items, 0),
-            (schedule.queues[-1], schedule.queues[-1].items, -1),
-        )
-    )
+    dealt = [(work.problems[item], queue.size) for queue in schedule.queues for item in queue.items]
+    first, last = dealt[0], dealt[-1]
     reading = work.files(first[0])[0] / first[1] / costs.reading
     return reading + work.files(last[0])[1] / last[1] / costs.writing
 
