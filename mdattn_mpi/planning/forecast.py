@@ -30,8 +30,9 @@ USABLE = 0.8  # of a GPU's memory; of the host's, half: the page cache needs som
 
 # Seconds from the launcher to the first item: Python and MPI, 1.5 on two cores of an EPYC; with a
 # GPU's libraries and context 1.6 to 3.8 on two H200s (docs/performance.md), with FlashAttention's,
-# PyTorch among them, 2 to 4 more; and Transformers, and the proof of a model.
-STARTING = {"cores": 1.5, "GPUs": 3.0, "flash": 3.0, "model": 3.5}
+# PyTorch among them, 2 to 4 more; with a model's, and its proof, 3.5 more on cores and 20 in all on
+# those GPUs.
+STARTING = {"cores": 1.5, "GPUs": 3.0, "flash": 3.0, "model on cores": 3.5, "model on GPUs": 14.0}
 
 # Bytes of a rank beside its arrays: a GPU's context; and Python, NumPy, MPI, libraries of a GPU.
 CONTEXT = 1 << 30

@@ -261,7 +261,8 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
         lines.append("mdattn: failed: " + ", ".join(each["item"] for each in items["failed"]))
     if code == 75:
         lines.append(f"mdattn: stopped as asked; to go on, {death_note.again()}")
-    lines.append(f"mdattn: summary in {path}")
+    output = shlex.quote(summary["config"]["output"])
+    lines.append(f"mdattn: summary in {path}; for a page: mdattn report {output}")
     return "\n".join(lines)
 
 

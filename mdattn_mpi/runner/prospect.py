@@ -171,7 +171,7 @@ def gpus(
         near,
         far,
         typical_costs("cuda", room, preparing=preparing),
-        starting("GPUs", "flash" if flash else "", "model" if spec.model else ""),
+        starting("GPUs", "flash" if flash else "", "model on GPUs" if spec.model else ""),
         gains=GAIN.get(gpu.sm[0], {}) if flash else {},
         times=read_kernel_times(times, kernel) if times else None,
         disk=_disk(spec, per_node, notes),
@@ -207,7 +207,7 @@ def cores(spec: JobSpec, prospect: Prospect, per_node: int, threads: int) -> Har
         dense = core_dense_flops(prospect.width, DTYPES[spec.dtype])
         costs = replace(costs, dense=dense * threads)
         prospect.notes.append(f"and {quantity(dense, 'FLOP/s')} of the model's matrix products")
-    begin = starting("cores", "model" if spec.model else "")
+    begin = starting("cores", "model on cores" if spec.model else "")
     return Hardware(costs, costs, typical, begin, disk=_disk(spec, per_node, prospect.notes))
 
 
