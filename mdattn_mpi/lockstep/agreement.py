@@ -25,7 +25,7 @@ MASK = (1 << 64) - 1
 ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
 # Digest and complement; ranks of an error, a refused, an unwritten item; wish to stop.
 HEAD_WORDS = 6
-SLOTS = 64  # 560 bytes with the head. To gather 64 numbers takes longer than to reduce them.
+SLOTS = 256  # 2 KiB with the head: more is reduced no faster than gathered (docs/reliability.md)
 HEAD = Struct(f"={HEAD_WORDS}Q")
 WORD = Struct("=Q")
 
