@@ -88,7 +88,9 @@ def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
         "4 device or engine error or a bug, 75 interrupted: run the same command again to resume.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        prog=parser.prog, title="commands", metavar="COMMAND", required=True
+    )
     for name, about in COMMANDS.items():
         if name in wanted:
             command = import_module(f"mdattn_mpi.cli.{name.replace('-', '_')}")

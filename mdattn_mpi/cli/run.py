@@ -114,11 +114,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     from mdattn_mpi.lockstep import board, start
-    from mdattn_mpi.lockstep.chaos import arm
 
     if "deadline" in arguments and arguments.deadline:
         board().patience = arguments.deadline
     if "chaos" in arguments:
+        from mdattn_mpi.lockstep.chaos import arm
+
         arm(arguments.chaos, board())
     world = start()
     from mdattn_mpi.runner.main import run_job

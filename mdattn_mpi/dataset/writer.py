@@ -19,8 +19,9 @@ import h5py
 import numpy as np
 
 from mdattn_mpi.dataset.contents import describe
-from mdattn_mpi.dataset.dtypes import NUMPY, hdf5_type, numpy_dtype
+from mdattn_mpi.dataset.dtypes import NUMPY, numpy_dtype
 from mdattn_mpi.dataset.hdf5 import Value
+from mdattn_mpi.dataset.hdf5_types import hdf5_type
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,

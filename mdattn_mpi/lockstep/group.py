@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mdattn_mpi.errors import DisagreementError, ItemError, MdattnError
 from mdattn_mpi.lockstep.agreement import HEAD_WORDS, MASK, Agreement, Ballot, Step, differences
@@ -23,6 +22,8 @@ from mdattn_mpi.problem import digest_of
 PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
 
 T = TypeVar("T")
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Group:
@@ -174,16 +175,16 @@ class Group:
         self.control.Allgatherv([data, MPI.BYTE], [gathered, (lengths, None), MPI.BYTE])
         return [json.loads(bytes(each)) for each in np.split(gathered, lengths.cumsum()[:-1])]
 
-    def sum_in_order(self, own: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sum_in_order(self, own: Floats) -> Floats:
         """Collective. Sum arrays of one shape, rank after rank: always the same last bit."""
         if self.deadline is not None:
             self._await_all("sum", self.deadline)
         gathered = np.empty((self.size, *own.shape))
         self.control.Allgather(np.ascontiguousarray(own), gathered)
-        total = gathered[0]
+        total: Floats = gathered[0]
         for part in gathered[1:]:
             total += part
-        return cast(NDArray[np.float64], total)
+        return total
 
     def split(self, color: int, key: int = 0) -> Group:
         """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""

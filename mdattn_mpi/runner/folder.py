@@ -12,14 +12,12 @@ import logging
 import os
 import platform
 import shlex
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +121,8 @@ def _remove_empty_run(spec: JobSpec, world: World, made: bool) -> None:
         _close_log()
     world.barrier()
     if made and refused:
+        import shutil
+
         shutil.rmtree(run_folder(spec), ignore_errors=True)
 
 
@@ -180,6 +180,11 @@ def provenance(executor: Executor) -> dict[str, str]:
 
 def package_version(package: str) -> str:
     """Version of an installed package, or that it isn't."""
+    found: str | None = getattr(sys.modules.get(package), "__version__", None)
+    if found:
+        return found
+    from importlib.metadata import PackageNotFoundError, version  # it imports a mail parser
+
     try:
         return version(package)
     except PackageNotFoundError:

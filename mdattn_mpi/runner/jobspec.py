@@ -10,11 +10,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mdattn_mpi.errors import RejectedError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 MAX_JOB_FILE = 1 << 20
 
 
@@ -95,6 +90,11 @@ def load_job_file(path: str) -> dict[str, Any]:
         Not there, too large, not TOML, an unknown key, or a value of the wrong type.
 
     """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     try:
         raw = Path(path).read_bytes()
         if len(raw) > MAX_JOB_FILE:

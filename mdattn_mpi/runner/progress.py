@@ -5,9 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from time import monotonic
-from typing import TextIO
-
-from tqdm import tqdm
+from typing import Any, TextIO
 
 from mdattn_mpi.problem import AnyProblem
 from mdattn_mpi.text import counted, duration, quantity, wrapped
@@ -44,10 +42,13 @@ class Progress:
         self._shown = shown
         terminal = shown and bar and not quiet and stream.isatty()
         self._lines = shown and not quiet and not terminal
-        self._bar = tqdm(
-            total=total, initial=done, unit="item", disable=not terminal, file=stream,
-            dynamic_ncols=True,
-        )  # fmt: skip
+        self._bar: Any = None
+        if terminal:
+            from tqdm import tqdm  # it imports a mail parser: only where a bar is drawn
+
+            self._bar = tqdm(
+                total=total, initial=done, unit="item", file=stream, dynamic_ncols=True
+            )
 
     def finished(self, problem: AnyProblem) -> None:
         """Count one finished item."""
@@ -66,7 +67,8 @@ class Progress:
     def say(self, message: str) -> None:
         """Print a line without tearing the bar."""
         if self._shown:
-            tqdm.write(wrapped(message, INDENT), file=self._stream)
+            write = self._bar.write if self._bar is not None else print
+            write(wrapped(message, INDENT), file=self._stream)
 
     @property
     def eta(self) -> float | None:
@@ -82,7 +84,7 @@ class Progress:
         rates = quantity(self.tokens / seconds, "tok/s")
         if self.flops:
             rates += " " + quantity(self.flops / seconds, "FLOP/s")
-        if not self._bar.disable:
+        if self._bar is not None:
             self._bar.set_postfix_str(rates, refresh=False)
             self._bar.update(self.done + self.failed - self._bar.n)
         elif self._lines and now - self._logged >= LOG_SECONDS:
@@ -93,4 +95,5 @@ class Progress:
 
     def close(self) -> None:
         """Leave the terminal as it was."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
