@@ -94,6 +94,7 @@ class Batch:
             wants_to_stop=lambda: board.stop_requested or self.limit.is_near(2 * self.slowest),
             finished=self.finished,
             failed=self.failed,
+            commit_every=job.spec.commit_every,
         )
         loop.run(self.tasks(group, counter, loop.clock))
         job.stopped = loop.stopped
@@ -156,11 +157,11 @@ def files_of(job: Job, output: Output) -> Files:
             for shard, array in zip(task.writes, arrays, strict=True)
             if shard.here
         }
-        checksum = output.write(task.item, task.writes[0].spans, named)
-        output.sync()
-        return Written(task, checksum)
+        return Written(task, output.write(task.item, task.writes[0].spans, named))
 
-    def commit(task: Task, checksums: list[int]) -> None:
-        output.ledger.commit(task.item, checksums, task.plan.strategy, task.tokens)
+    def commit(finished: Sequence[tuple[Task, list[int]]]) -> None:
+        output.ledger.commit_all(
+            (task.item, checksums, task.plan.strategy, task.tokens) for task, checksums in finished
+        )
 
-    return Files(read, write, commit, output.ledger.fail)
+    return Files(read, write, output.sync, commit, output.ledger.fail)
