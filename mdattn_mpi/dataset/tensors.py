@@ -236,7 +236,10 @@ class TensorFile:
         file may go unseen, a changed file of the same shapes won't.
         """
         digest = hashlib.sha256()
-        problems = {item.problem: self._meaning(item) for item in self.items}
+        problems: dict[Any, int] = {}
+        for item in self.items:
+            if item.problem not in problems:
+                problems[item.problem] = self._meaning(item)
         tensors = [
             (item, name, data)
             for item in self.items
