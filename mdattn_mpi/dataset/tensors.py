@@ -21,6 +21,7 @@ import numpy as np
 from mdattn_mpi.dataset.hdf5 import File, Node, Storage
 from mdattn_mpi.dataset.layout import AnyItem, Layout
 from mdattn_mpi.dataset.positioned import Region, checksum
+from mdattn_mpi.dataset.seen import Seen
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.problem import Span, digest_of
 
@@ -227,6 +228,11 @@ class TensorFile:
         Ranks compare it, and so notice a file other than the one that was scanned.
         """
         return self._file.fingerprint
+
+    @property
+    def seen(self) -> Seen | None:
+        """The file as it was opened; None where it leads to other files."""
+        return self._file.seen
 
     @cached_property
     def digest(self) -> str:

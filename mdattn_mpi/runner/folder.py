@@ -270,6 +270,23 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
     return "\n".join(lines)
 
 
+def nothing_left(spec: JobSpec, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the summary of a job that finds everything done, from that of the job that did it."""
+    nothing = {"seconds": dict.fromkeys(TIMES, 0.0), "background": {}}
+    done = before["items"]["all"]
+    return {
+        **before,
+        "config": asdict(spec),
+        "command": shlex.join(sys.argv),
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": dict.fromkeys(before["seconds"], 0.0),
+        "items": {"all": done, "done_before": done, "done_now": 0, "failed": []},
+        "tokens_per_second": 0.0,
+        "flops_per_second": 0.0,
+        "ranks": [{**rank, **nothing} for rank in before["ranks"]],
+    }
+
+
 def _rate(summary: Mapping[str, Any]) -> str:
     """How fast it was: in operations, where they are known."""
     if summary["flops_per_second"]:

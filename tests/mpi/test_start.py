@@ -33,3 +33,8 @@ def test_a_rank_opens_little_more_than_a_bare_program(tmp_path: Path) -> None:
     assert ours[0] > bare[0] + 50  # ours too
     assert ours[0] - bare[0] <= MOST
     assert ours[1] - bare[1] <= MOST_WHERE_THE_OUTPUT_IS_MADE
+
+    again = mpirun(2, ["-m", "mdattn_mpi", "run", str(data), "-o", str(out), "-b", "cpu"])
+    assert again.returncode == 0
+    assert "3 of 3 items done, none of them now" in again.stderr
+    assert "backend" not in again.stderr  # nothing was opened or planned
