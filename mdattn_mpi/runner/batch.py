@@ -11,6 +11,7 @@ from mdattn_mpi.errors import LOGGER, ItemError, MdattnError
 from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit
 from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.runner.clock import PhaseClock
+from mdattn_mpi.runner.folder import tell_all
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.job import Job, add_seconds, say
 from mdattn_mpi.runner.loop import Files, Loop
@@ -96,6 +97,8 @@ class Batch:
             failed=self.failed,
             commit_every=job.spec.commit_every,
         )
+        if group.group.rank == 0:
+            tell_all()  # its items are the group's
         loop.run(self.tasks(group, counter, loop.clock))
         job.stopped = loop.stopped
         add_seconds(job.phases, loop.clock.seconds)

@@ -1,4 +1,4 @@
-"""The run folder, ``OUT.h5.run/``: its lock, a log a rank, and the summary of how the job went.
+"""The run folder, ``OUT.h5.run/``: its lock, its logs, and the summary of how the job went.
 
 The watchdogs' board and the death note lie there too; these belong to lockstep.
 """
@@ -14,6 +14,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
@@ -32,6 +33,7 @@ from mdattn_mpi.text import counted, duration, quantity
 LOCK = "lock"
 LOCK_PATIENCE = 5.0  # seconds: the job before this one may still be dying
 
+LINES_BEFORE = 200  # of what a rank kept to itself before it had something to say
 LOG_LINE = "%(asctime)s %(levelname)-7s %(message)s"
 
 PACKAGES = ("mdattn_mpi", "numpy", "h5py", "mpi4py", "ml_dtypes")
@@ -43,6 +45,46 @@ TIMES = ("read", "wait", "exchange", "compute", "merge", "write")
 def run_folder(spec: JobSpec) -> Path:
     """Logs, summary and death note live beside the output."""
     return Path(f"{spec.output}.run")
+
+
+class RankLog(logging.FileHandler):
+    """A rank's log: a file from the first warning or error on, with the lines that came before it.
+
+    A thousand ranks that do the same, and well, make no thousand files. The one that tells what is
+    done keeps its file from the start: see `tell_all`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="surrogateescape", delay=True)
+        self._before: deque[logging.LogRecord] = deque(maxlen=LINES_BEFORE)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or keep it until there is a file."""
+        self._before.append(record)
+        if self.stream is not None or record.levelno >= logging.WARNING:
+            with suppress(OSError):  # what is to be said is said on the terminal too
+                self.tell_all()
+
+    def tell_all(self) -> None:
+        """Write what was kept, and from now on every line at once."""
+        if self.stream is None:
+            self.stream = self._open()
+        while self._before:
+            super().emit(self._before.popleft())
+
+
+def tell_all() -> None:
+    """Have this rank's log written from now on, whatever there is to say.
+
+    Raises
+    ------
+    OSError
+        The file can't be made.
+
+    """
+    for handler in LOGGER.handlers:
+        if isinstance(handler, RankLog):
+            handler.tell_all()
 
 
 @contextmanager
@@ -143,7 +185,7 @@ def use_folder(spec: JobSpec, world: World) -> None:
     path = folder.resolve() / f"rank-{world.rank:04}.log"
     if any(getattr(old, "baseFilename", "") == str(path) for old in LOGGER.handlers):
         return
-    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
+    handler = RankLog(path)
     handler.setFormatter(logging.Formatter(LOG_LINE))
     _close_log()
     LOGGER.addHandler(handler)
@@ -157,6 +199,8 @@ def use_folder(spec: JobSpec, world: World) -> None:
     LOGGER.propagate = False  # the terminal belongs to rank 0's progress
     command = shlex.join(sys.argv)
     LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, command)
+    if world.rank == 0:
+        tell_all()
 
 
 def _close_log() -> None:
