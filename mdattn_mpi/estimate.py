@@ -18,13 +18,14 @@ and `call` of `Costs`, for the busiest of P ranks::
                 way back = L + output and LSE to the others / B;  merge = packing both ways / M
 
 In a batch the transfers of an item run while the item before computes, and its files are read and
-written meanwhile.
+written meanwhile. No item that several GPUs share is faster than a host that asks for it: a launch
+where the step is recorded and replayed (`devices.cuda.step`), else call by call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
@@ -37,12 +38,23 @@ from mdattn_mpi.text import duration, memory_size
 # SM 9 measured on an H200, the others scaled from data sheets.
 FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
 FLOPS_PER_CORE = 6e10  # of a server's processor
+# A model's layers beside attention, over cuDNN's attention: an 8B's on two H200s, 16k to 1M tokens
+# (docs/performance.md, whole models). And on a core, whose 16-bit products PyTorch does faster.
+DENSE, DENSE_PER_CORE = 0.8, 1.2e11
 
-FILE_BANDWIDTH = 2e9  # bytes/s of one rank, from and to the files
+# Bytes/s of one rank from and to files in memory, a look at every number and checksums included:
+# 16 items of 64k tokens on two ranks, beside H200s (docs/performance.md, the whole job).
+READING, WRITING = 3.7e9, 1.4e9
 BATCH = 2  # items of a batch that a rank holds at a time: one computes, the next is on its way
 
 PREPARING = 0.04  # seconds of an execution plan of cuDNN, which FlashAttention does without
 PARTIALS = 4  # of a GPU: one in which all are folded, two that wait for it, one under way
+
+# Seconds of a host that replays a step: 52 to 80 µs on two H200s (docs/performance.md). And where
+# it asks call by call, for each rank of the group: 119 µs for attention and 71 to send and receive
+# (docs/h200-kernels.json), `ring` both each time, `ulysses` two ways.
+REPLAYING = 7e-5
+ASKING: dict[StrategyName, float] = {"ring": 1.9e-4, "allgather": 8e-5, "ulysses": 1.5e-4}
 
 TILE = 128  # query rows of one block of cuDNN's kernel
 # Seconds of attention a rank that make a head start worth it: 8k lost 0.1 ms by one, 16k won 0.06.
@@ -78,6 +90,12 @@ class Costs:
         taken, however much it merges.
     multiprocessors
         Tiles of rows that a GPU's kernel works on at a time; 0 where it isn't done by tiles.
+    reading, writing
+        Bytes/s of a rank's files.
+    dense
+        A model's layers beside attention, FLOP/s; 0 where they are as fast.
+    replayed
+        Whether steps of a GPU are recorded and replayed.
 
     """
 
@@ -92,6 +110,10 @@ class Costs:
     partials: int = 1
     exact_merge: bool = False
     multiprocessors: int = 0
+    reading: float = READING
+    writing: float = WRITING
+    dense: float = 0.0
+    replayed: bool = False
 
 
 def gpu_costs(
@@ -104,8 +126,9 @@ def gpu_costs(
     exact_merge: bool = False,
 ) -> Costs:
     """Costs of a GPU; `near` where all GPUs of its group reach each other by peer copies."""
+    flops = FLOPS_PER_MULTIPROCESSOR.get(sm_major, 2e12) * multiprocessors
     return Costs(
-        flops=FLOPS_PER_MULTIPROCESSOR.get(sm_major, 2e12) * multiprocessors,
+        flops=flops,
         bandwidth=3.5e11 if near else 4e10,
         latency=1.2e-5 if near else 3e-5,
         merge=2e12,
@@ -116,6 +139,8 @@ def gpu_costs(
         partials=PARTIALS,
         exact_merge=exact_merge,
         multiprocessors=multiprocessors,
+        dense=DENSE * flops,
+        replayed=near,
     )
 
 
@@ -123,6 +148,7 @@ def cpu_costs(memory: int = 0) -> Costs:
     """Costs of a rank of one thread, whose messages go through shared memory."""
     return Costs(
         flops=FLOPS_PER_CORE,
+        dense=DENSE_PER_CORE,
         bandwidth=4e9,
         latency=20e-6,
         merge=4e9,
@@ -172,7 +198,7 @@ def estimate(
     batch: bool,
     owners: Partition | None = None,
 ) -> Estimate:
-    """Work out the formulas of this module for one strategy.
+    """Say what one strategy is expected to take.
 
     Parameters
     ----------
@@ -182,6 +208,26 @@ def estimate(
         Who owns which tokens; None stands for even shares.
 
     """
+    device = _of_device(problem, ranks, strategy, costs, batch, owners)
+    return replace(device, seconds=max(device.seconds, host_seconds(strategy, ranks, costs)))
+
+
+def host_seconds(strategy: StrategyName, ranks: int, costs: Costs) -> float:
+    """Seconds that a GPU's host takes to ask for an item of a group."""
+    if ranks == 1 or not costs.multiprocessors:
+        return 0.0
+    return REPLAYING if costs.replayed else ASKING[strategy] * ranks
+
+
+def _of_device(
+    problem: AttentionProblem,
+    ranks: int,
+    strategy: StrategyName,
+    costs: Costs,
+    batch: bool,
+    owners: Partition | None,
+) -> Estimate:
+    """Work out the formulas of this module."""
     q_tokens, kv_tokens = _longest_shards(problem, ranks, owners)
     q_row = 2 * problem.q_heads * problem.head_dim
     kv_row = 2 * problem.kv_heads * (problem.head_dim + problem.v_head_dim)
@@ -244,13 +290,29 @@ def item_seconds(problem: AttentionProblem, ranks: int, costs: Costs) -> float:
     every = [estimate(problem, ranks, name, costs, batch=True) for name in STRATEGY_NAMES]
     fitting = [each for each in every if not costs.memory or each.memory <= costs.memory]
     attention = min(each.seconds for each in fitting or every)
-    return costs.item + max(attention, file_bytes(problem) / ranks / FILE_BANDWIDTH)
+    written = output_bytes(problem)
+    return costs.item + beside_files(attention, input_bytes(problem), written, ranks, costs)
 
 
-def file_bytes(problem: AttentionProblem) -> int:
-    """Bytes that an item moves from and to the files: Q, K, V and the output."""
-    q_dims = problem.head_dim + problem.v_head_dim
-    return problem.kv_bytes + 2 * problem.q_tokens * problem.q_heads * q_dims
+def beside_files(computing: float, read: int, written: int, ranks: int, costs: Costs) -> float:
+    """Seconds of an item whose ranks read and write so many bytes while others compute.
+
+    A GPU computes meanwhile; on a CPU rank the same cores do it all.
+    """
+    reading, writing = read / ranks / costs.reading, written / ranks / costs.writing
+    if costs.multiprocessors:
+        return max(computing, reading, writing)
+    return computing + reading + writing
+
+
+def input_bytes(problem: AttentionProblem) -> int:
+    """Bytes of an item's Q, K and V."""
+    return problem.kv_bytes + 2 * problem.q_tokens * problem.q_heads * problem.head_dim
+
+
+def output_bytes(problem: AttentionProblem) -> int:
+    """Bytes of an item's output, without LSE."""
+    return 2 * problem.q_tokens * problem.q_heads * problem.v_head_dim
 
 
 def least_memory(problem: AttentionProblem, ranks: int, costs: Costs) -> int:

@@ -19,7 +19,7 @@ from mdattn_mpi.errors import RejectedError
 UNBOUNDED = (-1, -1)  # a window
 ASCENDING = "give the first token of each document, ascending, beginning with 0"
 MAX_RUNS = 8  # of a rank's tokens, where a mask hides keys; 5 are the most that were seen
-MAX_SEGMENTS = 4096  # each is a call of a kernel at least, and a word in an attribute
+MAX_SEGMENTS = 4096  # each is a call of most kernels, and a word in an attribute
 
 
 @dataclass(frozen=True, order=True)
@@ -56,6 +56,12 @@ class Band(NamedTuple):
 
     before: int | None
     after: int | None
+
+    def pairs(self, rows: int, keys: int) -> int:
+        """Query–key pairs that it lets through."""
+        far, near = self
+        seen = rows * keys if near is None else seen_pairs(rows, keys, keys - rows + near)
+        return seen if far is None else seen - seen_pairs(rows, keys, keys - rows - far - 1)
 
 
 FULL = Band(None, None)

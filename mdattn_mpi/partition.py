@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.mask import FULL, MAX_RUNS, Band, Mask, Span
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, MAX_RUNS, Band, Mask, Span
 from mdattn_mpi.problem import AttentionProblem, Partition, Plan, StrategyName
 
 EVEN = 1.01  # the busiest rank's work, of the mean's: nothing is gained by more cuts
@@ -242,8 +243,7 @@ def seen(query: tuple[Span, ...], kv: tuple[Span, ...], mask: Mask) -> tuple[Spa
     return tuple(found)
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """One rectangle of attention: rows of the rank's query against rows of a kv shard.
 
     ``q`` and ``kv`` count from the start of the two local arrays. Every row of a block sees a key,
@@ -327,7 +327,7 @@ def _cut(q: Span, kv: Span, low: int | None, high: int | None) -> Iterator[Block
 
 
 def _join(found: Sequence[Block]) -> list[Block]:
-    """Join neighbours that differ on one side only and touch on the other."""
+    """Join neighbours that touch, where what they see together is one band."""
     joined: list[Block] = []
     for block in found:
         last = joined[-1] if joined else None
@@ -345,9 +345,17 @@ def _joined(last: Block, block: Block) -> Block | None:
     if last.q == block.q and last.kv.stop == block.kv.start and after is next_before is None:
         before = None if before is None else before + len(block.kv)
         return Block(last.q, Span(last.kv.start, block.kv.stop), Band(before, next_after))
-    if last.kv == block.kv and last.q.stop == block.q.start and last.band == block.band == FULL:
-        return Block(Span(last.q.start, block.q.stop), last.kv, FULL)
-    return None
+    if last.q.stop != block.q.start or last.band != block.band:
+        return None
+    # One above the other: of the same keys, or of keys that go on as the rows do, on one diagonal.
+    whole = last.kv == block.kv and block.band == FULL
+    diagonal = (
+        last.kv.start == block.kv.start
+        and last.kv.stop - last.q.stop == block.kv.stop - block.q.stop
+        and block.band == LOWER_RIGHT
+    )
+    rows = Span(last.q.start, block.q.stop)
+    return Block(rows, block.kv, block.band) if whole or diagonal else None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
-from math import sqrt
+from math import prod, sqrt
 from typing import Any, Literal, get_args
 
 from mdattn_mpi.errors import RejectedError
@@ -56,6 +56,11 @@ class TensorSpec:
         if self.token_dim is None:
             return self.shape
         return (*self.shape[: self.token_dim], tokens, *self.shape[self.token_dim + 1 :])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it; NumPy's names of numbers end in their bits."""
+        return prod(self.shape) * int(self.dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
 
 
 @dataclass(frozen=True)

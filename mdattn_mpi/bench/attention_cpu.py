@@ -133,9 +133,7 @@ def sides(
 
     def attend(device: HostDevice, mask: Mask = problem.mask) -> Array:
         accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, problem.softcap)
-        for block in blocks((Span(0, len(q)),), (Span(0, len(k)),), mask):
-            keys = block.kv.slice
-            device.attend(accumulator, block.q, k[keys], v[keys], block.band)
+        device.attend(accumulator, blocks((Span(0, len(q)),), (Span(0, len(k)),), mask), k, v)
         return device.finish(accumulator)[0]
 
     seen = None

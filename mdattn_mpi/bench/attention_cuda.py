@@ -280,9 +280,7 @@ def _alone(world: World, device: CudaDevice, problem: AttentionProblem, inputs: 
         q, k, v = arrays[index % len(arrays)]
         accumulator = device.accumulator(q, problem.v_head_dim, problem.scale, problem.softcap)
         keys = Span(0, problem.kv_tokens)
-        for block in blocks((sequence,), (keys,), problem.mask):
-            run = block.kv.slice
-            device.attend(accumulator, block.q, k[run], v[run], block.band)
+        device.attend(accumulator, blocks((sequence,), (keys,), problem.mask), k, v)
         return device.finish(accumulator)[0]
 
     def run(calls: int) -> list[float]:

@@ -146,16 +146,19 @@ class Stopwatch:
 
 def attention(device: CudaDevice, call: Call, times: int = 1) -> Callable[[], Any]:
     """Attend `times` with all rows to random data, and finish."""
-    from mdattn_mpi.problem import Span
+    from mdattn_mpi.mask import Span
+    from mdattn_mpi.partition import Block
 
     q = _random(device, (call.q_rows, call.q_heads, call.head_dim))
     k = _random(device, (call.kv_rows, call.kv_heads, call.head_dim))
     v = _random(device, (call.kv_rows, call.kv_heads, call.v_head_dim))
 
+    block = Block(Span(0, call.q_rows), Span(0, call.kv_rows), call.band)
+
     def once() -> Any:
         accumulator = device.accumulator(q, call.v_head_dim, call.head_dim**-0.5)
         for _ in range(times):
-            device.attend(accumulator, Span(0, call.q_rows), k, v, call.band)
+            device.attend(accumulator, [block], k, v)
         return device.finish(accumulator)[1]
 
     return once

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from mdattn_mpi.devices.protocol import NO_ROWS, Message
 from mdattn_mpi.mask import FULL, Band
-from mdattn_mpi.partition import partition_of, token_count
+from mdattn_mpi.partition import Block, partition_of, token_count
 from mdattn_mpi.problem import Plan, Span
 from mdattn_mpi.strategies import Attend
 
@@ -179,11 +179,13 @@ class Tracer:
             q, self.array((rows, heads, v_head_dim)), self.array((rows, heads), SINGLE)
         )
 
-    def attend(self, accumulator: _Accumulator, rows: Span, k: Shape, v: Shape, band: Band) -> None:
+    def attend(
+        self, accumulator: _Accumulator, blocks: Sequence[Block], k: Shape, v: Shape
+    ) -> None:
         """See `protocol.Device`."""
-        if len(rows) and prod(k.shape) and accumulator.q.nbytes:
+        for rows, keys, band in blocks if prod(k.shape) and accumulator.q.nbytes else ():
             _, heads, dim = accumulator.q.shape
-            call = Call(len(rows), k.shape[0], heads, k.shape[1], dim, v.shape[2], band)
+            call = Call(len(rows), len(keys), heads, k.shape[1], dim, v.shape[2], band)
             accumulator.calls.append(rows)
             buffers = (accumulator.q.buffer, k.buffer, v.buffer)
             self.verbs.append(Compute("attend", buffers, (accumulator.output.buffer,), call))

@@ -77,13 +77,15 @@ def main(arguments: argparse.Namespace) -> int:
         built, how = _model(arguments, library, sm)
     else:
         built, how = _attention(arguments, library, sm)
-    write_engine(Path(arguments.output), built.engine, built.manifest)
+    write_engine(Path(arguments.output), built.engine, built.manifest, built.known)
     if arguments.json:
         print(built.manifest.to_json().decode())
     else:
         print(_line(arguments, built.manifest, f"{how} in {perf_counter() - began:.2f} s"))
         for known in known_faults(built.manifest):
             print(f"  {known}")
+        if built.manifest.unproven:
+            print(f"  it can't be proven before it runs: {built.manifest.unproven}")
     return 0
 
 

@@ -120,7 +120,7 @@ def place(world: World) -> dict[str, Any]:
         "node": world.nodes[world.rank],
         "local_rank": world.local_rank,
         "local_size": world.local_size,
-        "launcher": f"{launched.name} of {launched.speaks}" if launched.name else "",
+        "launcher": str(launched) if launched.name else "",
         "mpi": {"library": mpi_library(), "threads": threads_may_call()},
     }
 

@@ -3,11 +3,12 @@
   mdattn shard block.onnx -n 4 -s ring -o sharded.onnx
   mdattn build --onnx sharded.onnx -n 4 --tokens 1024:65536 -o block.engine
 
-Attention is found as the operators Attention (opset 23 and later) and TRT_Attention, and as
-MatMul-Softmax-MatMul, with masks that are made of lengths. ring marks it for TensorRT's
-multi-device attention; allgather and ulysses put DistCollective nodes around it. Positions become
-an input. Everything else must treat every token alike: nodes that aren't known to are refused by
-name, all of them at once, in branches too.
+Attention is found as the operators Attention (opset 23 and later) and TRT_Attention, as those of
+ONNX Runtime (MultiHeadAttention, GroupQueryAttention, Attention), and as MatMul-Softmax-MatMul,
+with masks that are made of lengths. ring marks it for TensorRT's multi-device attention; allgather
+and ulysses put DistCollective nodes around it. Positions become an input. Everything else must
+treat every token alike: nodes that aren't known to are refused by name, all of them at once, in
+branches too.
 
 Where ONNX Runtime is installed, the sharded model is run against the whole one, on the shards of P
 ranks in one process. Exit codes: 0 right or inconclusive, which is said; 1 wrong, and nothing is
@@ -47,6 +48,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="the dim of an input that counts tokens (default: what the attentions tell)",
     )
     add(
+        "--until",
+        action="append",
+        default=[],
+        metavar="TENSOR",
+        help="end the model at this tensor: before a pooling over the tokens, for example",
+    )
+    add(
         "--dtype",
         choices=["fp16", "bf16", "fp32"],
         help="of products and attentions that are in float32, which TensorRT's attention isn't "
@@ -65,7 +73,7 @@ def main(arguments: argparse.Namespace) -> int:
     from mdattn_mpi.onnx.cast import has_float32_attention
     from mdattn_mpi.onnx.model import load_model, save_model
     from mdattn_mpi.onnx.segments import load_weights
-    from mdattn_mpi.onnx.shard import shard_model
+    from mdattn_mpi.onnx.shard import end_at, shard_model
     from mdattn_mpi.onnx.sharding import read_sharding
 
     if arguments.ranks < 1:
@@ -79,6 +87,8 @@ def main(arguments: argparse.Namespace) -> int:
     if dtype:
         model = load_weights(model, source)
     try:
+        if arguments.until:
+            end_at(model, arguments.until)
         sharded, done = shard_model(
             model, arguments.strategy, arguments.ranks, parse_axes(arguments.shard), dtype
         )

@@ -95,8 +95,7 @@ def file_bytes(items: Sequence[AnyItem], lse: bool) -> int:
 
 def output_bytes(problem: AnyProblem, lse: bool) -> int:
     """Bytes of one item's results."""
-    tensors = outputs_of(problem, lse)
-    return sum(prod(each.shape) * numpy_dtype(each.dtype).itemsize for each in tensors)
+    return sum(tensor.nbytes for tensor in outputs_of(problem, lse))
 
 
 def _about(problem: AnyProblem, lse: bool) -> tuple[dict[str, Value], tuple[TensorSpec, ...]]:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
-from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.mask import Span
+from mdattn_mpi.partition import Block
 from mdattn_mpi.problem import AttentionProblem, Plan
 
 if TYPE_CHECKING:
@@ -58,11 +59,9 @@ NO_ROWS = Span(0, 0)
 class Rehearsed(NamedTuple):
     """A call of `Device.attend` that is going to come; `merged` as its accumulator was told."""
 
-    rows: int
-    keys: int
+    blocks: tuple[Block, ...]
     q_heads: int
     kv_heads: int
-    band: Band
     merged: bool
 
 
@@ -108,16 +107,15 @@ class Device(Protocol[A, T, P]):
 
         Scores are multiplied by `scale`; then ``softcap · tanh(score / softcap)``, unless it is 0.
         Rows that more than one `attend` will add to had better be in `merged`: their results are
-        kept as exactly as the device can until they are merged. A call has rows in it or outside.
+        kept as exactly as the device can until they are merged. A block has rows in it or outside.
         """
         ...
 
-    def attend(self, accumulator: P, rows: Span, k: A, v: A, band: Band) -> None:
-        """Add the attention of the query's `rows` to what they see of `k` and `v`.
+    def attend(self, accumulator: P, blocks: Sequence[Block], k: A, v: A) -> None:
+        """Add the attention of rows of the query to what they see of `k` and `v`, block by block.
 
-        The band is one of a `partition.Block`: no row is without a key, nor a key without a row; a
-        bound is not negative, and where there is one, there are at least as many keys as rows.
-        Query head ``n`` reads kv head ``n // (Nq / Nkv)``.
+        Blocks are those of `partition.blocks`, for the query and these keys. Query head ``n`` reads
+        kv head ``n // (Nq / Nkv)``.
         """
         ...
 

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import MdattnError, RejectedError
-from mdattn_mpi.library.arrays import Shards, shards_of
+from mdattn_mpi.library.arrays import Shards, crc32_of, shards_of
 from mdattn_mpi.library.options import Options
-from mdattn_mpi.library.request import Request, agree_on, plan_of
+from mdattn_mpi.library.request import SINKS, Request, agree_on, plan_of
 from mdattn_mpi.library.session import Session
 from mdattn_mpi.library.spans import Order
 from mdattn_mpi.mask import UNBOUNDED
@@ -69,7 +69,8 @@ def attention(
         Scores become ``softcap · tanh(score / softcap)``; 0: they stay as they are.
     sinks
         ``[Nq]`` float32, the same on all ranks, where `q` is: a score of each query head that takes
-        weight and has no value. It is neither scaled nor capped.
+        weight and has no value. It is neither scaled nor capped. Ranks compare them in each call,
+        on GPUs in the first of its kind.
     segments
         The first tokens of documents that are packed into the sequence, ascending from 0: a query
         sees those of its own document alone. Sq = Skv.
@@ -102,7 +103,7 @@ def attention(
         Invalid arrays, options or sizes. The same error on all ranks, unless `comm` itself is
         invalid.
     DisagreementError
-        Ranks differ in heads, dtype or options. The same error on all ranks.
+        Ranks differ in heads, dtype, options or sinks. The same error on all ranks.
     DeviceError
         A rank has no memory for its buffers, for example. The same error on all ranks.
     InterruptedJobError
@@ -187,10 +188,17 @@ class Attention:
         self._strategy_options = None
         with session.left_if_alone():
             self._plan = together(session.world, "plan", lambda: plan_of(request), Plan.facts)
+            if self._plan.problem.sinks and self._plan.backend == "cuda":
+                together(session.world, "sinks", lambda: self._read(request.shards.sinks), dict)
 
     def __repr__(self) -> str:
         """What it computes, and how."""
         return f"<Attention: {self._plan.problem}; {self._plan.strategy}, {self._plan.ranks} ranks>"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why this strategy, its estimate, and whether one rank alone would be faster."""
+        return self._plan.reasons
 
     def start(self, q: Any, k: Any, v: Any) -> Call:
         """Collective. Start a call; it needn't be waited for before the next is started.
@@ -225,7 +233,13 @@ class Attention:
         except Exception as wrong:  # all ranks must hear of it
             error = MdattnError.wrap(wrong, rank=self._session.world.rank)
         with self._session.left_if_alone():
-            self._session.agree("start", self._plan.facts, self._plan.digest, error=error)
+            sinks = 0 if error else shards.sinks_crc32
+            self._session.agree(
+                "start",
+                lambda: {**self._plan.facts(), SINKS: sinks},
+                self._plan.digest ^ sinks,
+                error=error,
+            )
         call = self._begin(shards)
         self._started.append(call)
         return call
@@ -246,6 +260,12 @@ class Attention:
                 f"q, k, v are {found}; this Attention was made for {self._expected}",
                 fix="make another one for other shapes, or call attention()",
             )
+
+    def _read(self, sinks: Any) -> dict[str, int]:
+        """Bring sinks to the host, to compare them: once, because it waits for the GPU."""
+        with self._session.device("cuda", self._kernel) as device:
+            (found,) = device.download(device.adopt(sinks)).wait()
+        return {SINKS: crc32_of(found)}
 
     def _options_on(self, device: AnyDevice) -> dict[str, Any]:
         """Return the strategy's options: where a call stands alone it hides behind itself."""

@@ -12,6 +12,8 @@ from mdattn_mpi.library.session import Session, check_comm, session_of
 from mdattn_mpi.library.spans import owners_of
 from mdattn_mpi.problem import AttentionProblem, Partition, Plan, digest_of
 
+SINKS = "values of the sinks (CRC-32)"  # what ranks differ in
+
 
 class Request(NamedTuple):
     """A call, or the making of an `Attention`, as all ranks have agreed on it."""
@@ -45,10 +47,14 @@ def agree_on(comm: Any, arrays: Sequence[Any], options: Options, deadline: float
     session = session_of(comm, seconds)
     if error:
         error.rank = session.world.rank
-    digest = digest_of(facts)
+    digest, sinks = digest_of(facts), shards.sinks_crc32 if shards else 0
     with session.left_if_alone():
         agreed = session.agree(
-            "attention", lambda: facts, digest, error=error, word=shards.tokens if shards else 0
+            "attention",
+            lambda: {**facts, SINKS: sinks},
+            digest ^ sinks,
+            error=error,
+            word=shards.tokens if shards else 0,
         )
     assert shards
     tokens = [tokens_of(number) for number in agreed.words]

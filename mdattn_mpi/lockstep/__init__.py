@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mdattn_mpi.lockstep.board import Board, board
 from mdattn_mpi.lockstep.deadlines import Deadlines, TimeLimit
 from mdattn_mpi.lockstep.launcher import Launcher, launcher
+from mdattn_mpi.lockstep.terminal import Terminal, terminal
 from mdattn_mpi.lockstep.watchdog import watch
 
 if TYPE_CHECKING:
@@ -25,12 +26,14 @@ __all__ = [
     "Group",
     "Launcher",
     "Step",
+    "Terminal",
     "TimeLimit",
     "World",
     "board",
     "gather_together",
     "launcher",
     "start",
+    "terminal",
     "together",
     "watch",
 ]

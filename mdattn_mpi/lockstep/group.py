@@ -70,8 +70,11 @@ class Group:
         *,
         error: MdattnError | None = None,
         refused: ItemError | None = None,
+        unwritten: ItemError | None = None,
         word: int | None = None,
+        reader: int | None = None,
         stop: bool = False,
+        count: int = 0,
     ) -> Agreement:
         """Collective. Make sure that all ranks are about to do the same; a barrier that checks.
 
@@ -84,10 +87,16 @@ class Group:
         refused
             What is wrong with the item that this step begins, and with nothing else; it doesn't
             end the step.
+        unwritten
+            The same of the item behind, which is not to be declared done.
         word
-            A number below 2⁶⁴ for all the others; on all ranks or none.
+            A number below 2⁶⁴ for the others; on all ranks or none, as the step says.
+        reader
+            The rank of this group that the words are for; None stands for all.
         stop
             Whether this rank wants to stop.
+        count
+            A number below 2⁶⁴, of which all learn the least.
 
         Raises
         ------
@@ -100,17 +109,26 @@ class Group:
 
         """
         self._arrive(step.phase)
-        words = self._ballot.cast(step, error is not None, refused is not None, stop, word or 0)
-        high, low, failed, refusing, stops = words[:HEAD_WORDS]
+        cast = self._ballot.cast(
+            step,
+            error is not None,
+            refused is not None,
+            unwritten is not None,
+            stop,
+            count,
+            word or 0,
+        )
+        high, low, failed, refusing, lacking, stops, most = cast[:HEAD_WORDS]
         if failed:
             raise self._error_of(self.size - failed, error) from error
         if high ^ low != MASK:
             raise self._disagreement(step)
+        words = () if word is None else self._ballot.words(cast, word, reader)
         if refusing:
-            found = self._error_of(self.size - refusing, refused)
-            assert isinstance(found, ItemError)
-            refused = found
-        return Agreement(stops != 0, () if word is None else words[HEAD_WORDS:], refused)
+            refused = self._item_error_of(self.size - refusing, refused)
+        if lacking:
+            unwritten = self._item_error_of(self.size - lacking, unwritten)
+        return Agreement(stops != 0, words, refused, unwritten, MASK - most)
 
     def _arrive(self, phase: str) -> None:
         """Collective. Say that this rank waits; where there is a deadline, wait for all with it."""
@@ -130,6 +148,11 @@ class Group:
         data = own.to_json() if own and self.rank == root else None
         error = MdattnError.from_json(self.bcast_bytes(data, root))
         error.agreed = True
+        return error
+
+    def _item_error_of(self, root: int, own: ItemError | None) -> ItemError:
+        error = self._error_of(root, own)
+        assert isinstance(error, ItemError)
         return error
 
     def _disagreement(self, step: Step) -> DisagreementError:

@@ -6,6 +6,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from mdattn_mpi.lockstep.process import Process
+
+# Their names as processes; other daemons that start ranks outlive their jobs.
+ONE_JOB = frozenset({"mpirun", "mpiexec", "mpiexec.hydra", "orterun", "prterun"})
+
 
 @dataclass(frozen=True)
 class Launcher:
@@ -17,6 +22,9 @@ class Launcher:
     local_rank: int = -1
     local_size: int = -1
     speaks: str = ""  # which MPI the launcher belongs to
+
+    def __str__(self) -> str:
+        return f"{self.name} of {self.speaks}" if self.name else "none"
 
 
 # What launchers call rank, size, local rank and local size. Open MPI goes first: its mpirun starts
@@ -58,6 +66,14 @@ def launcher(environment: Mapping[str, str] = os.environ) -> Launcher:
             continue
         return Launcher(name, rank, size, local_rank, local_size, speaks)
     return Launcher()
+
+
+def launcher_process() -> Process | None:
+    """The mpirun above this process; None where it is on another node."""
+    above = Process.look(os.getppid())
+    while above and above.name not in ONE_JOB:
+        above = Process.look(above.parent)
+    return above
 
 
 def _number(text: str) -> int:

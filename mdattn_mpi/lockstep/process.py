@@ -21,6 +21,13 @@ class Process(NamedTuple):
     state: str
     parent: int
     start: int
+    group: int = 0
+    foreground: int = -1  # the group that its terminal listens to; -1 without a terminal
+
+    @property
+    def in_foreground(self) -> bool:
+        """Whether it isn't in the background of a shell."""
+        return self.foreground in (self.group, -1)
 
     @property
     def is_alive(self) -> bool:
@@ -42,7 +49,8 @@ class Process(NamedTuple):
         # The name stands in brackets and may itself hold some.
         name, _, rest = text.partition("(")[2].rpartition(")")
         fields = rest.split()
-        return Process(pid, name, fields[0], int(fields[1]), int(fields[19]))
+        parent, group, foreground, start = (int(fields[number]) for number in (1, 2, 5, 19))
+        return Process(pid, name, fields[0], parent, start, group, foreground)
 
 
 def process_state(pid: int) -> str:

@@ -18,12 +18,11 @@ from pathlib import Path
 
 from mdattn_mpi.lockstep import death_note
 from mdattn_mpi.lockstep.board import Board
-from mdattn_mpi.lockstep.launcher import Launcher
+from mdattn_mpi.lockstep.launcher import ONE_JOB, Launcher
 from mdattn_mpi.lockstep.process import Process, name_this, set_death_signal
 from mdattn_mpi.lockstep.record import ENDED
 
 PATIENCE = 20.0  # seconds; an mpirun in order ends a fraction of one after its last rank
-ONE_JOB = frozenset({"mpirun", "mpiexec", "orterun", "prterun"})  # other daemons outlive their jobs
 _LOOK = 0.1
 _GONE = signal.SIGRTMIN + 8  # sent by the kernel when the watchdog is gone
 

@@ -35,12 +35,15 @@ from mdattn_mpi.lockstep.launcher import launcher
 from mdattn_mpi.lockstep.process import WATCHDOG, name_this, process_state
 from mdattn_mpi.lockstep.publisher import LOOK, POLL, Publisher, within_patience
 from mdattn_mpi.lockstep.record import ENDED, PAGE, Page, Record
+from mdattn_mpi.lockstep.terminal import terminal
+from mdattn_mpi.text import wrapped
 
 _SOON = 0.05  # seconds between two looks when something may be wrong
 _LOOK = 0.5  # seconds between two looks, at most; what is urgent wakes the watchdog up
 _LOOK_AGAIN = 2.0  # seconds between two looks at whom a late rank waits for
 _REPEAT = 0.5  # launchers send one signal several times, to the process and to its group
 _NOTE_PATIENCE = 1.0
+_ASKED_TO_STOP = "mdattn: asked to stop: what is in hand is finished first; to go on, "
 
 
 def watch(main: Callable[[], int]) -> int:
@@ -71,6 +74,7 @@ class Watchdog:
         self.stacks = stacks
         self.launched = launcher()
         self.launcher_pid = os.getppid()
+        self.terminal = terminal()
         self.publisher = Publisher(board, child)
         self.lateness = Lateness(time.monotonic())
         self.heartbeats = Heartbeats()
@@ -104,7 +108,15 @@ class Watchdog:
         now = time.monotonic()
         first, self._stop_asked = self._stop_asked, self._stop_asked or now
         self.board.request_stop()
+        if not first:
+            self._answer_stop()
         return first > 0 and now - first > _REPEAT
+
+    def _answer_stop(self) -> None:
+        """Say so at once, at the terminal: Open MPI's mpirun passes on nothing after Ctrl-C."""
+        self._erase_bar()
+        if self.terminal and self.launched.rank == 0 and self.board.record().folder:
+            self.terminal.say(wrapped(_ASKED_TO_STOP + death_note.again()))
 
     def _stop_now(self) -> int:
         self._kill()
@@ -241,9 +253,15 @@ class Watchdog:
         """Kill the rank; don't wait long for one that the kernel can't kill yet."""
         with suppress(ProcessLookupError):
             os.kill(self.child, signal.SIGKILL)
+        self._erase_bar()
         for _ in range(20):
             with suppress(ChildProcessError):
                 if os.waitpid(self.child, os.WNOHANG) == (0, 0):
                     time.sleep(0.01)
                     continue
             return
+
+    def _erase_bar(self) -> None:
+        """Leave room for text that isn't rank 0's; it draws no more, for it stops or is lost."""
+        if self.terminal:
+            self.terminal.erase()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -85,7 +86,8 @@ class Transformer:
         self._backend, self._group = backend, group
         self._give, self._pool, self._strategy = give, pool, strategy
         self._size, self._costs = size, costs
-        self._marks: list[tuple[Any, Any]] = []  # on a GPU, before and after every item
+        self._marks: deque[tuple[Any, Any]] = deque()  # on a GPU, before and after an item
+        self._seconds = 0.0  # between those that are past
         self.proof: Proof | None = None
 
     def prove(self) -> None:
@@ -228,11 +230,12 @@ class Transformer:
         """Seconds of the GPU, all of the model's layers in ``compute``; a CPU's are the host's."""
         found = dict(self._backend.timings())
         attention = found.pop("compute", 0.0)
-        if self._marks:
-            self._marks[-1][1].synchronize()
-            whole = sum(before.elapsed_time(after) for before, after in self._marks) / 1e3
+        while self._marks and self._marks[0][1].query():
+            before, after = self._marks.popleft()
+            self._seconds += before.elapsed_time(after) / 1e3
+        if self.network.device.type != "cpu":
             others = found.get("exchange", 0.0) + found.get("merge", 0.0)
-            found["compute"] = max(attention, whole - others)
+            found["compute"] = max(attention, self._seconds - others)
         return found
 
     def close(self) -> None:

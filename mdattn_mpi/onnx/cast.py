@@ -14,16 +14,20 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import at_lengths
 from mdattn_mpi.onnx.graph import prune
 from mdattn_mpi.onnx.lengths import Lengths
-from mdattn_mpi.onnx.model import ATTENTION, import_onnx, operator
+from mdattn_mpi.onnx.model import ATTENTION, all_nodes, import_onnx, operator, subgraphs
 from mdattn_mpi.problem import DTypeName
 
 NARROW = frozenset(("MatMul", "Gemm", *ATTENTION))
-ANY = 37  # what symbols count while types are looked up
+PROBES = (1, 37)  # what symbols count while types are looked up: a batch may be 1 already
 
 
 def types_of(model: Any) -> dict[str, int]:
     """Return the element types of all tensors, as ONNX counts these."""
-    return dict(Lengths(model, at_lengths(model, {}, {}, (ANY,))).types)
+    return {
+        name: kind
+        for count in PROBES
+        for name, kind in Lengths(model, at_lengths(model, {}, {}, (count,))).types.items()
+    }
 
 
 def has_float32_attention(model: Any) -> bool:
@@ -46,6 +50,33 @@ def cast_products(model: Any, dtype: DTypeName) -> int:
     return _Caster(model, dtype).run()
 
 
+def in_float32(model: Any) -> Any:
+    """Copy a model, whose weights are in it, with everything that is in 16 bits in float32."""
+    onnx = import_onnx()
+    wide, narrow = onnx.TensorProto.FLOAT, (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+
+    def widen(tensor: Any) -> None:
+        if tensor.data_type in narrow:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+    graphs = [copied.graph, *(g for n in all_nodes(copied.graph) for _, g in subgraphs(n))]
+    for graph in graphs:
+        for tensor in graph.initializer:
+            widen(tensor)
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in narrow:
+                value.type.tensor_type.elem_type = wide
+        for attribute in (each for node in graph.node for each in node.attribute):
+            if attribute.name in ("to", "dtype") and attribute.i in narrow:
+                attribute.i = wide
+            if attribute.HasField("t"):
+                widen(attribute.t)
+    return copied
+
+
 class _Caster:
     def __init__(self, model: Any, dtype: DTypeName) -> None:
         self.onnx = import_onnx()
@@ -57,6 +88,7 @@ class _Caster:
         self.cast: dict[str, str] = {}  # tensors, and the same in 16 bits
 
     def run(self) -> int:
+        self._widen_bytes()
         nodes: list[Any] = []
         count = 0
         for node in self.graph.node:
@@ -72,6 +104,22 @@ class _Caster:
         self.graph.node.extend(copies)
         prune(self.graph)
         return count
+
+    def _widen_bytes(self) -> None:
+        """Store in 16 bits the weights of 8 that are cast as they are read, for TensorRT has none.
+
+        Every one of 256 values is the same in float16 and bfloat16.
+        """
+        kinds = self.onnx.TensorProto
+        readers: dict[str, set[str]] = {}
+        for node in self.graph.node:
+            for name in node.input:
+                readers.setdefault(name, set()).add(operator(node))
+        for name, tensor in self.weights.items():
+            if tensor.data_type in (kinds.INT8, kinds.UINT8) and readers.get(name) == {"Cast"}:
+                values = self.onnx.numpy_helper.to_array(tensor)
+                kind = self.onnx.helper.tensor_dtype_to_np_dtype(self.narrow)
+                tensor.CopyFrom(self.onnx.numpy_helper.from_array(values.astype(kind), name))
 
     def _narrow_inputs(self, node: Any) -> list[int]:
         """Return the inputs of a node that are to be in 16 bits."""

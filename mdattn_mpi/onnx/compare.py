@@ -1,15 +1,14 @@
 """A sharded model against the whole one, on the shards of P ranks in one process.
 
-The whole model runs in ONNX Runtime. The sharded file runs there too, segment by segment, rank by
-rank; attentions and collectives are computed here. At the output of every attention the same with
-every exchange forgotten is the negative control: it must be seen to be wrong, or nothing is proved.
+The whole model runs in ONNX Runtime, and so do the ranks (see `ranks`). At the output of every
+attention the same with every exchange forgotten is the negative control: it must be seen to be
+wrong, or nothing is proved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,17 @@ import numpy as np
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.graph import Links
-from mdattn_mpi.onnx.lengths import Lengths
 from mdattn_mpi.onnx.model import (
     ATTENTION,
-    RANK_COUNT,
-    attribute_of,
+    INNER_HEADS,
     graph_inputs,
     import_onnx,
     labels_of,
     operator,
 )
-from mdattn_mpi.onnx.segments import Arrays, Call, Segments, load_weights, open_session
-from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS, POSITIONS, Sharding
+from mdattn_mpi.onnx.ranks import random_inputs, run_ranks
+from mdattn_mpi.onnx.segments import Arrays, load_weights, open_session
+from mdattn_mpi.onnx.sharding import Sharding
 
 TOLERANCE = {"float32": 2e-4, "float16": 2e-3}  # of values up to 1; larger ones in proportion
 LONGEST = 4096  # tokens of a check
@@ -73,8 +71,10 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """The worst of all."""
+        """The worst of all; without an attention whose control is seen nothing is proved."""
         found = {each.verdict for each in self.tensors}
+        if all(each.control is None for each in self.tensors):
+            found.add("inconclusive")
         return next((each for each in ("wrong", "inconclusive") if each in found), "right")
 
     def __str__(self) -> str:
@@ -120,10 +120,7 @@ def compare(
         if name
     ]
     expected = _run_whole(whole, inputs, list(dict.fromkeys([*shown, *outputs])))
-    segments = Segments(sharded, _dims_of(sharded, inputs, sharding, tokens), list(expected))
-    feeds = [_shard(inputs, sharding, tokens, rank) for rank in range(sharding.ranks)]
-    right = _lockstep(segments, feeds, exchange)
-    control = _lockstep(segments, feeds, forget)
+    right, control = run_ranks(sharded, sharding, inputs, tokens, list(expected))
     tensors = []
     for name, array in expected.items():
         size = max(1.0, float(np.abs(array).max(initial=0)))
@@ -141,9 +138,11 @@ def compare(
 def _shown(name: str, whole: Any) -> str:
     """Return the tensor of the whole model that an attention of the sharded one makes."""
     made = {each for node in whole.graph.node for each in node.output}
-    plain = name.removesuffix("_mdattn_inner")
-    wide = plain.removesuffix("_float16").removesuffix("_bfloat16")
-    return next((each for each in (name, plain, wide) if each in made), "")
+    for suffix in ("", "_mdattn_inner", "_float16", "_bfloat16", INNER_HEADS):
+        name = name.removesuffix(suffix)
+        if name in made:
+            return name
+    return ""
 
 
 def check_length(whole: Any, sharded: Any, sharding: Sharding) -> int:
@@ -206,45 +205,11 @@ def _copied(model: Any) -> Any:
     return copied
 
 
-def random_inputs(model: Any, sharding: Sharding, tokens: int, seed: int) -> Arrays:
-    """Draw inputs: ids that are in their tables, positions in order, masks of ones, or normal."""
-    random = np.random.default_rng(seed)
-    links, kinds = Links(model), import_onnx().helper.tensor_dtype_to_np_dtype
-    rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
-    found = {}
-    for value in graph_inputs(model):
-        axis = sharding.axes.get(value.name)
-        dims = [dim if isinstance(dim, int) else 1 for dim in labels_of(value)]
-        if axis is None and "mask" in value.name.lower():
-            dims = [dim if isinstance(dim, int) else tokens for dim in labels_of(value)]
-            dims[0] = 1
-        elif axis is not None:
-            dims[axis] = tokens
-        kind = kinds(value.type.tensor_type.elem_type)
-        tables = [rows.get(table, 2) for table in links.tables(value.name)]
-        array: Any
-        if kind.kind == "f":
-            array = random.standard_normal(dims)
-        elif "mask" in value.name.lower() or kind.kind == "b":
-            array = np.ones(dims)
-        elif "position" in value.name.lower() and axis is not None:
-            array = np.broadcast_to(
-                np.arange(tokens).reshape([-1 if n == axis else 1 for n in range(len(dims))]), dims
-            )
-        else:
-            array = random.integers(0, min(tables, default=2), dims)
-        found[value.name] = np.ascontiguousarray(array.astype(kind))
-    return found
-
-
 def _run_whole(model: Any, inputs: Mapping[str, Any], wanted: Sequence[str]) -> Arrays:
     present = {value.name for value in model.graph.output}
-    dims = {name: array.shape for name, array in inputs.items()}
-    types = Lengths(model, dims).types
     for name in wanted:
         if name not in present:
-            value = import_onnx().helper.make_tensor_value_info(name, types[name], None)
-            model.graph.output.append(value)
+            model.graph.output.add().name = name
     session = open_session(model)
     names = {each.name for each in session.get_inputs()}
     given = {name: array for name, array in inputs.items() if name in names}
@@ -255,108 +220,6 @@ def _run_whole(model: Any, inputs: Mapping[str, Any], wanted: Sequence[str]) -> 
             f"ONNX Runtime can't run the whole model: {' '.join(str(error).split())}",
             fix="leave the check out: --no-check",
         ) from error
-
-
-def _length(tokens: int, ranks: int) -> int:
-    return -(-tokens // ranks)
-
-
-def _dims_of(
-    model: Any, inputs: Mapping[str, Any], sharding: Sharding, tokens: int
-) -> dict[str, Sequence[int]]:
-    shard = _shard(inputs, sharding, tokens, 0)
-    return {value.name: shard[value.name].shape for value in graph_inputs(model)}
-
-
-def _shard(inputs: Mapping[str, Any], sharding: Sharding, tokens: int, rank: int) -> Arrays:
-    """Cut what a rank brings, filled up with its last token; and what sharding adds."""
-    length = _length(tokens, sharding.ranks)
-    own = np.minimum(np.arange(rank * length, (rank + 1) * length), tokens - 1)
-    found = {
-        name: np.take(array, own, sharding.axes[name]) if name in sharding.axes else array
-        for name, array in inputs.items()
-    }
-    kinds = {KEYS: [tokens], CAUSAL_KEYS: [(rank + 1) * length], POSITIONS: own}
-    return found | {kind: np.array(values, np.int64) for kind, values in kinds.items()}
-
-
-Exchange = Callable[[Any, list[Any], int], list[Any]]  # operation, arrays, the dim gathered along
-
-
-def exchange(operation: str, arrays: list[Any], dim: int = 0) -> list[Any]:
-    """Let ranks exchange: ``all_gather`` along `dim`, or ``all_to_all`` along the first."""
-    if operation == "all_gather":
-        return [np.concatenate(arrays, dim)] * len(arrays)
-    parts = [np.split(array, len(arrays)) for array in arrays]
-    return [np.concatenate([part[rank] for part in parts]) for rank in range(len(arrays))]
-
-
-def forget(operation: str, arrays: list[Any], dim: int = 0) -> list[Any]:
-    """Do the same with every rank's own tokens only."""
-    if operation == "all_gather":
-        return [np.concatenate([array] * len(arrays), dim) for array in arrays]
-    return list(arrays)
-
-
-def _lockstep(segments: Segments, feeds: Sequence[Arrays], swap: Any) -> list[Arrays]:
-    """Run all ranks to each call, compute it for all, and go on."""
-    runs = [segments.run(feed) for feed in feeds]
-    answers: list[Any] = [None] * len(runs)
-    while True:
-        calls, results = [], []
-        for run, answer in zip(runs, answers, strict=True):
-            try:
-                calls.append(run.send(answer))
-            except StopIteration as end:
-                results.append(end.value)
-        if results:
-            return results
-        answers = _answer(calls, swap)
-
-
-def _answer(calls: Sequence[Call], swap: Any) -> list[Any]:
-    node = calls[0].node
-    inputs = [call.inputs for call in calls]
-    if operator(node) == "DistCollective":
-        operation = attribute_of(node, "collective_operation").decode()
-        return list(swap(operation, [each[0] for each in inputs], 0))
-    if attribute_of(node, RANK_COUNT, 1) > 1:
-        for number in (1, 2):
-            gathered = swap("all_gather", [each[number] for each in inputs], -2)
-            for each, array in zip(inputs, gathered, strict=True):
-                each[number] = array
-    return [attend(node, *each) for each in inputs]
-
-
-def attend(node: Any, q: Any, k: Any, v: Any, mask: Any = None, *_rest: Any) -> Any:
-    """Compute an attention node in float32, densely."""
-    heads = attribute_of(node, "q_num_heads", 0), attribute_of(node, "kv_num_heads", 0)
-    joined, kind = q.ndim == 3, q.dtype
-    if joined:
-        q, k, v = (
-            each.reshape(*each.shape[:2], count, -1).swapaxes(1, 2)
-            for each, count in ((q, heads[0]), (k, heads[1]), (v, heads[1]))
-        )
-    q, k, v = (each.astype(np.float32) for each in (q, k, v))
-    k, v = (np.repeat(each, q.shape[1] // each.shape[1], 1) for each in (k, v))
-    default = 1.0 if operator(node) == "TRT_Attention" else 1 / sqrt(q.shape[-1])
-    scores = np.float32(attribute_of(node, "scale", default)) * (q @ k.swapaxes(-1, -2))
-    if cap := attribute_of(node, "softcap", 0.0):
-        scores = cap * np.tanh(scores / cap)
-    rows, columns = scores.shape[-2:]
-    causal = attribute_of(node, "causal_kind", b"none")
-    if attribute_of(node, "is_causal", 0) or causal != b"none":
-        diagonal = columns - rows if causal == b"lower_right" else 0
-        scores = np.where(np.tri(rows, columns, diagonal, dtype=bool), scores, -np.inf)
-    if mask is not None:
-        scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
-    highest = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - np.where(np.isfinite(highest), highest, 0))
-    total = weights.sum(-1, keepdims=True)
-    found = (weights / np.where(total == 0, 1, total)) @ v
-    if joined:
-        found = found.swapaxes(1, 2).reshape(*found.shape[0:1], rows, -1)
-    return np.ascontiguousarray(found.astype(kind))
 
 
 def _error(name: str, whole: Any, shards: Sequence[Any], tokens: int) -> float:

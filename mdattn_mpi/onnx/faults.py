@@ -22,8 +22,8 @@ class Faults:
             self._found.append(error)
         self.tensors.update(outputs)
 
-    def end(self) -> None:
-        """Raise one error for all of them; nothing where there is none.
+    def end(self, fix: str = "") -> None:
+        """Raise one error for all of them, with a fix for all; nothing where there is none.
 
         Raises
         ------
@@ -34,10 +34,13 @@ class Faults:
         if not self._found:
             return
         if len(self._found) == 1:
+            self._found[0].fix = fix or self._found[0].fix
             raise self._found[0]
         lines = [f"\n  {number}. {error}" for number, error in enumerate(self._found[:SHOWN], 1)]
         more = len(self._found) - SHOWN
         rest = f"\n  … and {more} more" if more > 0 else ""
         raise RejectedError(
             f"{len(self._found)} things stand against cutting this model:{''.join(lines)}{rest}"
+            + "\n  all of them come after the last attention" * bool(fix),
+            fix=fix,
         )

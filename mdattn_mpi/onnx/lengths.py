@@ -69,7 +69,7 @@ class Lengths:
         self._ir_version = model.ir_version
         self._positions = positions
         self._largest = largest
-        self._take_constants(model.graph)
+        self.take_constants(model.graph.initializer)
         for value in model.graph.input:
             if given and value.name in given:
                 self._know(value.name, given[value.name])
@@ -77,15 +77,16 @@ class Lengths:
                 kind = value.type.tensor_type.elem_type
                 self._note(value.name, tuple(dims[value.name]), kind)
         for node in model.graph.node if only is None else only:
-            self._run(node)
+            self.run(node)
 
     def branch(self, node: Any, attribute: str) -> Lengths:
         """Return the same of a graph that a node holds."""
         return self._branches[node.output[0], attribute]
 
-    def _take_constants(self, graph: Any) -> None:
+    def take_constants(self, tensors: Iterable[Any]) -> None:
+        """Take initializers into account."""
         onnx = import_onnx()
-        for tensor in graph.initializer:
+        for tensor in tensors:
             outside = tensor.data_location == onnx.TensorProto.EXTERNAL
             whole = tensor.data_type in (onnx.TensorProto.INT64, onnx.TensorProto.BOOL)
             if outside or prod(tensor.dims) > (LARGEST if whole else WEIGHTS):
@@ -102,7 +103,7 @@ class Lengths:
     def _note(self, name: str, shape: tuple[int, ...], kind: int) -> None:
         self.shapes[name], self.types[name] = shape, kind
 
-    def _run(self, node: Any) -> None:
+    def run(self, node: Any) -> None:
         """Compute what a node gives, or infer the shapes of it."""
         if operator(node) == "If":
             return self._run_branches(node)
@@ -126,9 +127,9 @@ class Lengths:
             inner.values, inner.shapes = self.values.new_child(), self.shapes.new_child()
             inner.types = self.types.new_child()
             inner.failures, inner._branches = {}, {}
-            inner._take_constants(graph)
+            inner.take_constants(graph.initializer)
             for each in graph.node:
-                inner._run(each)
+                inner.run(each)
             self._branches[node.output[0], name] = inner
         condition = self.values.get(node.input[0])
         graphs = dict(subgraphs(node))

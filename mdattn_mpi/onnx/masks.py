@@ -133,7 +133,13 @@ def window_of(node: Any) -> tuple[int, int] | None:
 
 
 def narrowed(node: Any, mask: Mask) -> Mask:
-    """Put a node's own causal attribute and its mask together."""
+    """Put a node's own window or causal attribute and its mask together."""
+    if own := window_of(node):
+        left, right = (
+            min((side for side in sides if side is not None and side >= 0), default=None)
+            for sides in zip(own, mask, strict=True)
+        )
+        return Mask(left, right)
     if attribute_of(node, "is_causal", 0) or attribute_of(node, "causal_kind", b"none") != b"none":
         return Mask(mask.left, 0)
     return mask

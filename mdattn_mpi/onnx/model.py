@@ -18,6 +18,7 @@ LOGGER = logging.getLogger("mdattn_mpi.onnx")
 RANK_COUNT = "nb_rank"  # what the parser honours
 MISSPELLED = ("nbRanks", "nb_ranks", "num_ranks")  # what it ignores without a word
 WINDOW = "mdattn_window"  # of an attention: keys before and after a query that it sees; -1: all
+INNER_HEADS = "_mdattn_heads"  # ends the name of an attention's output before heads are joined
 _RANDOM = "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
 RANDOM = frozenset(_RANDOM.split())
 STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators

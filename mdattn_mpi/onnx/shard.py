@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import TokenDim, token_dims
-from mdattn_mpi.onnx.cast import cast_products
+from mdattn_mpi.onnx.cast import cast_products, types_of
 from mdattn_mpi.onnx.check import check
+from mdattn_mpi.onnx.contrib.rewrite import write_out
 from mdattn_mpi.onnx.faults import Faults
+from mdattn_mpi.onnx.graph import prune
 from mdattn_mpi.onnx.model import (
     ATTENTION,
     STANDARD,
@@ -18,6 +20,7 @@ from mdattn_mpi.onnx.model import (
     import_onnx,
     name_of,
     operator,
+    reads,
 )
 from mdattn_mpi.onnx.patterns import fuse_patterns
 from mdattn_mpi.onnx.sharding import POSITIONS, Sharding, write_sharding
@@ -27,6 +30,7 @@ from mdattn_mpi.onnx.tokens import Tokens, trace_tokens
 from mdattn_mpi.problem import DTypeName, StrategyName
 
 OLDEST = 13  # the opset since which Softmax, Slice and Reshape are as they are used here
+ALIKE = 17  # what opsets from there on up to this one share means the same in it
 
 Places = Mapping[str, Sequence[TokenDim]]
 
@@ -84,6 +88,29 @@ def shard_model(
     return sharded, done
 
 
+def end_at(model: Any, names: Sequence[str]) -> None:
+    """Make some tensors the outputs of a model, in place, and drop what only others needed.
+
+    Raises
+    ------
+    RejectedError
+        There is no such tensor.
+
+    """
+    known = {value.name: value for value in model.graph.output}
+    made = [name for node in model.graph.node for name in node.output if name]
+    if missing := next((name for name in names if name not in made), None):
+        raise RejectedError(
+            f"--until {missing!r}: no node of the model makes such a tensor",
+            fix=f"name another, for example {made[-1]!r}",
+        )
+    types, make = types_of(model), import_onnx().helper.make_tensor_value_info
+    outputs = [known.get(name) or make(name, types.get(name, 0), None) for name in names]
+    del model.graph.output[:]
+    model.graph.output.extend(outputs)
+    prune(model.graph)
+
+
 class Prepared(NamedTuple):
     """A model whose every node but attention treats tokens alike.
 
@@ -107,13 +134,13 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
         It can't be: with all reasons, a node each.
 
     """
-    _check_opset(model)
-    done = fuse_patterns(model)
+    _raise_opset(model)
+    done = write_out(model) + fuse_patterns(model)
     attentions = _attentions(model)
     if not attentions:
         raise RejectedError(
-            "the model has no attention: no Attention or TRT_Attention node, and no "
-            "MatMul–Softmax–MatMul",
+            "the model has no attention: no node Attention, TRT_Attention, MultiHeadAttention "
+            "or GroupQueryAttention, and no MatMul–Softmax–MatMul",
             fix="export it with scaled dot-product attention (opset 23 has the operator)",
         )
     places: Places = token_dims(model, attentions, named_axes)
@@ -125,8 +152,22 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
         done.append(f"{cast_products(model, dtype)} nodes in {dtype}, the rest in float32")
     tokens = _trace(model, places)
     check(tokens, faults)
-    faults.end()
+    faults.end(_end_before(tokens, faults))
     return Prepared(model, tokens, places, done)
+
+
+def _end_before(tokens: Tokens, faults: Faults) -> str:
+    """Say where to end a model whose faults all come after its last attention; else nothing."""
+    attentions = [node for node in tokens.graph.node if operator(node) in ATTENTION]
+    if any(faults.tensors.intersection((*node.input, *node.output)) for node in attentions):
+        return ""
+    after = {name for node in attentions for name in node.output}
+    found = ""
+    for node in tokens.graph.node:
+        if after.intersection(reads(node)) and faults.tensors.isdisjoint(node.output):
+            after.update(node.output)
+            found = node.output[0] if tokens.place(node.output[0]) else found
+    return f"end the model before it: mdattn shard … --until {found!r}" if found else ""
 
 
 def outer_places(model: Any, tokens: Tokens) -> dict[str, TokenDim]:
@@ -149,6 +190,17 @@ def _attentions(model: Any) -> list[Any]:
     found = [node for node in model.graph.node if operator(node) in ATTENTION]
     _name_apart(model, found)
     return found
+
+
+def _raise_opset(model: Any) -> None:
+    """Let a model have the operators that are written into it: CastLike, LayerNormalization.
+
+    ONNX Runtime's optimizer puts LayerNormalization into older opsets as well.
+    """
+    _check_opset(model)
+    for each in model.opset_import:
+        if each.domain in STANDARD:
+            each.version = max(each.version, ALIKE)
 
 
 def _check_opset(model: Any) -> None:

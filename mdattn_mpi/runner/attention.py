@@ -11,12 +11,12 @@ from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset, sc
 from mdattn_mpi.estimate import PREPARING, typical_costs
 from mdattn_mpi.lockstep import Group, World, gather_together, together
 from mdattn_mpi.partition import partition_of
+from mdattn_mpi.planning.schedule import make_schedule
 from mdattn_mpi.problem import AnyPlan, Plan, TensorSpec
 from mdattn_mpi.runner.finite import check_finite, check_output, is_finite
 from mdattn_mpi.runner.groups import JobGroup, memory_of_a_rank, open_groups
 from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.schedule import make_schedule
 from mdattn_mpi.runner.work import Shard, Task
 
 

@@ -10,11 +10,11 @@ from mdattn_mpi.backends import Executor
 from mdattn_mpi.dataset import AnyItem, Output, TensorFile
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.lockstep import World, together
+from mdattn_mpi.planning.schedule import Schedule
 from mdattn_mpi.problem import AnyPlan
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.progress import INDENT
-from mdattn_mpi.runner.schedule import Schedule
 from mdattn_mpi.runner.work import Kind
 from mdattn_mpi.text import wrapped
 

@@ -26,8 +26,6 @@ from mdattn_mpi.runner.work import Begun, Enqueued, Read, Task, Written
 S = TypeVar("S", Read, Written)
 
 MEANWHILE = ("agree", "read", "begin", "enqueue", "write")  # what others may do while one agrees
-BAD = 1 << 32  # in place of a checksum, which has 32 bits: the item can't be written as it came out
-COUNT = 33  # from this bit on, a rank's word says how many of its pieces are on the disk
 
 # Items whose outputs are so small together may be under way to the disk, but at most so many.
 SMALL_BYTES = 1 << 20
@@ -79,12 +77,13 @@ class Loop:
         wants_to_stop: Callable[[], bool],
         finished: Callable[[Task], None],
         failed: Callable[[AnyItem, ItemError], None],
+        note: Callable[[tuple[str, str, int, int]], None] | None = None,
         commit_every: float = 0.0,
     ) -> None:
         self.group = group
         self.executor = executor
         self.files = files
-        self.clock = PhaseClock(board, deadlines)
+        self.clock = PhaseClock(board, deadlines, note)
         self.wants_to_stop = wants_to_stop
         self.finished = finished
         self.failed = failed
@@ -199,12 +198,15 @@ class Loop:
             step_of(ahead.task if ahead else None, behind.task if behind else None),
             error=_failure(behind) or error or _failure(ahead),
             refused=ahead.refused if ahead else None,
-            word=synced << COUNT | (_checksum(behind) if behind else 0),
+            unwritten=behind.refused if behind else None,
+            word=_checksum(behind) if behind else None,
+            reader=0,
+            count=synced,
             stop=self.wants_to_stop(),
         )
-        self.synced = min(agreement.words) >> COUNT
+        self.synced = agreement.least
         if behind is not None:
-            self._finish(behind, [word & (1 << COUNT) - 1 for word in agreement.words])
+            self._finish(behind.task, agreement)
         self._commit()
         return agreement
 
@@ -220,18 +222,13 @@ class Loop:
         self.executor.enqueue(begun.running)
         self.writes.put(task, Enqueued(task, self.executor.collect(begun.running)))
 
-    def _finish(self, behind: Outcome[Written], checksums: Sequence[int]) -> None:
-        """Collective. Take an item that all ranks have written as done, or give it up on all."""
-        task = behind.task
-        if BAD in checksums:
-            root = checksums.index(BAD)
-            own = behind.error.to_json() if behind.error and root == self.group.rank else None
-            error = MdattnError.from_json(self.group.bcast_bytes(own, root))
-            assert isinstance(error, ItemError)
-            self._fail(task.item, error)
+    def _finish(self, task: Task, agreement: Agreement) -> None:
+        """Take an item that all ranks have written as done, or give it up on all."""
+        if agreement.unwritten is not None:
+            self._fail(task.item, agreement.unwritten)
             return
         if self.group.rank == 0:
-            self.agreed.append((self.writes.taken, task, list(checksums)))
+            self.agreed.append((self.writes.taken, task, list(agreement.words)))
         self.finished(task)
 
     def _commit(self) -> None:
@@ -266,7 +263,7 @@ def most_behind(task: Task) -> int:
 
 
 def _checksum(behind: Outcome[Written]) -> int:
-    return behind.stage.checksum if behind.stage else BAD
+    return behind.stage.checksum if behind.stage else 0
 
 
 def step_of(ahead: Task | None, behind: Task | None) -> Step:

@@ -16,12 +16,12 @@ from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.partition import equal_shards
+from mdattn_mpi.planning.schedule import Queue, Schedule, make_schedule
 from mdattn_mpi.problem import AnyPlan, ModelPlan, ModelProblem, TensorSpec
 from mdattn_mpi.runner.finite import first_nonfinite
 from mdattn_mpi.runner.groups import JobGroup, open_groups
 from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
-from mdattn_mpi.runner.schedule import Queue, Schedule, make_schedule
 from mdattn_mpi.runner.segmented import SegmentedModel
 from mdattn_mpi.runner.work import Shard, Task
 from mdattn_mpi.trt.bindings import Binding, check_bindings, parse_bindings

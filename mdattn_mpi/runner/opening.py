@@ -13,12 +13,13 @@ from mdattn_mpi.dataset.index import select_items
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
-from mdattn_mpi.runner.folder import provenance, use_folder
+from mdattn_mpi.runner.folder import provenance, run_folder, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.text import counted, quantity
 
 KINDS = 6  # kinds of item that are described one by one
+FEW_KINDS = 3  # of a job that runs: its first words and its last fit on a screen
 
 
 def open_job(spec: JobSpec, world: World) -> Job:
@@ -56,12 +57,15 @@ def describe_plans(job: Job) -> str:
     ]
     if job.schedule.signature != "all":
         lines += [f"groups: {reason}" for reason in job.schedule.reasons]
-    for (plan, shape), count in counts.most_common(KINDS):
-        why = plan.reasons if job.spec.dry_run or job.spec.verbose else plan.reasons[:1]
+    in_full = job.spec.dry_run or job.spec.verbose
+    shown = counts.most_common(KINDS if in_full else FEW_KINDS)
+    for (plan, shape), count in shown:
+        why = plan.reasons if in_full else plan.reasons[:1]
         lines.append(f"{count} × {shape}; {'; '.join(why)}")
     lines += [f"warning {warning}" for warning in job.dataset.warnings]
-    if len(counts) > KINDS:
-        lines.append(f"and {counted(len(counts) - KINDS, 'more kind')} of item")
+    if len(counts) > len(shown):
+        where = "" if job.spec.dry_run else f"; {run_folder(job.spec)} has all plans"
+        lines.append(f"and {counted(len(counts) - len(shown), 'more kind')} of item{where}")
     return "\n".join(f"mdattn: {line}" for line in lines)
 
 

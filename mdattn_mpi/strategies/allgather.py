@@ -70,9 +70,9 @@ def attend(
 
     def attend_to(rows: Span, keys: tuple[Span, ...], k: A, v: A) -> None:
         """Let some of the rank's rows see `keys`, which `k` and `v` hold one after the other."""
-        for block in blocks(tokens_of(query, (rows,)), keys, mask):
-            run = block.kv.slice
-            device.attend(accumulator, block.q.shift(rows.start), k[run], v[run], block.band)
+        found = blocks(tokens_of(query, (rows,)), keys, mask)
+        placed = [block._replace(q=block.q.shift(rows.start)) for block in found]
+        device.attend(accumulator, placed, k, v)
 
     all_k, all_v = gathered
     attend_to(early, own, k, v)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
-from mdattn_mpi.mask import Band, Span
-from mdattn_mpi.partition import partition_of, token_count
+from mdattn_mpi.mask import Span
+from mdattn_mpi.partition import Block, partition_of, token_count
 from mdattn_mpi.problem import Plan
 
 Dims = tuple[int, ...]
@@ -57,14 +57,13 @@ class Rehearsal:
         return q, Shape(*q.shape[:2], v_head_dim), merged
 
     def attend(
-        self, accumulator: tuple[Shape, Shape, Span], rows: Span, k: Shape, v: Shape, band: Band
+        self, accumulator: tuple[Shape, Shape, Span], blocks: Sequence[Block], k: Shape, v: Shape
     ) -> None:
         """Note the call."""
         q, _, merged = accumulator
-        keys, kv_heads = k.shape[:2]
-        if len(rows) and keys and q.shape[1]:
-            shared = merged.start <= rows.start < merged.stop
-            self.calls.append(Rehearsed(len(rows), keys, q.shape[1], kv_heads, band, shared))
+        if blocks and q.shape[1]:
+            shared = merged.start <= blocks[0].q.start < merged.stop
+            self.calls.append(Rehearsed(tuple(blocks), q.shape[1], k.shape[1], shared))
 
     def finish(
         self, accumulator: tuple[Shape, Shape, Span], sinks: Shape | None = None

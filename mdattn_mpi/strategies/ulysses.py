@@ -41,9 +41,7 @@ def attend(
     own_heads = q_heads[device.rank]
     if len(own_heads):
         queries, keys = (Span(0, problem.q_tokens),), (Span(0, problem.kv_tokens),)
-        for block in blocks(queries, keys, problem.mask):
-            run = block.kv.slice
-            device.attend(accumulator, block.q, all_k[run], all_v[run], block.band)
+        device.attend(accumulator, blocks(queries, keys, problem.mask), all_k, all_v)
     out, lse = device.finish(accumulator, sinks[own_heads.slice] if sinks is not None else None)
     return _gather_heads(device, (out, lse), owners.query, q_heads)
 

@@ -19,11 +19,12 @@ Profile = dict[str, Range]
 
 
 class BuiltEngine(NamedTuple):
-    """A serialized engine and its manifest; whether it lay in the cache."""
+    """A serialized engine and its manifest; whether it lay in the cache; a model's known run."""
 
     engine: bytes | memoryview
     manifest: Manifest
     cached: bool = False
+    known: bytes | memoryview = b""
 
 
 def make_attention(library: Library, spec: EngineSpec, sm: SM, cache: Cache | None) -> BuiltEngine:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
 from typing import cast
@@ -11,10 +12,13 @@ import numpy as np
 
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import together
+from mdattn_mpi.onnx.known import KnownRun
 from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS
 from mdattn_mpi.partition import equal_shards, shard_length
 from mdattn_mpi.problem import ModelPlan, ModelProblem, StrategyName, TensorSpec
+from mdattn_mpi.trt.build import BuiltEngine
 from mdattn_mpi.trt.gpu import HostArray
+from mdattn_mpi.trt.model_proof import ModelVerdict, conclude_model, judge_model
 from mdattn_mpi.trt.runtime import EngineExecutor, Execution, Result, Runtime
 
 TRIAL_TOKENS = 16  # a rank, where the engine takes so few
@@ -27,8 +31,9 @@ UNPROVEN = (
 class Model(EngineExecutor):
     """Collective. A model's engine, loaded on the ranks of one group, and tried once.
 
-    What a model should give isn't known here. That collectives do nothing is: then no rank's
-    output depends on the tokens of another, and the engine isn't used.
+    Where the engine brings a known run (see `onnx.known`), it is held against that. Else what the
+    model should give isn't known; that collectives do nothing is: then no rank's output depends on
+    the tokens of another, and the engine isn't used.
 
     Attributes
     ----------
@@ -61,13 +66,54 @@ class Model(EngineExecutor):
         self._given = {name: kind for name, kind in kinds.items() if kind}
         self.inputs = self._tensors(name for name in names if name not in self._given)
         self.outputs = self._tensors(self._engine.outputs)
-        self._tried = self._try_collectives()
+        self._tried = self._prove(built) if built.known else self._try_collectives()
+
+    def _prove(self, built: BuiltEngine) -> str:
+        """Collective. Run it on inputs for which it is known what comes out; see `model_proof`."""
+        group, manifest, began = self._group, self.manifest, perf_counter()
+        seconds = dict(self._timings)
+
+        def begin() -> Execution:
+            shards = (
+                np.take(known.inputs[one.name], range(own.start, own.stop), one.token_dim)
+                for one in self.inputs
+            )
+            kinds = (self._engine.dtype(one.name) for one in self.inputs)
+            execution = self.begin(
+                self._trial_plan(known.tokens),
+                *(array.astype(kind) for array, kind in zip(shards, kinds, strict=True)),
+            )
+            self._blank(execution)
+            return execution
+
+        def look() -> ModelVerdict:
+            arrays = self.collect(execution).wait()
+            names = (tensor.name for tensor in self.outputs)
+            found = dict(zip(names, arrays, strict=True))
+            return judge_model(known, manifest, group.rank, found)
+
+        path = Path("known")
+        known = together(group, "known", lambda: KnownRun.from_bytes(bytes(built.known), path))
+        own = equal_shards(known.tokens, manifest.ranks)[group.rank]
+        execution = together(group, "begin proof", begin)
+        together(group, "enqueue proof", lambda: self.enqueue(execution))
+        found = group.allgather(asdict(together(group, "judge proof", look)))
+        verdicts = [ModelVerdict(**each) for each in found]
+        said = together(group, "proof", lambda: conclude_model(manifest, verdicts))
+        self._timings = seconds
+        return f"{said} on {known.tokens} tokens in {perf_counter() - began:.2f} s"
+
+    def _trial_plan(self, tokens: int) -> ModelPlan:
+        manifest = self.manifest
+        strategy = cast(StrategyName, manifest.strategy)
+        return ModelPlan(ModelProblem(tokens, ()), strategy, manifest.ranks, manifest.sha256)
 
     def _try_collectives(self) -> str:
         """Collective. Make sure that ranks hear of each other; return what was found, in words."""
         group, manifest, began = self._group, self.manifest, perf_counter()
+        unproven = f"{UNPROVEN} ({manifest.unproven})" if manifest.unproven else UNPROVEN
         if group.size == 1 or not any("float" in tensor.dtype for tensor in self.inputs):
-            return UNPROVEN
+            return unproven
         seconds = dict(self._timings)
         first, again = (self._try(seed) for seed in range(2))
         changed = group.allgather(first != again)
@@ -80,20 +126,18 @@ class Model(EngineExecutor):
             )
             error.agreed = True  # all have the same answers
             raise error
-        return f"ranks hear of each other (tried in {perf_counter() - began:.2f} s); {UNPROVEN}"
+        return f"ranks hear of each other (tried in {perf_counter() - began:.2f} s); {unproven}"
 
     def _try(self, seed: int) -> bytes:
         """Collective. Run it on random numbers, of which only rank 0's depend on `seed`."""
-        group, manifest = self._group, self.manifest
+        group = self._group
 
         def begin() -> Execution:
             ranges = [self._engine.extent(one.name, one.token_dim or 0) for one in self.inputs]
             low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
             length = max(low, min(TRIAL_TOKENS, high))
             random = np.random.default_rng((group.rank, seed if group.rank == 0 else 0))
-            strategy = cast(StrategyName, manifest.strategy)
-            problem = ModelProblem(length * manifest.ranks, ())
-            plan = ModelPlan(problem, strategy, manifest.ranks, manifest.sha256)
+            plan = self._trial_plan(length * self.manifest.ranks)
             return self.begin(plan, *(_numbers(one, length, random) for one in self.inputs))
 
         execution = together(group, "begin trial", begin)

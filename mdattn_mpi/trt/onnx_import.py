@@ -6,10 +6,13 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.onnx.compare import LONGEST
+from mdattn_mpi.onnx.known import known_run
 from mdattn_mpi.onnx.model import (
     ATTENTION,
     RANK_COUNT,
@@ -22,8 +25,9 @@ from mdattn_mpi.partition import shard_length
 from mdattn_mpi.trt.build import BuiltEngine, Profile, build_network
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, uncollected
-from mdattn_mpi.trt.store import describe
+from mdattn_mpi.trt.store import describe, sha256_of
 
+KNOWN_TOKENS = 16  # a rank, of a known run, where the engine takes so few
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
 
@@ -164,5 +168,27 @@ def build_model(
     profile = profile_of(network, sharding, tokens)
     engine = build_network(library, builder, network, log, sm, profile, path.name)
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    collectives = declared_collectives(load_model(path))
-    return BuiltEngine(engine, describe(engine, library, sm, sharding, digest, collectives))
+    model = load_model(path)
+    known, why = known_of(model, path, sharding, tokens)
+    manifest = describe(engine, library, sm, sharding, digest, declared_collectives(model))
+    manifest = replace(manifest, known=sha256_of(known) if known else "", unproven=why)
+    return BuiltEngine(engine, manifest, known=known)
+
+
+def known_of(
+    model: Any, path: Path, sharding: Sharding, tokens: tuple[int, int]
+) -> tuple[bytes, str]:
+    """Compute what a sharded model gives for known inputs; or say why that can't be.
+
+    `tokens` are the shortest and the longest sequence that its engine takes.
+    """
+    shortest = shard_length(tokens[0], sharding.ranks) if sharding.strategy == "ring" else 1
+    length = max(shortest, min(KNOWN_TOKENS, shard_length(tokens[1], sharding.ranks)))
+    whole = length * sharding.ranks
+    if whole > LONGEST:
+        return b"", f"its shortest sequence, of {whole} tokens, is too long to compute here"
+    uneven = length > 1 and sharding.strategy != "ring"
+    try:
+        return known_run(model, path, sharding, whole - uneven).to_bytes(), ""
+    except RejectedError as error:
+        return b"", str(error)

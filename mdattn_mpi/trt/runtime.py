@@ -27,7 +27,7 @@ from mdattn_mpi.trt.library import (
     find_library,
     show_sm,
 )
-from mdattn_mpi.trt.store import Manifest, check_fits, read_engine, sha256_of
+from mdattn_mpi.trt.store import Manifest, check_fits, read_engine, read_known, sha256_of
 from mdattn_mpi.trt.versions import fault_named
 
 HANDSHAKE: Final = 120.0  # seconds for all ranks to give an engine its communicator
@@ -82,7 +82,8 @@ class Runtime:
         built = together(group, phase, lambda: make() if group.rank == 0 else None)
         listed = group.bcast_bytes(built.manifest.to_json() if built else None)
         engine = group.bcast_large(built.engine if built else None)
-        return BuiltEngine(engine, Manifest.from_json(listed, Path(phase)))
+        known = group.bcast_large(built.known if built else None)
+        return BuiltEngine(engine, Manifest.from_json(listed, Path(phase)), known=known)
 
     def share_file(self, path: Path) -> BuiltEngine:
         """Collective. Read an engine on rank 0 and give it to all; refuse one that doesn't fit."""
@@ -90,7 +91,11 @@ class Runtime:
         def fits() -> None:
             check_fits(built.manifest, self.library, self.gpu.sm, self.group.size, str(path))
 
-        built = self.share("engine file", lambda: BuiltEngine(*read_engine(path)))
+        def read() -> BuiltEngine:
+            engine, manifest = read_engine(path)
+            return BuiltEngine(engine, manifest, known=read_known(path, manifest))
+
+        built = self.share("engine file", read)
         together(self.group, "engine fits", fits)
         return built
 
@@ -255,6 +260,13 @@ class EngineExecutor:
         before = self._gpu.mark()
         engine.enqueue(self._gpu.stream)
         execution.marks = (before, self._gpu.mark())
+
+    def _blank(self, execution: Execution) -> None:
+        """Fill the results with NaN: what isn't written must not look like an answer."""
+        for result in execution.results:
+            if result.dtype.kind not in "iub":
+                nothing = np.full(result.shape, np.nan, result.dtype)
+                self._gpu.upload(nothing, execution.buffers[result.name])
 
     def _check(self, execution: Execution) -> None:
         """Look at what comes out, now that the inputs are bound."""

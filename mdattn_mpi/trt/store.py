@@ -41,6 +41,8 @@ class Manifest:
     spec: dict[str, Any]  # the attention that it computes, as `EngineSpec.facts`; {} for a model
     model: str = ""  # SHA-256 of the ONNX file that it was built from
     collectives: dict[str, int] = field(default_factory=dict)  # of the network, by operation
+    known: str = ""  # SHA-256 of what a model gives for known inputs, in a file beside; see `known`
+    unproven: str = ""  # why there is no such file
 
     def to_json(self) -> bytes:
         """Encode, readably."""
@@ -114,8 +116,10 @@ def describe(
     )
 
 
-def write_engine(path: Path, engine: bytes | memoryview, manifest: Manifest) -> None:
-    """Write `path` and its manifest; each appears whole or not at all.
+def write_engine(
+    path: Path, engine: bytes | memoryview, manifest: Manifest, known: bytes | memoryview = b""
+) -> None:
+    """Write `path`, its manifest and a known run of it; each appears whole or not at all.
 
     Raises
     ------
@@ -125,6 +129,8 @@ def write_engine(path: Path, engine: bytes | memoryview, manifest: Manifest) -> 
     """
     try:
         write_whole(path, engine)
+        if manifest.known:
+            write_whole(known_path(path), known)
         write_whole(manifest_path(path), manifest.to_json())
     except OSError as error:
         raise RejectedError(
@@ -137,6 +143,32 @@ def write_engine(path: Path, engine: bytes | memoryview, manifest: Manifest) -> 
 def manifest_path(engine: Path) -> Path:
     """``X.engine.json`` for ``X.engine``."""
     return engine.with_name(engine.name + ".json")
+
+
+def known_path(engine: Path) -> Path:
+    """``X.engine.known.npz`` for ``X.engine``."""
+    return engine.with_name(engine.name + ".known.npz")
+
+
+def read_known(path: Path, manifest: Manifest) -> bytes:
+    """Read the known run of an engine; empty where it has none.
+
+    Raises
+    ------
+    RejectedError
+        Not there, or not what the manifest vouches for.
+
+    """
+    if not manifest.known:
+        return b""
+    known = _read(known_path(path), "what the engine gives for known inputs", "build it again")
+    if sha256_of(known) != manifest.known:
+        raise RejectedError(
+            "this isn't what the engine was to give for known inputs",
+            file=str(known_path(path)),
+            fix="build the engine again",
+        )
+    return known
 
 
 def read_engine(path: Path) -> tuple[bytes, Manifest]:

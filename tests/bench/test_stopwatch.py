@@ -39,7 +39,7 @@ class Late:
     def accumulator(self, q: Array, v_head_dim: int, scale: float, **merged: Any) -> Array:
         return q
 
-    def attend(self, accumulator: Array, rows: Any, k: Array, v: Array, band: Any) -> None:
+    def attend(self, accumulator: Array, blocks: Any, k: Array, v: Array) -> None:
         self.work(accumulator.shape[0] * k.shape[0] * PAIR * prod(k.shape[1:]))
 
     def finish(self, accumulator: Array, sinks: Any = None) -> tuple[Array, Array]:

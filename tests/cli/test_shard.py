@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def test_shard_and_build(block: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     _, manifest = read_engine(engine)
     assert (manifest.strategy, manifest.ranks, manifest.spec) == ("allgather", 2, {})
     assert manifest.axes == {"hidden": 0, "output": 0}
+    there = find_spec("onnxruntime") is not None  # what is known of it lies beside
+    assert bool(manifest.known) == (tmp_path / "block.engine.known.npz").exists() == there
+    assert ("it can't be proven before it runs" in capsys.readouterr().out) != there
     capsys.readouterr()
     assert main([*build, "4", "--tokens", "64:4096"]) == 2
     assert "sharded for 2 ranks, -n says 4" in complaint(capsys)
@@ -68,7 +72,7 @@ def test_ring_marks_the_attention(
 def test_check_and_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A float32 model is refused, or cast; and held against the whole one where that can be."""
     pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
-    from mdattn_mpi.onnx import compare
+    from mdattn_mpi.onnx import ranks
     from tests.support.onnx_decoder import decoder
 
     path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
@@ -82,12 +86,35 @@ def test_check_and_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "in float16: checked with ONNX Runtime on 67 tokens: right" in told
     out.unlink()
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(compare, "exchange", compare.forget)
+        patched.setattr(ranks, "exchange", ranks.forget)
         assert main([*command, "--dtype", "fp32"]) == 1
         assert not out.exists()
         assert "nothing was written" in capsys.readouterr().err
         assert main([*command, "--dtype", "fp32", "--no-check"]) == 0
     assert out.exists()
+
+
+def test_until(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A pooled model is refused, and told where to end; ended there it is sharded."""
+    onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
+    pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+    from tests.support.onnx_decoder import decoder
+
+    model = decoder()
+    model.graph.node.append(onnx.helper.make_node("ReduceMean", ["out"], ["mean"], axes=[1]))
+    model.graph.output[0].name = "mean"
+    path, out = tmp_path / "model.onnx", tmp_path / "out.onnx"
+    path.write_bytes(model.SerializeToString())
+    command = ["shard", str(path), "-n", "3", "-s", "allgather", "--dtype", "fp32", "-o", str(out)]
+    assert main(command) == 2
+    told = complaint(capsys)
+    assert "'mean' (ReduceMean) works along the tokens" in told
+    assert "end the model before it: mdattn shard … --until 'out'" in told
+    assert main([*command, "--until", "out"]) == 0
+    assert "67 tokens: right" in capsys.readouterr().out
+    assert [value.name for value in onnx.load(out).graph.output] == ["out"]
+    assert main([*command, "--until", "nothing"]) == 2
+    assert "--until 'nothing': no node of the model makes such a tensor" in complaint(capsys)
 
 
 def test_refusals(block: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ from mdattn_mpi.lockstep import World, start, together
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.runner.batch import files_of
 from mdattn_mpi.runner.clock import PhaseClock
+from mdattn_mpi.runner.events import Events
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.opening import open_files, open_job
 
@@ -115,9 +116,8 @@ def print_timeline(noted: Noted, began: float) -> None:
     first = found["uploaded"][0][1]
     offset = found["uploaded"][0][0]  # roughly: as if the first upload took no time
     print("item: begun, enqueued by the host; on the GPU uploaded, keys there, computing, computed")
-    rows = zip(
-        *(found[k] for k in ("uploaded", "enqueued", "there", "computing", "computed")), strict=True
-    )
+    names = ("uploaded", "enqueued", "there", "computing", "computed")
+    rows = zip(*(found[name] for name in names), strict=False)  # the shortest, last, are replayed
     for number, row in enumerate(rows):
         gpu = [offset + (event - first) for _, event in (row[0], *row[2:])]
         times = (row[0][0], row[1][0], *gpu)
@@ -151,7 +151,7 @@ def main() -> int:
     assert job.output is not None
     device = job.groups[0].executor.device  # type: ignore[attr-defined]
     bandwidth(world, device)
-    memory = bench._in_memory(job, files_of(job, job.output))
+    memory = bench._in_memory(job, files_of(job, job.output, Events()))
     for number in range(arguments.passes):
         world.barrier()
         asked.clear()

@@ -102,7 +102,9 @@ def inputs(problem: AttentionProblem, random: np.random.Generator) -> list[Any]:
     if problem.softcap:
         arrays[0] *= 3
     if problem.sinks:
-        arrays.append(random.normal(3, 2, problem.q_heads).astype(np.float32))
+        arrays.append(
+            random.normal(6 if problem.softcap else 3, 2, problem.q_heads).astype(np.float32)
+        )
     return arrays
 
 

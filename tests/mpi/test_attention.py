@@ -173,6 +173,9 @@ def test_ranks_that_differ_are_told_in_what(world: Any) -> None:
         (r"heads.*\[8, 8\] on rank 1|heads.*\[8, 8\]", {"heads": 8}, {}),
         (r"causal \('none' on rank 0, 'upper_left' on rank 1\)", {}, {"causal": "upper_left"}),
         (r"return_lse", {}, {"return_lse": True}),
+        (r"window.*\[5, -1\] on rank 1", {}, {"window": (5, -1)}),
+        (r"softcap \(0.0 on rank 0, 2.0 on rank 1\)", {}, {"softcap": 2.0}),
+        (r"sinks \(False on rank 0, True on rank 1\)", {}, {"sinks": np.zeros(2, np.float32)}),
     ):
         if not world.rank:
             changes, options = {}, {}
@@ -180,6 +183,25 @@ def test_ranks_that_differ_are_told_in_what(world: Any) -> None:
         q, k, v = (np.ones((3, heads, 8), dtype) for _ in "qkv")
         with pytest.raises(DisagreementError, match=message):
             mdattn_mpi.attention(world.comm, q, k, v, **options)
+
+
+@on_ranks(2)
+def test_other_sinks_are_noticed_in_each_call(world: Any) -> None:
+    q, k, v = (np.ones((3, 2, 8), np.float16) for _ in "qkv")
+    sinks = np.array([1, 2], np.float32)
+    made = mdattn_mpi.Attention(world.comm, q, k, v, sinks=sinks)
+    for _ in range(2):
+        mdattn_mpi.attention(world.comm, q, k, v, sinks=sinks)
+        made.start(q, k, v).wait()
+        sinks += 1
+    sinks[1] += world.rank
+    said = r"values of the sinks.*\(\d+ on rank 0, \d+ on rank 1\)"
+    with pytest.raises(DisagreementError, match=said):
+        mdattn_mpi.attention(world.comm, q, k, v, sinks=sinks)
+    with pytest.raises(DisagreementError, match=said):
+        made.start(q, k, v)
+    sinks[1] -= world.rank
+    assert made.start(q, k, v).wait().shape == (3, 2, 8)  # all is well again
 
 
 @on_ranks(2)

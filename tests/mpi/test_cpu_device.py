@@ -11,6 +11,7 @@ import pytest
 from mdattn_mpi.devices.cpu import device
 from mdattn_mpi.devices.cpu.device import CpuDevice, open_cpu
 from mdattn_mpi.mask import FULL
+from mdattn_mpi.partition import Block
 from mdattn_mpi.problem import Span
 from tests.support.ranks import on_ranks
 
@@ -79,7 +80,7 @@ def test_messages_arrive_while_the_rank_computes(world: Any) -> None:
     keys = np.ones((512, 1, 8), np.float16)
     accumulator = device.accumulator(q, 8, 1.0)
     while transfer.requests:  # a hang here is a failure: nothing else calls MPI
-        device.attend(accumulator, Span(0, 64), keys, keys, FULL)
+        device.attend(accumulator, [Block(Span(0, 64), Span(0, 512), FULL)], keys, keys)
     device.wait(transfer)
     assert received.tobytes() == contents(left, device.rank, 0, np.float16, 200_000).tobytes()
     assert (device.finish(accumulator)[0] == 1).all()

@@ -96,6 +96,35 @@ def test_an_engine_whose_collectives_do_nothing_is_not_used(world: World, folder
         assert "TensorRT 11.2" in caught.value.fix
 
 
+@on_ranks(2, 3)
+def test_a_model_is_proven_against_onnx_runtime(world: World, folder: Path) -> None:
+    """What is right passes; zeros, own tokens alone, nothing and another model don't."""
+    from mdattn_mpi.errors import DeviceError
+    from mdattn_mpi.trt.model import Model
+    from tests.support.tensorrt import library
+    from tests.support.tensorrt_double import DoubleRuntime
+
+    if world.rank == 0:
+        prepare(folder, world.size, (9,), known=True)
+    world.barrier()
+    for lies, told in (
+        ("", ""),
+        ("zeros", "gives zeros"),
+        ("single device", "gives what its own tokens alone would make"),
+        ("nothing is written", "gives NaN in every row"),
+        ("another model", "gives other numbers, 0.2 off"),
+    ):
+        runtime = DoubleRuntime(world, library())
+        runtime.double.tape.lies = lies
+        if lies:
+            with pytest.raises(DeviceError, match=told) as caught:
+                Model(runtime, folder / "block.engine")
+            assert "computes the model wrongly (allgather" in str(caught.value)
+            assert "mdattn shard -s" in caught.value.fix
+        else:
+            assert "proven against ONNX Runtime" in Model(runtime, folder / "block.engine")._tried
+
+
 def test_every_item_is_right_and_a_finished_job_does_nothing(folder: Path) -> None:
     first = run(folder)
     assert first.returncode == 0, first.stderr
@@ -182,7 +211,7 @@ def test_a_signal_lets_it_finish_what_is_in_hand(tmp_path: Path) -> None:
         kill_all(mark_of(process))
     assert process.returncode == 75, err
     assert 0 < done(folder / "out.h5") < count
-    assert "run the same command again to resume" in err
+    assert "run the same command again" in err
     assert run(folder).returncode == 0
     assert max(errors(folder, range(count))) < TOLERANCE
 

@@ -13,12 +13,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from mdattn_mpi.devices.cuda.attention import AttentionCall
+from mdattn_mpi.devices.cuda.attention import ONE, AttentionCall
 from mdattn_mpi.devices.cuda.gpu import Gpu, View
 from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import DeviceError, RejectedError
@@ -345,6 +346,8 @@ class FakeEngine:
             return ""
         if call.softcap:
             return "it has no soft cap"
+        if call.documents != ONE:
+            return "it takes one document a call"
         if call.mask == "band" and call.q_tokens > call.kv_tokens:
             return "a band of more rows than keys"
         return "its output has 16 bits" if call.out_dtype != call.dtype else ""
@@ -404,7 +407,24 @@ def _view(address: int, shape: Sequence[int], strides: Sequence[int], dtype: Any
     return np.lib.stride_tricks.as_strided(flat, shape, [s * dtype.itemsize for s in strides])
 
 
-def _attend(key: AttentionCall, addresses: Sequence[int]) -> None:
+def _attend(call: AttentionCall, addresses: Sequence[int]) -> None:
+    if call.documents == ONE:
+        _attend_once(call, addresses)
+        return
+    starts = [
+        _view(address, (len(numbers),), (1,), np.int32).tolist()
+        for address, numbers in zip(addresses[5:], call.documents, strict=True)
+    ]
+    for (first, last), (begin, end) in zip(*map(pairwise, starts), strict=True):
+        one = call._replace(q_tokens=last - first, kv_tokens=end - begin, documents=ONE)
+        rows = (first, begin, begin, first, first)
+        strides = (call.q, call.k, call.v, call.output, call.lse)
+        sizes = [DTYPES[t].itemsize for t in (*[call.dtype] * 3, call.out_dtype, "float32")]
+        steps = (row * s[0] * size for row, s, size in zip(rows, strides, sizes, strict=True))
+        _attend_once(one, [at + step for at, step in zip(addresses, steps, strict=False)])
+
+
+def _attend_once(key: AttentionCall, addresses: Sequence[int]) -> None:
     dtype = DTYPES[key.dtype]
     sq, skv, nq, nkv = key.q_tokens, key.kv_tokens, key.q_heads, key.kv_heads
     q = _view(addresses[0], (sq, nq, key.head_dim), key.q, dtype).astype(np.float64)

@@ -19,7 +19,7 @@ import numpy as np
 from mdattn_mpi.devices.cpu.host import Array, HostDevice
 from mdattn_mpi.devices.cpu.partial import Partial
 from mdattn_mpi.devices.protocol import Device, Message
-from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.partition import Block
 
 T = TypeVar("T")
 
@@ -171,15 +171,17 @@ class LoopbackDevice(HostDevice):
         self._require_writable(target, "copied into")
         super().copy(source, target)
 
-    def attend(self, accumulator: Partial, rows: Span, k: Array, v: Array, band: Band) -> None:
-        """Attend, once sure that no array is still to be received and the block is allowed."""
+    def attend(self, accumulator: Partial, blocks: Sequence[Block], k: Array, v: Array) -> None:
+        """Attend, once sure that no array is still to be received and the blocks are allowed."""
         for array in (accumulator.q, k, v):
             self._require_readable(array, "attended to")
-        _require(len(rows) > 0 and len(k) == len(v) > 0, "a block without rows or keys")
-        bounds = [bound for bound in band if bound is not None]
-        _require(not bounds or len(k) >= len(rows), "a band with fewer keys than rows")
-        _require(min(bounds, default=0) >= 0, f"a bound below 0: {band}")
-        super().attend(accumulator, rows, k, v, band)
+        for rows, keys, band in blocks:
+            _require(0 <= rows.start < rows.stop <= len(accumulator.q), f"no rows: {rows}")
+            _require(0 <= keys.start < keys.stop <= len(k) == len(v), f"no keys: {keys}")
+            bounds = [bound for bound in band if bound is not None]
+            _require(not bounds or len(keys) >= len(rows), "a band with fewer keys than rows")
+            _require(min(bounds, default=0) >= 0, f"a bound below 0: {band}")
+        super().attend(accumulator, blocks, k, v)
 
     def check_done(self) -> None:
         """Require that every transfer has been waited for."""

@@ -15,14 +15,26 @@ from typing import Any
 BIND = ("hidden=items/*/hidden:0", "output=items/*/out")
 
 
-def prepare(folder: Path, ranks: int, lengths: Sequence[int], strategy: Any = "allgather") -> None:
-    """Write ``data.h5`` and ``block.engine``: an attention block that `ranks` run together."""
+def prepare(
+    folder: Path,
+    ranks: int,
+    lengths: Sequence[int],
+    strategy: Any = "allgather",
+    known: bool = False,
+) -> None:
+    """Write ``data.h5`` and ``block.engine``: an attention block that `ranks` run together.
+
+    With what ONNX Runtime gives for known inputs beside it, if wanted.
+    """
+    from dataclasses import replace
+
     import h5py
     import numpy as np
 
     from mdattn_mpi.onnx.shard import shard_model
     from mdattn_mpi.onnx.sharding import read_sharding
-    from mdattn_mpi.trt.store import describe, write_engine
+    from mdattn_mpi.trt.onnx_import import known_of
+    from mdattn_mpi.trt.store import describe, sha256_of, write_engine
     from tests.support.onnx_block import HEAD_DIM, HEADS
     from tests.support.tensorrt import library
 
@@ -30,7 +42,9 @@ def prepare(folder: Path, ranks: int, lengths: Sequence[int], strategy: Any = "a
     engine = sharded.SerializeToString()
     sharding = read_sharding(sharded, folder)
     manifest = describe(engine, library(), (12, 0), sharding, model="0")
-    write_engine(folder / "block.engine", engine, manifest)
+    run, why = known_of(sharded, folder, sharding, (1, 1 << 20)) if known else (b"", "not wanted")
+    manifest = replace(manifest, known=sha256_of(run) if run else "", unproven=why)
+    write_engine(folder / "block.engine", engine, manifest, run)
     random = np.random.default_rng()
     with h5py.File(folder / "data.h5", "w") as file:
         for number, tokens in enumerate(lengths):

@@ -167,7 +167,7 @@ class Double:
 
     It lies as the library was seen to (`Tape.lies`): "single device" (collectives do nothing),
     "lost communicator", "groups" (see `Ungrouped`), "fp16" (sums in FP16), and as it might: "says
-    single device", "collectives left out", "nothing is written", "zeros".
+    single device", "collectives left out", "nothing is written", "zeros", "another model".
     """
 
     def __init__(self, real: Library, comm: Any, version: str = "", world: Any = None) -> None:
@@ -329,7 +329,11 @@ class ModelEngine:
         }
         ranks = self._double.ranks(connected=True)
         found = interpret(self._api, self._network, inputs, ranks, collectives)
-        for name, result in found.items():
+        if self._double.tape.lies == "nothing is written":
+            return True
+        factor = {"zeros": 0, "another model": 1.2}.get(self._double.tape.lies, 1)
+        for name, right in found.items():
+            result = (factor * right).astype(right.dtype)
             _view(self._addresses[name], result.shape, result.dtype)[:] = result
         return True
 

@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "text": set(),
     "partition": set(),
     "estimate": {"partition"},
+    "planning": {"estimate", "partition"},
     "lockstep": set(),
     "dataset": set(),
     "devices": {"estimate", "lockstep", "partition"},
@@ -57,6 +58,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "transformers": {"models", "library", "lockstep", "partition"},
     "runner": {
+        "planning",
         "estimate",
         "partition",
         "devices",
@@ -67,8 +69,11 @@ ROOMS: dict[str, set[str]] = {
         "models",
         "onnx",
     },
+    "report": {"dataset", "lockstep", "runner"},
     "doctor": {"devices", "lockstep", "trt.versions"},
     "cli": {
+        "planning",
+        "estimate",
         "doctor",
         "partition",
         "devices",
@@ -77,6 +82,7 @@ ROOMS: dict[str, set[str]] = {
         "backends",
         "trt",
         "runner",
+        "report",
         "verifier",
         "onnx",
         "bench",
@@ -85,6 +91,7 @@ ROOMS: dict[str, set[str]] = {
         "corpus",
     },
     "bench": {
+        "planning",
         "partition",
         "estimate",
         "devices",

@@ -124,8 +124,7 @@ def test_every_step_of_a_causal_ring_does_the_same_work(p: int) -> None:
     for rank in range(p):
         for step in range(p):
             found = blocks(owners[rank], owners[(rank - step) % p], Mask(high=0))
-            # Two calls for the rank's own shard, unless its two chunks touch; else one.
-            assert len(found) == (2 if step == 0 and rank < p - 1 else 1)
+            assert len(found) == 1
             full = 2 * 512 * 512
             pairs = sum(
                 len(b.q) * len(b.kv) - (b.band == LOWER_RIGHT) * len(b.q) ** 2 // 2 for b in found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
@@ -17,7 +17,8 @@ from mdattn_mpi.devices.cpu.exponential import Exponential, loaded_exp, prepare_
 from mdattn_mpi.devices.cpu.partial import Partial
 from mdattn_mpi.devices.cpu.tile import BLOCK_KEYS
 from mdattn_mpi.devices.protocol import NO_ROWS, Rehearsed
-from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.mask import Span
+from mdattn_mpi.partition import Block
 from mdattn_mpi.problem import AttentionProblem, Plan
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -107,10 +108,11 @@ class HostDevice:
         """Start with nothing seen: output 0, LSE −∞, for each row and head of `q`."""
         return Partial(q, v_head_dim, scale, softcap)
 
-    def attend(self, accumulator: Partial, rows: Span, k: Array, v: Array, band: Band) -> None:
-        """Add the attention of the query's `rows` to what they see of `k` and `v`."""
+    def attend(self, accumulator: Partial, blocks: Sequence[Block], k: Array, v: Array) -> None:
+        """Add the attention of rows of the query to what they see of `k` and `v`."""
         with self.timed("compute"):
-            self._attention.attend(accumulator, rows, k, v, band)
+            for rows, keys, band in blocks:
+                self._attention.attend(accumulator, rows, k[keys.slice], v[keys.slice], band)
 
     def finish(self, accumulator: Partial, sinks: Array | None = None) -> tuple[Array, Array]:
         """Output ``[Sq, Nq, Hv]`` in the dtype of the query, LSE ``[Sq, Nq]`` in float32."""

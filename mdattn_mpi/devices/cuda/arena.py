@@ -64,10 +64,8 @@ class Arena:
         self._asked, self._free = 0, {}
         self._pass += 1
 
-    def empty(
-        self, shape: tuple[int, ...], dtype: np.dtype[Any], *, newest: bool = False
-    ) -> DeviceArray:
-        """An array with undefined contents; `newest` changes nothing.
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        """An array with undefined contents.
 
         Raises
         ------

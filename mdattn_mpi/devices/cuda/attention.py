@@ -7,6 +7,7 @@ addresses. Nobody else knows which engine a launch belongs to. What they can do:
     any band            rows <= keys, bounds of 0 and above     yes
     soft cap            no                                      yes
     float32 output      no                                      yes
+    packed documents    no                                      on SM 9.0
 
 Sinks are no kernel's business: they are added when results are finished.
 """
@@ -19,6 +20,9 @@ from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 
 MaskKind = Literal["none", "causal", "band"]
 Strides = tuple[int, ...]
+# Where each document begins and the last one ends, in rows and in keys.
+Documents = tuple[tuple[int, ...], tuple[int, ...]]
+ONE: Documents = ((), ())
 
 
 class AttentionCall(NamedTuple):
@@ -27,6 +31,9 @@ class AttentionCall(NamedTuple):
     Arrays are ``[tokens, heads, dim]``, the LSE ``[tokens, heads]`` in float32. ``out_dtype`` is
     ``dtype``, or ``float32`` for a partial result that will be merged with others.
     Scores become ``softcap · tanh(score / softcap)``, unless it is 0.
+
+    The rows of each of the `documents` see the keys of the same one, in a band of their own, as if
+    it were a call of its own; `ONE` stands for no more than one.
     """
 
     q_tokens: int
@@ -45,6 +52,7 @@ class AttentionCall(NamedTuple):
     v: Strides
     output: Strides
     lse: Strides
+    documents: Documents = ONE
 
     @property
     def mask(self) -> MaskKind:
@@ -67,7 +75,10 @@ class Launch(Protocol):
     workspace: int
 
     def run(self, addresses: tuple[int, ...], workspace: int, stream: Any) -> None:
-        """Attend: the addresses of query, key, value, output and LSE, in this order."""
+        """Attend: the addresses of query, key, value, output and LSE, in this order.
+
+        Where the call has `documents`, two arrays of int32 follow, which say the same.
+        """
         ...
 
 

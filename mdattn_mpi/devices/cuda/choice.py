@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from mdattn_mpi.devices.cuda.attention import AttentionCall, Engine
+from mdattn_mpi.devices.cuda.attention import ONE, AttentionCall, Engine
 from mdattn_mpi.devices.cuda.flash.engine import why_not
 from mdattn_mpi.devices.presence import gpu_count, gpu_sm
 from mdattn_mpi.errors import RejectedError
@@ -17,10 +17,14 @@ GAIN: dict[int, dict[int, float]] = {9: {64: 1.21, 128: 1.09, 256: 1.11}}
 
 
 class Choice(NamedTuple):
-    """An engine, whether it can leave partial results in float32, and why it was taken."""
+    """An engine, and why it was taken.
+
+    `float32`: it can leave partial results in float32; `packs`: a call may have many documents.
+    """
 
     engine: Engine
     float32: bool
+    packs: bool
     reason: str
 
 
@@ -63,7 +67,8 @@ class Chooser:
         bounded = [bound is not None for bound in call.band]
         kind = (*call[2:7], call.mask, *bounded, call.softcap > 0)
         if kind not in self._chosen:
-            self._chosen[kind] = self._choose(call._replace(out_dtype=call.dtype))
+            plain = call._replace(out_dtype=call.dtype, documents=ONE)
+            self._chosen[kind] = self._choose(plain)
         return self._chosen[kind]
 
     @property
@@ -86,8 +91,11 @@ class Chooser:
             refusal = engine.refusal(call)
             if not refusal:
                 partial = call._replace(out_dtype="float32")
+                packed = call._replace(documents=((0, call.q_tokens), (0, call.kv_tokens)))
                 reason = "; ".join((f"{engine.name}: {why}", *refusals))
-                return Choice(engine, not engine.refusal(partial), reason)
+                return Choice(
+                    engine, not engine.refusal(partial), not engine.refusal(packed), reason
+                )
             refusals.append(f"not {engine.name}: {refusal}")
         if self._missing:
             refusals.append(f"not flash: {self._missing}")
@@ -127,8 +135,10 @@ def _options(call: AttentionCall) -> str:
 
 def needs_no_preparing(backend: str, kernel: str) -> bool:
     """Whether no length of this rank's calls needs preparing; its GPU needn't be open."""
-    if backend != "cuda" or gpu_count() < 1:
-        return False
-    sm = gpu_sm(0)
+    return backend == "cuda" and gpu_count() > 0 and takes_flash(kernel, gpu_sm(0))
+
+
+def takes_flash(kernel: str, sm: tuple[int, int]) -> bool:
+    """Whether most calls go to FlashAttention on such a GPU, with what is installed here."""
     wanted = kernel == "flash" or (kernel == "auto" and sm[0] in GAIN)
     return wanted and not why_not(sm)

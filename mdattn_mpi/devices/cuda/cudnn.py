@@ -12,7 +12,7 @@ import ctypes
 import threading
 from typing import Any
 
-from mdattn_mpi.devices.cuda.attention import AttentionCall, Strides
+from mdattn_mpi.devices.cuda.attention import ONE, AttentionCall, Strides
 from mdattn_mpi.devices.presence import EXTRA
 from mdattn_mpi.errors import RejectedError
 
@@ -84,6 +84,8 @@ class CudnnEngine:
             return "it rounds its output to 16 bits"
         if call.softcap:
             return "it has no soft cap"
+        if call.documents != ONE:
+            return "it takes one document a call"
         try:
             self._build(call)
         except (self._cudnn.cudnnGraphNotSupportedError, ValueError) as refusal:

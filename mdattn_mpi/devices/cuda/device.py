@@ -25,10 +25,12 @@ from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, HostBuffers, Memory
 from mdattn_mpi.devices.cuda.messages import Transfer, before, by_peer, spans
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
+from mdattn_mpi.devices.cuda.packing import Offsets
 from mdattn_mpi.devices.cuda.partials import Partials
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
 from mdattn_mpi.estimate import Costs, gpu_costs, head_start
-from mdattn_mpi.mask import Band, Span
+from mdattn_mpi.mask import Span
+from mdattn_mpi.partition import Block
 from mdattn_mpi.problem import AttentionProblem, Plan
 
 ALIGNED = 16  # bytes
@@ -63,6 +65,8 @@ class CudaDevice:
         The ranks that copy engines reach.
     memory
         Device memory; shared with `copies`.
+    offsets
+        Where packed documents begin.
     facts
         What `describe` says besides.
     limit
@@ -85,6 +89,7 @@ class CudaDevice:
         launches: Launches,
         *,
         memory: Memory | Arena,
+        offsets: Offsets,
         copies: Carrier | None = None,
         nccl: Network | None = None,
         near: Iterable[int] = (),
@@ -95,12 +100,13 @@ class CudaDevice:
         self._rank, self._ranks = rank, ranks
         self._gpu, self._chooser = gpu, launches.chooser
         self._copies, self._nccl, self._near = copies, nccl, frozenset(near)
-        self.memory = memory
+        self.memory, self._offsets = memory, offsets
         self.host = HostBuffers(gpu)
         self._facts, self._limit = dict(facts or {}), limit
         self.clock = Clock(timings)
-        self.kernels = Kernels(gpu, launches, memory, self.clock)
-        self._upwards, self._downwards = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream())
+        self.kernels = Kernels(gpu, launches, memory, offsets, self.clock)
+        self._upwards = Queue(gpu, gpu.stream())
+        self._downwards = Queue(gpu, gpu.stream(), leaves=True)
         self._within, self._net = Queue(gpu, gpu.stream()), Queue(gpu, gpu.stream(URGENT))
         self._uploading = Held()
         self._interop = Interop(gpu)
@@ -144,7 +150,7 @@ class CudaDevice:
     def upload(self, array: NDArray[Any]) -> DeviceArray:
         """Take an array from the host; from `host` it goes while the host goes on."""
         source = np.ascontiguousarray(array)
-        target = self.memory.empty(source.shape, source.dtype, newest=True)
+        target = self.memory.empty(source.shape, source.dtype)
         if not source.size:
             return target
         up = self._upwards
@@ -290,10 +296,10 @@ class CudaDevice:
         return self.kernels.accumulator(q, v_head_dim, scale, softcap, merged)
 
     def attend(
-        self, accumulator: Partials, rows: Span, k: DeviceArray, v: DeviceArray, band: Band
+        self, accumulator: Partials, blocks: Sequence[Block], k: DeviceArray, v: DeviceArray
     ) -> None:
-        """Add the attention of the query's `rows` to what they see of `k` and `v`."""
-        self.kernels.attend(accumulator, rows, k, v, band)
+        """Add the attention of rows of the query to what they see of `k` and `v`."""
+        self.kernels.attend(accumulator, blocks, k, v)
 
     def finish(
         self, accumulator: Partials, sinks: DeviceArray | None = None
@@ -363,6 +369,7 @@ class CudaDevice:
             self._nccl.close()
         self._uploading.clear()
         self.kernels.close()
+        self._offsets.clear()
         self.memory.close()
         self.host.close()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 CUDA = 2
 NAME = b"dltensor"
-CODES = {"float16": 2, "float32": 2, "bfloat16": 4}
+CODES = {"int32": 0, "float16": 2, "float32": 2, "bfloat16": 4}
 
 
 class Tensor(ctypes.Structure):

@@ -6,7 +6,7 @@ the call before it leaves idle, and no others.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -21,9 +21,11 @@ from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import DeviceArray, Memory
 from mdattn_mpi.devices.cuda.merge import PARTS, MergeCall, Part
 from mdattn_mpi.devices.cuda.order import Fence, Queue, latest
+from mdattn_mpi.devices.cuda.packing import Offsets, Run, runs
 from mdattn_mpi.devices.cuda.partials import Launched, Partials, Region, overlap, pieces_of
 from mdattn_mpi.devices.protocol import Rehearsed
 from mdattn_mpi.mask import LOWER_RIGHT, Band, Span
+from mdattn_mpi.partition import Block
 from mdattn_mpi.problem import AttentionProblem
 
 LANES = 4
@@ -38,8 +40,9 @@ class Kernels:
 
     Parameters
     ----------
-    gpu, launches, memory
-        The driver, the attention calls that it can launch, and device memory.
+    gpu, launches, memory, offsets
+        The driver, the attention calls that it can launch, device memory, and where packed
+        documents begin.
     clock
         Is told what takes how long.
 
@@ -49,14 +52,25 @@ class Kernels:
         The streams of the kernels, the most urgent one first.
     main
         That one, where everything begins and ends.
+    borrowed
+        Arrays of others that captured calls read; until `let_go`.
 
     """
 
-    def __init__(self, gpu: Gpu, launches: Launches, memory: Memory | Arena, clock: Clock) -> None:
+    def __init__(
+        self,
+        gpu: Gpu,
+        launches: Launches,
+        memory: Memory | Arena,
+        offsets: Offsets,
+        clock: Clock,
+    ) -> None:
         self._gpu, self._launches, self._memory, self._clock = gpu, launches, memory, clock
         self.lanes = [Queue(gpu, gpu.stream(LANES - lane)) for lane in range(LANES)]
         self.main = self.lanes[0]
         self._workspaces: dict[Queue, DeviceArray] = {}
+        self._offsets = offsets
+        self.borrowed: list[DeviceArray] = []
 
     def join(self) -> None:
         """Let what begins in `main` come after all kernels so far."""
@@ -88,20 +102,27 @@ class Kernels:
         return Partials(scale, softcap, output, lse, regions, self._begin(), start)
 
     def attend(
-        self, partials: Partials, rows: Span, k: DeviceArray, v: DeviceArray, band: Band
+        self, partials: Partials, blocks: Sequence[Block], k: DeviceArray, v: DeviceArray
     ) -> None:
         """See `Device.attend`."""
-        if not (len(rows) and k.size and v.size and partials.output.size):
+        if k.size and v.size and partials.output.size:
+            for run in runs(blocks):
+                self._attend(partials, run, k, v)
+
+    def _attend(self, partials: Partials, run: Run, all_k: DeviceArray, all_v: DeviceArray) -> None:
+        region = partials.region(run.q)
+        rows = run.q.shift(-region.rows.start)
+        q, k, v = region.q[rows.slice], all_k[run.kv.slice], all_v[run.kv.slice]
+        output, lse = region.output[rows.slice], region.lse[rows.slice]
+        call = call_of(partials, q, k, v, output, lse, run)
+        if self._is_for_many(run, call):
+            for one in run.alone:
+                self._attend(partials, one, all_k, all_v)
             return
-        region = partials.region(rows)
-        rows = rows.shift(-region.rows.start)
         first, full = not region.covers(rows), region.is_full
         lane = self.lanes[partials.calls % LANES]
         partials.calls += 1
         lane.wait(partials.begin, k.allocation.written, v.allocation.written)
-        q, lse = region.q[rows.slice], region.lse[rows.slice]
-        output = region.output[rows.slice]
-        call = call_of(partials, q, k, v, output, lse, band)
         wide = self._is_wide(region, call)
         if wide:
             call = call._replace(out_dtype="float32")
@@ -139,24 +160,29 @@ class Kernels:
     def choose(self, problem: AttentionProblem) -> Choice:
         """Choose the engine for a problem's calls, or refuse it with the reason."""
         rows, keys = (min(SAMPLE, n) for n in (problem.q_tokens, problem.kv_tokens))
-        sizes = rows, max(rows, keys), problem.q_heads, problem.kv_heads
-        calls = (Rehearsed(*sizes, band, False) for band in bands_of(problem))
-        choices = [self._launches.chooser.choose(plain_call(problem, call)) for call in calls]
+        keys, heads = max(rows, keys), (problem.q_heads, problem.kv_heads)
+        blocks = [Block(Span(0, rows), Span(0, keys), band) for band in bands_of(problem)]
+        calls = (plain_call(problem, *heads, Run((block,), block.band)) for block in blocks)
+        choices = [self._launches.chooser.choose(call) for call in calls]
         return choices[0]
 
     def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
         """Make calls ready that will come."""
         found = []
         for each in calls:
-            call = plain_call(problem, each)
-            if each.merged and self._launches.chooser.choose(call).float32:
-                call = call._replace(out_dtype="float32")
-            found.append(call)
+            for run in runs(each.blocks):
+                call = plain_call(problem, each.q_heads, each.kv_heads, run)
+                single = run.alone if self._is_for_many(run, call) else [run]
+                wide = each.merged and self._launches.chooser.choose(call).float32
+                for one in single:
+                    call = plain_call(problem, each.q_heads, each.kv_heads, one)
+                    found.append(call._replace(out_dtype="float32") if wide else call)
         self._launches.prepare(found)
 
-    def drop_workspaces(self) -> None:
+    def let_go(self) -> None:
         """Let go of what kernels need besides; the next ones get some again."""
         self._workspaces.clear()
+        self.borrowed = []
 
     def abort(self) -> None:
         """Make no more calls ready; wait for nothing."""
@@ -170,6 +196,10 @@ class Kernels:
         """Mark a place in `main` before it has what the other lanes needn't wait for."""
         self.main.mark()
         return self.main.now
+
+    def _is_for_many(self, run: Run, call: AttentionCall) -> bool:
+        """Whether the blocks of a run take a call each."""
+        return len(run.blocks) > 1 and not self._launches.chooser.choose(call).packs
 
     def _is_wide(self, region: Region, call: AttentionCall) -> bool:
         """Whether a region's results are in float32: from its first call on, or never."""
@@ -191,12 +221,18 @@ class Kernels:
         outputs: tuple[DeviceArray, ...],
     ) -> None:
         launch = self._launches.get(call)
-        addresses = tuple(array.address for array in (*inputs, *outputs))
+        offsets = [self._offsets.get(starts) for starts in call.documents if starts]
+        addresses = tuple(array.address for array in (*inputs, *outputs, *offsets))
         workspace = self._workspace(lane, launch.workspace)
         lane.enqueue(launch.run, addresses, workspace.address)
         end = lane.now
         for array in (*inputs, workspace):
             array.allocation.read(end)
+        if lane.captured:  # whoever owns the graph keeps them
+            self.borrowed += offsets
+        else:
+            for array in offsets:
+                array.allocation.read(end)
         for array in outputs:
             array.allocation.wrote(end)
 
@@ -285,14 +321,14 @@ def call_of(
     v: DeviceArray,
     output: DeviceArray,
     lse: DeviceArray,
-    band: Band,
+    run: Run,
 ) -> AttentionCall:
     """Describe a call with the result in the dtype of the query."""
     dtype = name_of(q.dtype)
     return AttentionCall(
         *(q.shape[0], k.shape[0], q.shape[1], k.shape[1], q.shape[2], v.shape[2]),
-        dtype, dtype, band, partials.scale, partials.softcap,
-        q.strides, k.strides, v.strides, output.strides, lse.strides,
+        dtype, dtype, run.band, partials.scale, partials.softcap,
+        q.strides, k.strides, v.strides, output.strides, lse.strides, run.documents,
     )  # fmt: skip
 
 
@@ -306,19 +342,18 @@ def bands_of(problem: AttentionProblem) -> list[Band]:
     return [Band(before, after) for before in befores for after in afters]
 
 
-def plain_call(problem: AttentionProblem, call: Rehearsed) -> AttentionCall:
+def plain_call(problem: AttentionProblem, q_heads: int, kv_heads: int, run: Run) -> AttentionCall:
     """Describe a call on contiguous arrays, with the result in the dtype of the query."""
 
     def strides(heads: int, dim: int) -> tuple[int, int, int]:
         return heads * dim, dim, 1
 
-    q_heads, kv_heads = call.q_heads, call.kv_heads
     dim, v_dim, dtype = problem.head_dim, problem.v_head_dim, problem.dtype
     return AttentionCall(
-        call.rows, call.keys, q_heads, kv_heads, dim, v_dim, dtype, dtype,
-        call.band, problem.scale, problem.softcap,
+        len(run.q), len(run.kv), q_heads, kv_heads, dim, v_dim, dtype, dtype,
+        run.band, problem.scale, problem.softcap,
         strides(q_heads, dim), strides(kv_heads, dim), strides(kv_heads, v_dim),
-        strides(q_heads, v_dim), (q_heads, 1),
+        strides(q_heads, v_dim), (q_heads, 1), run.documents,
     )  # fmt: skip
 
 

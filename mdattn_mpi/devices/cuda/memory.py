@@ -85,11 +85,9 @@ class Memory:
         self._in_use = 0
         self.peak = 0
 
-    def empty(
-        self, shape: tuple[int, ...], dtype: np.dtype[Any], *, newest: bool = False
-    ) -> DeviceArray:
+    def empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         """An array with undefined contents, which gives its memory back when it is garbage."""
-        piece, fence = self.cut(prod(shape) * dtype.itemsize, newest=newest)
+        piece, fence = self.cut(prod(shape) * dtype.itemsize)
         allocation = Allocation(
             self.blocks[piece.block] + piece.start, piece, fence, self.give_back
         )
@@ -101,12 +99,12 @@ class Memory:
         self._take_back()
         return self._in_use
 
-    def cut(self, nbytes: int, *, newest: bool = False) -> tuple[BlockRange, Fence]:
+    def cut(self, nbytes: int) -> tuple[BlockRange, Fence]:
         """Cut out a piece; it may be written once its fence has been passed.
 
         What was given back longest ago goes first: what still uses it, if anything, ends soonest.
-        With `newest` it is what was given back last, for who has time: an output that is still on
-        its way to the host then makes room for an upload, and not for the next output.
+        What is still on its way to the host, over a link slower than any other, goes only where
+        the driver has no more: an item would wait for the one before it to have left.
 
         Raises
         ------
@@ -116,7 +114,7 @@ class Memory:
         """
         self._take_back()
         size = self.size_of(nbytes)
-        piece, fence = self._take_spare(size, newest) or self._cut_hole(size)
+        piece, fence = self._take_spare(size) or self._cut_hole(size)
         self._in_use += piece.stop - piece.start
         self.peak = max(self.peak, self._in_use)
         return piece, fence
@@ -137,15 +135,19 @@ class Memory:
             spare = _Spare(piece, fence, next(self._turns))
             self._spare.setdefault(size, deque()).append(spare)
 
-    def _take_spare(self, size: int, newest: bool) -> tuple[BlockRange, Fence] | None:
+    def _take_spare(self, size: int) -> tuple[BlockRange, Fence] | None:
         similar = [
-            spares for n, spares in self._spare.items() if spares and size <= n <= SIMILAR * size
+            (spare, spares)
+            for n, spares in self._spare.items()
+            if size <= n <= SIMILAR * size
+            for spare in spares
+            if not _is_leaving(spare.fence)
         ]
         if not similar:
             return None
-        if newest:
-            return max(similar, key=lambda spares: spares[-1].turn).pop()[:2]
-        return min(similar, key=lambda spares: spares[0].turn).popleft()[:2]
+        spare, spares = min(similar, key=lambda found: found[0].turn)
+        spares.remove(spare)
+        return spare.piece, spare.fence
 
     def _cut_hole(self, size: int) -> tuple[BlockRange, Fence]:
         found = self._smallest_hole(size)
@@ -153,9 +155,11 @@ class Memory:
             self._fill_holes()
             found = self._smallest_hole(size)
         if found is None:
-            self._grow(size)
+            if not self._grow(size):
+                self._fill_holes(leaving=True)
             found = self._smallest_hole(size)
-            assert found is not None
+        if found is None:
+            raise self._nothing_left(size)
         block, hole = found
         piece = BlockRange(block, hole.start, hole.start + size)
         hole.start += size
@@ -163,12 +167,15 @@ class Memory:
             self._holes[block].remove(hole)
         return piece, hole.fence
 
-    def _fill_holes(self) -> None:
-        """Join all that was given back to its neighbours."""
-        for spares in self._spare.values():
-            for spare in spares:
-                self._join(spare.piece, spare.fence)
-        self._spare.clear()
+    def _fill_holes(self, *, leaving: bool = False) -> None:
+        """Join what was given back to its neighbours; with `leaving`, all of it."""
+        for size, spares in list(self._spare.items()):
+            for spare in list(spares):
+                if leaving or not _is_leaving(spare.fence):
+                    self._join(spare.piece, spare.fence)
+                    spares.remove(spare)
+            if not spares:
+                del self._spare[size]
 
     def _join(self, piece: BlockRange, fence: Fence) -> None:
         holes = self._holes[piece.block]
@@ -202,7 +209,7 @@ class Memory:
         _, block, hole = min(fitting, key=lambda found: found[0])
         return block, hole
 
-    def _grow(self, size: int) -> None:
+    def _grow(self, size: int) -> bool:
         # Each block as large as all before it: few blocks, and at most half of them unused.
         for ask in (max(size, BLOCK, sum(self._sizes) // 2), size):
             address = self._gpu.allocate(ask)
@@ -210,14 +217,22 @@ class Memory:
                 self.blocks.append(address)
                 self._sizes.append(ask)
                 self._holes.append([_Hole(0, ask, {})])
-                return
+                return True
+        return False
+
+    def _nothing_left(self, size: int) -> DeviceError:
         gib = 2**30
-        raise DeviceError(
+        return DeviceError(
             f"out of GPU memory: {size / gib:.3g} GiB more were needed, "
             f"{self._gpu.available() / gib:.3g} GiB are free, "
             f"{self._in_use / gib:.3g} GiB hold arrays of this rank",
             fix="use more ranks, or -s ring, which holds 1/P of K and V",
         )
+
+
+def _is_leaving(fence: Fence) -> bool:
+    """Whether it has to be waited for what is on its way to the host."""
+    return any(queue.leaves and not queue.is_past(count) for queue, count in fence.items())
 
 
 class Allocation:

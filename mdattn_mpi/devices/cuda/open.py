@@ -15,6 +15,7 @@ from mdattn_mpi.devices.cuda.device import CudaDevice
 from mdattn_mpi.devices.cuda.gpu import Gpu, Network
 from mdattn_mpi.devices.cuda.launches import Launches
 from mdattn_mpi.devices.cuda.memory import Memory
+from mdattn_mpi.devices.cuda.packing import Offsets
 from mdattn_mpi.devices.cuda.peers import Peers
 from mdattn_mpi.devices.cuda.recorder import Recorder
 from mdattn_mpi.devices.cuda.replaying import ReplayingDevice
@@ -83,6 +84,7 @@ def open_cuda(
     _check_alike(everyone)
     near = _near(group, gpu, everyone, transfer)
     memory = Memory(gpu)
+    offsets = Offsets(gpu, memory)
     launches = Launches(_open_engines(group, libraries, gpu, kernel), gpu.use)
     peers, copies, note = _open_copies(group, gpu, memory, near, transfer)
     near = near if copies else []
@@ -91,7 +93,7 @@ def open_cuda(
     nccl = libraries.nccl(group) if some_are_far else None
     device: Callable[..., CudaDevice] = CudaDevice
     if replays and peers and not some_are_far:
-        steps = _open_steps(group, gpu, launches, memory, peers)
+        steps = _open_steps(group, gpu, launches, memory, offsets, peers)
         device = partial(ReplayingDevice, steps)
     return device(
         group.rank,
@@ -99,6 +101,7 @@ def open_cuda(
         gpu,
         launches,
         memory=memory,
+        offsets=offsets,
         copies=copies,
         nccl=nccl,
         near=near,
@@ -274,12 +277,14 @@ def _open_copies(
     return peers, copies, ""
 
 
-def _open_steps(group: Group, gpu: Gpu, launches: Launches, memory: Memory, peers: Peers) -> Steps:
+def _open_steps(
+    group: Group, gpu: Gpu, launches: Launches, memory: Memory, offsets: Offsets, peers: Peers
+) -> Steps:
     """Open what records and replays: a device of its own, whose streams note what they get."""
     arena, windows = Arena(memory), Windows(gpu, peers)
     device = CudaDevice(
         group.rank, group.size, gpu, launches,
-        memory=arena, copies=windows, near=peers.ranks, timings=False,
+        memory=arena, offsets=offsets, copies=windows, near=peers.ranks, timings=False,
     )  # fmt: skip
     return Steps(gpu, memory, Recorder(gpu, device, arena, windows), peers)
 

@@ -41,6 +41,8 @@ class Queue:
         What `gpu` takes for a stream; from here on only the queue's own.
     owner
         Kept as long as anything may have to wait for the stream.
+    leaves
+        Whether it copies to the host.
 
     Attributes
     ----------
@@ -51,8 +53,11 @@ class Queue:
 
     """
 
-    def __init__(self, gpu: Gpu, stream: Stream, owner: Any = None) -> None:
+    def __init__(
+        self, gpu: Gpu, stream: Stream, owner: Any = None, *, leaves: bool = False
+    ) -> None:
         self._gpu, self._stream, self._owner = gpu, stream, owner
+        self.leaves = leaves
         self.count = 0
         self.captured = False
         self._marks: deque[_Mark] = deque(maxlen=KEPT)  # in order

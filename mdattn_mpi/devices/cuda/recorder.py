@@ -74,11 +74,15 @@ class Result(NamedTuple):
 
 @dataclass(eq=False)
 class Frame:
-    """Memory and flags in which one call at a time is replayed, on this rank and its peers."""
+    """Memory and flags in which one call at a time is replayed, on this rank and its peers.
+
+    `kept` are arrays outside of it that its graphs read, by address.
+    """
 
     route: Route
     holding: Holding = field(default_factory=Holding)
     results: tuple[Result, ...] = ()
+    kept: dict[int, DeviceArray] = field(default_factory=dict)
     idle: Fence = field(default_factory=dict)  # what comes before it is used again
 
 
@@ -112,7 +116,7 @@ class Recorder:
             It can't be recorded.
 
         """
-        self._device.kernels.drop_workspaces()
+        self._device.kernels.let_go()
         self._arena.start(frame.holding, given)
         self.windows.start(frame.route)
         inputs = [self._arena.empty(*layout) for layout in work.inputs]
@@ -130,6 +134,7 @@ class Recorder:
         except BaseException:
             self._give_up(graphs)
             raise
+        frame.kept |= {array.address: array for array in self._device.kernels.borrowed}
         if not frame.results:
             frame.results = tuple(
                 Result(Layout.of(each), each.address, self._arena.number_of(each))

@@ -25,6 +25,7 @@ def test_started_alone() -> None:
 
 def test_each_dialect() -> None:
     assert launcher(OPEN_MPI) == Launcher("mpirun", 5, 8, 1, 4, "Open MPI")
+    assert str(launcher(OPEN_MPI)) == "mpirun of Open MPI"
     assert launcher(HYDRA) == Launcher("mpirun", 2, 3, 2, 3, "MPICH or Intel MPI")
     assert launcher(SRUN) == Launcher("srun", 3, 4, 1, -1, "Slurm")
 

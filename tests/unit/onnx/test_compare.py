@@ -13,7 +13,8 @@ from mdattn_mpi.errors import RejectedError
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
 pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
-from mdattn_mpi.onnx import compare as comparison  # noqa: E402
+from mdattn_mpi.onnx import lengths  # noqa: E402
+from mdattn_mpi.onnx import ranks as in_one_process  # noqa: E402
 from mdattn_mpi.onnx.compare import compare  # noqa: E402
 from mdattn_mpi.onnx.shard import shard_model  # noqa: E402
 from mdattn_mpi.onnx.sharding import read_sharding  # noqa: E402
@@ -61,6 +62,49 @@ def test_a_model_of_a_fixed_length_is_compared_at_it() -> None:
         held(fixed(5000), 2)
 
 
+def stored_in_bytes(model: Any) -> Any:
+    """Let the products' weights be of 8 bits, with a factor."""
+    for name in ("wq", "wk", "wv"):
+        (weight,) = (each for each in model.graph.initializer if each.name == name)
+        values = onnx.numpy_helper.to_array(weight)
+        whole = np.round(values * 64).astype(np.int8)
+        weight.CopyFrom(onnx.numpy_helper.from_array(whole, f"{name}8"))
+        parts = [
+            onnx.helper.make_node("Cast", [f"{name}8"], [f"{name}f"], to=onnx.TensorProto.FLOAT),
+            onnx.helper.make_node("Mul", [f"{name}f", "64th"], [name]),
+        ]
+        for part in reversed(parts):
+            model.graph.node.insert(0, part)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(1 / 64), "64th"))
+    return model
+
+
+def of_any_batch(model: Any) -> Any:
+    """Let the batch be a symbol, that shapes are made of."""
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "B"
+    make = onnx.helper.make_node
+    parts = [make("Shape", ["ids"], ["batch"], start=0, end=1)]
+    for name in ("heads", "flat"):
+        (shape,) = (each for each in model.graph.initializer if each.name == name)
+        rest = onnx.numpy_helper.to_array(shape)[1:]
+        shape.CopyFrom(onnx.numpy_helper.from_array(rest, f"{name}_rest"))
+        parts.append(make("Concat", ["batch", f"{name}_rest"], [name], axis=0))
+    for part in reversed(parts):
+        model.graph.node.insert(0, part)
+    return model
+
+
+@pytest.mark.parametrize("written", [of_any_batch, stored_in_bytes])
+def test_cast_as_people_write_it(written: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lengths, "WEIGHTS", 512)  # as if they were large: not looked into
+    model = written(decoder())
+    sharded, _ = shard_model(model, "allgather", 2, {}, "float16")
+    kinds = {tensor.data_type for tensor in sharded.graph.initializer}
+    assert onnx.TensorProto.INT8 not in kinds  # TensorRT has no such constants
+    found = held(model, 2, dtype="float16")
+    assert found.verdict == "right", found
+
+
 @pytest.mark.parametrize("strategy", ["allgather", "ulysses"])
 def test_cast(strategy: Any) -> None:
     found = held(decoder(), 2, strategy, dtype="float16")
@@ -91,7 +135,7 @@ def test_a_window_that_is_forgotten_is_wrong() -> None:
 
 
 def test_a_forgotten_exchange_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "exchange", comparison.forget)
+    monkeypatch.setattr(in_one_process, "exchange", in_one_process.forget)
     assert held(decoder(), 2).verdict == "wrong"
 
 
@@ -107,6 +151,6 @@ def test_even_attention_proves_nothing() -> None:
 
 
 def test_zeros_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = comparison.attend
-    monkeypatch.setattr(comparison, "attend", lambda *given: np.zeros_like(attend(*given)))
+    attend = in_one_process.attend
+    monkeypatch.setattr(in_one_process, "attend", lambda *given: np.zeros_like(attend(*given)))
     assert held(decoder(), 2).verdict == "wrong"

@@ -332,7 +332,10 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "a loop that captures": (capturing_loop, UNKNOWN),
     "a scan": (scan, UNKNOWN),
     "an operator of another domain": (lambda: foreign("Relu", "own"), UNKNOWN),
-    "an attention of another domain": (lambda: foreign("Attention", "com.microsoft"), UNKNOWN),
+    "an attention of another domain": (lambda: foreign("Attention", "own"), UNKNOWN),
+    "an attention without its inputs": (
+        lambda: foreign("Attention", "com.microsoft"), "lacks an input that it must have"
+    ),
     "a mask": (lambda: attention_with(3, ["S", "S"]), "has a mask"),
     "past keys": (lambda: attention_with(4, [1, 4, "P", 8], is_causal=1), "has past keys"),
     "a count of keys": (

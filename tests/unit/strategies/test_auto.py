@@ -128,3 +128,17 @@ def test_where_merging_loses_nothing_the_fastest_is_taken(
     assert choose(problem, 2, "auto", FLASH, batch=False)[0] == chosen
     rounded = replace(FLASH, exact_merge=False)
     assert choose(problem, 2, "auto", rounded, batch=False)[0] == "allgather"
+
+
+def test_a_group_that_is_slower_than_one_of_its_ranks_says_so() -> None:
+    """2k tokens are done before a host has asked two GPUs for them; of 8k two do 0.216 ms."""
+    short, long = (AttentionProblem(n, n, 8, 8, 128, 128) for n in (2048, 8192))
+    for strategy in ("auto", *NAMES):
+        for ranks in (2, 4, 8):
+            _, reasons = choose(short, ranks, strategy, FLASH, batch=False)  # type: ignore[arg-type]
+            assert "one rank alone would take 42 µs" in reasons[0]
+            assert not any("alone" in reason for reason in reasons[1:])
+    for problem, ranks in ((long, 2), (long, 8), (short, 1)):
+        assert "alone" not in choose(problem, ranks, "auto", FLASH, batch=False)[1][0]
+    too_large = replace(FLASH, memory=estimate(short, 8, "ring", FLASH, batch=False).memory)
+    assert "alone" not in choose(short, 8, "ring", too_large, batch=False)[1][0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from mdattn_mpi.devices.protocol import Message
-from mdattn_mpi.mask import Band
-from mdattn_mpi.partition import partition, token_count
-from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
+from mdattn_mpi.partition import Block, contiguous, partition, token_count, zigzag
+from mdattn_mpi.problem import AttentionProblem, Partition, Plan, StrategyName
 from mdattn_mpi.strategies import STRATEGIES
 from mdattn_mpi.strategies.rehearsal import Rehearsal, Shape
 from tests.support.group import attend, attend_in_group, take
@@ -59,11 +58,11 @@ class Spy(LoopbackDevice):
         self.verbs.append("wait")
         super().wait(transfer)
 
-    def attend(self, accumulator: Any, rows: Span, k: Array, v: Array, band: Band) -> None:
-        if not self.verbs or self.verbs[-1] != "attend":
+    def attend(self, accumulator: Any, blocks: Sequence[Block], k: Array, v: Array) -> None:
+        if blocks and self.verbs[-1:] != ["attend"]:
             self.verbs.append("attend")
-        self.calls += 1
-        super().attend(accumulator, rows, k, v, band)
+        self.calls += len(blocks)
+        super().attend(accumulator, blocks, k, v)
 
 
 def watch(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> list[Spy]:
@@ -170,9 +169,9 @@ def test_bytes_sent_by_a_rank(ranks: int) -> None:
 def test_ring_holds_two_shards_beside_its_own(causal: str) -> None:
     problem = full(512, causal)
     for ranks in (2, 4, 8, 16):
-        shards = min(2, ranks - 1)
-        for spy in watch(problem, "ring", ranks):
-            assert spy.peak == shards * problem.kv_bytes // ranks
+        held = {spy.peak for spy in watch(problem, "ring", ranks)}
+        assert max(held) == min(2, ranks - 1) * problem.kv_bytes // ranks
+        assert len(held) == (1 if causal == "none" else 2)  # the last rank sees halves only
 
 
 def test_allgather_holds_all_of_k_and_v() -> None:
@@ -217,8 +216,8 @@ def test_memory_of_a_ring_at_131072_tokens_halves_as_ranks_double() -> None:
         attend(device, Plan(problem, "ring", device.ranks), q, k, v)
         return device.peak + k.nbytes + v.nbytes
 
-    mib = {ranks: set(run_ranks(ranks, held, device=Idle)) for ranks in (1, 2, 4, 8, 16)}
-    assert mib == {ranks: {n << 20} for ranks, n in {1: 64, 2: 64, 4: 48, 8: 24, 16: 12}.items()}
+    mib = {ranks: max(run_ranks(ranks, held, device=Idle)) for ranks in (1, 2, 4, 8, 16)}
+    assert mib == {ranks: n << 20 for ranks, n in {1: 64, 2: 64, 4: 48, 8: 24, 16: 12}.items()}
 
 
 class Counting:
@@ -239,11 +238,16 @@ class Counting:
 K_DIM = 24  # of keys; of values 16
 
 
-def received(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> list[int]:
+def received(
+    problem: AttentionProblem,
+    strategy: StrategyName,
+    ranks: int,
+    owners: Partition | None = None,
+) -> list[int]:
     """How many tokens of K each rank is sent by others."""
     problem = replace(problem, q_heads=1, kv_heads=1, head_dim=K_DIM, v_head_dim=16)
-    plan, found = Plan(problem, strategy, ranks), []
-    owners = partition(problem, strategy, ranks)
+    owners, found = owners or partition(problem, strategy, ranks), []
+    plan = Plan(problem, strategy, ranks, partition=owners)
     for rank in range(ranks):
         device = Counting(rank, ranks)
         tokens = (token_count(spans[rank]) for spans in (owners.query, owners.kv, owners.kv))
@@ -253,9 +257,14 @@ def received(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> l
     return found
 
 
-def needed(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> list[int]:
+def needed(
+    problem: AttentionProblem,
+    strategy: StrategyName,
+    ranks: int,
+    owners: Partition | None = None,
+) -> list[int]:
     """How many tokens of K each rank sees that another owns: from the definition."""
-    owners, found = partition(problem, strategy, ranks), []
+    owners, found = owners or partition(problem, strategy, ranks), []
     rows = np.arange(problem.q_tokens)
     first, last = np.zeros_like(rows), np.full_like(rows, problem.kv_tokens - 1)
     if problem.causal != "none":
@@ -281,6 +290,7 @@ def needed(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> lis
     return found
 
 
+SHARES = contiguous, zigzag
 LONG = AttentionProblem(1 << 20, 1 << 20, 1, 1, 24, 16)
 
 
@@ -312,6 +322,28 @@ def test_of_documents_only_what_is_shared_is_sent(
     assert found == needed(problem, strategy, 8)
     assert sum(found) < 0.1 * 7 * problem.kv_tokens  # of what a ring without documents sends
     assert max(found) > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_of_what_a_causal_ring_sent_whole_a_quarter_stays_at_home(ranks: int) -> None:
+    """Rank 0 sees both chunks of every other rank, the last one only the early chunks."""
+    chunk = 512
+    tokens = 2 * ranks * chunk
+    problem = replace(LONG, q_tokens=tokens, kv_tokens=tokens, causal="lower_right")
+    found = received(problem, "ring", ranks)
+    assert found == needed(problem, "ring", ranks)
+    assert found == [chunk * (2 * (ranks - 1) - rank) for rank in range(ranks)]
+    assert 4 * sum(found) == 3 * (ranks - 1) * tokens
+
+
+@settings(max_examples=60, deadline=None)
+@given(tokens=st.integers(32, 300), ranks=st.integers(1, 16), shares=st.sampled_from(SHARES))
+def test_nothing_that_no_query_sees_is_sent_under_a_causal_mask(
+    tokens: int, ranks: int, shares: Callable[[int, int], Any]
+) -> None:
+    problem = replace(LONG, q_tokens=tokens, kv_tokens=tokens, causal="upper_left")
+    owners = Partition(shares(tokens, ranks), shares(tokens, ranks))
+    assert received(problem, "ring", ranks, owners) == needed(problem, "ring", ranks, owners)
 
 
 @settings(max_examples=60, deadline=None)

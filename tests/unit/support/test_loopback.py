@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mdattn_mpi.mask import LOWER_RIGHT, Span
+from mdattn_mpi.mask import FULL, LOWER_RIGHT, Span
+from mdattn_mpi.partition import Block
 from tests.support.loopback import ProtocolError, run_ranks
 
 ONE = np.ones((3, 2, 4), np.float16)
@@ -78,7 +79,7 @@ def copy_into_sent(device: Any, sent: Any, received: Any) -> None:
 
 def attend_received(device: Any, sent: Any, received: Any) -> None:
     accumulator = device.accumulator(ONE, 4, 1.0)
-    device.attend(accumulator, Span(0, 3), received, ONE, False)
+    device.attend(accumulator, [Block(Span(0, 3), Span(0, 3), FULL)], received, ONE)
 
 
 def receive_into_sent(device: Any, sent: Any, received: Any) -> None:
@@ -141,7 +142,7 @@ def not_contiguous(device: Any) -> None:
 
 def fewer_keys_than_rows(device: Any) -> None:
     accumulator = device.accumulator(ONE, 4, 1.0)
-    device.attend(accumulator, Span(0, 3), ONE[:2], ONE[:2], LOWER_RIGHT)
+    device.attend(accumulator, [Block(Span(0, 3), Span(0, 2), LOWER_RIGHT)], ONE[:2], ONE[:2])
 
 
 @pytest.mark.parametrize(

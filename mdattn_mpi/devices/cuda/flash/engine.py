@@ -8,7 +8,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from mdattn_mpi.devices.cuda.attention import AttentionCall
+from mdattn_mpi.devices.cuda.attention import ONE, AttentionCall
 from mdattn_mpi.devices.cuda.flash import store
 from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.devices.cuda.flash.tvm import FunctionLaunch, open_library
@@ -90,7 +90,7 @@ class FlashEngine:
         if why:
             raise RejectedError(f"FlashAttention can't do this: {why}", fix="use --kernel cudnn")
         key = KernelKey.of(call, self._sm)
-        return FunctionLaunch(self._library, self._function(key), call, self._ordinal, key.ones)
+        return FunctionLaunch(self._library, self._function(key), call, self._ordinal, key)
 
     def close(self) -> None:
         """Let go of the functions; compiled code stays loaded, as CUDA has it."""
@@ -125,6 +125,8 @@ def refusal(call: AttentionCall, sm: tuple[int, int]) -> str:
         # The tile of the output takes the place of the queries' in shared memory: with H = 40 and
         # Hv = 256 it wrote beyond that (CUDA error 700 on an H100).
         return f"head dims {dims[0]} and {dims[1]}: the values' can't be larger than the queries'"
+    if call.documents != ONE and sm[0] != 9:
+        return f"packed documents on SM {sm[0]}.{sm[1]}: not built here"
     if call.dtype not in ("bfloat16", "float16"):
         return f"dtype {call.dtype}: it takes bfloat16 and float16"
     return ""

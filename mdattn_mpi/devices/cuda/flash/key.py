@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from mdattn_mpi.devices.cuda.attention import AttentionCall, MaskKind
+from mdattn_mpi.devices.cuda.attention import ONE, AttentionCall, MaskKind
 
 
 class KernelKey(NamedTuple):
@@ -18,11 +18,17 @@ class KernelKey(NamedTuple):
     out_dtype: str
     mask: MaskKind
     capped: bool
+    packed: bool = False  # documents, each in a band of its own
+
+    @property
+    def batch(self) -> int:
+        """Dims of one before those of the inputs: the batch, unless documents are packed."""
+        return 0 if self.packed else 1
 
     @property
     def ones(self) -> int:
         """Dims of one before those of output and LSE: the batch, and on SM 10.0 the split."""
-        return 2 if self.sm[0] == 10 and self.out_dtype != self.dtype else 1
+        return self.batch + (self.sm[0] == 10 and self.out_dtype != self.dtype)
 
     @staticmethod
     def of(call: AttentionCall, sm: tuple[int, int]) -> KernelKey:
@@ -30,4 +36,5 @@ class KernelKey(NamedTuple):
         group_heads = call.q_heads // call.kv_heads
         dims = call.head_dim, call.v_head_dim
         types = call.dtype, call.out_dtype
-        return KernelKey(sm, *dims, group_heads, *types, call.mask, call.softcap > 0)
+        capped, packed = call.softcap > 0, call.documents != ONE
+        return KernelKey(sm, *dims, group_heads, *types, call.mask, capped, packed)

@@ -11,12 +11,13 @@ from typing import Any
 
 from mdattn_mpi.devices.cuda.attention import AttentionCall
 from mdattn_mpi.devices.cuda.dlpack import CODES, CUDA, Tensor
+from mdattn_mpi.devices.cuda.flash.key import KernelKey
 from mdattn_mpi.errors import DeviceError
 
 INTEGER, FLOAT, POINTER, TENSOR = 1, 3, 4, 7  # `TVMFFITypeIndex`
 UNBOUNDED = 1 << 30  # tokens to a side: beyond all keys, and sums of two still fit 32 bits
 OBJECT_HEADER = 24  # bytes before what an object holds
-BITS = {"bfloat16": 16, "float16": 16, "float32": 32}
+BITS = {"bfloat16": 16, "float16": 16, "float32": 32, "int32": 32}
 
 
 class _Value(ctypes.Union):
@@ -40,7 +41,7 @@ class _Error(ctypes.Structure):
     )
 
 
-_Arguments = _Argument * 10
+_Arguments = _Argument * 12
 
 
 class FunctionLaunch:
@@ -54,15 +55,15 @@ class FunctionLaunch:
         A ``tvm_ffi.Function``; kept.
     call, ordinal
         What is computed, and on which GPU.
-    ones
-        Dims of one before those of output and LSE; the inputs have one.
+    key
+        Which function it is.
 
     """
 
     workspace = 0
 
     def __init__(
-        self, library: Any, function: Any, call: AttentionCall, ordinal: int, ones: int = 1
+        self, library: Any, function: Any, call: AttentionCall, ordinal: int, key: KernelKey
     ) -> None:
         self._library, self._function = library, function
         self._handle = ctypes.c_void_p(function.__chandle__())
@@ -76,20 +77,23 @@ class FunctionLaunch:
             ((rows, q_heads, call.v_head_dim), call.output, call.out_dtype),
             ((q_heads, rows), (head, token), "float32"),
         )
+        before = (*[key.batch] * 3, *[key.ones] * 2)
         self._tensors = [
-            tensor(*each, ordinal, before)
-            for each, before in zip(dims, (1, 1, 1, ones, ones), strict=True)
+            tensor(*each, ordinal, ones) for each, ones in zip(dims, before, strict=True)
         ]
-        self._arguments = _Arguments()
+        self._tensors += [
+            tensor((len(starts),), (1,), "int32", ordinal, 0) for starts in call.documents if starts
+        ]
+        self._arguments = _Arguments()  # those that are left out stay None, which is all zeros
         for argument, array in zip(self._arguments, self._tensors, strict=False):
             argument.type, argument.value.pointer = TENSOR, ctypes.addressof(array)
-        numbers, bounds = self._arguments[5:7], self._arguments[7:9]
+        numbers, bounds = self._arguments[7:9], self._arguments[9:11]
         for argument, number in zip(numbers, (call.scale, call.softcap), strict=True):
             argument.type, argument.value.number = FLOAT, number
         for argument, bound in zip(bounds, call.band, strict=True):
             argument.type = INTEGER
             argument.value.integer = UNBOUNDED if bound is None else bound
-        self._stream = self._arguments[9]
+        self._stream = self._arguments[11]
         self._stream.type = POINTER
         self._result = _Argument()
 

@@ -20,7 +20,7 @@ from mdattn_mpi.devices.cuda.open import open_cuda
 from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.mask import FULL
-from mdattn_mpi.partition import partition_of
+from mdattn_mpi.partition import Block, partition_of
 from mdattn_mpi.problem import AttentionProblem, Plan, Span, StrategyName
 from mdattn_mpi.strategies import STRATEGIES
 from mdattn_mpi.strategies.rehearsal import rehearse
@@ -274,10 +274,11 @@ def test_partial_results_wait_for_who_had_their_memory_before() -> None:
         accumulator = device.accumulator(arrays[0], 32, problem.scale, merged=Span(0, 64))
         earlier = device.upload(before)
         place = earlier.address
+        device._downwards.leaves = False  # else other memory is taken as long as there is some
         download = device.download(earlier)
         del earlier
-        for keys in (slice(0, 32), slice(32, 64)):
-            device.attend(accumulator, Span(0, 64), arrays[1][keys], arrays[2][keys], FULL)
+        for keys in (Span(0, 32), Span(32, 64)):
+            device.attend(accumulator, [Block(Span(0, 64), keys, FULL)], *arrays[1:])
         assert accumulator.regions[0].wide is not None
         assert accumulator.regions[0].wide.address == place
         device.finish(accumulator)
@@ -329,8 +330,8 @@ def test_calls_in_all_streams_see_what_was_copied_before(seed: int) -> None:
         for array, copied in zip(arrays, copies, strict=True):
             device.copy(array, copied)
         accumulator = device.accumulator(copies[0], 8, problem.scale)
-        for keys in (slice(0, 6), slice(6, 12), slice(12, 18), slice(18, 24)):
-            device.attend(accumulator, Span(0, 16), copies[1][keys], copies[2][keys], FULL)
+        for keys in (Span(0, 6), Span(6, 12), Span(12, 18), Span(18, 24)):
+            device.attend(accumulator, [Block(Span(0, 16), keys, FULL)], *copies[1:])
         found: Array = device.download(*device.finish(accumulator)).wait()[0]
         return found
 

@@ -29,6 +29,7 @@ CALL = AttentionCall(
     q=(64, 16, 1), k=(32, 16, 1), v=(16, 8, 1), output=(32, 8, 1), lse=(4, 1),
 )  # fmt: skip
 KEY = KernelKey.of(CALL, (9, 0))
+FUNCTION = SimpleNamespace(__chandle__=lambda: 77)
 VERSIONS = {"flash-attn-4": "1", "nvidia-cutlass-dsl": "2"}
 
 
@@ -125,6 +126,8 @@ class Library:
                 )
                 device = tensor.device_type, tensor.device_id
                 found.append((tensor.data, shape, strides, tensor.code, tensor.bits, device))
+            elif argument.type == 0:
+                found.append(None)
             else:
                 kind = {1: "integer", 3: "number", 4: "pointer"}[argument.type]
                 found.append(getattr(value, kind))
@@ -144,7 +147,7 @@ class Library:
 
 def test_a_launch_gives_addresses_strides_scale_and_stream() -> None:
     library = Library()
-    launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), CALL, ordinal=3)
+    launch = FunctionLaunch(library, FUNCTION, CALL, 3, KEY)
     launch.run((16, 32, 48, 64, 80), 0, SimpleNamespace(handle=1234))
     launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))
     on_gpu = (2, 3)
@@ -155,26 +158,45 @@ def test_a_launch_gives_addresses_strides_scale_and_stream() -> None:
         (48, (1, 10, 2, 8), (160, 16, 8, 1), 4, 16, on_gpu),
         (64, (1, 6, 4, 8), (192, 32, 8, 1), 2, 32, on_gpu),
         (80, (1, 4, 6), (24, 1, 4), 2, 32, on_gpu),
+        *(None, None),
         *(0.25, 0.0, UNBOUNDED, 0),
         1234,
     ]
-    launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), CALL, 3, ones=2)
+    launch = FunctionLaunch(library, FUNCTION, CALL, 3, KEY._replace(sm=(10, 0)))
     launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))
     assert [found[1] for found in library.seen.pop()[3:6]] == [
         (1, 10, 2, 8), (1, 1, 6, 4, 8), (1, 1, 4, 6)
     ]  # fmt: skip
     band = CALL._replace(band=Band(3, None), softcap=30.0)
-    launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), band, ordinal=3)
+    launch = FunctionLaunch(library, FUNCTION, band, 3, KEY)
     launch.run((17, 33, 49, 65, 81), 0, SimpleNamespace(handle=5678))
-    assert library.seen[2][6:10] == [0.25, 30.0, 3, UNBOUNDED]
+    assert library.seen[2][8:12] == [0.25, 30.0, 3, UNBOUNDED]
     assert [tensor[0] for tensor in library.seen[1][1:6]] == [17, 33, 49, 65, 81]
     assert library.seen[1][-1] == 5678
+
+
+def test_packed_documents_have_no_batch_and_say_where_they_begin() -> None:
+    library, packed = Library(), CALL._replace(documents=((0, 2, 6), (0, 4, 10)))
+    key = KernelKey.of(packed, (9, 0))
+    assert key == KEY._replace(packed=True)
+    launch = FunctionLaunch(library, FUNCTION, packed, 0, key)
+    launch.run((16, 32, 48, 64, 80, 96, 112), 0, SimpleNamespace(handle=1))
+    on_gpu = (2, 0)
+    assert library.seen[0][1] == (16, (6, 4, 16), (64, 16, 1), 4, 16, on_gpu)
+    assert library.seen[0][5:8] == [
+        (80, (4, 6), (1, 4), 2, 32, on_gpu),
+        (96, (3,), (1,), 0, 32, on_gpu),
+        (112, (3,), (1,), 0, 32, on_gpu),
+    ]
+    assert library.seen[0][8:] == [0.25, 0.0, UNBOUNDED, 0, 1]
+    assert not engine.refusal(packed, (9, 0))
+    assert "packed documents on SM 10.0" in engine.refusal(packed, (10, 0))
 
 
 def test_a_launch_that_fails_says_why() -> None:
     library = Library()
     library.fails = True
-    launch = FunctionLaunch(library, SimpleNamespace(__chandle__=lambda: 77), CALL, ordinal=0)
+    launch = FunctionLaunch(library, FUNCTION, CALL, 0, KEY)
     with pytest.raises(DeviceError, match="FlashAttention: out of luck"):
         launch.run((16, 32, 48, 64, 80), 0, SimpleNamespace(handle=1))
     assert library.released

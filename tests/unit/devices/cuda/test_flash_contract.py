@@ -87,6 +87,21 @@ def test_every_kernel_compiles_and_takes_our_calls(engine: FlashEngine, kind: An
             launch.run((1 << 20, 2 << 20, 3 << 20, 4 << 20, 5 << 20), 0, SimpleNamespace(handle=0))
 
 
+@pytest.mark.skipif(SM[0] != 9, reason="documents are packed on SM 9.0 alone")
+@pytest.mark.parametrize("kind", KINDS[::5], ids=str)
+def test_packed_documents_compile_and_take_our_calls(engine: FlashEngine, kind: Any) -> None:
+    call = call_of(*kind)._replace(documents=((0, 40, 100), (0, 101, 201)))
+    assert not engine.refusal(call)
+    launch = engine.prepare(call)
+    addresses = tuple(number << 20 for number in range(1, 8))
+    if gpu_count() < 1:
+        with pytest.raises(DeviceError, match=r"(?i)cuda.*(driver|device)"):
+            launch.run(addresses, 0, SimpleNamespace(handle=0))
+    launch._tensors[6].bits = 64
+    with pytest.raises(DeviceError, match=r"Mismatched.*#6.*dtype"):
+        launch.run(addresses, 0, SimpleNamespace(handle=0))
+
+
 def test_a_compiled_function_checks_what_it_is_given(engine: FlashEngine) -> None:
     launch = engine.prepare(call_of(*KINDS[0]))
     launch._tensors[3].bits = 32  # an output of another type

@@ -1,0 +1,1 @@
+"""Operators of ONNX Runtime's own, written out in ONNX's."""
