@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic_ns, perf_counter
+from typing import TYPE_CHECKING
 
 from mdattn_mpi.backends import HostArray
 from mdattn_mpi.dataset import AnyItem, Output
 from mdattn_mpi.errors import LOGGER, ItemError, MdattnError
 from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit, launcher, terminal, together
-from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.runner.clock import PhaseClock
 from mdattn_mpi.runner.events import Events
 from mdattn_mpi.runner.folder import provenance, run_folder, tell_all
@@ -19,6 +19,9 @@ from mdattn_mpi.runner.job import Job, add_seconds, say
 from mdattn_mpi.runner.loop import Files, Loop
 from mdattn_mpi.runner.progress import Progress
 from mdattn_mpi.runner.work import Enqueued, Read, Task, Written
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep.counter import SharedCounter
 
 LOOK = 1.0  # seconds between two looks at what other groups have done
 
@@ -84,6 +87,8 @@ def run_groups(job: Job, batch: Batch) -> None:
     """Collective. Do the items in groups; see `run_items`."""
     world, queues = job.world, len(job.groups)
     error: MdattnError | None = None
+    from mdattn_mpi.lockstep.counter import SharedCounter
+
     with SharedCounter(world.comm, queues, meanwhile=batch.look_around) as counter:
         for group in job.groups:
             if job.stopped or error:
