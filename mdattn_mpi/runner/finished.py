@@ -41,7 +41,7 @@ def remember(job: Job, summary: dict[str, Any]) -> None:
     if not _may_be_known(job.spec) or job.dataset.seen is None:
         return
     assert job.output is not None
-    if set(job.output.ledger.states()) != {"done"}:
+    if not all(job.output.ledger.done()):
         return
     ledger = sorted((each.offset, each.nbytes) for each in job.output.ledger.columns.values())
     with suppress(OSError, RejectedError):  # the next run looks for itself

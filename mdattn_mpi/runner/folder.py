@@ -274,7 +274,10 @@ def summarize(
 ) -> dict[str, Any]:
     """Everything worth keeping of a job that came to its end; `ranks` as in `time_table`."""
     elapsed = job.seconds["items"]
-    finished = [item for item in job.todo if job.output and job.output.ledger.state(item) == "done"]
+    assert job.output is not None
+    rows = zip(job.output.items, job.output.ledger.done(), strict=True)
+    done = {item.name for item, is_done in rows if is_done}
+    finished = [item for item in job.todo if item.name in done]
     return {
         "exit_code": code,
         "config": asdict(job.spec),

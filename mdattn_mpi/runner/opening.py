@@ -100,8 +100,8 @@ def open_files(job: Job) -> bool:
 
 def _left(output: Output, items: Sequence[AnyItem]) -> list[int]:
     """The positions of the items that aren't done."""
-    rows = zip(output.items, output.ledger.entries(), strict=True)
-    done = {item.name for item, entry in rows if entry.state == "done"}
+    rows = zip(output.items, output.ledger.done(), strict=True)
+    done = {item.name for item, is_done in rows if is_done}
     return [n for n, item in enumerate(items) if item.name not in done]
 
 
