@@ -4,10 +4,10 @@
   mdattn plan tokens.h5 --model DIR --nodes 1 --gpus-per-node 4 --gpu h200
   mdattn plan data.h5 -o /scratch/out.h5 --nodes 1 --ranks-per-node 16
 
-For this many GPUs, half and twice as many. Nothing is computed or submitted; the folder of the
-output that -o names is tried for a second, and so are this machine's cores, where there are no
-GPUs. What is known of a GPU is the cost model's; a file that `mdattn bench kernels --json` or
-`mdattn bench predict` has made on one makes it more exact.
+For this many GPUs, half and twice as many; where the output that -o names is there already, what is
+left to do. Nothing is computed or submitted. The output's folder is tried for a second, and so are
+this machine's cores, where there are no GPUs. What is known of a GPU is the cost model's; a file
+that `mdattn bench kernels --json` or `mdattn bench predict` has made on one makes it more exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from math import ceil
@@ -196,7 +195,9 @@ def _facts(
                 "waits_for": plan.bound,
                 "gpu_memory_bytes": plan.memory,
                 "host_memory_bytes": plan.host_memory,
-                "items_by_group_size": dict(sorted(Counter(plan.schedule.sizes).items())),
+                "items_by_group_size": {
+                    queue.size: len(queue.items) for queue in plan.schedule.queues
+                },
                 "groups": plan.schedule.reasons,
             }
             for plan in plans
@@ -265,7 +266,7 @@ def _table(plans: Sequence[Forecast], gpus: bool, cores: int) -> Iterator[str]:
 
 def _sizes(plan: Forecast) -> str:
     """How many items on groups of how many ranks."""
-    counts = sorted(Counter(plan.schedule.sizes).items(), reverse=True)
-    if len(counts) > 2:
-        return f"on {counts[-1][0]} to {counts[0][0]}"
-    return ", ".join(f"{count} on {size}" for size, count in counts)
+    queues = plan.schedule.queues
+    if len(queues) > 2:
+        return f"on {queues[-1].size} to {queues[0].size}"
+    return ", ".join(f"{len(queue.items)} on {queue.size}" for queue in queues)

@@ -44,7 +44,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     add = how.add_argument
     add("-b", "--backend", metavar="NAME", help="auto (default), cpu, cuda, tensorrt")
-    add("-s", "--strategy", metavar="NAME", help="auto (default), ring, allgather, ulysses")
+    strategies = "auto (default), ring, allgather, ulysses, hierarchical (over several nodes)"
+    add("-s", "--strategy", metavar="NAME", help=strategies)
     add("--group-size", metavar="P", help="ranks that share an item: all (default), auto, a number")
     add("--threads", type=int, metavar="N", help="CPU threads a rank (default: its share of cores)")
     add("--transfer", metavar="HOW", help="between GPUs: auto (default), copy, nccl")

@@ -167,7 +167,7 @@ def resume_command(launched: Launcher, size: int, argv: Sequence[str] | None = N
     """Guess the command line that goes on with this job: as it was, but it starts nothing over."""
     argv = sys.orig_argv if argv is None else argv
     words = ["python", *argv[1:]] if argv[1:2] == ["-m"] else [Path(argv[1]).name, *argv[2:]]
-    if "--chaos" in words:
+    while "--chaos" in words:
         at = words.index("--chaos")
         del words[at : at + 2]
     words = [word for word in words if word != "--overwrite"]

@@ -6,7 +6,7 @@ Everything on the wire is a buffer or JSON bytes; nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -47,6 +47,8 @@ class Group:
         Which of how many ranks of the job on this node, whatever group they work in.
     cores
         How many of the node's cores are this rank's own.
+    node
+        The node, by the name that the launcher has for it.
 
     """
 
@@ -61,6 +63,7 @@ class Group:
         self.world_rank = self.rank
         self.size: int = comm.size
         self.local_rank, self.local_size, self.cores = 0, 1, 1
+        self.node = ""
         self._ballot = Ballot(self.control)
         self._arrivals: Arrivals | None = None
 
@@ -209,13 +212,17 @@ class Group:
             total += part
         return total
 
+    def node_size(self) -> int:
+        """Collective. Ranks of a node, where the group is several nodes, in order; see there."""
+        return node_size_of(self.allgather(self.node))
+
     def split(self, color: int, key: int = 0) -> Group:
         """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""
         self.board.identify(group=color)
         group = Group(cast(MPI.Intracomm, self.comm.Split(color, key)), self.board, self.deadline)
         group.world_rank = self.world_rank
         group.local_rank, group.local_size = self.local_rank, self.local_size
-        group.cores = self.cores
+        group.cores, group.node = self.cores, self.node
         return group
 
     def free(self) -> None:
@@ -225,6 +232,17 @@ class Group:
             self._arrivals.free()
         self.control.Free()
         self.comm.Free()
+
+
+def node_size_of(nodes: Sequence[str]) -> int:
+    """Ranks of a node, where those of each node follow each other and all nodes have as many.
+
+    `nodes` names the node of every rank. 1 where that isn't so, or all ranks are on one.
+    """
+    size = nodes.count(nodes[0])
+    blocks = [set(nodes[start : start + size]) for start in range(0, len(nodes), size)]
+    even = len(nodes) % size == 0 and all(len(block) == 1 for block in blocks)
+    return size if even and 1 < len(blocks) == len(set(nodes)) else 1
 
 
 def together(

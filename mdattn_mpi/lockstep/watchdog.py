@@ -115,7 +115,9 @@ class Watchdog:
     def _answer_stop(self) -> None:
         """Say so at once, at the terminal: Open MPI's mpirun passes on nothing after Ctrl-C."""
         self._erase_bar()
-        if self.terminal and self.launched.rank == 0 and self.board.record().folder:
+        of_a_job = self.launched.rank == 0 and self.board.record().folder
+        # The launcher may stop all because a rank is lost, and then the note has said it.
+        if self.terminal and of_a_job and not within_patience(self.publisher.note_exists):
             self.terminal.say(wrapped(_ASKED_TO_STOP + death_note.again()))
 
     def _stop_now(self) -> int:

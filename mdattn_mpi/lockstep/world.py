@@ -47,6 +47,7 @@ class World(Group):
             int.from_bytes(os.urandom(8), "little") >> 1,
         )
         self.nodes, allowed, numbers = zip(*self.allgather(mine), strict=True)
+        self.node = self.nodes[self.rank]
         self.local_rank, self.local_size = launched.local_rank, launched.local_size
         # Not MPI's split by shared memory: under srun Open MPI finds every rank alone there.
         if self.local_rank < 0:

@@ -298,6 +298,12 @@ class SharedAttention:
             name, reasons = choose(problem, ranks, self.strategy, costs, batch=False, owners=both)
             reasons = (*reasons, *kernel)
             self._plans[layer] = Plan(
-                problem, name, ranks, self.backend, partition=both, reasons=reasons
+                problem,
+                name,
+                ranks,
+                self.backend,
+                partition=both,
+                node_size=costs.node_size,
+                reasons=reasons,
             )
         return self._plans[layer]

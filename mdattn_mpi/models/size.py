@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mdattn_mpi.estimate import Costs, Estimate, beside_files, estimate
+from mdattn_mpi.estimate import Costs, Estimate, beside_files, contenders, estimate
 from mdattn_mpi.models.folder import ModelFolder, Weight
 from mdattn_mpi.models.outputs import LOGIT_BYTES, given_tensors
 from mdattn_mpi.models.pieces import PIECE
-from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, DTypeName, ModelProblem
+from mdattn_mpi.problem import AttentionProblem, DTypeName, ModelProblem
 from mdattn_mpi.text import memory_size
 
 if TYPE_CHECKING:
@@ -162,7 +162,10 @@ class ModelSize:
 
     def _attentions(self, tokens: int, ranks: int, costs: Costs) -> list[Estimate]:
         problem = self.attention(tokens)
-        return [estimate(problem, ranks, name, costs, batch=False) for name in STRATEGY_NAMES]
+        return [
+            estimate(problem, ranks, name, costs, batch=False)
+            for name in contenders(problem, ranks, costs)
+        ]
 
     def describe(self, problem: ModelProblem, ranks: int, costs: Costs) -> str:
         """Say what the memory of a rank is taken by."""

@@ -27,8 +27,9 @@ from mdattn_mpi.problem import AnyProblem, AttentionProblem
 
 # Seconds from the launcher to the first item: Python and MPI, 1.5 on two cores of an EPYC; with a
 # GPU's libraries and context 1.6 to 3.8 on two H200s (docs/performance.md), with FlashAttention's,
-# PyTorch among them, 2 to 4 more; and Transformers, and the proof of a model.
-STARTING = {"cores": 1.5, "GPUs": 3.0, "flash": 3.0, "model": 3.5}
+# PyTorch among them, 2 to 4 more; with a model's, and its proof, 3.5 more on cores and 20 in all on
+# those GPUs.
+STARTING = {"cores": 1.5, "GPUs": 3.0, "flash": 3.0, "model on cores": 3.5, "model on GPUs": 14.0}
 
 # Bytes of a rank beside its arrays: a GPU's context; and Python, NumPy, MPI, libraries of a GPU.
 CONTEXT = 1 << 30
@@ -52,6 +53,8 @@ class Work:
         Bytes that an item reads, and that it writes.
     weights
         Bytes that every rank loads before the first item.
+    left
+        Positions of the items that are still to be done; None: all are.
 
     """
 
@@ -60,6 +63,7 @@ class Work:
     attention: Callable[[Any], AttentionProblem]
     files: Callable[[Any], tuple[int, int]]
     weights: int = 0
+    left: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,15 +153,18 @@ def forecast(
     names = [f"node {node}" for node in range(nodes) for _ in range(per_node)]
     schedule = make_schedule(work.problems, names, group_size, hardware.typical, work.measure)
 
+    left = range(len(work.problems)) if work.left is None else work.left
+    schedule = schedule.only(left)
+
     def end(**changes: float) -> float:
         seconds = _seconds(work, hardware, per_node, len(names), changes)
         return max(finish_times(schedule, seconds))
 
     items, computing, files = end(), end(reading=inf, writing=inf), end(flops=inf)
     on_gpus = bool(hardware.near.multiprocessors)
-    if on_gpus:
+    if on_gpus and left:
         items += _ends(work, schedule, hardware.near)
-    written = sum(work.files(problem)[1] for problem in work.problems)
+    written = sum(work.files(work.problems[item])[1] for item in left)
     disk = written / (nodes * hardware.disk)
     starting = hardware.starting + work.weights / hardware.near.reading
     held, staged = _memory(work, schedule, hardware, per_node)
@@ -189,13 +196,8 @@ def _seconds(
 
 def _ends(work: Work, schedule: Schedule, costs: Costs) -> float:
     """Seconds in which no item computes: the first is read, the last is written."""
-    first, last = (
-        (work.problems[items[at]], queue.size)
-        for queue, items, at in (
-            (schedule.queues[0], schedule.queues[0].items, 0),
-            (schedule.queues[-1], schedule.queues[-1].items, -1),
-        )
-    )
+    dealt = [(work.problems[item], queue.size) for queue in schedule.queues for item in queue.items]
+    first, last = dealt[0], dealt[-1]
     reading = work.files(first[0])[0] / first[1] / costs.reading
     return reading + work.files(last[0])[1] / last[1] / costs.writing
 

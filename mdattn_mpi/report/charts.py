@@ -18,14 +18,15 @@ WIDE = 1000  # units that a chart is wide, however it is stretched
 POINTS = 500  # of a curve
 BINS = 60  # of a rate, at most …
 PER_BIN = 4  # … and so many items in each, so that there is a rate to speak of
+FEWEST_BINS = 3
 FEW_RANKS = 16  # that have broad bars
 MOST_RANKS = 64  # that have bars
 
 
-def progress_chart(parent: Element, runs: Sequence[Run], before: int, items: int) -> None:
-    """Add how many items were done when, and how many a second; runs follow each other at once.
+def progress_chart(parent: Element, runs: Sequence[Run], items: int) -> None:
+    """Add how many of the `items` were done when, and how many a second.
 
-    `before` of the `items` were done when the first run began.
+    Runs follow each other at once.
     """
     whole = sum(run.until for run in runs) / 1e6
     if not whole:
@@ -34,21 +35,24 @@ def progress_chart(parent: Element, runs: Sequence[Run], before: int, items: int
     timed = [*zip(starts, runs, strict=True)]
     done = sorted(start + one.at / 1e6 for start, run in timed for one in run.done)
     failed = sorted(start + one.at / 1e6 for start, run in timed for one in run.failed)
-    top = max(items, before + len(done), 1)
+    steps = _steps(timed, items)
+    top = max([items, *(number for _, number in steps)])
 
     figure = _figure(parent, "Items done", f"{top}")
     svg = _stretched(figure, 160)
     for start in starts[1:]:
         _upright(svg, start / whole, 160, "border", "the job was started again")
-    curve = f"M0 {160 - 158 * before / top:.1f}"
-    for at, number in _thinned([(at, before + n + 1) for n, at in enumerate(done)]):
+    curve = f"M0 {160 - 158 * steps[0][1] / top:.1f}"
+    for at, number in _thinned(steps):
         curve += f"H{WIDE * at / whole:.1f}V{160 - 158 * number / top:.1f}"
     add(svg, "path", d=f"{curve}H{WIDE}", class_="curve")
     for at in failed[:POINTS]:
         _upright(svg, at / whole, 160, "failure", "an item failed")
     _time_axis(figure, whole)
 
-    bins = min(max(1, len(done) // PER_BIN), BINS)
+    bins = min(len(done) // PER_BIN, BINS)
+    if bins < FEWEST_BINS:
+        return
     width = whole / bins
     counts = [0] * bins
     for at in done:
@@ -65,6 +69,18 @@ def progress_chart(parent: Element, runs: Sequence[Run], before: int, items: int
             )  # fmt: skip
             add(bar, "title", f"{count / width:.3g} items/s from {duration(width * place)}")
     _time_axis(figure, whole)
+
+
+def _steps(timed: Sequence[tuple[float, Run]], items: int) -> list[tuple[float, int]]:
+    """When so many items were done; a run says how many there were when it began."""
+    steps, number = [], 0
+    for start, run in timed:
+        number = items - int(run.about.get("todo", items - number))
+        steps.append((start, number))
+        for one in run.done:
+            number += 1
+            steps.append((start + one.at / 1e6, number))
+    return steps
 
 
 def _thinned(points: list[tuple[float, int]]) -> list[tuple[float, int]]:

@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from mdattn_mpi.report.charts import legend, progress_chart, rank_bars
+from mdattn_mpi.report.expected import Plan
 from mdattn_mpi.report.findings import slowest_items, spreads, verdict
 from mdattn_mpi.report.markup import Element, add, document, table
 from mdattn_mpi.report.phases import THREADS, phase_of
@@ -37,7 +38,9 @@ class Job:
     runs
         The earliest first.
     death
-        The message of the death note, if there is one.
+        The message of the death note, if there is one; its last line is a command.
+    plan
+        What was expected of it, if anybody has asked before.
 
     """
 
@@ -49,6 +52,7 @@ class Job:
     reasons: Sequence[str]
     runs: Sequence[Run]
     death: str = ""
+    plan: Plan | None = None
 
     @cached_property
     def seconds(self) -> float:
@@ -72,6 +76,7 @@ def page(job: Job) -> str:
     _heading(body, job)
     if job.runs:
         _what_ran(body, job)
+        _plan(body, job)
         _over_time(body, job)
         for number in reversed(range(len(job.runs))):
             _run(body, job, number)
@@ -109,8 +114,9 @@ def _heading(body: Element, job: Job) -> None:
     if job.death:
         note = add(body, "div", class_="death")
         add(note, "h2", "A rank was lost")
-        for line in job.death.splitlines():
-            add(note, "pre" if line.startswith("  ") else "p", line)
+        *lines, command = job.death.splitlines()
+        add(note, "p", " ".join(line.strip() for line in lines).removeprefix("mdattn: "))
+        add(note, "pre", command.strip())
 
 
 def _tiles(job: Job) -> Iterator[tuple[str, str]]:
@@ -177,11 +183,42 @@ def _few(names: Sequence[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + more
 
 
+def _plan(body: Element, job: Job) -> None:
+    """What was expected, beside what was measured of all runs together."""
+    if job.plan is None:
+        return
+    section = _section(body, "Plan and measured")
+    pieces = [run.about.get("seconds", {}).values() for run in job.runs]
+    starting = sum(map(sum, pieces))
+    plan, whole = job.plan, starting + job.seconds
+    table(
+        section,
+        ("", "plan", "measured", "measured / plan"),
+        [
+            (words, duration(expected), duration(measured), _ratio(measured, expected))
+            for words, expected, measured in (
+                ("before the first item", plan.starting_seconds, starting),
+                ("items", plan.seconds - plan.starting_seconds, job.seconds),
+                ("launcher to the end", plan.seconds, whole),
+            )
+        ],
+        numbers=3,
+    )
+    words = f"The plan: {counted(plan.ranks, 'rank')}, which wait for the {plan.waits_for}."
+    if job.runs[1:]:
+        words += f" Measured is the sum of {len(job.runs)} runs."
+    if job.counts["todo"]:
+        words += f" {counted(job.counts['todo'], 'item')} of it are still to be done."
+    add(section, "p", words)
+
+
+def _ratio(measured: float, expected: float) -> str:
+    return f"{measured / expected:.2f}" if expected > 0 else ""
+
+
 def _over_time(body: Element, job: Job) -> None:
     section = _section(body, "Items over time")
-    first = job.runs[0].about
-    before = job.counts["total"] - int(first.get("todo", job.counts["total"]))
-    progress_chart(section, job.runs, before, job.counts["total"])
+    progress_chart(section, job.runs, job.counts["total"])
 
 
 def _run(body: Element, job: Job, number: int) -> None:
@@ -221,7 +258,8 @@ def _timeline(body: Element, job: Job) -> None:
     add(without, "p", "The timeline needs JavaScript; everything else on this page doesn't.")
     data = add(section, "script", type="application/json", id="timeline-data")
     data.text = timeline_data(job.runs, job.name_of)
-    add(section, "script").text = _asset("timeline.js")
+    for script in ("unpack.js", "timeline.js"):
+        add(section, "script").text = _asset(script)
 
 
 def _slowest(body: Element, job: Job) -> None:

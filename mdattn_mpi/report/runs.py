@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mdattn_mpi.runner.events import THREADS, Line, Spans, read_lines
+from mdattn_mpi.runner.events import PERIOD, THREADS, Line, Spans, read_lines
 
 PARTS = ("compute", "exchange", "merge")  # of a device's time
 NOTHING = Spans(*(np.zeros(0, np.int64) for _ in Spans._fields))
@@ -90,7 +90,7 @@ class Run:
         if self.error:
             return self.error
         if not self.closed:
-            return "not in order: still running, or killed"
+            return f"still running, or killed: its last {PERIOD:g} s may be missing here"
         return "stopped as asked" if self.stopped else "to the end of its items"
 
 

@@ -18,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -259,6 +260,13 @@ class Spans(NamedTuple):
             np.add.reduceat(self.number, first),
             np.add.reduceat(self.busy, first),
         )
+
+
+def remove_events(folder: Path) -> None:
+    """Forget the runs of a job that starts over."""
+    for path in folder.glob("events-*.jsonl"):
+        with suppress(OSError):
+            path.unlink()
 
 
 def read_lines(folder: Path) -> Iterator[Line]:

@@ -275,9 +275,8 @@ def summarize(
     """Everything worth keeping of a job that came to its end; `ranks` as in `time_table`."""
     elapsed = job.seconds["items"]
     assert job.output is not None
-    rows = zip(job.output.items, job.output.ledger.done(), strict=True)
-    done = {item.name for item, is_done in rows if is_done}
-    finished = [item for item in job.todo if item.name in done]
+    left = set(job.output.left(job.todo))
+    finished = [item for number, item in enumerate(job.todo) if number not in left]
     return {
         "exit_code": code,
         "config": asdict(job.spec),
@@ -313,7 +312,8 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
         lines.append("mdattn: failed: " + ", ".join(each["item"] for each in items["failed"]))
     if code == 75:
         lines.append(f"mdattn: stopped as asked; to go on, {death_note.again()}")
-    lines.append(f"mdattn: summary in {path}")
+    output = shlex.quote(summary["config"]["output"])
+    lines.append(f"mdattn: summary in {path}; for a page: mdattn report {output}")
     return "\n".join(lines)
 
 

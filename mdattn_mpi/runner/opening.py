@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mdattn_mpi.dataset import AnyItem, Output, open_output, scan_file
+from mdattn_mpi.dataset import Output, open_output, scan_file
 from mdattn_mpi.dataset.index import select_items
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
+from mdattn_mpi.runner.events import remove_events
 from mdattn_mpi.runner.folder import provenance, run_folder, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
@@ -78,7 +79,7 @@ def open_files(job: Job) -> bool:
     spec, world, items = job.spec, job.world, job.items
     catalog = scan_once(world, "output", lambda: _made_output(job))
     job.output = together(world, "open output", lambda: _open_for(job, catalog))
-    left = _left(job.output, items)
+    left = job.output.left(items)
     job.todo = [items[number] for number in left]
     if not left and _read_only(spec, world):
         say(
@@ -98,19 +99,12 @@ def open_files(job: Job) -> bool:
     return True
 
 
-def _left(output: Output, items: Sequence[AnyItem]) -> list[int]:
-    """The positions of the items that aren't done."""
-    rows = zip(output.items, output.ledger.done(), strict=True)
-    done = {item.name for item, is_done in rows if is_done}
-    return [n for n, item in enumerate(items) if item.name not in done]
-
-
 def _open_for(job: Job, catalog: bytes) -> Output:
     """Open the output, which must be this job's, for writing if anything is left to do."""
     output = open_output(job.spec.output, catalog=catalog)
     if job.world.rank == 0:
         output.check_resume(job.items, _facts(job), allow_change=job.spec.allow_change)
-    if _left(output, job.items):
+    if output.left(job.items):
         output.allow_writing()
     return output
 
@@ -129,7 +123,7 @@ def check_output(job: Job) -> None:
             return
         with open_output(spec.output) as output:
             output.check_resume(job.items, _facts(job), allow_change=spec.allow_change)
-            left = len(_left(output, job.items))
+            left = len(output.left(job.items))
         say(spec, job.world, f"mdattn: {left} of {counted(len(job.items), 'item')} left to do")
 
     together(job.world, "output", lambda: check() if job.world.rank == 0 else None)
@@ -179,6 +173,7 @@ def _made_output(job: Job) -> bytes:
     elif spec.overwrite or not Path(spec.output).exists():
         from mdattn_mpi.dataset import create_output
 
+        remove_events(run_folder(spec))
         create_output(
             spec.output,
             job.items,

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
+from pathlib import Path
 
-from mdattn_mpi.dataset import open_dataset, open_tokens
+from mdattn_mpi.dataset import AnyItem, open_dataset, open_output, open_tokens
 from mdattn_mpi.dataset.writer import file_bytes
 from mdattn_mpi.devices.cuda.choice import GAIN, takes_flash
 from mdattn_mpi.devices.cuda.flash.engine import why_not
@@ -34,7 +35,7 @@ from mdattn_mpi.planning.schedule import ATTENTION, Measure
 from mdattn_mpi.problem import DTYPES, AttentionProblem
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.speed import core_flops, disk_bandwidth
-from mdattn_mpi.text import quantity
+from mdattn_mpi.text import counted, quantity
 
 KINDS = 3  # kinds of item that are described one by one
 
@@ -70,10 +71,16 @@ def look_at(spec: JobSpec) -> Prospect:
         It can't be done.
 
     """
-    return _transformer(spec) if spec.model else _attention(spec)
+    prospect, items = _transformer(spec) if spec.model else _attention(spec)
+    if spec.output and Path(spec.output).exists():
+        with open_output(spec.output) as output:
+            left = output.left(items)
+        prospect.work = replace(prospect.work, left=left)
+        prospect.notes.append(f"{len(left)} of {counted(len(items), 'item')} left to do")
+    return prospect
 
 
-def _attention(spec: JobSpec) -> Prospect:
+def _attention(spec: JobSpec) -> tuple[Prospect, Sequence[AnyItem]]:
     def files(problem: AttentionProblem) -> tuple[int, int]:
         return input_bytes(problem), sum(tensor.nbytes for tensor in problem.outputs(spec.lse))
 
@@ -87,10 +94,11 @@ def _attention(spec: JobSpec) -> Prospect:
         items = dataset.items
         work = Work([item.problem for item in items], ATTENTION, lambda problem: problem, files)
         shapes = _shapes(dataset.describe(item) for item in items)
-        return Prospect(work, shapes, file_bytes(items, spec.lse), notes=list(dataset.warnings))
+        notes = list(dataset.warnings)
+        return Prospect(work, shapes, file_bytes(items, spec.lse), notes=notes), items
 
 
-def _transformer(spec: JobSpec) -> Prospect:
+def _transformer(spec: JobSpec) -> tuple[Prospect, Sequence[AnyItem]]:
     from mdattn_mpi.models.folder import open_folder
     from mdattn_mpi.models.load import skeleton
     from mdattn_mpi.models.network import Network
@@ -120,7 +128,8 @@ def _transformer(spec: JobSpec) -> Prospect:
         )
         shapes = _shapes(f"{item.problem.tokens} tokens" for item in items)
         model = f"{network.name}, {quantity(folder.parameters, '')} parameters"
-        return Prospect(work, [*shapes, model], file_bytes(items, lse=False), network.width)
+        nbytes = file_bytes(items, lse=False)
+        return Prospect(work, [*shapes, model], nbytes, network.width), items
 
 
 def _shapes(shapes: Iterable[str]) -> list[str]:
@@ -156,11 +165,12 @@ def gpus(
     room = usable_gpu_memory(gpu.memory)
     preparing = 0.0 if flash or spec.model else PREPARING
     near, far = (gpu.costs(near=near, memory=room, preparing=preparing) for near in (True, False))
+    far = replace(far, node_size=per_node, near_bandwidth=near.bandwidth)
     return Hardware(
         near,
         far,
         typical_costs("cuda", room, preparing=preparing),
-        starting("GPUs", "flash" if flash else "", "model" if spec.model else ""),
+        starting("GPUs", "flash" if flash else "", "model on GPUs" if spec.model else ""),
         gains=GAIN.get(gpu.sm[0], {}) if flash else {},
         times=read_kernel_times(times, kernel) if times else None,
         disk=_disk(spec, per_node, notes),
@@ -196,7 +206,7 @@ def cores(spec: JobSpec, prospect: Prospect, per_node: int, threads: int) -> Har
         dense = core_dense_flops(prospect.width, DTYPES[spec.dtype])
         costs = replace(costs, dense=dense * threads)
         prospect.notes.append(f"and {quantity(dense, 'FLOP/s')} of the model's matrix products")
-    begin = starting("cores", "model" if spec.model else "")
+    begin = starting("cores", "model on cores" if spec.model else "")
     return Hardware(costs, costs, typical, begin, disk=_disk(spec, per_node, prospect.notes))
 
 

@@ -11,7 +11,11 @@ import pytest
 
 from mdattn_mpi.cli import main
 from mdattn_mpi.cli.plan import neighbours
+from mdattn_mpi.dataset import open_output
+from mdattn_mpi.planning.gpus import GPUS as GPUS_BY_NAME
+from mdattn_mpi.problem import AttentionProblem
 from tests.support.complaint import complaint
+from tests.support.finished import finished
 
 ROOT = Path(__file__).parents[2]
 GPUS = ["--nodes", "1", "--gpus-per-node", "4"]
@@ -82,6 +86,34 @@ def test_more_gpus_and_the_figures_as_json(capsys: pytest.CaptureFixture[str]) -
     assert found["output_bytes"] == pytest.approx(tokens * 8 * 128 * 2, rel=0.02)
 
 
+def test_only_what_is_left_of_an_output_counts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = {f"i{n}": AttentionProblem(n, n, 2, 1, 16, 16) for n in (40, 50, 60)}
+    files = finished(folder, items)
+
+    def left(*words: str) -> tuple[float, int, str]:
+        assert main(["plan", str(files.data), "--json", *GPUS, *words]) == 0
+        found = json.loads(capsys.readouterr().out)
+        plan = found["plans"][1]
+        seconds = plan["seconds"] - plan["starting_seconds"]
+        return seconds, sum(plan["items_by_group_size"].values()), str(found["notes"])
+
+    _, all_items, _ = left()
+    done, none, notes = left("-o", str(files.output))
+    assert (done, none, all_items) == (0, 0, 3)
+    assert "0 of 3 items left to do" in notes
+    with open_output(files.output, writable=True) as output:
+        output.ledger.reopen(output.item("i60"))
+    some, one, notes = left("-o", str(files.output))
+    assert some > 0
+    assert one == 1
+    assert "1 of 3 items left to do" in notes
+    (folder / "other.h5").write_bytes(b"x" * 100)
+    assert main(["plan", str(files.data), *GPUS, "-o", "other.h5"]) == 2
+    assert "other.h5" in complaint(capsys)
+
+
 def test_half_and_double() -> None:
     assert neighbours(1, 1) == (None, (1, 2))
     assert neighbours(1, 4) == ((1, 2), (1, 8))
@@ -108,6 +140,27 @@ def test_gpus_that_nobody_measured_are_called_that(capsys: pytest.CaptureFixture
         notes = planned(capsys, *GPUS, "--gpu", name)["notes"]
         assert ("never measured" in str(notes)) == (not measured)
     assert "none is here" in str(planned(capsys, *GPUS)["notes"])
+
+
+def test_the_gpu_that_is_here_is_meant_unless_another_one_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a100 = GPUS_BY_NAME["a100"]
+    here = {
+        "gpu_count": lambda: 2,
+        "gpu_name": lambda ordinal: "NVIDIA A100-SXM4-80GB",
+        "gpu_sm": lambda ordinal: a100.sm,
+        "gpu_attribute": lambda ordinal, which: a100.multiprocessors,
+        "gpu_memory": lambda: a100.memory,
+    }
+    for name, answer in here.items():
+        monkeypatch.setattr(f"mdattn_mpi.runner.prospect.{name}", answer)
+    found, named, other = (
+        planned(capsys, *GPUS, *words) for words in ((), ("--gpu", "a100"), ("--gpu", "h200"))
+    )
+    assert "NVIDIA A100-SXM4-80GB (the one here; never measured" in str(found["notes"])
+    assert found["plans"] == named["plans"]
+    assert "H200 SXM (asked for)" in str(other["notes"])
 
 
 def test_what_does_not_fit_is_refused_for_what_was_asked_and_left_out_beside_it(
@@ -137,7 +190,7 @@ def test_what_does_not_fit_is_refused_for_what_was_asked_and_left_out_beside_it(
         ([*GPUS, "--items", "nothing"], "nothing"),
         ([*GPUS, "-o", "d.h5"], "the output is the dataset itself"),
         ([*GPUS, "--model", "x.onnx"], "an ONNX model can't be planned"),
-        ([*GPUS, "--model", "absent"], "is no folder"),
+        ([*GPUS, "--model", "absent"], "name a local folder"),
     ],
 )
 def test_refusals(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def test_runs_can_be_chosen(tmp_path: Path, browser: Browser) -> None:
     write_run(tmp_path / "run", NAMES, ranks=2, run=7, closed=False)
     write_run(tmp_path / "run", NAMES, ranks=3, run=8, item_seconds=3.0)
     report = write_page(tmp_path)
-    assert "not in order: still running, or killed" in report.read_text()
+    assert "still running, or killed" in report.read_text()
     with browser.page(report) as shown:
         last, late = ask(shown, "return [document.querySelector('select').value, range()]")
         early = ask(
@@ -207,7 +208,38 @@ def test_what_can_not_be_reported_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(out)]) == 0
     assert "No rank has kept what it did" in Path(f"{out}.html").read_text()
     assert "name another place" in refused(str(out), "-o", str(tmp_path / "no" / "page.html"))
+    for place in (("-o", str(out)), ("--trace", str(out))):
+        assert "no report or trace of ours" in refused(str(out), *place)
+    assert main(["status", str(out)]) == 0
     folder = Path(f"{out}.run")
     folder.mkdir()
     (folder / "events-0000.jsonl").write_text('{"run":1,"rank":0,"main":{}}\n')
     assert "remove events-*.jsonl" in refused(str(out))
+
+
+def test_a_plan_stands_beside_what_was_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problems = {f"item-{number}": AttentionProblem(4, 4, 1, 1, 8, 8) for number in range(7)}
+    out = finished(tmp_path, problems).output
+    write_run(Path(f"{out}.run"), [*problems], ranks=2, item_seconds=10.0)
+    plan = tmp_path / "plan.json"
+    known = {"nodes": 1, "starting_seconds": 2.0, "waits_for": "cores"}
+    plans = [
+        {**known, "ranks_per_node": 4, "seconds": 1.0},
+        {**known, "ranks_per_node": 2, "seconds": 37.0},
+    ]
+    plan.write_text(json.dumps({"plans": plans}))
+    assert main(["report", str(out), "--plan", str(plan)]) == 0
+    rows = Path(f"{out}.html").read_text().split("Plan and measured")[1].split("</table>")[0]
+    figures = re.findall(r'<td class="number">(.*?)</td>', rows)
+    assert figures[3] == "35.0 s"
+    assert float(figures[5]) == pytest.approx(2.0, rel=0.1)
+    capsys.readouterr()
+    for text, words in (
+        (json.dumps({"plans": plans[:1]}), "has plans for 4 ranks, and the job had 2"),
+        ("{}", "is no plan"),
+    ):
+        plan.write_text(text)
+        assert main(["report", str(out), "--plan", str(plan)]) == 2
+        assert words in " ".join(capsys.readouterr().err.split())

@@ -25,7 +25,7 @@ from mdattn_mpi.estimate import (
 )
 from mdattn_mpi.mask import Mask
 from mdattn_mpi.partition import partition
-from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, Partition, Span
+from mdattn_mpi.problem import FLAT_STRATEGIES, STRATEGY_NAMES, AttentionProblem, Partition, Span
 from tests.support.reference import problems
 
 GPU = typical_costs("cuda")
@@ -145,7 +145,7 @@ def test_no_group_is_faster_than_its_host() -> None:
     tiny = AttentionProblem(256, 256, 8, 8, 128, 128)
     far = gpu_costs(9, 132, near=False)
     for batch in (False, True):
-        for name in STRATEGY_NAMES:
+        for name in FLAT_STRATEGIES:
             alone, group, across = (
                 estimate(tiny, ranks, name, costs, batch=batch).seconds
                 for ranks, costs in ((1, GPU), (8, GPU), (8, far))

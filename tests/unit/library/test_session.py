@@ -11,8 +11,7 @@ import pytest
 
 from mdattn_mpi import backends
 from mdattn_mpi.library.arrays import crc32_of
-from mdattn_mpi.library.attention import Attention
-from mdattn_mpi.library.request import SINKS
+from mdattn_mpi.library.call import Planned
 from mdattn_mpi.library.session import Session
 
 
@@ -44,9 +43,9 @@ def test_sinks_on_a_gpu_come_to_the_host_to_be_compared() -> None:
     device = SimpleNamespace(
         adopt=lambda array: array, download=lambda *arrays: SimpleNamespace(wait=lambda: arrays)
     )
-    made = Attention.__new__(Attention)
-    made._session = SimpleNamespace(device=lambda name, kernel: nullcontext(device))  # type: ignore[assignment]
-    made._kernel = "auto"
+    session: Any = SimpleNamespace(device=lambda name, kernel: nullcontext(device))
+    plan: Any = SimpleNamespace(backend="cuda")
+    planned = Planned(session, plan, "auto")
     one, other = np.array([1, 2], np.float32), np.array([1, 3], np.float32)
-    assert made._read(one) == made._read(one.copy()) == {SINKS: crc32_of(one)}
-    assert made._read(one) != made._read(other)
+    assert planned.crc32_of(one) == planned.crc32_of(one.copy()) == crc32_of(one)
+    assert planned.crc32_of(one) != planned.crc32_of(other)

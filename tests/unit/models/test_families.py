@@ -20,7 +20,7 @@ from mdattn_mpi.models.load import load, skeleton
 from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.proof import Proof, prove
 from mdattn_mpi.models.sequence import TokenSequence, owners_of
-from mdattn_mpi.problem import STRATEGY_NAMES
+from mdattn_mpi.problem import FLAT_STRATEGIES
 from tests.support.model_ranks import on_ranks
 
 TOKENS = 53
@@ -71,7 +71,7 @@ def test_a_skeleton_tells_what_the_model_does(family: str) -> None:
     assert all(parameter.is_meta for parameter in bare.backbone.parameters())
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", FLAT_STRATEGIES)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_together_are_as_exact_as_one_process(
@@ -97,7 +97,7 @@ def test_a_rank_may_have_no_token(family: str) -> None:
     assert distance(hidden, right) < 0.03
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", FLAT_STRATEGIES)
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "roberta", "gpt2", "gpt-oss", "modernbert"])
 def test_packed_documents_are_as_each_alone(

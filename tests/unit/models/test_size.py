@@ -115,6 +115,15 @@ def test_what_was_measured_on_two_h200s_is_about_what_is_estimated(
     assert four.seconds(problem(tokens), 2, flash) == pytest.approx(seconds, rel=0.15)
 
 
+def test_a_core_multiplies_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="needs the extra transformers")
+    pytest.importorskip("transformers", reason="needs the extra transformers")
+    from mdattn_mpi.models import speed
+
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    assert 1e6 < speed.core_dense_flops(64, "bfloat16") < 1e14
+
+
 def test_a_million_tokens_through_32_layers_take_about_as_long_as_measured() -> None:
     """246.8 s on two H200s."""
     flash = replace(GPU, flops=1.09 * GPU.flops, memory=0)

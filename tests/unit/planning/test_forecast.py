@@ -139,3 +139,13 @@ def test_a_gpu_that_is_found_is_described_by_its_generation() -> None:
     assert like(*h200[:4]) == h200
     assert not like("NVIDIA A100-PCIE-40GB", (8, 0), 108, 40 << 30).measured
     assert like("new", (13, 0), 100, 1 << 30).link < GPUS["a100"].link
+
+
+def test_what_is_done_takes_no_time() -> None:
+    hardware = replace(gpu("h200"), disk=2e9)
+    every = work(*[LONG] * 16)
+    whole, half, none = (
+        forecast(replace(every, left=left), 1, 2, "all", hardware) for left in (None, range(8), ())
+    )
+    assert whole.seconds - whole.starting == pytest.approx(2 * (half.seconds - half.starting))
+    assert none.seconds == none.starting

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.runner import events as module
-from mdattn_mpi.runner.events import Events, Spans, read_lines
+from mdattn_mpi.runner.events import Events, Spans, read_lines, remove_events
 
 
 def opened(folder: Path, rank: int = 0, **options: Any) -> Events:
@@ -169,6 +169,13 @@ def test_torn_lines_are_left_out(tmp_path: Path) -> None:
         b'{"run":1,"rank":0,"ma' + b"\n" + whole + b"\n\xff\xfe\n[1]\n{}\n" + whole[:9]
     )
     assert [*read_lines(tmp_path)] == [{"run": 1, "rank": 0}]
+
+
+def test_a_job_that_starts_over_forgets(tmp_path: Path) -> None:
+    opened(tmp_path).close()
+    assert [*read_lines(tmp_path)]
+    remove_events(tmp_path)
+    assert not [*read_lines(tmp_path)]
 
 
 @pytest.mark.parametrize("fault", ["no room", "half a line"])
