@@ -31,5 +31,7 @@ Next, after \`. ${VENV:-.venv}/bin/activate\`:
   less $out/ring.log                 its plan, the reasons, where the time went
   mdattn make-data big.h5 --items 3 --length 8192 --causal
   mpirun -n 2 mdattn run big.h5 -o big-out.h5
-  mdattn run --help               and README.md: GPUs, Slurm, resuming
+  mdattn run --help                 every option, with examples
+
+docs/tutorial.md goes on with data of your own; README.md: GPUs, Slurm.
 END

@@ -116,13 +116,15 @@ class StrategyBackend:
     def plan(
         self, problem: AttentionProblem, strategy: StrategyName | Literal["auto"], *, lse: bool
     ) -> Plan:
-        """Choose among ring, allgather and ulysses."""
+        """Choose among our own strategies."""
         from mdattn_mpi.strategies import choose
 
         kernel = self.device.check(problem)
-        name, reasons = choose(problem, self.device.ranks, strategy, self.device.costs(problem))
+        ranks, costs = self.device.ranks, self.device.costs(problem)
+        name, reasons = choose(problem, ranks, strategy, costs)
         reasons = (*reasons, *kernel)
-        return Plan(problem, name, self.device.ranks, self.name, lse, reasons=reasons)
+        size = costs.node_size
+        return Plan(problem, name, ranks, self.name, lse, node_size=size, reasons=reasons)
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """Ask the device."""

@@ -13,138 +13,57 @@ and `call` of `Costs`, for the busiest of P ranks::
                 with a head start: compute + 3 · C + merge of its rows
                 with a mask that hides keys: the gather is of what a rank sees of other shards, and
                 `ring` takes max(compute + C, (P−1) · L + gather) + merge
+    hierarchical   of n nodes: (n−1) · max(compute/n + C, hop, gather) + compute/n + C + merge,
+                + gather outside a batch;  gather = L + a node's other K‖V shards / near B
     ulysses     max(compute + C, gather) in a batch, else their sum, + merge + the way back
                 gather = L + Q, K, V of its heads from the others / B
                 way back = L + output and LSE to the others / B;  merge = packing both ways / M
 
 In a batch the transfers of an item run while the item before computes, and its files are read and
-written meanwhile.
+written meanwhile. No item that several GPUs share is faster than a host that asks for it: a launch
+where the step is recorded and replayed (`devices.cuda.step`), else call by call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
+from mdattn_mpi.costs import PREPARING as PREPARING
+from mdattn_mpi.costs import Costs as Costs
+from mdattn_mpi.costs import cpu_costs as cpu_costs
+from mdattn_mpi.costs import gpu_costs as gpu_costs
+from mdattn_mpi.costs import typical_costs as typical_costs
 from mdattn_mpi.mask import Mask
 from mdattn_mpi.partition import busiest_share, head_shards, token_count
-from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, Partition, StrategyName
+from mdattn_mpi.problem import (
+    FLAT_STRATEGIES,
+    STRATEGY_NAMES,
+    AttentionProblem,
+    Partition,
+    StrategyName,
+)
 from mdattn_mpi.text import duration, memory_size
 
-# Attention as cuDNN does it, per multiprocessor and by the major number of the SM architecture:
-# SM 9 measured on an H200, the others scaled from data sheets.
-FLOPS_PER_MULTIPROCESSOR = {8: 1.8e12, 9: 4.9e12, 10: 8e12, 12: 1.2e12}
-FLOPS_PER_CORE = 6e10  # of a server's processor
-
-# Bytes/s of one rank from and to files in memory, a look at every number and checksums included:
-# 16 items of 64k tokens on two ranks, beside H200s (docs/performance.md, the whole job).
-READING, WRITING = 3.7e9, 1.4e9
 BATCH = 2  # items of a batch that a rank holds at a time: one computes, the next is on its way
 
-PREPARING = 0.04  # seconds of an execution plan of cuDNN, which FlashAttention does without
-PARTIALS = 4  # of a GPU: one in which all are folded, two that wait for it, one under way
+# Seconds of a host that replays a step: 52 to 80 µs on two H200s (docs/performance.md). And where
+# it asks call by call, for each rank of the group: 119 µs for attention and 71 to send and receive
+# (docs/h200-kernels.json), `ring` both each time, `ulysses` two ways, `hierarchical` an attention
+# for each node of 8.
+REPLAYING = 7e-5
+ASKING: dict[StrategyName, float] = {
+    "ring": 1.9e-4,
+    "allgather": 8e-5,
+    "ulysses": 1.5e-4,
+    "hierarchical": 9e-5,
+}
 
 TILE = 128  # query rows of one block of cuDNN's kernel
 # Seconds of attention a rank that make a head start worth it: 8k lost 0.1 ms by one, 16k won 0.06.
 HEAD_START = 5e-4
-
-
-@dataclass(frozen=True)
-class Costs:
-    """How fast one rank's device is; rough figures, whose ratios matter most.
-
-    Parameters
-    ----------
-    flops
-        Attention, FLOP/s.
-    bandwidth
-        Bytes/s that a rank sends while it receives as much.
-    latency
-        Seconds before the first byte of an exchange arrives.
-    merge
-        Bytes/s of partial results that are merged, or of heads that are packed.
-    call
-        Seconds that one call of the kernel takes however small it is.
-    item
-        Seconds that an item of a batch takes besides: agreements, opening, closing.
-    preparing
-        Seconds that the first item of a shape takes besides, on every rank that computes it.
-    memory
-        Bytes that a rank may use for arrays, the smallest over the group; 0 where unknown.
-    partials
-        Partial results in float32 that `ring` holds of a row at a time, if there are as many ranks.
-    exact_merge
-        Whether what is merged is as exact as what one call gives: then the fastest strategy is
-        taken, however much it merges.
-    multiprocessors
-        Tiles of rows that a GPU's kernel works on at a time; 0 where it isn't done by tiles.
-    reading, writing
-        Bytes/s of a rank's files.
-
-    """
-
-    flops: float
-    bandwidth: float
-    latency: float
-    merge: float
-    call: float
-    item: float = 0.0
-    preparing: float = 0.0
-    memory: int = 0
-    partials: int = 1
-    exact_merge: bool = False
-    multiprocessors: int = 0
-    reading: float = READING
-    writing: float = WRITING
-
-
-def gpu_costs(
-    sm_major: int,
-    multiprocessors: int,
-    *,
-    near: bool = True,
-    memory: int = 0,
-    preparing: float = PREPARING,
-    exact_merge: bool = False,
-) -> Costs:
-    """Costs of a GPU; `near` where all GPUs of its group reach each other by peer copies."""
-    return Costs(
-        flops=FLOPS_PER_MULTIPROCESSOR.get(sm_major, 2e12) * multiprocessors,
-        bandwidth=3.5e11 if near else 4e10,
-        latency=1.2e-5 if near else 3e-5,
-        merge=2e12,
-        call=1e-5,
-        item=2e-4,
-        preparing=preparing,
-        memory=memory,
-        partials=PARTIALS,
-        exact_merge=exact_merge,
-        multiprocessors=multiprocessors,
-    )
-
-
-def cpu_costs(memory: int = 0) -> Costs:
-    """Costs of a rank of one thread, whose messages go through shared memory."""
-    return Costs(
-        flops=FLOPS_PER_CORE,
-        bandwidth=4e9,
-        latency=20e-6,
-        merge=4e9,
-        call=50e-6,
-        item=2e-3,
-        memory=memory,
-    )
-
-
-def typical_costs(backend: str, memory: int = 0, *, preparing: float = PREPARING) -> Costs:
-    """Costs of a backend whose devices aren't open yet: an H100 or H200, or a core."""
-    return (
-        cpu_costs(memory)
-        if backend == "cpu"
-        else gpu_costs(9, 132, memory=memory, preparing=preparing)
-    )
 
 
 @dataclass(frozen=True)
@@ -178,7 +97,7 @@ def estimate(
     batch: bool,
     owners: Partition | None = None,
 ) -> Estimate:
-    """Work out the formulas of this module for one strategy.
+    """Say what one strategy is expected to take.
 
     Parameters
     ----------
@@ -188,6 +107,26 @@ def estimate(
         Who owns which tokens; None stands for even shares.
 
     """
+    device = _of_device(problem, ranks, strategy, costs, batch, owners)
+    return replace(device, seconds=max(device.seconds, host_seconds(strategy, ranks, costs)))
+
+
+def host_seconds(strategy: StrategyName, ranks: int, costs: Costs) -> float:
+    """Seconds that a GPU's host takes to ask for an item of a group."""
+    if ranks == 1 or not costs.multiprocessors:
+        return 0.0
+    return REPLAYING if costs.replayed else ASKING[strategy] * ranks
+
+
+def _of_device(
+    problem: AttentionProblem,
+    ranks: int,
+    strategy: StrategyName,
+    costs: Costs,
+    batch: bool,
+    owners: Partition | None,
+) -> Estimate:
+    """Work out the formulas of this module."""
     q_tokens, kv_tokens = _longest_shards(problem, ranks, owners)
     q_row = 2 * problem.q_heads * problem.head_dim
     kv_row = 2 * problem.kv_heads * (problem.head_dim + problem.v_head_dim)
@@ -212,6 +151,22 @@ def estimate(
         partials = min(ranks, costs.partials) * q_tokens * partial_row
         buffers = min(2, ranks - 1) * min(kv_tokens, foreign) * kv_row
         return Estimate(seconds, compute, exchange, merge, held * (shards + buffers) + partials)
+
+    if strategy == "hierarchical":
+        nodes = ranks // costs.node_size
+        compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
+        compute += _idle(problem, tiles * nodes, compute, costs)
+        hop = costs.latency + kv_tokens * kv_row / costs.bandwidth
+        gather = costs.latency
+        gather += (costs.node_size - 1) * kv_tokens * kv_row / costs.near_bandwidth
+        step = compute / nodes + costs.call
+        merge = nodes * q_tokens * partial_row / costs.merge if nodes > 1 else 0.0
+        seconds = (nodes - 1) * max(step, hop, gather) + step + merge + (0 if batch else gather)
+        partials = min(nodes, costs.partials) * q_tokens * partial_row
+        step_bytes = (2 + costs.node_size) * kv_tokens * kv_row  # of an item ahead; else two
+        exchange = (nodes - 1) * hop + nodes * gather
+        memory = held * (shards + step_bytes) + step_bytes + partials
+        return Estimate(seconds, compute, exchange, merge, memory)
 
     if strategy == "allgather":
         compute = _busiest_share(problem, ranks, owners) * problem.flops / costs.flops
@@ -242,12 +197,19 @@ def estimate(
     return Estimate(seconds, compute, gather + back, merge, memory)
 
 
+def contenders(problem: AttentionProblem, ranks: int, costs: Costs) -> tuple[StrategyName, ...]:
+    """Strategies that are worth an estimate: `hierarchical` on several nodes, without a window."""
+    nodes = costs.node_size > 1 and ranks > costs.node_size and not ranks % costs.node_size
+    return STRATEGY_NAMES if nodes and not problem.mask.hides_keys else FLAT_STRATEGIES
+
+
 def item_seconds(problem: AttentionProblem, ranks: int, costs: Costs) -> float:
     """Estimate an item of a batch by its fastest strategy that fits, its files included.
 
     What the first item of a shape takes besides isn't in it: `Costs.preparing`.
     """
-    every = [estimate(problem, ranks, name, costs, batch=True) for name in STRATEGY_NAMES]
+    names = contenders(problem, ranks, costs)
+    every = [estimate(problem, ranks, name, costs, batch=True) for name in names]
     fitting = [each for each in every if not costs.memory or each.memory <= costs.memory]
     attention = min(each.seconds for each in fitting or every)
     written = output_bytes(problem)
@@ -277,7 +239,8 @@ def output_bytes(problem: AttentionProblem) -> int:
 
 def least_memory(problem: AttentionProblem, ranks: int, costs: Costs) -> int:
     """Bytes a rank that the most frugal strategy takes, in a batch."""
-    return min(estimate(problem, ranks, name, costs, batch=True).memory for name in STRATEGY_NAMES)
+    names = contenders(problem, ranks, costs)
+    return min(estimate(problem, ranks, name, costs, batch=True).memory for name in names)
 
 
 def least_ranks(problem: AttentionProblem, costs: Costs) -> int | None:

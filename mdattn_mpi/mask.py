@@ -57,6 +57,12 @@ class Band(NamedTuple):
     before: int | None
     after: int | None
 
+    def pairs(self, rows: int, keys: int) -> int:
+        """Query–key pairs that it lets through."""
+        far, near = self
+        seen = rows * keys if near is None else seen_pairs(rows, keys, keys - rows + near)
+        return seen if far is None else seen - seen_pairs(rows, keys, keys - rows - far - 1)
+
 
 FULL = Band(None, None)
 LOWER_RIGHT = Band(None, 0)  # causal, where both ends meet

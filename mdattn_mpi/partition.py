@@ -85,7 +85,7 @@ def partition(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> 
     causal = problem.causal != "none"
     deal = zigzag if causal else contiguous
     return Partition(
-        deal(tokens, ranks), (deal if strategy == "ring" else contiguous)(kv_tokens, ranks)
+        deal(tokens, ranks), (contiguous if strategy == "allgather" else deal)(kv_tokens, ranks)
     )
 
 

@@ -18,7 +18,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from math import sqrt
+from math import prod, sqrt
 from typing import Any, Literal, get_args
 
 from mdattn_mpi.errors import RejectedError
@@ -27,8 +27,10 @@ from mdattn_mpi.mask import Span as Span
 
 Causal = Literal["none", "upper_left", "lower_right"]
 DTypeName = Literal["bfloat16", "float16"]
-StrategyName = Literal["ring", "allgather", "ulysses"]
+StrategyName = Literal["ring", "allgather", "ulysses", "hierarchical"]
 STRATEGY_NAMES: tuple[StrategyName, ...] = get_args(StrategyName)
+# Those that know nothing of nodes.
+FLAT_STRATEGIES = tuple(name for name in STRATEGY_NAMES if name != "hierarchical")
 KernelName = Literal["cudnn", "flash"]
 KERNEL_NAMES: tuple[KernelName, ...] = get_args(KernelName)
 
@@ -56,6 +58,11 @@ class TensorSpec:
         if self.token_dim is None:
             return self.shape
         return (*self.shape[: self.token_dim], tokens, *self.shape[self.token_dim + 1 :])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of it; NumPy's names of numbers end in their bits."""
+        return prod(self.shape) * int(self.dtype.lstrip("abcdefghijklmnopqrstuvwxyz")) // 8
 
 
 @dataclass(frozen=True)
@@ -311,6 +318,7 @@ class Plan(_Agreed):
     lse: bool = False
     engine_digest: str = ""  # of a serialized engine; all ranks must hold the same one
     partition: Partition | None = None  # None means `partition.partition` of the strategy
+    node_size: int = 1  # ranks of a node, of which `hierarchical` makes its ring
     reasons: tuple[str, ...] = ()
 
 

@@ -5,7 +5,12 @@ phases noted, one agreement) against the same steps with a barrier. Short bursts
 medians of the slowest rank. The watchdog's share of a core comes on top: bursts this short mostly
 miss it, so its processor time is read from the kernel.
 
+On two ranks it also predicts an agreement on more, each with a core of its own: what Python takes,
+and a hop for each doubling of ranks, measured between the two, plus --latency of the network.
+Beside it the same with a slot in the all-reduce for every rank's checksum, however many.
+
   mpirun -n 2 mdattn bench agree
+  mpirun -n 2 mdattn bench agree --ranks 64,1024 --latency 2
 """
 
 from __future__ import annotations
@@ -15,25 +20,31 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import TYPE_CHECKING
 
 from mdattn_mpi.bench.measure import alternate, report, versions
-from mdattn_mpi.bench.options import add_rounds
+from mdattn_mpi.bench.options import add_rounds, numbers
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World
 
 CALLS = 50  # a burst is shorter than a slice of the scheduler's time
 STEPS = 4
+PAIR = 2  # ranks between which a hop is measured
+RANKS = (64, 128, 256, 1024)
 PHASES = ("agree", "begin", "enqueue")  # of the batch loop, where no file is waited for
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Declare how many bursts of each kind."""
+    """Declare how many bursts of each kind, and what to predict."""
     add_rounds(parser, 400)
+    add = parser.add_argument
+    add("--ranks", type=numbers, default=RANKS, metavar="P,P", help="to predict: 64,128,256,1024")
+    add("--latency", type=float, default=2.0, metavar="US", help="of the network (default: 2 µs)")
 
 
 def measure(world: World, arguments: argparse.Namespace) -> None:
@@ -49,6 +60,7 @@ def measure(world: World, arguments: argparse.Namespace) -> None:
         "lockstep_share": round(lockstep, 5),
         "watchdog_share": round(watchdog, 5),
         "all_share": round(lockstep + watchdog, 5),
+        **(_predicted(world, arguments) if world.size == PAIR else {}),
     }
     if world.rank == 0:
         rows = [(name, str(value)) for name, value in figures.items()]
@@ -65,7 +77,7 @@ def _calls(world: World, rounds: int) -> dict[str, float]:
 
     def agree() -> None:
         for item in range(CALLS):
-            world.agree(Step(item, "begin", 0x123456789ABCDEF), word=item)
+            world.agree(Step(item, "begin", 0x123456789ABCDEF), word=item, reader=0)
 
     def enter() -> None:
         for _ in range(CALLS):
@@ -73,6 +85,61 @@ def _calls(world: World, rounds: int) -> dict[str, float]:
 
     kinds = {"barrier": barrier, "agree": agree, "enter": enter}
     took = alternate(kinds, rounds, before=world.control.Barrier, world=world)
+    return {name: seconds / CALLS for name, seconds in took.items()}
+
+
+def _predicted(world: World, arguments: argparse.Namespace) -> dict[str, float]:
+    """Microseconds of an agreement by number of ranks; on the one that commits, of the gather."""
+    from mdattn_mpi.lockstep.agreement import HEAD_WORDS, SLOTS
+
+    hops = _hops(world, arguments.rounds, [HEAD_WORDS, *(HEAD_WORDS + p for p in arguments.ranks)])
+    found = {}
+    for ranks in arguments.ranks:
+        doublings = (ranks - 1).bit_length()
+        by_words = {
+            words: hops["python"] + hops[f"unpack {words}"]
+            + doublings * (1e-6 * arguments.latency + hops[f"reduce {words}"])
+            for words in (HEAD_WORDS, HEAD_WORDS + ranks)
+        }  # fmt: skip
+        gather = doublings * (1e-6 * arguments.latency + hops["gather"])
+        found[f"slots_{ranks}_us"] = by_words[HEAD_WORDS + ranks]
+        if ranks > SLOTS:
+            found[f"gathered_{ranks}_us"] = by_words[HEAD_WORDS]
+            found[f"gather_{ranks}_us"] = gather
+    return {name: round(1e6 * seconds, 1) for name, seconds in found.items()}
+
+
+def _hops(world: World, rounds: int, words: list[int]) -> dict[str, float]:
+    """Seconds between two ranks: to reduce so many words, to gather one; and what Python takes."""
+    from struct import Struct
+
+    import numpy as np
+
+    from mdattn_mpi.lockstep import Step
+    from mdattn_mpi.lockstep.mpi import MPI
+
+    alone, comm = world.split(world.rank), world.control
+    own, both = np.zeros(1, np.uint64), np.zeros(world.size, np.uint64)
+
+    def python() -> None:
+        alone.agree(Step(7, "begin", 0x123456789ABCDEF), word=7, reader=0)
+
+    kinds: dict[str, Callable[[], object]] = {
+        "python": python,
+        "gather": lambda: comm.Gather(own, both, 0),
+    }
+    for count in words:
+        sent, received = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+        kinds[f"reduce {count}"] = partial(comm.Allreduce, sent, received, MPI.MAX)
+        kinds[f"unpack {count}"] = partial(Struct(f"={count}Q").unpack, received.tobytes())
+
+    def burst(call: Callable[[], object]) -> None:
+        for _ in range(CALLS):
+            call()
+
+    bursts = {name: partial(burst, call) for name, call in kinds.items()}
+    took = alternate(bursts, rounds, before=comm.Barrier, world=world)
+    alone.free()
     return {name: seconds / CALLS for name, seconds in took.items()}
 
 
@@ -95,7 +162,7 @@ def _steps(world: World, rounds: int) -> tuple[dict[str, float], float]:
             for name in PHASES:
                 clock.enter(name, "item-17", 1 << 20, MEANWHILE if name == "agree" else ())
                 if name == "agree":
-                    world.agree(Step(item, "begin", 0x123456789ABCDEF), word=item)
+                    world.agree(Step(item, "begin", 0x123456789ABCDEF), word=item, reader=0)
                 elif name == "enqueue":
                     compute()
             world.board.progress(item, STEPS)

@@ -1,7 +1,7 @@
 """How evenly items are scheduled on groups, and what groups gain.
 
-On paper: 1,000 items of long-tailed lengths on 1 … 64 ranks, scheduled by the code that does it in
-a job, played with the cost model and every item up to a tenth quicker or slower than it says. For
+On paper: items of long-tailed lengths on --ranks, scheduled by the code that does it in a job,
+played with the cost model and every item up to a tenth quicker or slower than it says. For
 each spread of lengths (the logarithm's standard deviation): when the last rank ends against the
 mean of all, and the whole against work that could be divided without loss. And what scheduling
 costs.
@@ -11,6 +11,7 @@ in turn, by mpirun; and of N jobs of one rank that share nothing but the machine
 the machine has to give. A rank has one thread, or one GPU.
 
   mdattn bench groups
+  mdattn bench groups --ranks 1024 --items 100000
   mdattn bench groups --run 2
   mdattn bench groups --run 2 -b cuda --length 65536
 """
@@ -31,13 +32,13 @@ from statistics import median
 from time import perf_counter
 
 from mdattn_mpi.bench.measure import report, versions
-from mdattn_mpi.bench.options import add_backend, add_folder, add_rounds
+from mdattn_mpi.bench.options import add_backend, add_folder, add_rounds, numbers
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 SPREADS = (0.5, 1.0, 1.3)
-ITEMS = 1000
+ITEMS, RUN_ITEMS = 1000, 16
 SEEDS = 5
 NOISE = 0.1
 RANKS_PER_NODE = 8
@@ -47,7 +48,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare the jobs that run."""
     add = parser.add_argument
     add("--run", type=int, default=0, metavar="N", help="run jobs of N groups of one rank")
-    add("--items", type=int, default=16, metavar="N", help="of the jobs that run (default: 16)")
+    add("--ranks", type=numbers, default=RANKS, metavar="P,P", help="default: 1,2,4 … 64")
+    add("--items", type=int, metavar="N", help="default: 1000; with --run: 16")
     add("--length", type=int, default=4096, metavar="S", help="their tokens (default: 4096)")
     add_backend(parser)
     add_rounds(parser)
@@ -56,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Schedule, or run; print what came of it."""
-    found = _run(arguments) if arguments.run else list(_on_paper())
+    found = _run(arguments) if arguments.run else list(_on_paper(arguments))
     rows = [list(found[0]), *([_shown(value) for value in row.values()] for row in found)]
     report({"figures": found}, rows, versions("numpy", "mpi4py"), as_json=arguments.json)
     return 0
@@ -66,29 +68,30 @@ def _shown(value: float) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def _on_paper() -> Iterator[dict[str, float]]:
+def _on_paper(arguments: argparse.Namespace) -> Iterator[dict[str, float]]:
     """One row for each spread and number of ranks: the worst of the seeds."""
+    count = arguments.items or ITEMS
     for spread in SPREADS:
-        for ranks in RANKS:
+        for ranks in arguments.ranks:
             late, whole, took = zip(
-                *(_play(spread, ranks, seed) for seed in range(SEEDS)), strict=True
+                *(_play(count, spread, ranks, seed) for seed in range(SEEDS)), strict=True
             )
             yield {
                 "spread": spread,
                 "ranks": ranks,
                 "last / mean": max(late),
                 "whole / ideal": max(whole),
-                "ms an item": 1000 * median(took) / ITEMS,
+                "ms an item": 1000 * median(took) / count,
             }
 
 
-def _play(spread: float, ranks: int, seed: int) -> tuple[float, float, float]:
+def _play(count: int, spread: float, ranks: int, seed: int) -> tuple[float, float, float]:
     """Last rank over the mean, whole over ideal, and the seconds of scheduling."""
     from mdattn_mpi.estimate import typical_costs
     from mdattn_mpi.planning.schedule import expected_seconds, finish_times, make_schedule
 
     draw, costs = random.Random(seed), typical_costs("cuda")
-    lengths = [min(1 << 20, max(1024, int(draw.lognormvariate(9.7, spread)))) for _ in range(ITEMS)]
+    lengths = [min(1 << 20, max(1024, int(draw.lognormvariate(9.7, spread)))) for _ in range(count)]
     problems = [AttentionProblem(s, s, 8, 8, 128, 128) for s in lengths]
     luck = [draw.uniform(1 - NOISE, 1 + NOISE) for _ in problems]
     nodes = [f"n{rank // RANKS_PER_NODE}" for rank in range(ranks)]
@@ -97,7 +100,7 @@ def _play(spread: float, ranks: int, seed: int) -> tuple[float, float, float]:
     took = perf_counter() - began
     expected = expected_seconds(problems, ranks, costs)
     ends = finish_times(schedule, lambda item, size: luck[item] * expected(item, size))
-    alone = sum(luck[item] * expected(item, 1) for item in range(ITEMS)) / ranks
+    alone = sum(luck[item] * expected(item, 1) for item in range(count)) / ranks
     return max(ends) * ranks / sum(ends), max(ends) / alone, took
 
 
@@ -137,7 +140,7 @@ class _Jobs:
         self.launcher = [mpirun, "--bind-to", "none", "-n"]  # the same in Open MPI and MPICH
         self.folder = folder
         self.backend: str = arguments.backend
-        self.items: int = arguments.items
+        self.items: int = arguments.items or RUN_ITEMS
         shape = f"--items {self.items} --length {arguments.length} --q-heads 8 --head-dim 64"
         self._finish(self._start([], 0, "make-data", str(folder / "data.h5"), *shape.split()))
 

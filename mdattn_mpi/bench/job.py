@@ -71,7 +71,7 @@ def measure(world: World, arguments: argparse.Namespace) -> None:
     def prepare() -> None:
         if world.rank == 0:
             folder.mkdir(parents=True)
-            _make_dataset(data, [kinds[n % len(kinds)] for n in range(arguments.items)])
+            make_dataset(data, [kinds[n % len(kinds)] for n in range(arguments.items)])
 
     try:
         together(world, "dataset", prepare)
@@ -105,7 +105,7 @@ def measure(world: World, arguments: argparse.Namespace) -> None:
         report(figures, rows, facts, as_json=arguments.json)
 
 
-def _make_dataset(path: Path, kinds: Sequence[AttentionProblem]) -> None:
+def make_dataset(path: Path, kinds: Sequence[AttentionProblem]) -> None:
     """Write random items, the same block of numbers again and again.
 
     Drawing them all, as `mdattn make-data` does, would take longer than measuring.
@@ -130,12 +130,13 @@ def _make_dataset(path: Path, kinds: Sequence[AttentionProblem]) -> None:
 def _measure(world: World, spec: JobSpec) -> tuple[dict[str, float], dict[str, str]]:
     """Collective. Seconds of the whole job and of each part alone, the slowest rank's; facts."""
     from mdattn_mpi.runner.batch import files_of, run_items
+    from mdattn_mpi.runner.events import Events
     from mdattn_mpi.runner.opening import open_files, open_job
 
     job = open_job(spec, world)
     open_files(job)
     assert job.output is not None
-    files = files_of(job, job.output)
+    files = files_of(job, job.output, Events())
     memory, timings = _in_memory(job, files), job.executor.timings
     items = in_order(job)
     parts: dict[str, Callable[[], None]] = {

@@ -24,7 +24,6 @@ from mdattn_mpi.bench.measure import report, table, versions
 from mdattn_mpi.bench.options import add_rounds, add_shapes, numbers, problems
 from mdattn_mpi.devices.cuda.attention import AttentionCall, Engine
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.mask import seen_pairs
 from mdattn_mpi.problem import AttentionProblem, Plan
 from mdattn_mpi.text import show
 
@@ -222,11 +221,7 @@ def reference(call: AttentionCall, q: Any, k: Any, v: Any, rows: Any) -> Any:
 
 def flops_of(call: AttentionCall) -> int:
     """Floating-point operations of the two matrix products."""
-    rows, keys = call.q_tokens, call.kv_tokens
-    before, after = call.band
-    pairs = rows * keys if after is None else seen_pairs(rows, keys, keys - rows + after)
-    if before is not None:
-        pairs -= seen_pairs(rows, keys, keys - rows - before - 1)
+    pairs = call.band.pairs(call.q_tokens, call.kv_tokens)
     return 2 * pairs * call.q_heads * (call.head_dim + call.v_head_dim)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from mdattn_mpi.bench.measure import Side, report
 from mdattn_mpi.bench.options import add_shapes, one_problem
-from mdattn_mpi.problem import STRATEGY_NAMES
+from mdattn_mpi.problem import FLAT_STRATEGIES
 
 if TYPE_CHECKING:
     from mdattn_mpi.lockstep import World
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare strategy and shape."""
-    parser.add_argument("-s", "--strategy", choices=STRATEGY_NAMES, default="ring")
+    parser.add_argument("-s", "--strategy", choices=FLAT_STRATEGIES, default="ring")
     add_shapes(parser, lengths=(131072,), q_heads=1, kv_heads=1)
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from mdattn_mpi.bench.measure import alternate, report, table, versions
 from mdattn_mpi.bench.options import add_backend, add_rounds, add_shapes, one_problem, problems
-from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem
+from mdattn_mpi.problem import FLAT_STRATEGIES, AttentionProblem
 from mdattn_mpi.text import memory_size
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ class Bench:
         import numpy as np
 
         ids = np.random.default_rng(tokens).integers(0, self.network.vocabulary, tokens)
-        names = ("auto",) if self.arguments.only == "auto" else STRATEGY_NAMES
+        names = ("auto",) if self.arguments.only == "auto" else FLAT_STRATEGIES
         sides = {name: self._ours(ids, name) for name in names}
         if not self.arguments.only:
             sides[ONE] = self._alone(ids)

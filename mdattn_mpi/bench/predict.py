@@ -23,7 +23,7 @@ from mdattn_mpi.bench.options import add_shapes, numbers, problems
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.files import write_whole
 from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
-from mdattn_mpi.problem import AttentionProblem, Plan
+from mdattn_mpi.problem import FLAT_STRATEGIES, AttentionProblem, Plan
 
 if TYPE_CHECKING:
     from mdattn_mpi.bench.timeline import Call, Timings
@@ -53,7 +53,7 @@ def measure(world: World, arguments: argparse.Namespace) -> None:
         Plan(problem, name, ranks)
         for problem in problems(arguments)
         for ranks in arguments.ranks
-        for name in STRATEGIES
+        for name in FLAT_STRATEGIES
     ]
     timings = _load(world, arguments.kernels)
     needed = {

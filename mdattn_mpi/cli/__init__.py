@@ -23,11 +23,13 @@ from mdattn_mpi.text import stop_showing, wrapped
 
 COMMANDS = {  # and what `mdattn --help` says of them
     "run": "compute attention over every item of a dataset",
+    "plan": "say what a job will take: time, memory, what it waits for",
     "verify": "compare an output with float64 attention",
     "make-data": "write a synthetic dataset",
     "convert": "make a dataset of other files: tensors, or texts for a model",
     "inspect": "say what a file holds, and what is finished",
     "status": "say how a job is doing, from another shell",
+    "report": "write a page about a job, and a trace of it",
     "bench": "measure speed, memory, and what each guarantee costs",
     "build": "build a TensorRT engine ahead of a job",
     "shard": "share an ONNX model by tokens",
@@ -92,7 +94,8 @@ def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
     for name, about in COMMANDS.items():
         if name in wanted:
             command = import_module(f"mdattn_mpi.cli.{name.replace('-', '_')}")
-            add_command(commands, name, command, about).set_defaults(main=command.main)
+            its_own = add_command(commands, name, command, about)
+            its_own.set_defaults(main=command.main, parser=its_own)
         else:
             commands.add_parser(name, help=about)
     return parser
@@ -101,10 +104,19 @@ def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse on every rank; let rank 0 alone complain, and before a launcher kills it."""
     if launcher().rank <= 0:
-        return parser.parse_args(argv)
+        return _parse_all(parser, argv)
     try:
         with redirect_stderr(None), redirect_stdout(None):
-            return parser.parse_args(argv)
+            return _parse_all(parser, argv)
     except SystemExit:
         time.sleep(PATIENCE)
         raise
+
+
+def _parse_all(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """As ``parse_args``, but what isn't known is complained of with the usage of the command."""
+    arguments, unknown = parser.parse_known_args(argv)
+    its_own = vars(arguments).pop("parser")  # what is left are the command's options
+    if unknown:
+        its_own.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return arguments

@@ -10,8 +10,8 @@ contiguous, token-major data of 16 bits; or make token ids of texts.
 
 A * stands for any text without a slash, and names the item. Without patterns, names like query,
 */query, *.q, *.qkv are tried; the tensor of a .npy file is called like the file. Tensors are
-[S, N, H] or [B, S, N, H]; [N, S, H] or [B, N, S, H] with --layout head_major. Causal mask, scale
-and layout that the file states are kept; options overrule them.
+[S, N, H] or [B, S, N, H]; [N, S, H] or [B, N, S, H] with --layout head_major. What the file states
+beside them is kept (causal, window, scale, softcap, layout, sinks, segments); options overrule it.
 
 A .pt file is read by PyTorch's own reader for weights, which runs nothing of it.
 
@@ -180,6 +180,9 @@ def _convert_tensors(arguments: argparse.Namespace) -> int:
             for block in rounded_blocks(source, tensor, shape, arguments.source[0]):
                 dataset.append(source.item, tensor, block)
                 bar.update(block.nbytes)
+        for source in sources:
+            if source.sinks is not None:
+                dataset.append(source.item, "sinks", source.sinks)
     print(f"{arguments.path}: {counted(len(sources), 'item')}, {quantity(total, 'B')}")
     for source in sources[:10]:
         print(f"  {source}")

@@ -34,6 +34,13 @@ def add_command(commands: Any, name: str, module: ModuleType, about: str) -> Any
     return parser
 
 
+def whole_number(text: str) -> int:
+    """Take a number of nodes, ranks or GPUs."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from 1 on")
+    return int(text)
+
+
 def add_writing_options(parser: argparse.ArgumentParser) -> None:
     """Declare what every command that writes a dataset takes: mask, scale, overwriting."""
     masks = parser.add_mutually_exclusive_group()

@@ -6,8 +6,8 @@
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
 output. With --model it is a whole transformer that they run over token ids (or an ONNX model, on
 CPUs or by -b tensorrt); with --engine and --bind, a model's TensorRT engine. The same command again
-does only what isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, and a
-death note if a rank is lost.
+does only what isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, what
+`mdattn report` makes a page of, and a death note if a rank is lost.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     add = how.add_argument
     add("-b", "--backend", metavar="NAME", help="auto (default), cpu, cuda, tensorrt")
-    add("-s", "--strategy", metavar="NAME", help="auto (default), ring, allgather, ulysses")
+    strategies = "auto (default), ring, allgather, ulysses, hierarchical (over several nodes)"
+    add("-s", "--strategy", metavar="NAME", help=strategies)
     add("--group-size", metavar="P", help="ranks that share an item: all (default), auto, a number")
     add("--threads", type=int, metavar="N", help="CPU threads a rank (default: its share of cores)")
     add("--transfer", metavar="HOW", help="between GPUs: auto (default), copy, nccl")

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import DTYPES, STRATEGY_NAMES
+from mdattn_mpi.problem import DTYPES, FLAT_STRATEGIES
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL.onnx")
     add("-o", "--output", metavar="OUT.onnx", required=True, help="the sharded model")
     add("-n", "--ranks", type=int, metavar="P", required=True, help="ranks that run it together")
-    add("-s", "--strategy", required=True, choices=STRATEGY_NAMES)
+    add("-s", "--strategy", required=True, choices=FLAT_STRATEGIES)
     add(
         "--shard",
         action="append",

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mdattn_mpi.cli.options import whole_number
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.files import write_whole
 from mdattn_mpi.slurm import job_of_script, note_job, script_path
@@ -49,19 +50,28 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
     size = parser.add_argument_group("how large")
     add = size.add_argument
-    add("--nodes", type=_count, required=True, metavar="N")
+    add("--nodes", type=whole_number, required=True, metavar="N")
     add(
-        "--gpus-per-node", type=_count, default=0, metavar="G", help="one rank each (default: none)"
+        "--gpus-per-node",
+        type=whole_number,
+        default=0,
+        metavar="G",
+        help="one rank each (default: none)",
     )
-    add("--ranks-per-node", type=_count, metavar="R", help="without GPUs (default: 1)")
+    add("--ranks-per-node", type=whole_number, metavar="R", help="without GPUs (default: 1)")
     add(
         "--cpus-per-rank",
-        type=_count,
+        type=whole_number,
         metavar="C",
         help="cores a rank (default: 8 with GPUs, else 1)",
     )
     add("--time", default="", metavar="T", help="the limit: MM, HH:MM:SS or D-HH:MM:SS")
-    add("--array", type=_count, metavar="K", help="a job for every dataset, K of them at a time")
+    add(
+        "--array",
+        type=whole_number,
+        metavar="K",
+        help="a job for every dataset, K of them at a time",
+    )
 
     where = parser.add_argument_group("where and how")
     add = where.add_argument
@@ -71,7 +81,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--requeue", action="store_true", help="go back to the queue when preempted or out of time")
     add(
         "--warning",
-        type=_count,
+        type=whole_number,
         metavar="S",
         help="seconds before the limit at which the job is told to stop (default: a tenth of it, "
         f"at most {WARNING})",
@@ -80,12 +90,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--mpi", default="pmix", metavar="TYPE", help="of `srun --mpi=list` (default: pmix)")
     add("--doctor", action="store_true", help="check all nodes first; stop when one is unfit")
     add("--run", nargs=argparse.REMAINDER, default=[], help="all that follows goes to mdattn run")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} isn't a whole number from 1 on")
-    return int(text)
 
 
 def main(arguments: argparse.Namespace) -> int:

@@ -59,7 +59,7 @@ class Tokenizer:
             raise RejectedError("--tokenizer needs transformers", fix=EXTRA)
         if not Path(folder).is_dir():
             raise RejectedError(
-                "is no folder", fix="name a local folder with a tokenizer in it", file=folder
+                "isn't a folder", fix="name a local folder with a tokenizer in it", file=folder
             )
         _refuse_code(Path(folder) / "tokenizer_config.json")
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are enough

@@ -72,7 +72,8 @@ ITEM_ATTRIBUTES = ("causal", "scale", "window", "softcap", "layout", "crc32")
 TENSOR_ATTRIBUTES = ("dtype",)
 LAYOUTS: tuple[Layout, ...] = ("token_major", "head_major")
 STATES: tuple[State, ...] = ("todo", "done", "failed")  # the position is the byte in the ledger
-STRATEGIES = ("ring", "allgather", "ulysses")  # the position is the byte in the ledger
+# The position is the byte in the ledger.
+STRATEGIES = ("ring", "allgather", "ulysses", "hierarchical")
 REASON_BYTES = 256
 MIN_LEDGER_WIDTH = 64  # room for a resume with more ranks
 

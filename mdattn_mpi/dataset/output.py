@@ -120,6 +120,12 @@ class Output:
             )
         return self._by_name[name]
 
+    def left(self, items: Sequence[AnyItem]) -> list[int]:
+        """Return the positions of those of a job's `items` that aren't done."""
+        rows = zip(self.items, self.ledger.entries(), strict=True)
+        done = {item.name for item, entry in rows if entry.state == "done"}
+        return [number for number, item in enumerate(items) if item.name not in done]
+
     def match(self, attributes: Mapping[str, Value]) -> dict[str, tuple[Value | None, Value]]:
         """List what differs from `attributes`: by name, what the output says and what was given.
 

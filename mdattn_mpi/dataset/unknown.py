@@ -59,6 +59,9 @@ def misplaced_in(group: Node) -> Iterator[tuple[str, str]]:
     for name in group.attribute_names():
         if name in OF_ITEMS_ONLY:
             yield name, f"attribute {name}, which only counts on an item"
+    for name in group.names():
+        if name in OF_ITEMS_ONLY and (child := group.child(name)) and child.is_dataset:
+            yield name, f"dataset {name}, which only counts in an item"
 
 
 def refuse_unknown(found: Iterable[tuple[str, str]], ignore: Collection[str], file: str) -> None:

@@ -90,8 +90,7 @@ def file_bytes(items: Sequence[AnyItem], lse: bool) -> int:
 
 def output_bytes(item: AnyItem, lse: bool) -> int:
     """Bytes of one item's results."""
-    tensors = outputs_of(item, lse)
-    return sum(prod(each.shape) * numpy_dtype(each.dtype).itemsize for each in tensors)
+    return sum(tensor.nbytes for tensor in outputs_of(item, lse))
 
 
 def _stored(tensor: TensorSpec) -> Any:

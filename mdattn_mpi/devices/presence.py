@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from mdattn_mpi.text import install
 
 EXTRA = install("cuda")
+MULTIPROCESSORS = 16  # CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 PACKAGES = {"cuda.core": "cuda-core", "nccl.core": "nccl4py", "cudnn": "nvidia-cudnn-frontend"}
 
 
@@ -60,6 +61,15 @@ def gpu_attribute(ordinal: int, which: int) -> int:
         return 0
     driver.cuDeviceGetAttribute(ctypes.byref(value), which, device)
     return value.value
+
+
+def gpu_name(ordinal: int) -> str:
+    """Name of a visible GPU; empty without one."""
+    driver, device, name = libcuda(), ctypes.c_int(0), ctypes.create_string_buffer(256)
+    if driver is None or driver.cuDeviceGet(ctypes.byref(device), ordinal):
+        return ""
+    driver.cuDeviceGetName(name, len(name), device)
+    return name.value.decode(errors="replace")
 
 
 def gpu_sm(ordinal: int) -> tuple[int, int]:

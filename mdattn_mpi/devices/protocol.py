@@ -162,6 +162,13 @@ class HostedDevice(Device[A, T, P], Protocol[A, T, P]):
         """
         ...
 
+    def is_ready(self, plan: Plan, **options: Any) -> bool:
+        """Whether `perform` will need no other rank before its ``yield``; alike on all ranks.
+
+        Then its generator may be closed there, as if it had not been called.
+        """
+        ...
+
     def check(self, problem: AttentionProblem) -> tuple[str, ...]:
         """Refuse what the device can't do, as a RejectedError; say what does it, and why."""
         ...

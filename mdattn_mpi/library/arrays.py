@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_args
 
@@ -45,6 +46,16 @@ class Shards(NamedTuple):
     def tokens(self) -> int:
         """The tokens of the query and those of key and value, in one number; see `tokens_of`."""
         return len(self.q) * _MOST_TOKENS + len(self.k)
+
+    @property
+    def sinks_crc32(self) -> int:
+        """The CRC-32 of the sinks; 0 where there are none, or they are on a GPU."""
+        return 0 if self.sinks is None or self.backend != "cpu" else crc32_of(self.sinks)
+
+
+def crc32_of(array: Any) -> int:
+    """The CRC-32 of an array on the host."""
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data)
 
 
 def tokens_of(number: int) -> tuple[int, int]:

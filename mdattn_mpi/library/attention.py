@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Generator, Sequence
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import MdattnError, RejectedError
 from mdattn_mpi.library.arrays import Shards, shards_of
+from mdattn_mpi.library.call import Call, Planned, begun_by_all, undone_on_error
 from mdattn_mpi.library.options import Options
-from mdattn_mpi.library.request import Request, agree_on, plan_of
+from mdattn_mpi.library.request import SINKS, Request, agree_on, plan_of
 from mdattn_mpi.library.session import Session
 from mdattn_mpi.library.spans import Order
 from mdattn_mpi.mask import UNBOUNDED
@@ -20,11 +18,7 @@ from mdattn_mpi.problem import (
     KernelName,
     Plan,
     StrategyName,
-    digest_of,
 )
-
-if TYPE_CHECKING:
-    from mdattn_mpi.backends import AnyDevice
 
 
 def attention(
@@ -69,7 +63,8 @@ def attention(
         Scores become ``softcap · tanh(score / softcap)``; 0: they stay as they are.
     sinks
         ``[Nq]`` float32, the same on all ranks, where `q` is: a score of each query head that takes
-        weight and has no value. It is neither scaled nor capped.
+        weight and has no value. It is neither scaled nor capped. Ranks compare them in each call,
+        on GPUs in the first of its kind.
     segments
         The first tokens of documents that are packed into the sequence, ascending from 0: a query
         sees those of its own document alone. Sq = Skv.
@@ -102,7 +97,7 @@ def attention(
         Invalid arrays, options or sizes. The same error on all ranks, unless `comm` itself is
         invalid.
     DisagreementError
-        Ranks differ in heads, dtype or options. The same error on all ranks.
+        Ranks differ in heads, dtype, options or sinks. The same error on all ranks.
     DeviceError
         A rank has no memory for its buffers, for example. The same error on all ranks.
     InterruptedJobError
@@ -111,13 +106,25 @@ def attention(
     """
     masks = window, softcap, sinks is not None, segments
     options = Options(causal, scale, strategy, kernel, order, return_lse, *masks)  # type: ignore[arg-type]
-    request = agree_on(comm, (q, k, v, sinks), options, deadline)
-    made = request.session.made.get(request.key)
+    request = agree_on(comm, (q, k, v, sinks), options, deadline, _begin_latest)
+    session, key = request.session, request.key
+    made = session.made.get(key)
     if made is None:
         made = Attention.__new__(Attention)
         made._plan_for(request)
-        request.session.remember(request.key, made)
-    return made._begin(request.shards).wait()
+        session.remember(key, made)
+    session.latest[key[0]] = made
+    call = request.call or Call(made._planned, request.shards)
+    call.begin()
+    return call.wait()
+
+
+def _begin_latest(session: Session, digest: int, shards: Shards) -> Call | None:
+    """Begin what was called last with these options, if it fits and needs no other rank."""
+    made: Attention | None = session.latest.get(digest)
+    if made is None or _kind(shards) != made._expected:
+        return None
+    return made._planned.begin_alone(shards)
 
 
 class Attention:
@@ -144,12 +151,8 @@ class Attention:
 
     """
 
-    _session: Session
-    _plan: Plan
-    _kernel: str
+    _planned: Planned
     _expected: str
-    _started: deque[Call]
-    _strategy_options: dict[str, Any] | None
     _sinks: Any
 
     def __init__(
@@ -180,17 +183,23 @@ class Attention:
         """Collective. Plan; all that is collective and the same for every call is done here."""
         from mdattn_mpi.lockstep import together
 
-        self._session = session = request.session
-        self._kernel = request.options.kernel
+        session, sinks = request.session, request.shards.sinks
         self._expected = _kind(request.shards)
-        self._started = deque()
-        self._strategy_options = None
         with session.left_if_alone():
-            self._plan = together(session.world, "plan", lambda: plan_of(request), Plan.facts)
+            plan = together(session.world, "plan", lambda: plan_of(request), Plan.facts)
+            planned = self._planned = Planned(session, plan, request.options.kernel)
+            if plan.problem.sinks and plan.backend == "cuda":
+                together(session.world, "sinks", lambda: {SINKS: planned.crc32_of(sinks)}, dict)
 
     def __repr__(self) -> str:
         """What it computes, and how."""
-        return f"<Attention: {self._plan.problem}; {self._plan.strategy}, {self._plan.ranks} ranks>"
+        plan = self._planned.plan
+        return f"<Attention: {plan.problem}; {plan.strategy}, {plan.ranks} ranks>"
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why this strategy, its estimate, and whether one rank alone would be faster."""
+        return self._planned.plan.reasons
 
     def start(self, q: Any, k: Any, v: Any) -> Call:
         """Collective. Start a call; it needn't be waited for before the next is started.
@@ -217,17 +226,27 @@ class Attention:
             Some ranks didn't come before the deadline; on the others, naming them.
 
         """
-        self._session.check_open()
-        error = None
+        planned, session, plan = self._planned, self._planned.session, self._planned.plan
+        session.check_open()
+        error, sinks, call = None, 0, None
         try:
             shards = shards_of(q, k, v, self._sinks)
             self._check(shards)
+            sinks = shards.sinks_crc32
+            call = planned.begin_alone(shards)
         except Exception as wrong:  # all ranks must hear of it
-            error = MdattnError.wrap(wrong, rank=self._session.world.rank)
-        with self._session.left_if_alone():
-            self._session.agree("start", self._plan.facts, self._plan.digest, error=error)
-        call = self._begin(shards)
-        self._started.append(call)
+            error = MdattnError.wrap(wrong, rank=session.world.rank)
+        with session.left_if_alone(), undone_on_error(call):
+            agreed = session.agree(
+                "start",
+                lambda: {**plan.facts(), SINKS: sinks},
+                plan.digest ^ sinks,
+                error=error,
+                stop=call is None,
+            )
+        call = begun_by_all(call, agreed) or Call(planned, shards)
+        call.begin()
+        planned.started.append(call)
         return call
 
     def wait(self) -> Any:
@@ -235,9 +254,9 @@ class Attention:
 
         See `Call.wait`.
         """
-        if not self._started:
+        if not self._planned.started:
             raise RejectedError("no call is under way", fix="call start(q, k, v) before wait()")
-        return self._started[0].wait()
+        return self._planned.started[0].wait()
 
     def _check(self, shards: Shards) -> None:
         found = _kind(shards)
@@ -246,93 +265,6 @@ class Attention:
                 f"q, k, v are {found}; this Attention was made for {self._expected}",
                 fix="make another one for other shapes, or call attention()",
             )
-
-    def _options_on(self, device: AnyDevice) -> dict[str, Any]:
-        """Return the strategy's options: where a call stands alone it hides behind itself."""
-        if self._strategy_options is None:
-            alone = self._plan.strategy == "allgather"
-            start = {"head_start": device.head_start(self._plan.problem)} if alone else {}
-            self._strategy_options = start
-        return self._strategy_options
-
-    def _begin(self, shards: Shards) -> Call:
-        """Collective. Start a call with arrays that were agreed on."""
-        call = Call(self, shards)
-        call._begin()
-        return call
-
-
-class Call:
-    """One attention under way; `Attention.start` makes it."""
-
-    def __init__(self, made: Attention, shards: Shards) -> None:
-        self._made = made
-        self._shards = shards
-        self._number = made._session.number_of_call()
-        self._open = ExitStack()  # the device, until the call has been waited for
-        self._device: AnyDevice
-        self._steps: Generator[None, None, tuple[Any, Any]]
-        self._result: tuple[Any, Any] | None = None
-
-    def _begin(self) -> None:
-        """Collective. Post the first transfers; nobody computes before all have their buffers."""
-        from mdattn_mpi.strategies import STRATEGIES
-
-        session, plan = self._made._session, self._made._plan
-        error = None
-        with session.left_on_error():
-            session.under_way.append(self)
-            try:
-                device = self._device = self._open.enter_context(
-                    session.device(plan.backend, self._made._kernel)
-                )
-                arrays = map(device.adopt, self._shards.arrays)
-                options = self._made._options_on(device)
-                attend = STRATEGIES[plan.strategy]
-                self._steps = device.perform(attend, plan, *arrays, **options)
-                next(self._steps)
-            except Exception as wrong:  # all ranks must hear of it
-                error = MdattnError.wrap(wrong, rank=session.world.rank)
-            session.agree("enqueue", plan.facts, plan.digest, error=error)
-            if plan.backend == "cuda":  # beside its host; a CPU computes while it is waited for
-                self._compute()
-
-    def _compute(self) -> None:
-        self._result = run_to_end(self._steps)
-
-    def wait(self) -> Any:
-        """Collective. Return the output, or output and LSE, as `attention` does.
-
-        Raises
-        ------
-        RejectedError
-            It was waited for before, or another call on its communicator has failed since.
-        DisagreementError
-            Other ranks wait for another call, or start one. The same error on all ranks.
-        InterruptedJobError
-            Some ranks didn't come before the deadline; on the others, naming them.
-
-        """
-        session, plan = self._made._session, self._made._plan
-        if self not in session.under_way:
-            raise RejectedError(
-                "this call was waited for before", fix="keep what wait() returns; it gives it once"
-            )
-        session.check_open()
-        with session.left_on_error():
-            if self._result is None:
-                facts = {"call": self._number}
-                session.agree("wait", lambda: facts, digest_of(facts))
-                self._compute()
-            assert self._result is not None
-            results = self._result if plan.lse else self._result[:1]
-            given = [self._shards.give(self._device.export(result)) for result in results]
-            self._open.close()
-        session.under_way.remove(self)
-        if self in self._made._started:
-            self._made._started.remove(self)
-        del self._shards, self._steps, self._result
-        return tuple(given) if plan.lse else given[0]
 
 
 def _kind(shards: Shards) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
+from mdattn_mpi.library.call import Call, begun_by_all, undone_on_error
 from mdattn_mpi.library.options import Options
 from mdattn_mpi.library.session import Session, check_comm, session_of
 from mdattn_mpi.library.spans import owners_of
 from mdattn_mpi.problem import AttentionProblem, Partition, Plan, digest_of
+
+SINKS = "values of the sinks (CRC-32)"  # what ranks differ in
 
 
 class Request(NamedTuple):
@@ -21,10 +24,21 @@ class Request(NamedTuple):
     options: Options
     tokens: Sequence[tuple[int, int]]  # of query and of key and value, on each rank
     key: Any  # the same on all ranks; others have others
+    call: Call | None = None  # begun by itself on all ranks
 
 
-def agree_on(comm: Any, arrays: Sequence[Any], options: Options, deadline: float | None) -> Request:
-    """Collective. Check this rank's arguments, and that all ranks were called alike."""
+def agree_on(
+    comm: Any,
+    arrays: Sequence[Any],
+    options: Options,
+    deadline: float | None,
+    begin: Callable[[Session, int, Shards], Call | None] = lambda *_: None,
+) -> Request:
+    """Collective. Check this rank's arguments, and that all ranks were called alike.
+
+    `begin` may do before it whatever needs no other rank, and can be undone; the call that it
+    returns is in the request, if all ranks have one.
+    """
     check_comm(comm)
     from mdattn_mpi.lockstep.arrival import DEFAULT, call_deadline
 
@@ -43,16 +57,28 @@ def agree_on(comm: Any, arrays: Sequence[Any], options: Options, deadline: float
     except Exception as wrong:  # all ranks must hear of it
         error = MdattnError.wrap(wrong)
     session = session_of(comm, seconds)
+    digest, sinks, call = digest_of(facts), 0, None
+    if shards and not error:
+        try:
+            sinks = shards.sinks_crc32
+            call = begin(session, digest, shards)
+        except Exception as wrong:
+            error = MdattnError.wrap(wrong)
     if error:
         error.rank = session.world.rank
-    digest = digest_of(facts)
-    with session.left_if_alone():
+    with session.left_if_alone(), undone_on_error(call):
         agreed = session.agree(
-            "attention", lambda: facts, digest, error=error, word=shards.tokens if shards else 0
+            "attention",
+            lambda: {**facts, SINKS: sinks},
+            digest ^ sinks,
+            error=error,
+            word=shards.tokens if shards else 0,
+            stop=call is None,
         )
+    call = begun_by_all(call, agreed)
     assert shards
     tokens = [tokens_of(number) for number in agreed.words]
-    return Request(session, shards, options, tokens, (digest, agreed.words))
+    return Request(session, shards, options, tokens, (digest, agreed.words), call)
 
 
 def plan_of(request: Request) -> Plan:
@@ -82,7 +108,17 @@ def plan_of(request: Request) -> Plan:
     ranks, lse = len(query), options.return_lse
     with request.session.device(shards.backend, options.kernel) as device:
         device.check(problem)
+        costs = device.costs(problem)
         strategy, reasons = choose(
-            problem, ranks, options.strategy, device.costs(problem), batch=False, owners=owners
+            problem, ranks, options.strategy, costs, batch=False, owners=owners
         )
-    return Plan(problem, strategy, ranks, shards.backend, lse, partition=owners, reasons=reasons)
+    return Plan(
+        problem,
+        strategy,
+        ranks,
+        shards.backend,
+        lse,
+        partition=owners,
+        node_size=costs.node_size,
+        reasons=reasons,
+    )

@@ -26,6 +26,8 @@ class Session:
     ----------
     made
         What was made for which shapes and options: the same on all ranks, in the same order.
+    latest
+        What was called last with the same options, by their digest: the same on all ranks.
     under_way
         Calls that nobody has waited for yet.
     over
@@ -36,6 +38,7 @@ class Session:
     comm: Any
     world: World
     made: dict[Any, Any] = field(default_factory=dict)
+    latest: dict[int, Any] = field(default_factory=dict)
     under_way: list[Any] = field(default_factory=list)
     over: str = ""
     _backends: dict[str, StrategyBackend] = field(default_factory=dict)
@@ -51,16 +54,17 @@ class Session:
         *,
         error: MdattnError | None = None,
         word: int | None = None,
+        stop: bool = False,
     ) -> Agreement:
         """Collective. Make sure that all ranks do the same, and have no error; see `Group.agree`.
 
-        `word` is a number below 2⁶⁴ for all the others.
+        `word` is a number below 2⁶⁴ for all the others; `stop` is told to all if any rank says so.
         """
         from mdattn_mpi.lockstep import Step
 
         self._agreements += 1
         step = Step(self._agreements, phase, digest, facts)
-        return self.world.agree(step, error=error, word=word)
+        return self.world.agree(step, error=error, word=word, stop=stop)
 
     def number_of_call(self) -> int:
         """Number calls, alike on all ranks."""
@@ -72,6 +76,11 @@ class Session:
         self.made[key] = made
         if len(self.made) > KEPT:
             del self.made[next(iter(self.made))]
+            self.latest.clear()
+
+    def has_open(self, name: str, kernel: str) -> bool:
+        """Whether the device of a backend is open, so that `device` asks no other rank."""
+        return name != "cpu" and f"{name} {kernel}" in self._backends
 
     @contextmanager
     def device(self, name: str, kernel: str) -> Iterator[AnyDevice]:

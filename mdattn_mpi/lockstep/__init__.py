@@ -52,4 +52,6 @@ _NEED_MPI = {
 def __getattr__(name: str) -> Any:
     if name not in _NEED_MPI:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_NEED_MPI[name]}"), name)
+    found = getattr(import_module(f"{__name__}.{_NEED_MPI[name]}"), name)
+    globals()[name] = found  # the next time it isn't asked for here
+    return found

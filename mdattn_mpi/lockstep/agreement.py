@@ -1,9 +1,10 @@
 """Agreement: a barrier that is also a check that all ranks are about to do the same.
 
 One all-reduce of a few 64-bit words carries everything: two that show whether all ranks hold the
-same digest, one for a pending error, one for an item that is refused, one for a wish to stop, and
-one a rank for a number of its own, such as the checksum of what it wrote. Only when something is
-wrong do the ranks exchange sentences.
+same digest, one for a pending error, two for items that are refused, one for a wish to stop, and in
+groups of up to `SLOTS` ranks one a rank for a number of its own, such as the checksum of what it
+wrote. In larger groups such numbers are gathered once all have agreed, so that the all-reduce
+doesn't grow. Only when something is wrong do the ranks exchange sentences.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from struct import Struct
 from typing import Any, NamedTuple
 from zlib import crc32
 
+import numpy as np
+
 from mdattn_mpi.errors import ItemError, name_ranks
 from mdattn_mpi.lockstep.mpi import MPI
 
 MASK = (1 << 64) - 1
 ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
-HEAD_WORDS = 5  # digest, its complement, an error's rank, that of a refused item, wish to stop
+# Digest and complement; ranks of an error, a refused, an unwritten item; wish to stop.
+HEAD_WORDS = 6
+SLOTS = 64  # 560 bytes with the head. To gather 64 numbers takes longer than to reduce them.
 HEAD = Struct(f"={HEAD_WORDS}Q")
 WORD = Struct("=Q")
 
@@ -41,28 +46,36 @@ class Step(NamedTuple):
 class Agreement(NamedTuple):
     """What all ranks know after an agreement.
 
-    ``words`` has one a rank where words were given, else nothing. ``refused`` says what is
-    wrong with the item ahead, on the lowest rank that found something.
+    ``words`` has one a rank where words were given, on the ranks that they are for, else nothing.
+    ``refused`` says what is wrong with the item ahead, ``unwritten`` with the one behind, on the
+    lowest rank that found something.
     """
 
     stop: bool
     words: tuple[int, ...] = ()
     refused: ItemError | None = None
+    unwritten: ItemError | None = None
 
 
 class Ballot:
-    """Collective. The words of the agreements over `comm`, used again and again."""
+    """Collective. The words of the agreements over `comm`, used again and again.
+
+    ``size`` counts the 64-bit words of one all-reduce: at most `HEAD_WORDS` + `SLOTS`.
+    """
 
     def __init__(self, comm: MPI.Intracomm) -> None:
-        words = Struct(f"={HEAD_WORDS + comm.size}Q")
+        self._comm = comm
+        slots = comm.size if comm.size <= SLOTS else 0
+        self.size = HEAD_WORDS + slots
+        words = Struct(f"={self.size}Q")
         self._sent, received = bytearray(words.size), bytearray(words.size)
         self._number = comm.size - comm.rank  # the greatest is the lowest rank's
-        self._own = HEAD.size + comm.rank * WORD.size  # where this rank's own word goes
+        self._slot = HEAD.size + comm.rank * WORD.size if slots else None  # this rank's own
         self._unpack = partial(words.unpack, received)
         self._reduce, self.free = _reduction(comm, self._sent, received)
 
     def cast(
-        self, step: Step, failed: bool, refuses: bool, stop: bool, word: int
+        self, step: Step, failed: bool, refuses: bool, unwritten: bool, stop: bool, word: int
     ) -> tuple[int, ...]:
         """Collective. Give this rank's words; return the greatest that any rank gave, of each."""
         # After a millisecond of other work none of this is in the processor's caches, and what it
@@ -71,11 +84,27 @@ class Ballot:
         digest = (step.facts_digest ^ _phase_word(step.phase) ^ (step.item_index + 1) * ODD) & MASK
         HEAD.pack_into(
             self._sent, 0, digest, digest ^ MASK, number if failed else 0,
-            number if refuses else 0, stop,
+            number if refuses else 0, number if unwritten else 0, stop,
         )  # fmt: skip
-        WORD.pack_into(self._sent, self._own, word)
+        if self._slot is not None:
+            WORD.pack_into(self._sent, self._slot, word)
         self._reduce()
         return self._unpack()
+
+    def words(self, cast: tuple[int, ...], word: int, reader: int | None) -> tuple[int, ...]:
+        """Collective, once all have agreed that they give a word. Everybody's, by rank.
+
+        They were `cast` where there are slots. Else they are gathered on rank `reader`, and on the
+        others there are none; None stands for all.
+        """
+        if self._slot is not None:
+            return cast[HEAD_WORDS:] if reader in (None, self._comm.rank) else ()
+        own, everybodys = np.array([word], np.uint64), np.empty(self._comm.size, np.uint64)
+        if reader is None:
+            self._comm.Allgather(own, everybodys)
+        else:
+            self._comm.Gather(own, everybodys, reader)
+        return tuple(everybodys.tolist()) if reader in (None, self._comm.rank) else ()
 
 
 @cache

@@ -157,12 +157,19 @@ def put_aside(folder: str | Path, job: int) -> None:
             os.replace(Path(folder) / name, Path(folder) / f"death-note.{number}.{kind}")
 
 
+def again(argv: Sequence[str] = sys.orig_argv) -> str:
+    """How to go on with this job, in words."""
+    without = ", without --overwrite" if "--overwrite" in argv else ""
+    return f"run the same command again{without}"
+
+
 def resume_command(launched: Launcher, size: int, argv: Sequence[str] | None = None) -> str:
-    """Guess the command line that started this job."""
+    """Guess the command line that goes on with this job: as it was, but it starts nothing over."""
     argv = sys.orig_argv if argv is None else argv
     words = ["python", *argv[1:]] if argv[1:2] == ["-m"] else [Path(argv[1]).name, *argv[2:]]
-    if "--chaos" in words:
+    while "--chaos" in words:
         at = words.index("--chaos")
         del words[at : at + 2]
+    words = [word for word in words if word != "--overwrite"]
     start = [launched.name, "-n", str(size)] if launched.name else []
     return shlex.join([*start, *words])

@@ -6,7 +6,7 @@ Everything on the wire is a buffer or JSON bytes; nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -46,6 +46,8 @@ class Group:
         Which of how many ranks of the job on this node, whatever group they work in.
     cores
         How many of the node's cores are this rank's own.
+    node
+        The node, by the name that the launcher has for it.
 
     """
 
@@ -60,6 +62,7 @@ class Group:
         self.world_rank = self.rank
         self.size: int = comm.size
         self.local_rank, self.local_size, self.cores = 0, 1, 1
+        self.node = ""
         self._ballot = Ballot(self.control)
         self._arrivals: Arrivals | None = None
 
@@ -69,7 +72,9 @@ class Group:
         *,
         error: MdattnError | None = None,
         refused: ItemError | None = None,
+        unwritten: ItemError | None = None,
         word: int | None = None,
+        reader: int | None = None,
         stop: bool = False,
     ) -> Agreement:
         """Collective. Make sure that all ranks are about to do the same; a barrier that checks.
@@ -83,8 +88,12 @@ class Group:
         refused
             What is wrong with the item that this step begins, and with nothing else; it doesn't
             end the step.
+        unwritten
+            The same of the item behind, which is not to be declared done.
         word
-            A number below 2⁶⁴ for all the others; on all ranks or none.
+            A number below 2⁶⁴ for the others; on all ranks or none, as the step says.
+        reader
+            The rank of this group that the words are for; None stands for all.
         stop
             Whether this rank wants to stop.
 
@@ -99,17 +108,20 @@ class Group:
 
         """
         self._arrive(step.phase)
-        words = self._ballot.cast(step, error is not None, refused is not None, stop, word or 0)
-        high, low, failed, refusing, stops = words[:HEAD_WORDS]
+        cast = self._ballot.cast(
+            step, error is not None, refused is not None, unwritten is not None, stop, word or 0
+        )
+        high, low, failed, refusing, lacking, stops = cast[:HEAD_WORDS]
         if failed:
             raise self._error_of(self.size - failed, error) from error
         if high ^ low != MASK:
             raise self._disagreement(step)
+        words = () if word is None else self._ballot.words(cast, word, reader)
         if refusing:
-            found = self._error_of(self.size - refusing, refused)
-            assert isinstance(found, ItemError)
-            refused = found
-        return Agreement(stops != 0, () if word is None else words[HEAD_WORDS:], refused)
+            refused = self._item_error_of(self.size - refusing, refused)
+        if lacking:
+            unwritten = self._item_error_of(self.size - lacking, unwritten)
+        return Agreement(stops != 0, words, refused, unwritten)
 
     def _arrive(self, phase: str) -> None:
         """Collective. Say that this rank waits; where there is a deadline, wait for all with it."""
@@ -129,6 +141,11 @@ class Group:
         data = own.to_json() if own and self.rank == root else None
         error = MdattnError.from_json(self.bcast_bytes(data, root))
         error.agreed = True
+        return error
+
+    def _item_error_of(self, root: int, own: ItemError | None) -> ItemError:
+        error = self._error_of(root, own)
+        assert isinstance(error, ItemError)
         return error
 
     def _disagreement(self, step: Step) -> DisagreementError:
@@ -185,13 +202,17 @@ class Group:
             total += part
         return cast(NDArray[np.float64], total)
 
+    def node_size(self) -> int:
+        """Collective. Ranks of a node, where the group is several nodes, in order; see there."""
+        return node_size_of(self.allgather(self.node))
+
     def split(self, color: int, key: int = 0) -> Group:
         """Collective. Make groups of ranks with the same `color`, ordered by `key`, then rank."""
         self.board.identify(group=color)
         group = Group(cast(MPI.Intracomm, self.comm.Split(color, key)), self.board, self.deadline)
         group.world_rank = self.world_rank
         group.local_rank, group.local_size = self.local_rank, self.local_size
-        group.cores = self.cores
+        group.cores, group.node = self.cores, self.node
         return group
 
     def free(self) -> None:
@@ -201,6 +222,17 @@ class Group:
             self._arrivals.free()
         self.control.Free()
         self.comm.Free()
+
+
+def node_size_of(nodes: Sequence[str]) -> int:
+    """Ranks of a node, where those of each node follow each other and all nodes have as many.
+
+    `nodes` names the node of every rank. 1 where that isn't so, or all ranks are on one.
+    """
+    size = nodes.count(nodes[0])
+    blocks = [set(nodes[start : start + size]) for start in range(0, len(nodes), size)]
+    even = len(nodes) % size == 0 and all(len(block) == 1 for block in blocks)
+    return size if even and 1 < len(blocks) == len(set(nodes)) else 1
 
 
 def together(

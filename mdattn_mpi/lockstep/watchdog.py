@@ -43,9 +43,7 @@ _LOOK = 0.5  # seconds between two looks, at most; what is urgent wakes the watc
 _LOOK_AGAIN = 2.0  # seconds between two looks at whom a late rank waits for
 _REPEAT = 0.5  # launchers send one signal several times, to the process and to its group
 _NOTE_PATIENCE = 1.0
-_ASKED_TO_STOP = (
-    "mdattn: asked to stop: what is in hand is finished first; to go on, run the same command again"
-)
+_ASKED_TO_STOP = "mdattn: asked to stop: what is in hand is finished first; to go on, "
 
 
 def watch(main: Callable[[], int]) -> int:
@@ -117,8 +115,10 @@ class Watchdog:
     def _answer_stop(self) -> None:
         """Say so at once, at the terminal: Open MPI's mpirun passes on nothing after Ctrl-C."""
         self._erase_bar()
-        if self.terminal and self.launched.rank == 0 and self.board.record().folder:
-            self.terminal.say(wrapped(_ASKED_TO_STOP))
+        of_a_job = self.launched.rank == 0 and self.board.record().folder
+        # The launcher may stop all because a rank is lost, and then the note has said it.
+        if self.terminal and of_a_job and not within_patience(self.publisher.note_exists):
+            self.terminal.say(wrapped(_ASKED_TO_STOP + death_note.again()))
 
     def _stop_now(self) -> int:
         self._kill()

@@ -48,6 +48,7 @@ class World(Group):
             secrets.randbits(63),
         )
         self.nodes, allowed, numbers = zip(*self.allgather(mine), strict=True)
+        self.node = self.nodes[self.rank]
         self.local_rank, self.local_size = launched.local_rank, launched.local_size
         # Not MPI's split by shared memory: under srun Open MPI finds every rank alone there.
         if self.local_rank < 0:

@@ -133,6 +133,11 @@ def options_of(module: Any, mask: Any, options: Mapping[str, Any]) -> Options:
         left.pop("softcap", None) or None,
         left.pop("s_aux", None),
     )
+    if found.window is not None and not (isinstance(found.window, int) and found.window > 0):
+        raise RejectedError(
+            f"{type(module).__name__} has a window (sliding_window) of {found.window} tokens",
+            fix="write a number above 0 into the model's config.json, or null for none",
+        )
     dropout = left.get("dropout", 0.0)
     unknown = sorted(name for name in left if name not in SILENT)
     if mask is not None:
@@ -293,6 +298,12 @@ class SharedAttention:
             name, reasons = choose(problem, ranks, self.strategy, costs, batch=False, owners=both)
             reasons = (*reasons, *kernel)
             self._plans[layer] = Plan(
-                problem, name, ranks, self.backend, partition=both, reasons=reasons
+                problem,
+                name,
+                ranks,
+                self.backend,
+                partition=both,
+                node_size=costs.node_size,
+                reasons=reasons,
             )
         return self._plans[layer]

@@ -89,7 +89,11 @@ def open_folder(path: str | os.PathLike[str]) -> ModelFolder:
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise _reject(folder, "is no folder", "name a local folder with config.json in it")
+        what = "isn't a folder" if folder.exists() else "doesn't exist"
+        fix = "name a local folder with config.json in it"
+        if not folder.exists() and str(path).count("/") == 1 and not folder.is_absolute():
+            fix += f"; nothing is downloaded: hf download {path} --local-dir FOLDER"
+        raise _reject(folder, what, fix)
     config = _config(folder)
     files = _weight_files(folder)
     weights = sorted((w for file in files for w in _header(file)), key=lambda w: w.name)
@@ -106,7 +110,11 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise _reject(folder, f"has no {CONFIG}", "save the model with save_pretrained(FOLDER)")
     config = _json(path)
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
-        raise _reject(path, "names no model_type", "save the model with save_pretrained(FOLDER)")
+        raise _reject(
+            path,
+            "doesn't say which model it is of (model_type)",
+            "save the model with save_pretrained(FOLDER)",
+        )
     if config.get("auto_map"):
         raise _reject(
             path,
@@ -150,8 +158,10 @@ def _json(path: Path) -> Any:
         if path.stat().st_size > MAX_JSON:
             raise ValueError(f"{path.stat().st_size} bytes are too many")
         return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise _reject(path, f"can't be read: {error}", "copy the folder again") from error
+    except (ValueError, RecursionError) as error:
+        raise _reject(path, f"isn't valid JSON: {error}", "copy the file again") from error
 
 
 def _header(path: Path) -> list[Weight]:

@@ -6,20 +6,23 @@ groups; rough, as `mdattn_mpi.estimate` is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mdattn_mpi.estimate import Costs, Estimate, estimate
+from mdattn_mpi.estimate import Costs, Estimate, beside_files, contenders, estimate
 from mdattn_mpi.models.folder import ModelFolder, Weight
-from mdattn_mpi.models.outputs import LOGIT_BYTES
+from mdattn_mpi.models.outputs import LOGIT_BYTES, given_tensors
 from mdattn_mpi.models.pieces import PIECE
-from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, DTypeName, ModelProblem
+from mdattn_mpi.problem import AttentionProblem, DTypeName, ModelProblem
 from mdattn_mpi.text import memory_size
 
+if TYPE_CHECKING:
+    from mdattn_mpi.models.network import Network
+
 EMBEDDINGS = ("embed", "wte", "wpe", "lm_head", "decoder")  # in names of weights that are looked up
-DENSE = 1.3  # matrix products of large models are so much faster than attention, about
+ID_BYTES = 4  # of a token id in a file, mostly
 INNER = 6  # bytes a number of an MLP's inner width takes: gate, up and their product
 
 
@@ -122,9 +125,10 @@ class ModelSize:
     def seconds(self, problem: ModelProblem, ranks: int, costs: Costs) -> float:
         """Estimate how long a group takes for a sequence."""
         tokens = problem.tokens
-        dense = 2 * self.multiplied * tokens / ranks / (DENSE * costs.flops)
+        dense = 2 * self.multiplied * tokens / ranks / (costs.dense or costs.flops)
         attention = min(each.seconds for each in self._attentions(tokens, ranks, costs))
-        return costs.item + dense + self.shape.layers * attention
+        computing = dense + self.shape.layers * attention
+        return costs.item + beside_files(computing, *self.files(problem), ranks, costs)
 
     def memory(self, problem: ModelProblem, ranks: int, costs: Costs) -> int:
         """Estimate the bytes that a sequence takes of each rank, weights and all."""
@@ -137,9 +141,31 @@ class ModelSize:
         """Estimate bytes beside weights and attention, of each rank."""
         return self.shape.activations(-(-tokens // ranks)) + 2 * LOGIT_BYTES * self.logits
 
+    def files(self, problem: ModelProblem) -> tuple[int, int]:
+        """Bytes that a sequence is read from, and that are written of it."""
+        return ID_BYTES * problem.tokens, sum(tensor.nbytes for tensor in problem.outputs)
+
+    def problem_of(
+        self, network: Network, give: Sequence[str], beyond: bool
+    ) -> Callable[[int, int], ModelProblem]:
+        """Return what makes a problem of so many tokens and documents.
+
+        It raises `RejectedError` where the model has no positions for them; see `check_length`.
+        """
+
+        def problem(tokens: int, documents: int) -> ModelProblem:
+            network.check_length(tokens, beyond)
+            outputs = given_tensors(give, tokens, documents, network.width, network.dtype)
+            return ModelProblem(tokens, outputs, self.flops(tokens))
+
+        return problem
+
     def _attentions(self, tokens: int, ranks: int, costs: Costs) -> list[Estimate]:
         problem = self.attention(tokens)
-        return [estimate(problem, ranks, name, costs, batch=False) for name in STRATEGY_NAMES]
+        return [
+            estimate(problem, ranks, name, costs, batch=False)
+            for name in contenders(problem, ranks, costs)
+        ]
 
     def describe(self, problem: ModelProblem, ranks: int, costs: Costs) -> str:
         """Say what the memory of a rank is taken by."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from time import perf_counter
+from contextlib import contextmanager, suppress
+from time import monotonic_ns, perf_counter
 
 from mdattn_mpi.backends import HostArray
 from mdattn_mpi.dataset import AnyItem, Output
 from mdattn_mpi.errors import LOGGER, ItemError, MdattnError
-from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit, terminal
+from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit, launcher, terminal, together
 from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.runner.clock import PhaseClock
+from mdattn_mpi.runner.events import Events
+from mdattn_mpi.runner.folder import provenance, run_folder
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.job import Job, add_seconds, say
 from mdattn_mpi.runner.loop import Files, Loop
@@ -26,14 +29,55 @@ def run_items(job: Job) -> None:
     Groups don't wait for each other before the last item is done. What goes wrong in one of them
     lets the others finish what they have in hand, and is then raised on all ranks.
     """
-    batch = Batch(job)
+    with recorded(job) as events:
+        batch = Batch(job, events)
+        try:
+            if len(job.groups) == 1 and job.schedule.largest == job.world.size:
+                batch.work(job.groups[0], None)
+            else:
+                run_groups(job, batch)
+        finally:
+            batch.progress.close()
+
+
+@contextmanager
+def recorded(job: Job) -> Iterator[Events]:
+    """Collective. Keep the events of the block in the run folder, if there is room there."""
+    world, output = job.world, job.output
+    assert output is not None
+
+    def open_events() -> Events:
+        path = (
+            run_folder(job.spec) / f"events-{world.nodes.index(world.nodes[world.rank]):04}.jsonl"
+        )
+        with suppress(OSError):
+            return Events(path, world.size, {item.name: item.index for item in output.items})
+        return Events()
+
+    events = together(world, "events", open_events)  # all ranks leave it at the same moment
+    facts = {"about": _about(job)} if world.rank == 0 else {}
+    device = job.executor.describe().get("device", "")
+    events.start(world.job, world.rank, host=world.hostname, device_name=device, **facts)
     try:
-        if len(job.groups) == 1 and job.schedule.largest == job.world.size:
-            batch.work(job.groups[0], None)
-        else:
-            run_groups(job, batch)
-    finally:
-        batch.progress.close()
+        yield events
+    except BaseException as error:
+        events.close(error=str(error))
+        raise
+    events.close(stopped=job.stopped)
+
+
+def _about(job: Job) -> dict[str, object]:
+    """What a report says of the job as a whole."""
+    return {
+        **provenance(job.executor),
+        "launcher": launcher().name,
+        "data": job.spec.data,
+        "ranks": job.world.size,
+        "todo": len(job.todo),
+        "strategies": sorted({plan.strategy for plan in job.plans.values()}),
+        "groups": list(job.schedule.reasons),
+        "seconds": job.seconds,
+    }
 
 
 def run_groups(job: Job, batch: Batch) -> None:
@@ -62,10 +106,11 @@ def run_groups(job: Job, batch: Batch) -> None:
 class Batch:
     """What a rank keeps in mind while it works through its groups' items."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, events: Events) -> None:
         spec, world = job.spec, job.world
         assert job.output is not None
         self.job = job
+        self.events = events
         self.output = job.output
         self.deadlines = Deadlines(fixed=spec.deadline)
         self.limit = TimeLimit(spec.max_time)
@@ -81,7 +126,10 @@ class Batch:
             terminal=None if world.rank or spec.quiet or spec.verbose else terminal(),
             stops=lambda: world.board.stop_requested,
         )
-        self.elsewhere = {} if world.rank else {item.name: item for item in job.todo}
+        # What other groups may do, by name: its state in the ledger before this job.
+        todo = set() if world.rank else {item.name for item in job.todo}
+        states = zip(job.output.items, job.output.ledger.states(), strict=True)
+        self.elsewhere = {item.name: state for item, state in states if item.name in todo}
         self.slowest = 0.0
         self.last = self.looked = perf_counter()
 
@@ -91,14 +139,17 @@ class Batch:
         loop = Loop(
             group.group,
             group.executor,
-            files_of(job, self.output),
+            files_of(job, self.output, self.events),
             board=board,
             deadlines=self.deadlines,
             wants_to_stop=lambda: board.stop_requested or self.limit.is_near(2 * self.slowest),
-            finished=self.finished,
-            failed=self.failed,
+            finished=lambda task: self.finished(task, group),
+            failed=lambda item, error: self.failed(item, error, group),
+            note=self.events.main.append,
         )
+        self.events.device_starts_at(group.executor.timings())
         loop.run(self.tasks(group, counter, loop.clock))
+        self.events.device_is_at(group.executor.timings())
         job.stopped = loop.stopped
         add_seconds(job.phases, loop.clock.seconds)
         add_seconds(job.background, {"read": loop.reads.seconds, "write": loop.writes.seconds})
@@ -112,9 +163,13 @@ class Batch:
             item = job.items[number]
             yield job.kind.task(item, group.plans[item.name], rank)
 
-    def finished(self, task: Task) -> None:
+    def finished(self, task: Task, group: JobGroup) -> None:
         """Take note of an item that this rank's group has committed."""
         item, now = task.item, perf_counter()
+        if group.group.rank == 0:
+            self.events.done(item.name)
+        if self.events.wants_device():
+            self.events.device_is_at(group.executor.timings())
         LOGGER.info("item %s done, %.3f s after the one before", item.name, now - self.last)
         self.slowest, self.last = max(self.slowest, now - self.last), now
         self.elsewhere.pop(item.name, None)
@@ -122,9 +177,12 @@ class Batch:
         self.job.world.board.progress(self.progress.done, self.progress.total)
         self.look_around()
 
-    def failed(self, item: AnyItem, error: ItemError) -> None:
+    def failed(self, item: AnyItem, error: ItemError, group: JobGroup) -> None:
         """Take note of an item that can't be done."""
+        if group.group.rank == 0:
+            self.events.failed(item.name, str(error))
         self.job.failed.append(error)
+        self.elsewhere.pop(item.name, None)
         LOGGER.error("%s", error)
         self.progress.skipped(f"mdattn: {error}")
 
@@ -133,30 +191,37 @@ class Batch:
         return sum(group.executor.timings().get("compute", 0.0) for group in self.job.groups)
 
     def look_around(self) -> None:
-        """Show on rank 0 what other groups have finished."""
+        """Show on rank 0 what other groups have finished, and what failed there."""
         now = perf_counter()
         if not self.elsewhere or now - self.looked < LOOK:
             return
         self.looked = now
         for item, state in zip(self.output.items, self.output.ledger.states(), strict=True):
-            if state == "done" and item.name in self.elsewhere:
-                del self.elsewhere[item.name]
+            if state == self.elsewhere.get(item.name, state):
+                continue
+            del self.elsewhere[item.name]
+            if state == "done":
                 self.progress.finished(item.problem)
+            else:
+                self.progress.skipped(f"mdattn: {self.output.ledger.entry(item).reason}")
 
 
-def files_of(job: Job, output: Output) -> Files:
+def files_of(job: Job, output: Output, events: Events) -> Files:
     """What the loop reads and writes."""
 
     def read(task: Task, room: Sequence[HostArray]) -> Read:
+        began = monotonic_ns()
         for shard, array in zip(task.reads, room, strict=True):
             job.dataset.read(task.item, shard.tensor.name, shard.spans, out=array)
         job.kind.check(task, room)
+        events.read.append(("read", task.item.name, began, monotonic_ns()))
         return Read(task, tuple(room))
 
     def write(enqueued: Enqueued) -> Written:
-        task = enqueued.task
+        task, began = enqueued.task, monotonic_ns()
         # An executor may give more than the job writes, such as an LSE that wasn't asked for.
         arrays = enqueued.download.wait()[: len(task.writes)]
+        collected = monotonic_ns()
         job.kind.check_outputs(task, arrays)
         named = {
             shard.tensor.name: array
@@ -164,10 +229,18 @@ def files_of(job: Job, output: Output) -> Files:
             if shard.here
         }
         checksum = output.write(task.item, task.writes[0].spans, named)
+        written = monotonic_ns()
         output.sync()
+        events.write += [
+            ("collect", task.item.name, began, collected),
+            ("write", task.item.name, collected, written),
+            ("sync", task.item.name, written, monotonic_ns()),
+        ]
         return Written(task, checksum)
 
     def commit(task: Task, checksums: list[int]) -> None:
+        began = monotonic_ns()
         output.ledger.commit(task.item, checksums, task.plan.strategy, task.tokens)
+        events.write.append(("commit", task.item.name, began, monotonic_ns()))
 
     return Files(read, write, commit, output.ledger.fail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from time import monotonic_ns
 
 from mdattn_mpi.lockstep import Board, Deadlines
@@ -29,9 +30,16 @@ class PhaseClock:
     ends a phase and begins the next, with one look at the time, and leaves the rest for later.
     """
 
-    def __init__(self, board: Board, deadlines: Deadlines) -> None:
+    def __init__(
+        self,
+        board: Board,
+        deadlines: Deadlines,
+        note: Callable[[tuple[str, str, int, int]], None] | None = None,
+    ) -> None:
         self.board = board
         self.deadlines = deadlines
+        self._note = note  # of every phase that is over: its name, item, and from when to when
+        self._item = ""
         self.seconds: dict[str, float] = defaultdict(float)
         self._timers: dict[tuple[str, int], Timer] = {}
         self._timer = Timer("", 0, ())  # of the phase in which the rank is
@@ -59,13 +67,17 @@ class PhaseClock:
         before.spent += took
         if took > before.longest:
             before.longest = took
-        self._timer, self._since = timer, now
+        if self._note and before.phase:
+            self._note((before.phase, self._item, self._since, now))
+        self._timer, self._since, self._item = timer, now, item
         if now - self._learned > OFTEN:
             self._learn(now)
 
     def stop(self) -> None:
         """End the last phase: what comes next isn't timed."""
         now = monotonic_ns()
+        if self._note and self._timer.phase:
+            self._note((self._timer.phase, self._item, self._since, now))
         self._timer.spent += now - self._since
         self._timer.longest = max(self._timer.longest, now - self._since)
         self._learn(now)

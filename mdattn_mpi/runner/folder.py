@@ -26,7 +26,7 @@ from typing import Any
 from mdattn_mpi.backends import Executor
 from mdattn_mpi.errors import LOGGER, InternalError, MdattnError, OutputError, RejectedError
 from mdattn_mpi.files import write_whole
-from mdattn_mpi.lockstep import World, launcher, together
+from mdattn_mpi.lockstep import World, death_note, launcher, together
 from mdattn_mpi.runner.job import Job
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.text import counted, duration, quantity
@@ -260,7 +260,7 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
     if items["failed"]:
         lines.append("mdattn: failed: " + ", ".join(each["item"] for each in items["failed"]))
     if code == 75:
-        lines.append("mdattn: stopped as asked; run the same command again to resume")
+        lines.append(f"mdattn: stopped as asked; to go on, {death_note.again()}")
     lines.append(f"mdattn: summary in {path}")
     return "\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,23 +13,28 @@ from mdattn_mpi.devices.presence import gpu_memory
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Board, Group, World, together
 from mdattn_mpi.lockstep.counter import SharedCounter
+from mdattn_mpi.planning.forecast import usable_gpu_memory, usable_host_memory
 from mdattn_mpi.planning.schedule import Schedule
 from mdattn_mpi.problem import AnyPlan, digest_of
 
 NO_ITEM = -1
-USABLE = 0.8  # of a GPU's memory; of the host's, half: the page cache needs some too
 
 
 @dataclass
 class JobGroup:
-    """The ranks that do one queue's items together with this rank."""
+    """The ranks that do one queue's items together with this rank: its group number `index`."""
 
     queue: int
+    index: int
     group: Group
     executor: Executor
     complete: bool  # the world's last ranks may be too few; they leave the queue out
-    name: int  # by which the board tells groups apart
     plans: dict[str, AnyPlan] = field(default_factory=dict)
+
+    @property
+    def name(self) -> int:
+        """By which the board tells groups apart."""
+        return self.queue << 20 | self.index
 
     def join(self, board: Board) -> None:
         """Say that this rank works in this group now; all its ranks count from the same number."""
@@ -46,7 +50,7 @@ class JobGroup:
         if counter is None:
             yield from schedule.queues[self.queue].items
             return
-        items = schedule.items(self.queue, counter.claim)
+        items = schedule.items(self.queue, self.index, counter.claim)
         while True:
             enter()
             mine = next(items, NO_ITEM) if self.group.rank == 0 else NO_ITEM
@@ -107,15 +111,13 @@ def open_groups(
         alone = queue.size == world.size and schedule.order == tuple(range(world.size))
         group = world if alone else world.split(index, place)
         complete = schedule.group(queue.size, world.rank) is not None
-        name = number << 20 | index
         executor = together(world, "backend", partial(open_one, group))
-        groups.append(JobGroup(number, group, executor, complete, name))
+        groups.append(JobGroup(number, index, group, executor, complete))
     return groups
 
 
 def memory_of_a_rank(backend: str, world: World) -> int:
     """Bytes that an item's shards may take on this rank."""
     if backend != "cpu":
-        return int(gpu_memory() * USABLE)
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return pages // (2 * world.local_size)
+        return usable_gpu_memory(gpu_memory())
+    return usable_host_memory(world.local_size)

@@ -25,7 +25,7 @@ class JobSpec:
     data: str
     output: str
     backend: Literal["auto", "cpu", "cuda", "tensorrt"] = "auto"
-    strategy: Literal["auto", "ring", "allgather", "ulysses"] = "auto"
+    strategy: Literal["auto", "ring", "allgather", "ulysses", "hierarchical"] = "auto"
     lse: bool = False
     items: str = "*"
     layout: Literal["auto", "token_major", "head_major"] = "auto"

@@ -24,7 +24,6 @@ from mdattn_mpi.runner.work import Begun, Enqueued, Read, Task, Written
 S = TypeVar("S", Read, Written)
 
 MEANWHILE = ("agree", "read", "begin", "enqueue", "write")  # what others may do while one agrees
-BAD = 1 << 32  # in place of a checksum, which has 32 bits: the item can't be written as it came out
 
 
 @dataclass(frozen=True)
@@ -69,11 +68,12 @@ class Loop:
         wants_to_stop: Callable[[], bool],
         finished: Callable[[Task], None],
         failed: Callable[[AnyItem, ItemError], None],
+        note: Callable[[tuple[str, str, int, int]], None] | None = None,
     ) -> None:
         self.group = group
         self.executor = executor
         self.files = files
-        self.clock = PhaseClock(board, deadlines)
+        self.clock = PhaseClock(board, deadlines, note)
         self.wants_to_stop = wants_to_stop
         self.finished = finished
         self.failed = failed
@@ -120,7 +120,7 @@ class Loop:
             behind = self._outcome("write", self.writes.oldest(drain=drain))
             agreement = self._agree(ahead, behind, self._ledger_error())
             if behind is not None:
-                self._finish(behind, agreement.words)
+                self._finish(behind.task, agreement)
             if ahead is None:
                 return None  # a wish to stop that comes now finds nothing to stop
             if agreement.refused is not None:
@@ -167,7 +167,9 @@ class Loop:
             step_of(ahead.task if ahead else None, behind.task if behind else None),
             error=_failure(behind) or error or _failure(ahead),
             refused=ahead.refused if ahead else None,
+            unwritten=behind.refused if behind else None,
             word=_checksum(behind) if behind else None,
+            reader=0,
             stop=self.wants_to_stop(),
         )
 
@@ -183,18 +185,13 @@ class Loop:
         self.executor.enqueue(begun.running)
         self.writes.put(task, Enqueued(task, self.executor.collect(begun.running)))
 
-    def _finish(self, behind: Outcome[Written], checksums: Sequence[int]) -> None:
-        """Collective. Commit an item that all ranks have written, or give it up on all."""
-        task = behind.task
-        if BAD in checksums:
-            root = checksums.index(BAD)
-            own = behind.error.to_json() if behind.error and root == self.group.rank else None
-            error = MdattnError.from_json(self.group.bcast_bytes(own, root))
-            assert isinstance(error, ItemError)
-            self._fail(task.item, error)
+    def _finish(self, task: Task, agreement: Agreement) -> None:
+        """Commit an item that all ranks have written, or give it up on all."""
+        if agreement.unwritten is not None:
+            self._fail(task.item, agreement.unwritten)
             return
         if self.group.rank == 0:
-            self.writes.run(self.files.commit, task, list(checksums))
+            self.writes.run(self.files.commit, task, list(agreement.words))
         self.finished(task)
 
     def _fail(self, item: AnyItem, error: ItemError) -> None:
@@ -209,7 +206,7 @@ def _failure(outcome: Outcome[Any] | None) -> MdattnError | None:
 
 
 def _checksum(behind: Outcome[Written]) -> int:
-    return behind.stage.checksum if behind.stage else BAD
+    return behind.stage.checksum if behind.stage else 0
 
 
 def step_of(ahead: Task | None, behind: Task | None) -> Step:

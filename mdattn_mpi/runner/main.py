@@ -59,12 +59,9 @@ def _run(spec: JobSpec, world: World, began: float) -> int:
         working = not spec.dry_run and open_files(job)
         if working:
             opened = perf_counter()
+            job.seconds = {"launching": launching, "opening": opened - began}
             run_items(job)
-            job.seconds = {
-                "launching": launching,
-                "opening": opened - began,
-                "items": perf_counter() - opened,
-            }
+            job.seconds["items"] = perf_counter() - opened
         for group in job.groups:
             group.executor.close()
         return close_job(job) if working else 0

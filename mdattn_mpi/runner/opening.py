@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mdattn_mpi.dataset import AnyItem, Output, create_output, open_output, scan_file
+from mdattn_mpi.dataset import Output, create_output, open_output, scan_file
 from mdattn_mpi.dataset.index import select_items
 from mdattn_mpi.dataset.writer import check_place, file_bytes
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
-from mdattn_mpi.runner.folder import provenance, use_folder
+from mdattn_mpi.runner.events import remove_events
+from mdattn_mpi.runner.folder import provenance, run_folder, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.text import counted, quantity
 
 KINDS = 6  # kinds of item that are described one by one
+FEW_KINDS = 3  # of a job that runs: its first words and its last fit on a screen
 
 
 def open_job(spec: JobSpec, world: World) -> Job:
@@ -57,12 +59,15 @@ def describe_plans(job: Job) -> str:
     ]
     if job.schedule.signature != "all":
         lines += [f"groups: {reason}" for reason in job.schedule.reasons]
-    for (plan, shape), count in counts.most_common(KINDS):
-        why = plan.reasons if job.spec.dry_run or job.spec.verbose else plan.reasons[:1]
+    in_full = job.spec.dry_run or job.spec.verbose
+    shown = counts.most_common(KINDS if in_full else FEW_KINDS)
+    for (plan, shape), count in shown:
+        why = plan.reasons if in_full else plan.reasons[:1]
         lines.append(f"{count} × {shape}; {'; '.join(why)}")
     lines += [f"warning {warning}" for warning in job.dataset.warnings]
-    if len(counts) > KINDS:
-        lines.append(f"and {counted(len(counts) - KINDS, 'more kind')} of item")
+    if len(counts) > len(shown):
+        where = "" if job.spec.dry_run else f"; {run_folder(job.spec)} has all plans"
+        lines.append(f"and {counted(len(counts) - len(shown), 'more kind')} of item{where}")
     return "\n".join(f"mdattn: {line}" for line in lines)
 
 
@@ -75,7 +80,7 @@ def open_files(job: Job) -> bool:
     spec, world, items = job.spec, job.world, job.items
     catalog = scan_once(world, "output", lambda: _made_output(job))
     job.output = together(world, "open output", lambda: _open_for(job, catalog))
-    left = _left(job.output, items)
+    left = job.output.left(items)
     job.todo = [items[number] for number in left]
     if not left and _read_only(spec, world):
         say(
@@ -95,19 +100,12 @@ def open_files(job: Job) -> bool:
     return True
 
 
-def _left(output: Output, items: Sequence[AnyItem]) -> list[int]:
-    """The positions of the items that aren't done."""
-    rows = zip(output.items, output.ledger.entries(), strict=True)
-    done = {item.name for item, entry in rows if entry.state == "done"}
-    return [n for n, item in enumerate(items) if item.name not in done]
-
-
 def _open_for(job: Job, catalog: bytes) -> Output:
     """Open the output, which must be this job's, for writing if anything is left to do."""
     output = open_output(job.spec.output, catalog=catalog)
     if job.world.rank == 0:
         output.check_resume(job.items, _facts(job), allow_change=job.spec.allow_change)
-    if _left(output, job.items):
+    if output.left(job.items):
         output.allow_writing()
     return output
 
@@ -124,7 +122,7 @@ def check_output(job: Job) -> None:
             return
         with open_output(spec.output) as output:
             output.check_resume(job.items, _facts(job), allow_change=spec.allow_change)
-            left = len(_left(output, job.items))
+            left = len(output.left(job.items))
         say(spec, job.world, f"mdattn: {left} of {counted(len(job.items), 'item')} left to do")
 
     together(job.world, "output", lambda: check() if job.world.rank == 0 else None)
@@ -172,6 +170,7 @@ def _made_output(job: Job) -> bytes:
     if spec.redo:
         _reopen_items(job)
     elif spec.overwrite or not Path(spec.output).exists():
+        remove_events(run_folder(spec))
         create_output(
             spec.output,
             job.items,

@@ -15,11 +15,11 @@ from mdattn_mpi.models.executor import Transformer
 from mdattn_mpi.models.folder import ModelFolder, open_folder
 from mdattn_mpi.models.load import load
 from mdattn_mpi.models.network import Network
-from mdattn_mpi.models.outputs import LOGPROBS, check_give, given_tensors
+from mdattn_mpi.models.outputs import LOGPROBS, check_give
 from mdattn_mpi.models.sequence import owners_of
 from mdattn_mpi.models.size import ModelSize
 from mdattn_mpi.planning.schedule import Measure, make_schedule
-from mdattn_mpi.problem import DTYPES, AnyPlan, ModelPlan, ModelProblem, Span, TensorSpec
+from mdattn_mpi.problem import DTYPES, AnyPlan, ModelPlan, Span, TensorSpec
 from mdattn_mpi.runner.finite import first_nonfinite
 from mdattn_mpi.runner.groups import memory_of_a_rank, open_groups
 from mdattn_mpi.runner.job import Job, say, scan_once
@@ -174,12 +174,7 @@ def _open_tokens(
     spec: JobSpec, world: World, network: Network, size: ModelSize, give: Sequence[str]
 ) -> TokenFile:
     """Collective. Open the file of token ids; say what is to be made of every item."""
-
-    def problem(tokens: int, documents: int) -> ModelProblem:
-        network.check_length(tokens, spec.beyond_positions)
-        outputs = given_tensors(give, tokens, documents, network.width, network.dtype)
-        return ModelProblem(tokens, outputs, size.flops(tokens))
-
+    problem = size.problem_of(network, give, spec.beyond_positions)
     catalog = scan_once(
         world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
     )

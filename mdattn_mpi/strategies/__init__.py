@@ -14,7 +14,7 @@ from typing import Protocol
 
 from mdattn_mpi.devices.protocol import A, Device, P, T
 from mdattn_mpi.problem import Plan, StrategyName
-from mdattn_mpi.strategies import allgather, ring, ulysses
+from mdattn_mpi.strategies import allgather, hierarchical, ring, ulysses
 from mdattn_mpi.strategies.auto import choose
 
 
@@ -32,6 +32,7 @@ STRATEGIES: Mapping[StrategyName, Attend] = {
     "ring": ring.attend,
     "allgather": allgather.attend,
     "ulysses": ulysses.attend,
+    "hierarchical": hierarchical.attend,
 }
 
 __all__ = ["STRATEGIES", "Attend", "choose"]

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from mdattn_mpi.cli import main
 from mdattn_mpi.dataset import open_dataset
+from mdattn_mpi.dataset.making import DatasetWriter
 from tests.support.converting import (
     Tensors,
     check,
@@ -149,7 +152,7 @@ class TestWhatAFileSays:
         path = saved(tmp_path, **tensors, scale=0.0)
         refused(path, capsys, "scale is 0")
 
-    @pytest.mark.parametrize("name", ["window", "softcap", "segments", "mask"])
+    @pytest.mark.parametrize("name", ["window", "softcap", "bias", "mask"])
     def test_what_is_unknown_in_flat_files(self, tmp_path: Path, name: str, capsys: Any) -> None:
         tensors = normal(FLOAT16)
         path = saved(tmp_path, **tensors, **{name: np.arange(37)})
@@ -174,6 +177,106 @@ class TestWhatAFileSays:
         write_dataset(tmp_path / "o.h5", {"a": tensors}, None, {"a": {"sinks": 4}})
         refused(tmp_path / "o.h5", capsys, "attribute sinks")
         check(convert(tmp_path / "o.h5", "--ignore", "sinks"), {"a": tensors})
+
+
+class TestSinksAndSegments:
+    """They lie beside the tensors, in any kind of file."""
+
+    SHAPE = (37, 37, 4, 2, 16, 16)
+    SINKS = np.array([0.5, -np.inf, 3, 2], np.float32)
+
+    def tensors(self) -> Tensors:
+        return normal(FLOAT16, shape=self.SHAPE)
+
+    def check(self, path: Path, tensors: Tensors, starts: tuple[int, ...] = (0, 5, 20)) -> None:
+        check(path, {name: {**own, "sinks": self.SINKS} for name, own in tensors.items()})
+        with open_dataset(path) as dataset:
+            for item in dataset.items:
+                assert item.problem.segments == starts
+                assert item.problem.sinks
+
+    @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint16])
+    def test_in_flat_files(self, tmp_path: Path, dtype: Any) -> None:
+        tensors, starts = self.tensors(), np.array([0, 5, 20], dtype)
+        more = {"sinks": self.SINKS, "segments": starts}
+        self.check(convert(saved(tmp_path, **tensors, **more)), {"a": tensors})
+        more["sinks"] = self.SINKS.astype(ml_dtypes.bfloat16)
+        flat = {f"l.0.{key}": array for key, array in {**tensors, **more}.items()}
+        save_file(flat, tmp_path / "m.safetensors")
+        names = [f"--{key}=l.*.{key}" for key in tensors]
+        self.check(convert(tmp_path / "m.safetensors", *names), {"0": tensors})
+
+    def test_in_a_pt_file(self, tmp_path: Path) -> None:
+        torch = pytest.importorskip("torch")
+        tensors = self.tensors()
+        arrays = {**tensors, "sinks": self.SINKS, "segments": np.array([0, 5, 20])}
+        arrays["window"] = np.array([7, 0])
+        content = {name: torch.tensor(array) for name, array in arrays.items()}
+        torch.save({**content, "causal": "upper_left"}, tmp_path / "a.pt")
+        self.check(convert(tmp_path / "a.pt"), {"a": tensors})
+        assert problem_of(tmp_path / "converted.h5").window == (7, 0)
+
+    def test_in_npy_files(self, tmp_path: Path) -> None:
+        arrays = {**self.tensors(), "sinks": self.SINKS, "segments": np.array([0, 5, 20])}
+        for name, array in arrays.items():
+            np.save(tmp_path / f"{name}.npy", array)
+        sources = [str(tmp_path / f"{name}.npy") for name in arrays]
+        path = tmp_path / "converted.h5"
+        assert main(["convert", *sources, str(path)]) == 0
+        self.check(path, {"query": {name: arrays[name] for name in ("query", "key", "value")}})
+
+    @pytest.mark.parametrize("ours", [True, False])
+    def test_in_hdf5_entries_of_a_batch_share_them(self, tmp_path: Path, ours: bool) -> None:
+        batch = normal(np.float32, shape=self.SHAPE, batch=(2,))
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            if ours:
+                file.attrs.update({"format": "mdattn-dataset", "version": 1})
+            group = file.create_group("items/a")
+            for name, array in {**batch, "sinks": self.SINKS.astype(">f8")}.items():
+                group[name] = array
+            group["segments"] = np.array([0, 5, 20], ">i4")
+        path = convert(tmp_path / "a.h5", "--dtype", "fp16")
+        rounded = {name: array.astype(np.float16) for name, array in batch.items()}
+        items = {f"a.{n}": {k: array[n] for k, array in rounded.items()} for n in range(2)}
+        self.check(path, items)
+
+    def test_a_dataset_of_ours_keeps_them(self, tmp_path: Path) -> None:
+        tensors = self.tensors()
+        with DatasetWriter(tmp_path / "o.h5", layout="head_major") as dataset:
+            q, k, v = tensors.values()
+            dataset.add("a", q, k, v, sinks=self.SINKS, segments=(0, 5, 20))
+        self.check(convert(tmp_path / "o.h5"), {"a": tensors})
+
+    @pytest.mark.parametrize(
+        ("wrong", "said"),
+        [
+            ({"sinks": np.zeros(2, np.float32)}, "its sinks are [2]"),
+            ({"sinks": np.full(4, 1e300)}, "too large for float32"),
+            ({"sinks": np.zeros(4, np.int32)}, "array or value sinks"),
+            ({"sinks": np.zeros(4, np.int16)}, "maybe the bits of BF16"),
+            ({"segments": np.array([0, 37])}, "37 is none of 37 tokens"),
+            ({"segments": np.array([1, 7])}, "segments begin with 1"),
+            ({"segments": np.arange(4097)}, "4097 segments"),
+            ({"segments": np.zeros(3)}, "array or value segments"),
+            ({"window": np.array([-2, 0])}, "window is (-2, 0)"),
+            ({"window": np.array([1.5, 2])}, "array or value window"),
+            ({"other.sinks": np.zeros(4)}, "other.sinks, which only counts beside"),
+        ],
+    )
+    def test_bad_ones(self, tmp_path: Path, capsys: Any, wrong: Any, said: str) -> None:
+        path = saved(tmp_path, **self.tensors(), **wrong)
+        refused(path, capsys, said)
+        if "maybe" not in said:
+            convert(path, "--ignore", next(iter(wrong)).rpartition(".")[2])
+            problem = problem_of(path.with_name("converted.h5"))
+            assert (problem.sinks, problem.segments, problem.window) == (False, (), (-1, -1))
+
+    def test_in_hdf5_above_the_items(self, tmp_path: Path, capsys: Any) -> None:
+        write_dataset(tmp_path / "o.h5", {"a": self.tensors()})
+        with h5py.File(tmp_path / "o.h5", "a") as file:
+            file["sinks"] = self.SINKS
+        refused(tmp_path / "o.h5", capsys, "dataset sinks, which only counts in an item")
+        convert(tmp_path / "o.h5", "--ignore", "sinks")
 
 
 class TestPacked:

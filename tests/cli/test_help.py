@@ -97,7 +97,10 @@ def test_completion_can_see_all_commands_at_once() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["agree", "attention", "broadcast", "groups", "job", "memory", "predict", "ranks", "tensorrt"],
+    [
+        *("agree", "attention", "broadcast", "groups", "job", "memory", "predict", "ranks"),
+        *("scaling", "tensorrt"),
+    ],
 )
 def test_every_benchmark_is_there(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:

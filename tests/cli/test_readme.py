@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from mdattn_mpi.text import COLUMNS
 from tests.support.mpirun import ROOT, environment, kill_all
 
 DOCUMENTS = sorted(
@@ -39,6 +40,7 @@ ELSEWHERE = {
     r"^(sudo |apt)": "installs system packages",
     r"\b(less|vi|h5dump|h5ls)\b": "needs a program that may not be here",
 }
+SCREEN = 40  # rows, of 80 columns: what a newcomer sees at once
 NEITHER_ROOT_NOR_CORES = {  # for mpirun as people type it
     "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
     "OMPI_MCA_rmaps_base_oversubscribe": "1",
@@ -101,7 +103,15 @@ def test_commands_of(document, tmp_path, record_property):
         assert any(name in command for command in (*here, *lacking)), f"nothing runs {name}"
         (tmp_path / name).write_text(program)
     for command in here:
-        print(f"$ {command}\n{run(command, tmp_path)}")
+        said = run(command, tmp_path)
+        print(f"$ {command}\n{said}")
+        if document == "docs/tutorial.md":
+            assert rows(said) <= SCREEN, f"$ {command}\n{said}fills more than a screen"
+
+
+def rows(text: str) -> int:
+    """How many rows of a terminal `text` takes."""
+    return sum(max(1, -(-len(line) // COLUMNS)) for line in text.splitlines())
 
 
 def test_finds_commands_and_what_belongs_to_them():
@@ -136,7 +146,7 @@ def test_a_command_that_fails_is_reported_with_what_it_printed(tmp_path):
         run("mdattn inspect nowhere.h5", tmp_path)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/library.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/library.md", "docs/tutorial.md"])
 def test_every_program_that_people_copy_is_run(document):
     text = (ROOT / document).read_text("utf-8")
     assert len(PROGRAM.findall(text)) == text.count("```python") > 0

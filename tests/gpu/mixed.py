@@ -32,6 +32,7 @@ from mdattn_mpi.lockstep import World, start, together
 from mdattn_mpi.problem import AttentionProblem
 from mdattn_mpi.runner.batch import files_of
 from mdattn_mpi.runner.clock import PhaseClock
+from mdattn_mpi.runner.events import Events
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.opening import open_files, open_job
 
@@ -150,7 +151,7 @@ def main() -> int:
     assert job.output is not None
     device = job.groups[0].executor.device  # type: ignore[attr-defined]
     bandwidth(world, device)
-    memory = bench._in_memory(job, files_of(job, job.output))
+    memory = bench._in_memory(job, files_of(job, job.output, Events()))
     for number in range(arguments.passes):
         world.barrier()
         asked.clear()

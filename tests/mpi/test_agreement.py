@@ -1,12 +1,14 @@
 """Agreement under a real mpirun: what passes, what all ranks raise together, and who is named."""
 
-from contextlib import nullcontext
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
 
 from mdattn_mpi.errors import DeviceError, DisagreementError, ItemError, MdattnError
-from mdattn_mpi.lockstep import Step, World
+from mdattn_mpi.lockstep import Group, Step, World, agreement
 from tests.support.ranks import on_ranks
 
 
@@ -14,14 +16,35 @@ def step(item: int = 3, phase: str = "begin", facts: int = 77, **described: obje
     return Step(item, phase, facts, lambda: described)
 
 
+@contextmanager
+def both_ways(world: World) -> Iterator[tuple[Group, Group]]:
+    """Give two groups of all ranks: words have slots in one, and are gathered in the other."""
+    slots = agreement.SLOTS
+    with_slots = world.split(0, world.rank)
+    agreement.SLOTS = 0
+    gathering = world.split(0, world.rank)
+    agreement.SLOTS = slots
+    assert with_slots._ballot.size == gathering._ballot.size + world.size
+    yield with_slots, gathering
+    for group in (with_slots, gathering):
+        group.free()
+
+
 @on_ranks()
 def test_all_alike_gives_everybodys_words(world: World) -> None:
-    for item in range(50):
-        agreement = world.agree(step(item), word=(0xFFFFFFFF - world.rank - item) & 0xFFFFFFFF)
-        assert agreement.words == tuple(0xFFFFFFFF - rank - item for rank in range(world.size))
-        assert not agreement.stop
-    assert world.agree(step(), word=0).words == (0,) * world.size
-    assert world.agree(step()).words == ()
+    with both_ways(world) as groups:
+        for group in groups:
+            for item in range(50):
+                word = (0xFFFFFFFFFFFFFFFF - world.rank - item) & 0xFFFFFFFFFFFFFFFF
+                found = group.agree(step(item), word=word)
+                everybodys = tuple(0xFFFFFFFFFFFFFFFF - rank - item for rank in range(world.size))
+                assert found.words == everybodys
+                assert not found.stop
+                reader = item % world.size
+                found = group.agree(step(item), word=word, reader=reader)
+                assert found.words == (everybodys if world.rank == reader else ())
+            assert group.agree(step(), word=0).words == (0,) * world.size
+            assert group.agree(step()).words == ()
 
 
 @on_ranks(1, 3)
@@ -63,17 +86,59 @@ def test_an_error_wins_over_a_disagreement(world: World) -> None:
 
 @on_ranks()
 def test_a_refused_item_ends_nothing_and_everybodys_words_arrive(world: World) -> None:
-    for first in range(world.size):
-        error = ItemError(f"shard {world.rank} is bad", item="item-7")
-        agreement = world.agree(
-            step(), refused=error if world.rank >= first else None, word=world.rank, stop=True
-        )
-        assert agreement.refused is not None
-        assert agreement.refused.what == f"shard {first} is bad"
-        assert agreement.refused.rank == first
-        assert agreement.stop
-        assert agreement.words == tuple(range(world.size))
-        assert world.agree(step()).refused is None
+    with both_ways(world) as groups:
+        for group, first in itertools.product(groups, range(world.size)):
+            error = ItemError(f"shard {world.rank} is bad", item="item-7")
+            found = group.agree(
+                step(), refused=error if world.rank >= first else None, word=world.rank, stop=True
+            )
+            assert found.refused is not None
+            assert found.refused.what == f"shard {first} is bad"
+            assert found.refused.rank == first
+            assert found.unwritten is None
+            assert found.stop
+            assert found.words == tuple(range(world.size))
+            assert group.agree(step()).refused is None
+
+
+@on_ranks()
+def test_the_item_ahead_and_the_one_behind_are_refused_apart(world: World) -> None:
+    with both_ways(world) as groups:
+        for group, first in itertools.product(groups, range(world.size)):
+            ahead = ItemError("no number", item="item-8") if world.rank == 0 else None
+            behind = ItemError(f"NaN on {world.rank}", item="item-6")
+            found = group.agree(
+                step(),
+                refused=ahead,
+                unwritten=behind if world.rank >= first else None,
+                word=7,
+                reader=0,
+            )
+            assert found.refused is not None
+            assert (found.refused.what, found.refused.item) == ("no number", "item-8")
+            assert found.unwritten is not None
+            assert (found.unwritten.what, found.unwritten.rank) == (f"NaN on {first}", first)
+            after = group.agree(step(), unwritten=behind if world.rank == first else None)
+            assert after.refused is None
+            assert after.unwritten is not None
+            assert group.agree(step()).unwritten is None
+
+
+@on_ranks(2, 3)
+def test_who_differs_is_named_where_words_are_gathered(world: World) -> None:
+    """A rank that has no item behind gives no word: nothing is gathered before all have agreed."""
+    with both_ways(world) as groups:
+        for group in groups:
+            odd = world.rank == 1
+            with pytest.raises(DisagreementError, match="committed item"):
+                group.agree(
+                    step(facts=odd, **{"committed item": -1 if odd else 4}),
+                    word=None if odd else 9,
+                    reader=0,
+                )
+            with pytest.raises(DeviceError, match="no memory"):
+                group.agree(step(), error=DeviceError("no memory") if odd else None, word=1)
+            assert group.agree(step(), word=1).words == (1,) * world.size
 
 
 @on_ranks(3)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,7 +16,7 @@ import pytest
 
 import mdattn_mpi
 from mdattn_mpi.errors import DeviceError, DisagreementError, RejectedError
-from mdattn_mpi.problem import AttentionProblem, Causal, StrategyName
+from mdattn_mpi.problem import FLAT_STRATEGIES, AttentionProblem, Causal
 from tests.support.group import take
 from tests.support.mpirun import mpirun
 from tests.support.ranks import on_ranks
@@ -62,7 +64,7 @@ def test_every_strategy_mask_and_order(world: Any) -> None:
         order = ("contiguous", "zigzag")[number % 2]
         shards, right = shards_of(problem, world, order)
         before = [array.tobytes() for array in shards]
-        for strategy in ("auto", *get_args(StrategyName)):
+        for strategy in ("auto", *FLAT_STRATEGIES):
             out, lse = mdattn_mpi.attention(
                 world.comm,
                 *shards[:3],
@@ -75,6 +77,26 @@ def test_every_strategy_mask_and_order(world: Any) -> None:
             assert [array.tobytes() for array in shards] == before
 
 
+@on_ranks(4)
+def test_a_ring_of_nodes(world: Any) -> None:
+    """The library learns from the launcher which ranks are on one node."""
+    problem = AttentionProblem(61, 83, 4, 2, 16, 24, "bfloat16", "lower_right")
+    shards, right = shards_of(problem, world, "zigzag")
+    options = {"causal": "lower_right", "order": "zigzag", "strategy": "hierarchical"}
+    with pytest.raises(RejectedError, match="several nodes"):
+        mdattn_mpi.attention(world.comm, *shards[:3], scale=problem.scale, **options)
+    for names, fits in (("aabb", True), ("abab", False), ("aaab", False), ("abcd", False)):
+        os.environ["SLURMD_NODENAME"] = names[world.rank]
+        comm = world.comm.Dup()
+        with nullcontext() if fits else pytest.raises(RejectedError, match="several nodes"):
+            out, lse = mdattn_mpi.attention(
+                comm, *shards[:3], scale=problem.scale, return_lse=True, **options
+            )
+            assert_close(problem, out, lse, right)
+        comm.Free()
+    del os.environ["SLURMD_NODENAME"]
+
+
 @on_ranks(3)
 def test_any_number_of_tokens_on_each_rank(world: Any) -> None:
     problem = AttentionProblem(50, 70, 2, 1, 16, 16, "float16", "lower_right", scale=0.25)
@@ -83,7 +105,7 @@ def test_any_number_of_tokens_on_each_rank(world: Any) -> None:
     own_q = slice(q_ends[world.rank], q_ends[world.rank + 1])
     own_kv = slice(kv_ends[world.rank], kv_ends[world.rank + 1])
     right = attention(problem, q, k, v)
-    for strategy in get_args(StrategyName):
+    for strategy in FLAT_STRATEGIES:
         out, lse = mdattn_mpi.attention(
             world.comm, q[own_q], k[own_kv], v[own_kv],
             causal="lower_right", scale=0.25, strategy=strategy, return_lse=True,
@@ -173,6 +195,9 @@ def test_ranks_that_differ_are_told_in_what(world: Any) -> None:
         (r"heads.*\[8, 8\] on rank 1|heads.*\[8, 8\]", {"heads": 8}, {}),
         (r"causal \('none' on rank 0, 'upper_left' on rank 1\)", {}, {"causal": "upper_left"}),
         (r"return_lse", {}, {"return_lse": True}),
+        (r"window.*\[5, -1\] on rank 1", {}, {"window": (5, -1)}),
+        (r"softcap \(0.0 on rank 0, 2.0 on rank 1\)", {}, {"softcap": 2.0}),
+        (r"sinks \(False on rank 0, True on rank 1\)", {}, {"sinks": np.zeros(2, np.float32)}),
     ):
         if not world.rank:
             changes, options = {}, {}
@@ -180,6 +205,25 @@ def test_ranks_that_differ_are_told_in_what(world: Any) -> None:
         q, k, v = (np.ones((3, heads, 8), dtype) for _ in "qkv")
         with pytest.raises(DisagreementError, match=message):
             mdattn_mpi.attention(world.comm, q, k, v, **options)
+
+
+@on_ranks(2)
+def test_other_sinks_are_noticed_in_each_call(world: Any) -> None:
+    q, k, v = (np.ones((3, 2, 8), np.float16) for _ in "qkv")
+    sinks = np.array([1, 2], np.float32)
+    made = mdattn_mpi.Attention(world.comm, q, k, v, sinks=sinks)
+    for _ in range(2):
+        mdattn_mpi.attention(world.comm, q, k, v, sinks=sinks)
+        made.start(q, k, v).wait()
+        sinks += 1
+    sinks[1] += world.rank
+    said = r"values of the sinks.*\(\d+ on rank 0, \d+ on rank 1\)"
+    with pytest.raises(DisagreementError, match=said):
+        mdattn_mpi.attention(world.comm, q, k, v, sinks=sinks)
+    with pytest.raises(DisagreementError, match=said):
+        made.start(q, k, v)
+    sinks[1] -= world.rank
+    assert made.start(q, k, v).wait().shape == (3, 2, 8)  # all is well again
 
 
 @on_ranks(2)
@@ -207,7 +251,7 @@ def test_a_rank_without_memory_takes_nobody_down_and_the_next_call_works(world: 
 def test_calls_of_one_object_in_flight(world: Any) -> None:
     """Three calls with other contents, waited for in another order than they were started in."""
     problem = AttentionProblem(61, 83, 4, 2, 16, 24, "bfloat16", "lower_right")
-    for strategy in get_args(StrategyName):
+    for strategy in FLAT_STRATEGIES:
         calls = [shards_of(problem, world, "zigzag", seed) for seed in range(3)]
         made = mdattn_mpi.Attention(
             world.comm, *calls[0][0], causal="lower_right", scale=np.float32(problem.scale),
@@ -418,3 +462,10 @@ def test_a_rank_that_never_comes_is_named(tmp_path: Path, act: str, what: str) -
     assert set(said) == {"0", "2"}, done.stderr
     for text in said.values():
         assert f"rank 1 never reached {what} (waited 1.5 s)" in text
+
+
+def test_on_gpus_a_replayed_call_takes_one_agreement(tmp_path: Path) -> None:
+    """What was begun before an agreement that refuses it leaves nothing behind."""
+    done = mpirun(2, ["-m", "tests.support.library_job", str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("all is well") == 2

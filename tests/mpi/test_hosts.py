@@ -48,6 +48,28 @@ def test_a_job_over_tcp(two: Hosts, data: Path, tmp_path: Path) -> None:
     assert [rank["host"] for rank in summary["ranks"]] == two.names
 
 
+def test_a_ring_of_nodes_over_tcp(two: Hosts, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.h5"
+    words = [
+        "-m",
+        "mdattn_mpi",
+        "run",
+        str(data),
+        "-o",
+        str(out),
+        "-s",
+        "hierarchical",
+        "-b",
+        "cpu",
+    ]
+    program = two.mpirun(launcher()[0], each=2)
+    mpirun(4, [*words, "--threads", "1"], program=program, check=True)
+    assert main(["verify", str(out), "--data", str(data), "--all"]) == 0
+    refused = mpirun(2, [*words, "--overwrite"], program=launcher())
+    assert refused.returncode == 2
+    assert "several nodes" in refused.stderr
+
+
 def test_the_doctor_sees_two_nodes(two: Hosts, tmp_path: Path) -> None:
     arguments = ["-m", "mdattn_mpi", "doctor", "--folder", str(tmp_path)]
     done = mpirun(2, arguments, program=two.mpirun(launcher()[0]))

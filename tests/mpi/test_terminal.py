@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from mdattn_mpi.cli import main
+from mdattn_mpi.lockstep.board import BoardFile
 from tests.support.mpirun import kill_all, mark_of, start
 
 pytest.importorskip("pyte", reason="the emulator of a terminal isn't installed: pip install pyte")
@@ -39,7 +41,9 @@ LIBRARIES = {
 class Watched:
     """A job in front of a terminal."""
 
-    def __init__(self, library: Library, screen: Screen, folder: Path) -> None:
+    def __init__(
+        self, library: Library, screen: Screen, folder: Path, chaos: str = "slow@enqueue::1"
+    ) -> None:
         data = folder / "data.h5"
         made = "--items 8 --length 40 --q-heads 2 --kv-heads 1 --head-dim 16"
         assert main(["make-data", str(data), *made.split()]) == 0
@@ -48,7 +52,7 @@ class Watched:
             2,
             [
                 *("-m", "mdattn_mpi", "run", str(data), "-o", str(folder / "out.h5")),
-                *("-b", "cpu", "--threads", "1", "--chaos", "slow@enqueue::1"),
+                *("-b", "cpu", "--threads", "1", "--chaos", chaos),
             ],
             program=library.program,
             env={"TERM": "xterm", **library.env},
@@ -80,7 +84,7 @@ def library(request: pytest.FixtureRequest) -> Library:
 
 @pytest.fixture
 def screen(library: Library, request: pytest.FixtureRequest) -> Iterator[Screen]:
-    wide = (library is LIBRARIES["Open MPI"]) == (request.function is test_ctrl_c)
+    wide = (library is LIBRARIES["Open MPI"]) == (request.function is not test_a_bar_that_goes_away)
     screen = Screen(80 if wide else 40, rows=60)
     yield screen
     screen.close()
@@ -120,3 +124,23 @@ def test_ctrl_c(library: Library, screen: Screen, tmp_path: Path) -> None:
     assert code, text
     assert "/8 item" not in text
     assert "asked to stop" in text
+
+
+def test_a_lost_rank(screen: Screen, library: Library, tmp_path: Path) -> None:
+    """What is said of it isn't torn by the bar, nor by a stop that nobody asked for."""
+    if library.program:
+        pytest.skip("one MPI is enough")
+    job = Watched(library, screen, tmp_path, "sleep@enqueue:item5:1")
+    try:
+        job.until(lambda lines: has_bar(lines) and "ETA" in lines[-1])
+        record = BoardFile(f"{tmp_path}/out.h5.run").records()[1]
+        os.kill(record.pid, signal.SIGKILL)
+        code, lines = job.end()
+    finally:
+        kill_all(mark_of(job.process))
+    text = " ".join(" ".join(lines).split())
+    assert code, text
+    assert "/8 item" not in text
+    assert "asked to stop" not in text
+    assert "(SIGKILL) in phase" in text
+    assert "To go on, run the same command again: mpirun -n 2 python -m mdattn_mpi run" in text

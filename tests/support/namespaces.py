@@ -42,12 +42,12 @@ class Hosts:
         self.names = names
         self.agent = agent
 
-    def mpirun(self, program: str) -> tuple[str, ...]:
-        """Open MPI's `program`, on the first host, with one rank on each, over TCP alone."""
+    def mpirun(self, program: str, each: int = 1) -> tuple[str, ...]:
+        """Open MPI's `program`, on the first host, with `each` ranks on each, over TCP alone."""
         return (
             "ip", "netns", "exec", self.names[0], "unshare", "--uts",
             "sh", "-c", f'hostname {self.names[0]} && exec "$@"', "sh",
-            program, "--host", ",".join(f"{name}:1" for name in self.names),
+            program, "--host", ",".join(f"{name}:{each}" for name in self.names),
             "--prtemca", "plm", "ssh", "--prtemca", "plm_ssh_agent", str(self.agent),
             "--mca", "pml", "ob1", "--mca", "btl", "tcp,self",
         )  # fmt: skip

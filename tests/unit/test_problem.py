@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.mask import seen_pairs
-from mdattn_mpi.problem import AttentionProblem, Plan, Span, digest_of
+from mdattn_mpi.problem import AttentionProblem, Plan, Span, TensorSpec, digest_of
 from tests.support.reference import problems, visible
 
 GOOD = AttentionProblem(48, 64, 8, 2, 32, 16, "float16", "lower_right", 0.5)
@@ -130,3 +130,8 @@ def test_words() -> None:
     assert len(Span(3, 7)) == 4
     assert list(range(10))[Span(3, 7).slice] == [3, 4, 5, 6]
     assert Span(3, 7).shift(2) == Span(5, 9)
+
+
+def test_bytes_of_a_tensor() -> None:
+    for dtype, itemsize in (("bfloat16", 2), ("float16", 2), ("float32", 4), ("float64", 8)):
+        assert TensorSpec("x", (3, 5, 7), dtype).nbytes == 105 * itemsize

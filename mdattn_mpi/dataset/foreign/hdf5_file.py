@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import numpy as np
 
 from mdattn_mpi.dataset.dtypes import NUMPY
-from mdattn_mpi.dataset.foreign.tensor import Array, ForeignFile, ForeignTensor, Slices, is_tensor
+from mdattn_mpi.dataset.foreign.tensor import Array, ForeignFile, ForeignTensor, Slices
 from mdattn_mpi.dataset.hdf5 import WHOLE_TREE, File, Node
 from mdattn_mpi.dataset.index import check_format
 from mdattn_mpi.dataset.layout import DATASET_FORMAT, shown
@@ -18,7 +18,7 @@ from mdattn_mpi.errors import RejectedError
 def read(path: str, stack: ExitStack, allow: Sequence[str]) -> ForeignFile:
     """List what a scan of the whole tree finds; what can't be read has a fault."""
     file = stack.enter_context(File(path, allow, depth=WHOLE_TREE))
-    found = ForeignFile({})
+    found = ForeignFile()
     if file.root.attribute("format") == DATASET_FORMAT:
         check_format(file.root, DATASET_FORMAT)
     pending = [("", file.root)]
@@ -29,7 +29,7 @@ def read(path: str, stack: ExitStack, allow: Sequence[str]) -> ForeignFile:
             if tensor is None:
                 found.others[name] = None
             else:
-                found.tensors[name] = tensor
+                found.put(name, tensor)
         elif node.is_group:
             found.groups[name] = node
             for below in node.names():
@@ -45,7 +45,7 @@ def read(path: str, stack: ExitStack, allow: Sequence[str]) -> ForeignFile:
 
 
 def _faulty(fault: RejectedError) -> ForeignTensor:
-    return ForeignTensor((), np.dtype("f2"), lambda _: np.zeros(0), fault)
+    return ForeignTensor((0,), np.dtype("f2"), lambda _: np.zeros(0), fault)
 
 
 def _hdf5_tensor(node: Node) -> ForeignTensor | None:
@@ -56,7 +56,7 @@ def _hdf5_tensor(node: Node) -> ForeignTensor | None:
     if not isinstance(storage.stored, str):
         dtype = NUMPY[storage.stored.dtype]
         raw = np.dtype("<u2" if storage.stored.little_endian else ">u2")
-    elif storage.dtype is not None and is_tensor(storage.dtype):
+    elif storage.dtype is not None:
         raw = dtype = storage.dtype
     else:
         return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -25,6 +25,7 @@ from mdattn_mpi.dataset.layout import (
     shown,
 )
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.mask import MAX_SEGMENTS
 from mdattn_mpi.problem import AttentionProblem, DTypeName, Span
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -46,11 +47,12 @@ class Reading:
 
 @dataclass(frozen=True)
 class Source:
-    """An item to be, and how to read tokens of its tensors, token-major."""
+    """An item to be, how to read tokens of its tensors, token-major, and its sinks, if any."""
 
     item: Item
     layout: Layout
     read: Callable[[Tensor, Span], Array]
+    sinks: Array | None = None
 
     def __str__(self) -> str:
         """Its name, and its shape as it was understood."""
@@ -97,7 +99,7 @@ def _numbered(sources: Sequence[Source], path: str) -> list[Source]:
                 file=path,
             )
         names.add(name)
-        numbered.append(Source(Item(name, index, problem), source.layout, source.read))
+        numbered.append(replace(source, item=Item(name, index, problem)))
     return numbered
 
 
@@ -128,8 +130,10 @@ def _sources(
             f"query, key and value are one tensor, {list(parts[0].shape)}, with a dim of 3",
             "name it with --qkv",
         )
+    said = {**said, **_lists(said)}
     layout = _layout(tensors, said, how)
     problem = _problem(tensors, said, how, layout)
+    sinks = _sinks(said["sinks"], problem.q_heads, how) if problem.sinks else None
     (batch,) = batches
     names = [batch_item_name(name, entry) for entry in range(batch[0])] if batch else [name]
     for one in names[-1:]:  # the longest
@@ -137,9 +141,37 @@ def _sources(
             raise _reject(f"its name {item_name_fault(one)}", "use patterns that give another name")
     entries: Sequence[int | None] = range(batch[0]) if batch else [None]
     return [
-        Source(Item(one, 0, problem), layout, _reader(tensors, entry, layout))
+        Source(Item(one, 0, problem), layout, _reader(tensors, entry, layout), sinks)
         for one, entry in zip(names, entries, strict=True)
     ]
+
+
+def _lists(said: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Read the segments, and the window where it is an array."""
+    found = {}
+    for name in ("segments", "window"):
+        array = said.get(name)
+        if not isinstance(array, ForeignTensor):
+            continue
+        if array.shape[0] > MAX_SEGMENTS:
+            fix = f"pack at most {MAX_SEGMENTS} documents into one item"
+            raise _reject(f"{array.shape[0]} {name}", fix)
+        found[name] = tuple(map(int, array.fetch((slice(0, None),))))
+    return found
+
+
+def _sinks(array: ForeignTensor, heads: int, how: Reading) -> Array:
+    """Read the sinks as float32."""
+    if array.fault is not None:
+        raise array.fault
+    if array.shape != (heads,):
+        raise _reject(f"its sinks are {list(array.shape)}", f"give [{heads}], one a query head")
+    given = _floats(array, how).fetch((slice(0, None),))
+    with np.errstate(over="ignore"):
+        sinks = given.astype(np.float32)
+    if np.any(np.isinf(sinks) & np.isfinite(given)):
+        raise _reject("its sinks are too large for float32", "scale them down")
+    return sinks
 
 
 def _floats(tensor: ForeignTensor, how: Reading) -> ForeignTensor:
@@ -213,7 +245,8 @@ def _problem(
     causal = how.causal or _mask(said.get("causal", "none"), same=shapes[0][0] == shapes[1][0])
     dtype = _dtype(tensors, how)
     try:
-        masks: dict[str, Any] = {n: said[n] for n in ("window", "softcap") if n in said}
+        masks: dict[str, Any] = {n: said[n] for n in ("window", "softcap", "segments") if n in said}
+        masks["sinks"] = "sinks" in said
         return problem_of(shapes, dtype, causal, scale, **{**masks, **how.masks})
     except RejectedError as error:
         what = f"{error.what} (shapes {_shapes(tensors)})"

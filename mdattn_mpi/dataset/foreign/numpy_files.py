@@ -17,6 +17,7 @@ from mdattn_mpi.dataset.foreign.tensor import (
     ForeignFile,
     ForeignTensor,
     Slices,
+    is_list,
     is_tensor,
     of_array,
     stem_of,
@@ -51,17 +52,19 @@ def read_npy(path: str) -> ForeignFile:
     with open(path, "rb") as file:
         header = _header(file)
         start = file.tell()
-    if not is_tensor(header.dtype):
+    if not (is_tensor((1,), header.dtype) or is_list(header.shape, header.dtype)):
         raise RejectedError(
             f"holds {header.dtype}, not floats", fix="save it as float16 or float32", file=path
         )
     if header.size != os.path.getsize(path):
         raise ValueError(f"it claims {header.size} bytes, has {os.path.getsize(path)}")
     order: Literal["F", "C"] = "F" if header.fortran else "C"
-    if not prod(header.shape):
-        return ForeignFile({stem_of(path): of_array(np.zeros(header.shape, header.dtype))})
-    array = np.memmap(path, header.dtype, "r", start, header.shape, order)
-    return ForeignFile({stem_of(path): of_array(array)})
+    array: Array = np.zeros(header.shape, header.dtype)
+    if prod(header.shape):
+        array = np.memmap(path, header.dtype, "r", start, header.shape, order)
+    found = ForeignFile()
+    found.put(stem_of(path), of_array(array))
+    return found
 
 
 def read_npz(path: str, stack: ExitStack) -> ForeignFile:
@@ -85,20 +88,20 @@ def read_npz(path: str, stack: ExitStack) -> ForeignFile:
 
         return fetch
 
-    found = ForeignFile({})
+    found = ForeignFile()
     for about in archive.infolist()[:MAX_NODES]:
         if about.file_size > MAX_COMPRESSION * max(1, about.compress_size):
             raise ValueError(f"{shown(about.filename)} claims {about.file_size} bytes")
         name = about.filename.removesuffix(".npy")
         with archive.open(about) as member:
             header = _header(member)
-        if header.shape == () or not is_tensor(header.dtype):
+        if not (is_tensor(header.shape, header.dtype) or is_list(header.shape, header.dtype)):
             found.others[name] = _value(archive, about, header)
             continue
         if header.size != about.file_size:
             raise ValueError(f"{shown(name)} claims {header.size} bytes, has {about.file_size}")
         fetch = fetcher(about, header.dtype)
-        found.tensors[name] = ForeignTensor(header.shape, header.dtype, fetch)
+        found.put(name, ForeignTensor(header.shape, header.dtype, fetch))
     return found
 
 

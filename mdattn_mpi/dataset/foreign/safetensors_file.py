@@ -23,6 +23,10 @@ DTYPES = {
     "F64": np.dtype("<f8"),
     "U16": np.dtype("<u2"),
     "I16": np.dtype("<i2"),
+    "U32": np.dtype("<u4"),
+    "I32": np.dtype("<i4"),
+    "U64": np.dtype("<u8"),
+    "I64": np.dtype("<i8"),
 }
 
 
@@ -35,12 +39,12 @@ def read(path: str) -> ForeignFile:
             raise ValueError(f"its header claims {length} bytes")
         header = json.loads(file.read(length))
     content = np.memmap(path, np.uint8, "r", 8 + length) if size > 8 + length else np.zeros(0, "u1")
-    found = ForeignFile({})
+    found = ForeignFile()
     for name, about in header.items():
         if name == "__metadata__":
             found.others.update({key: text for key, text in about.items() if key != "format"})
         elif about["dtype"] in DTYPES:
-            found.tensors[name] = _of_header(name, about, content)
+            found.put(name, _of_header(name, about, content))
         else:
             found.others[name] = None
     return found

@@ -1,4 +1,4 @@
-"""What a foreign file says about its items besides their tensors: mask, scale, layout, the rest."""
+"""What a foreign file says about its items besides q, k, v: mask, scale, layout, sinks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import takewhile
 from typing import Any
 
-from mdattn_mpi.dataset.foreign.tensor import ForeignFile
+from mdattn_mpi.dataset.foreign.tensor import ForeignFile, ForeignTensor
 from mdattn_mpi.dataset.hdf5 import Node
 from mdattn_mpi.dataset.layout import ITEM_ATTRIBUTES, shown
 from mdattn_mpi.dataset.unknown import (
@@ -39,7 +39,7 @@ class Surroundings:
         self._path = path
         self._matched = matched
         self._ignore = ignore
-        self._names = sorted((*file.tensors, *file.others))
+        self._names = sorted({*file.tensors, *file.lists, *file.others})
         self._tensors: dict[str, set[str]] = defaultdict(set)  # of items, by group
         for name in matched:
             self._tensors[os.path.dirname(name)].add(os.path.basename(name))
@@ -47,7 +47,9 @@ class Surroundings:
             refuse_unknown(self._misplaced(), ignore, path)
 
     def options(self, names: Sequence[str]) -> dict[str, Any]:
-        """Say mask, scale and layout of the item that has these tensors, as far as known.
+        """Say mask, scale, layout of the item that has these tensors, as far as known.
+
+        Sinks, segments, and a window that isn't an attribute, are arrays that are still to be read.
 
         Raises
         ------
@@ -57,23 +59,39 @@ class Surroundings:
         """
         if not self._file.groups:
             prefix = _prefix(names)
-            refuse_unknown(self._unknown_beside(prefix), self._ignore, self._path)
+            arrays = self._arrays(prefix)
+            refuse_unknown(self._unknown_beside(prefix, arrays), self._ignore, self._path)
             found = {name: self._file.others.get(prefix + name) for name in ("window", *OPTIONS)}
-            said: dict[str, Any] = found
+            said: dict[str, Any] = {**found, **arrays}
         else:
             folders = sorted({os.path.dirname(name) for name in names})
-            refuse_unknown(self._unknown_around(folders), self._ignore, self._path)
             own = self._file.groups[folders[0]] if len(folders) == 1 else None
+            arrays = self._arrays(f"{folders[0]}/".lstrip("/")) if own else {}
+            arrays.pop("window", None)  # an attribute, here
+            refuse_unknown(self._unknown_around(folders, arrays), self._ignore, self._path)
             said = {name: own.attribute(name) for name in OPTIONS} if own else {}
+            said |= arrays
             if own and "window" in own.attribute_names():
                 said["window"] = own.numbers("window", 2) or "not two integers"
             said["layout"] = self._layout(folders[0])
         return {name: value for name, value in said.items() if value is not None}
 
-    def _unknown_around(self, folders: Sequence[str]) -> Found:
+    def _arrays(self, prefix: str) -> dict[str, ForeignTensor]:
+        """Find sinks and segments beside an item's tensors, and a window of two integers."""
+        file, ignored = self._file, self._ignore
+        found = {
+            "sinks": file.tensors.get(prefix + "sinks"),
+            "segments": file.lists.get(prefix + "segments"),
+            "window": file.lists.get(prefix + "window"),
+        }
+        if found["window"] and found["window"].shape != (2,):
+            del found["window"]
+        return {name: array for name, array in found.items() if array and name not in ignored}
+
+    def _unknown_around(self, folders: Sequence[str], arrays: Collection[str]) -> Found:
         """In HDF5: in the item's group, or in the three; and what groups above say."""
         for folder in folders:
-            yield from unknown_in(self._file.groups[folder], self._tensors[folder])
+            yield from unknown_in(self._file.groups[folder], {*self._tensors[folder], *arrays})
             above = _above(folder) if len(folders) == 1 else [folder, *_above(folder)]
             for group in above:
                 yield from misplaced_in(self._file.groups[group])
@@ -84,24 +102,27 @@ class Surroundings:
         found = (group.attribute("layout") for group in groups)
         return next((layout for layout in found if layout is not None), None)
 
-    def _unknown_beside(self, prefix: str) -> Found:
+    def _unknown_beside(self, prefix: str, arrays: Collection[str]) -> Found:
         """Elsewhere: what begins alike, and is on no deeper level."""
         start = bisect_left(self._names, prefix)
         for name in takewhile(lambda n: n.startswith(prefix), self._names[start:]):
             rest = name.removeprefix(prefix)
             option = rest in ITEM_ATTRIBUTES and self._file.others.get(name) is not None
-            known = name in self._matched or rest in HARMLESS or option
+            known = name in self._matched or rest in HARMLESS or rest in arrays or option
             if not known and not {"/", "."} & set(rest):
                 yield rest, f"array or value {shown(rest)}"
 
     def _misplaced(self) -> Found:
-        """Elsewhere: values that speak of items, but belong to none."""
+        """Elsewhere: what speaks of items, but belongs to none."""
         prefixes = {_prefix((name,)) for name in self._matched}
-        for name in self._file.others:
+        for name in self._names:
             prefix = _prefix((name,))
             rest = name.removeprefix(prefix)
             if rest in OF_ITEMS_ONLY and prefix not in prefixes:
-                yield rest, f"value {shown(name)}, which only counts beside an item's tensors"
+                yield (
+                    rest,
+                    f"array or value {shown(name)}, which only counts beside an item's tensors",
+                )
 
 
 def _above(folder: str) -> list[str]:

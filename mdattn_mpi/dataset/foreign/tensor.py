@@ -19,9 +19,14 @@ KNOWN = ("float16", "bfloat16", "float32", "float64", "uint16", "int16")
 BITS = ("uint16", "int16")  # integers that may be the bits of floats
 
 
-def is_tensor(dtype: np.dtype[Any]) -> bool:
-    """Whether it may be that of a query, key or value."""
-    return dtype.newbyteorder("=").name in KNOWN
+def is_tensor(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether an array may be a query, key or value, or the sinks."""
+    return shape != () and dtype.newbyteorder("=").name in KNOWN
+
+
+def is_list(shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether an array may be the segments or the window: integers in a row."""
+    return len(shape) == 1 and dtype.kind in "iu"
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,24 @@ def of_array(array: Array) -> ForeignTensor:
 class ForeignFile:
     """What a file holds: tensors by name, in HDF5 by path without the first slash.
 
-    `others` is what else has a name, with its value where that is a number or text; `groups`, of
-    HDF5, carry attributes.
+    `lists` are integers in a row; those of 16 bits are tensors too. `others` is what else has a
+    name, with its value where that is a number or text; `groups`, of HDF5, carry attributes.
     """
 
-    tensors: dict[str, ForeignTensor]
+    tensors: dict[str, ForeignTensor] = field(default_factory=dict)
+    lists: dict[str, ForeignTensor] = field(default_factory=dict)
     others: dict[str, Value | None] = field(default_factory=dict)
     groups: dict[str, Node] = field(default_factory=dict)
+
+    def put(self, name: str, array: ForeignTensor, value: Value | None = None) -> None:
+        """Note an array as all that it may be; `value` is that of its only element."""
+        tensor, integers = (kind(array.shape, array.dtype) for kind in (is_tensor, is_list))
+        if tensor:
+            self.tensors[name] = array
+        if integers:
+            self.lists[name] = array
+        if not tensor and (value is not None or not integers):
+            self.others[name] = value
 
 
 def stem_of(path: str) -> str:

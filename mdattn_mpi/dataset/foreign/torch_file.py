@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.dataset.dtypes import NUMPY
-from mdattn_mpi.dataset.foreign.tensor import ForeignFile, is_tensor, of_array, stem_of
+from mdattn_mpi.dataset.foreign.tensor import ForeignFile, of_array, stem_of
 from mdattn_mpi.errors import RejectedError
 
 SAFE = (2, 6)  # before, weights_only could be made to run code: CVE-2025-32434
@@ -55,7 +55,7 @@ def read(path: str, *, mapped: bool) -> ForeignFile:
             fix="if you trust it, load it in PyTorch and save a dict of tensors",
             file=path,
         ) from None
-    found = ForeignFile({})
+    found = ForeignFile()
     seen = {id(content)}
     pending = [("", content)]
     while pending:
@@ -82,10 +82,8 @@ def _inside(value: Any) -> list[tuple[Any, Any]]:
 
 def _add(torch: Any, name: str, value: Any, found: ForeignFile) -> None:
     array = _array(torch, value) if isinstance(value, torch.Tensor) else None
-    if array is not None and array.shape and is_tensor(array.dtype):
-        found.tensors[name] = of_array(array)
-    elif array is not None and array.size == 1:
-        found.others[name] = array.reshape(()).item()
+    if array is not None:
+        found.put(name, of_array(array), array.reshape(()).item() if array.size == 1 else None)
     else:
         found.others[name] = value if isinstance(value, bool | int | float | str) else None
 

@@ -43,12 +43,15 @@ class CpuDevice(HostDevice):
         An mpi4py communicator of the group.
     threads
         Threads that compute.
+    node_size
+        See `estimate.Costs`.
 
     """
 
-    def __init__(self, comm: Any, threads: int = 1) -> None:
+    def __init__(self, comm: Any, threads: int = 1, node_size: int = 1) -> None:
         self.comm = comm
         self.threads = threads
+        self._node_size = node_size
         self._under_way: list[MpiTransfer] = []
         super().__init__(comm.rank, comm.size, threads)
 
@@ -82,7 +85,7 @@ class CpuDevice(HostDevice):
 
     def costs(self, problem: AttentionProblem) -> Costs:
         """Rough figures of a core, however many the rank has: alike on all ranks."""
-        return cpu_costs()
+        return cpu_costs(node_size=self._node_size)
 
     def describe(self) -> Mapping[str, str]:
         """The processor, the threads of a rank, and what multiplies matrices."""
@@ -98,5 +101,5 @@ class CpuDevice(HostDevice):
 
 
 def open_cpu(group: Group, threads: int = 0) -> CpuDevice:
-    """Open the CPU of this rank: `threads`, or its share of the node's cores."""
-    return CpuDevice(group.comm, threads or group.cores)
+    """Collective. Open the CPU of this rank: `threads`, or its share of the node's cores."""
+    return CpuDevice(group.comm, threads or group.cores, group.node_size())

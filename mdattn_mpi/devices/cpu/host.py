@@ -86,6 +86,10 @@ class HostDevice:
         steps: Generator[None, None, tuple[Array, Array]] = attend(self, plan, *inputs, **options)
         return steps
 
+    def is_ready(self, plan: Plan, **options: Any) -> bool:
+        """Whether nothing is posted by `perform`: never."""
+        return False
+
     def poll(self) -> None:
         """Keep messages going; called between blocks, by the thread that called `attend`."""
 

@@ -135,8 +135,10 @@ def _options(call: AttentionCall) -> str:
 
 def needs_no_preparing(backend: str, kernel: str) -> bool:
     """Whether no length of this rank's calls needs preparing; its GPU needn't be open."""
-    if backend != "cuda" or gpu_count() < 1:
-        return False
-    sm = gpu_sm(0)
+    return backend == "cuda" and gpu_count() > 0 and takes_flash(kernel, gpu_sm(0))
+
+
+def takes_flash(kernel: str, sm: tuple[int, int]) -> bool:
+    """Whether most calls go to FlashAttention on such a GPU, with what is installed here."""
     wanted = kernel == "flash" or (kernel == "auto" and sm[0] in GAIN)
     return wanted and not why_not(sm)

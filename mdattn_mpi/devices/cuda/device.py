@@ -95,6 +95,7 @@ class CudaDevice:
         near: Iterable[int] = (),
         facts: Mapping[str, str] | None = None,
         limit: int = 0,
+        node_size: int = 1,
         timings: bool = True,
     ) -> None:
         self._rank, self._ranks = rank, ranks
@@ -102,7 +103,7 @@ class CudaDevice:
         self._copies, self._nccl, self._near = copies, nccl, frozenset(near)
         self.memory, self._offsets = memory, offsets
         self.host = HostBuffers(gpu)
-        self._facts, self._limit = dict(facts or {}), limit
+        self._facts, self._limit, self._node_size = dict(facts or {}), limit, node_size
         self.clock = Clock(timings)
         self.kernels = Kernels(gpu, launches, memory, offsets, self.clock)
         self._upwards = Queue(gpu, gpu.stream())
@@ -318,6 +319,10 @@ class CudaDevice:
         """See `protocol.HostedDevice`; only a `replaying.ReplayingDevice` does more than that."""
         return attend(self, plan, *inputs, **options)  # type: ignore[no-any-return]
 
+    def is_ready(self, plan: Plan, **options: Any) -> bool:
+        """See `protocol.HostedDevice`; only a `replaying.ReplayingDevice` may say so."""
+        return False
+
     # -- what it is and what it takes --------------------------------------------------------------
 
     def check(self, problem: AttentionProblem) -> tuple[str, ...]:
@@ -339,6 +344,7 @@ class CudaDevice:
             self._gpu.sm[0],
             self._gpu.multiprocessors,
             near=near,
+            node_size=self._node_size,
             memory=memory,
             preparing=choice.engine.preparing,
             exact_merge=choice.float32,

@@ -107,6 +107,7 @@ def open_cuda(
         near=near,
         timings=timings,
         limit=min(each["memory"] for each in everyone),
+        node_size=group.node_size(),
         facts={
             "gpu": f"{gpu.name} (SM {gpu.sm[0]}.{gpu.sm[1]}, {gpu.total_bytes / 2**30:.0f} GiB)",
             "driver": f"CUDA {gpu.driver}",

@@ -38,6 +38,10 @@ class ReplayingDevice(CudaDevice):
         """See `protocol.HostedDevice`."""
         return self.steps.perform(self, attend, plan, inputs, ahead, options)
 
+    def is_ready(self, plan: Plan, **options: Any) -> bool:
+        """See `protocol.HostedDevice`: where it will be replayed from a frame that is free."""
+        return self.steps.is_ready(plan, options)
+
     def describe(self) -> dict[str, str]:
         """The GPU, the libraries, the way of the messages, and how many calls were replayed."""
         replayed = {"replayed": self.steps.describe()} if self.steps.counts else {}

@@ -132,7 +132,7 @@ class Steps:
         options: dict[str, Any],
     ) -> Generator[None, None, Any]:
         """Collective. Attend as `attend` does: by replaying it, once it was recorded."""
-        key = (plan.digest, ahead, *sorted(options.items()))
+        key = _key(plan, ahead, options)
         step = self._steps.get(key)
         frame = None
         if step is None:
@@ -140,14 +140,19 @@ class Steps:
             self._steps[key] = self._new_step(device, work)
             self._forget_old()
         else:
-            self._steps.move_to_end(key)
             frame = self._frame(step)
         if step is None or frame is None:
             self.counts["called"] += 1
+            if step is not None:
+                self._steps.move_to_end(key)
             steps: Generator[None, None, Any] = attend(device, plan, *inputs, **options)
             return steps
-        self.counts["replayed"] += 1
-        return self._replay(device, step, frame, inputs)
+        return self._replay(device, key, frame, inputs)
+
+    def is_ready(self, plan: Plan, options: dict[str, Any]) -> bool:
+        """Whether a call that isn't ahead will be replayed without a word to other ranks."""
+        step = self._steps.get(_key(plan, False, options))
+        return step is not None and any(not frame.busy for frame in step.frames)
 
     def describe(self) -> str:
         """Say how many calls were replayed, for example ``38 of 40 calls``."""
@@ -284,23 +289,30 @@ class Steps:
     # -- what is replayed --------------------------------------------------------------------------
 
     def _replay(
-        self, device: CudaDevice, step: Step, found: ReplayFrame, inputs: Arrays
+        self, device: CudaDevice, key: Any, found: ReplayFrame, inputs: Arrays
     ) -> Generator[None, None, Any]:
         """Do what was recorded, in the order of the device's kernels and transfers."""
-        frame, main = found.frame, device.kernels.main
+        step, frame, main = self._steps[key], found.frame, device.kernels.main
         assert step.loans is not None
-        at = tuple(array.address for array in inputs)
-        outputs = step.loans.take({key[len(at) :] for key in found.direct if key[: len(at)] == at})
-        recording = self._recording(found, step.work, inputs, outputs)
-        *first, last = recording.graphs
-        before = [frame.idle, *(array.allocation.written for array in inputs)]
-        if first:
-            self._take_in(device, self._ahead, before, recording, inputs)
-            self._ahead.enqueue(self._gpu.launch, first[0])
-            before = [self._ahead.now]
-            for array in inputs:
-                array.allocation.read(self._ahead.now)
-        yield
+        try:
+            at = tuple(array.address for array in inputs)
+            known = {each[len(at) :] for each in found.direct if each[: len(at)] == at}
+            outputs = step.loans.take(known)
+            recording = self._recording(found, step.work, inputs, outputs)
+            *first, last = recording.graphs
+            before = [frame.idle, *(array.allocation.written for array in inputs)]
+            if first:
+                self._take_in(device, self._ahead, before, recording, inputs)
+                self._ahead.enqueue(self._gpu.launch, first[0])
+                before = [self._ahead.now]
+                for array in inputs:
+                    array.allocation.read(self._ahead.now)
+            yield
+        except BaseException:  # closed, as if it had not been called; or there is no memory
+            found.busy = False
+            raise
+        self._steps.move_to_end(key)
+        self.counts["replayed"] += 1
         device.kernels.join()
         start = device.clock.time(main)
         if first:
@@ -332,6 +344,11 @@ class Steps:
         queue.wait(*before)
         for array, target in zip(inputs, recording.inputs, strict=False):
             device.move(queue, array, target)
+
+
+def _key(plan: Plan, ahead: bool, options: dict[str, Any]) -> Any:
+    """Return what calls of one step have in common."""
+    return plan.digest, ahead, *sorted(options.items())
 
 
 def _may_be_direct(arrays: Arrays, results: tuple[Result, ...]) -> bool:

@@ -66,5 +66,5 @@ def test_bad_folders(tmp_path: Path, files: dict[str, str], message: str) -> Non
 
 
 def test_no_folder(tmp_path: Path) -> None:
-    with pytest.raises(RejectedError, match=r"nowhere: is no folder. Fix: name a local folder"):
+    with pytest.raises(RejectedError, match=r"nowhere: isn't a folder. Fix: name a local folder"):
         Tokenizer(str(tmp_path / "nowhere"))

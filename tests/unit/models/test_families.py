@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.support.tiny_models import FAMILIES, hidden_state, random_ids, tiny_model
+from tests.support.tiny_models import CAUSAL, FAMILIES, hidden_state, random_ids, tiny_model
 
 pytest.importorskip("transformers", reason="needs the extra transformers")
 
@@ -15,10 +15,12 @@ import numpy as np
 import torch
 
 from mdattn_mpi.models.attention import SharedAttention, StrategyWish
+from mdattn_mpi.models.folder import open_folder
+from mdattn_mpi.models.load import load, skeleton
 from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.proof import Proof, prove
 from mdattn_mpi.models.sequence import TokenSequence, owners_of
-from mdattn_mpi.problem import STRATEGY_NAMES
+from mdattn_mpi.problem import FLAT_STRATEGIES
 from tests.support.model_ranks import on_ranks
 
 TOKENS = 53
@@ -53,7 +55,23 @@ def distance(found: Any, right: Any) -> float:
     return float((found - right).norm() / right.norm())
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skeleton_tells_what_the_model_does(family: str) -> None:
+    folder = open_folder(tiny_model(family))
+    bare, whole = (
+        Network(make(folder))
+        for make in (
+            lambda folder: skeleton(folder, "bfloat16"),
+            lambda folder: load(folder, "bfloat16", "cpu"),
+        )
+    )
+    facts = [(one.name, one.causal, one.width, one.longest, one.dtype) for one in (bare, whole)]
+    assert facts[0] == facts[1]
+    assert bare.causal == (family in CAUSAL)
+    assert all(parameter.is_meta for parameter in bare.backbone.parameters())
+
+
+@pytest.mark.parametrize("strategy", FLAT_STRATEGIES)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_together_are_as_exact_as_one_process(
@@ -79,7 +97,7 @@ def test_a_rank_may_have_no_token(family: str) -> None:
     assert distance(hidden, right) < 0.03
 
 
-@pytest.mark.parametrize("strategy", STRATEGY_NAMES)
+@pytest.mark.parametrize("strategy", FLAT_STRATEGIES)
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("family", ["llama", "roberta", "gpt2", "gpt-oss", "modernbert"])
 def test_packed_documents_are_as_each_alone(

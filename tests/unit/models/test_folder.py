@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -98,10 +99,10 @@ def gone(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (gone, "is no folder"),
+        (gone, "doesn't exist"),
         (no_config, "has no config.json"),
-        (not_json, "can't be read"),
-        (no_type, "names no model_type"),
+        (not_json, "isn't valid JSON"),
+        (no_type, "doesn't say which model it is of"),
         (own_code, "code of its own.*auto_map: AutoModel"),
         (pickled, "only pickled weights .pytorch_model.bin"),
         (no_weights, "has no model.safetensors"),
@@ -123,8 +124,49 @@ def test_an_unknown_architecture_is_refused(folder: Path) -> None:
     from mdattn_mpi.models.load import load
 
     change_config(folder, model_type="brandnew", architectures=["BrandNewModel"])
-    with pytest.raises(RejectedError, match="can't load it"):
+    said = r"Transformers \d+\.\S+, which is installed here, has no architecture 'brandnew'"
+    with pytest.raises(RejectedError, match=said) as refused:
         load(open_folder(folder), "bfloat16", "cpu")
+    assert "pip install -U transformers" in refused.value.fix
+    assert len(str(refused.value)) < 400  # a sentence of ours, not the paragraph of Transformers
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sliding_window": [1.5, 2]}, "'sliding_window'.*[1.5, 2]"),
+        ({"num_attention_heads": 3}, r"q_proj.weight is \[64, 64\], where the config wants"),
+        ({"num_attention_heads": "many"}, "'num_attention_heads' expected int"),
+        ({"hidden_act": "wobble"}, "it has no 'wobble'"),
+        ({"dtype": "float99"}, "float99"),
+        ({"rope_scaling": {"rope_type": "odd", "factor": 2.0}}, "it has no 'odd'"),
+        (
+            {"hidden_size": 128},
+            r"is \[\d+, 64\], where the config wants \[\d+, 128\].*, and \d+ more",
+        ),
+    ],
+)
+def test_a_config_that_makes_no_model_is_said_to_be_wrong(
+    folder: Path, changes: dict[str, Any], said: str
+) -> None:
+    from mdattn_mpi.models.load import load
+
+    shutil.rmtree(folder)
+    shutil.copytree(tiny_model("mistral"), folder)
+    change_config(folder, **changes)
+    with pytest.raises(RejectedError, match=said) as refused:
+        load(open_folder(folder), "bfloat16", "cpu")
+    assert str(folder) in str(refused.value)
+    assert "config" in refused.value.fix
+    assert "\n" not in refused.value.what
+
+
+def test_a_name_on_the_hub_is_not_downloaded() -> None:
+    with pytest.raises(RejectedError, match="doesn't exist") as refused:
+        open_folder("some-org/some-model")
+    assert "hf download some-org/some-model" in refused.value.fix
+    with pytest.raises(RejectedError, match="isn't a folder"):
+        open_folder(__file__)
 
 
 def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
@@ -134,7 +176,7 @@ def test_weights_that_are_missing_are_not_made_up(folder: Path) -> None:
     with pytest.raises(RejectedError, match=r"has no weights for .*layers.3"):
         load(open_folder(folder), "bfloat16", "cpu")
     change_config(folder, num_hidden_layers=3, hidden_size=32)
-    with pytest.raises(RejectedError, match="can't load it"):
+    with pytest.raises(RejectedError, match=r"is \[.*64\], where the config wants \[.*32\]"):
         load(open_folder(folder), "bfloat16", "cpu")
 
 
@@ -143,3 +185,5 @@ def test_a_head_that_is_not_there_is_not_made_up() -> None:
 
     with pytest.raises(RejectedError, match=r"has no weights for cls.predictions"):
         load(open_folder(tiny_model("bert")), "bfloat16", "cpu", head=True)
+    with pytest.raises(RejectedError, match="has no language model of architecture 'esm'"):
+        load(open_folder(tiny_model("esm")), "bfloat16", "cpu", head=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,35 @@ def test_of_a_mixture_the_experts_in_use_count() -> None:
     folder = ModelFolder(Path("x"), config, (expert, router))
     size = ModelSize(folder, "bfloat16", True, False)
     assert size.multiplied == 2 * 64 * 32 + 8 * 32
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seconds"),
+    [(16384, 0.0362), (65536, 0.2218), (131072, 0.666), (262144, 2.234)],
+)
+def test_what_was_measured_on_two_h200s_is_about_what_is_estimated(
+    tokens: int, seconds: float
+) -> None:
+    """Four layers, FlashAttention (docs/performance.md, whole models)."""
+    size = llama()
+    four = ModelSize(
+        ModelFolder(Path("x"), {**LLAMA_8B, "num_hidden_layers": 4}, size.folder.weights[: 4 * 8]),
+        *("bfloat16", True, False),
+    )
+    flash = replace(GPU, flops=1.09 * GPU.flops, memory=0)
+    assert four.seconds(problem(tokens), 2, flash) == pytest.approx(seconds, rel=0.15)
+
+
+def test_a_core_multiplies_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch", reason="needs the extra transformers")
+    pytest.importorskip("transformers", reason="needs the extra transformers")
+    from mdattn_mpi.models import speed
+
+    monkeypatch.setattr(speed, "SECONDS", 0.01)
+    assert 1e6 < speed.core_dense_flops(64, "bfloat16") < 1e14
+
+
+def test_a_million_tokens_through_32_layers_take_about_as_long_as_measured() -> None:
+    """246.8 s on two H200s."""
+    flash = replace(GPU, flops=1.09 * GPU.flops, memory=0)
+    assert llama().seconds(problem(1 << 20), 2, flash) == pytest.approx(246.8, rel=0.15)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.estimate import Costs, item_seconds, least_memory, typical_costs
 from mdattn_mpi.planning.schedule import (
     Measure,
+    Queue,
     Schedule,
     expected_seconds,
     finish_times,
@@ -210,6 +212,46 @@ def test_groups_that_do_not_divide_the_world_are_refused(size: int) -> None:
         make_schedule([problem(8192)], cluster(8), size, GPU)
 
 
+@pytest.mark.parametrize(("ranks", "group_size"), [(1024, 1), (4096, 4), (1024, "auto")])
+def test_a_thousand_groups_share_a_hundred_thousand_items(
+    ranks: int, group_size: int | str
+) -> None:
+    """Against what nobody can beat: the work shared evenly, and the longest item."""
+    draw, smallest = random.Random(4), 1 if group_size == "auto" else int(group_size)
+    each = {tokens: problem(tokens) for tokens in range(1024, (1 << 19) + 1, 1024)}
+    lengths = (draw.lognormvariate(9.7, 1.0) for _ in range(100_000))
+    problems = [each[min(1 << 19, max(1024, int(length) & -1024))] for length in lengths]
+    luck = [draw.uniform(0.9, 1.1) for _ in problems]
+    expected = expected_seconds(problems, ranks, GPU)
+
+    def seconds(item: int, size: int) -> float:
+        return luck[item] * expected(item, size)
+
+    schedule = make_schedule(problems, cluster(ranks), group_size, GPU)
+    work = sum(seconds(item, smallest) for item in range(len(problems))) * smallest
+    longest = max(seconds(item, size) for item, size in enumerate(schedule.sizes))
+    bound = max(longest, work / ranks)
+    assert max(finish_times(schedule, seconds)) <= 1.01 * bound
+    backwards = tuple(Queue(queue.size, queue.items[::-1]) for queue in schedule.queues)
+    assert max(finish_times(replace(schedule, queues=backwards), seconds)) > 1.01 * bound
+
+
+@pytest.mark.parametrize("ranks", [12, 13])
+def test_every_group_begins_with_one_of_the_longest(ranks: int) -> None:
+    """Whoever claims first, and however far ahead; in a resumed job, whose first queue is done."""
+    queues = Queue(8, ()), Queue(4, tuple(range(40))), Queue(1, tuple(range(40, 60)))
+    schedule = Schedule(tuple(range(ranks)), queues, (4,) * 40 + (1,) * 20, ())
+    turns = itertools.count()
+
+    def take(queue: int, group: int) -> list[int]:
+        items = schedule.items(queue, group, lambda _: next(turns))
+        return list(itertools.islice(items, 3))
+
+    assert [take(1, group) for group in range(3)] == [[0, 3, 4], [1, 5, 6], [2, 7, 8]]
+    turns = itertools.count()
+    assert [take(2, group) for group in (9, 0)] == [[40, 41, 42], [43, 44, 45]]
+
+
 def test_the_work_of_scheduling_an_item_does_not_grow_with_the_job() -> None:
     asked = 0
 
@@ -218,11 +260,13 @@ def test_the_work_of_scheduling_an_item_does_not_grow_with_the_job() -> None:
         asked += 1
         return item_seconds(problem, ranks, costs)
 
-    def estimates(count: int) -> float:
+    def estimates(count: int, ranks: int) -> float:
         nonlocal asked
         asked = 0
         measure = Measure(counting, least_memory)
-        make_schedule(long_tailed(count, 1.3, 1), cluster(64), "auto", GPU, measure)
+        make_schedule(long_tailed(count, 1.3, 1), cluster(ranks), "auto", GPU, measure)
         return asked / count
 
-    assert estimates(1000) < 1.5 * estimates(100) < 15
+    assert estimates(1000, 64) < 1.5 * estimates(100, 64) < 15
+    # With many items a rank the first share that is tried will do.
+    assert estimates(20_000, 64) < 1.5

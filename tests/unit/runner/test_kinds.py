@@ -22,6 +22,7 @@ from mdattn_mpi.lockstep import Board, Deadlines
 from mdattn_mpi.problem import AttentionProblem, ModelPlan, Plan, Span, TensorSpec
 from mdattn_mpi.runner.attention import Attention
 from mdattn_mpi.runner.batch import files_of
+from mdattn_mpi.runner.events import Events
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.loop import Loop
 from mdattn_mpi.runner.model import ModelWork
@@ -88,10 +89,11 @@ class Case:
         create_output(folder / "out.h5", self.items, ranks=1, lse=True, overwrite=True)
         output = open_output(folder / "out.h5", writable=True)
         self.told: list[ItemError] = []
+        job = cast(Any, SimpleNamespace(dataset=self.data, kind=self.kind))
         loop = Loop(
             cast(Any, Alone()),
             cast(Any, Executor(compute or self.compute)),
-            files_of(cast(Any, SimpleNamespace(dataset=self.data, kind=self.kind)), output),
+            files_of(job, output, Events()),
             board=Board(),
             deadlines=Deadlines(),
             wants_to_stop=lambda: False,

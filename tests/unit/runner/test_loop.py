@@ -20,16 +20,20 @@ class Alone:
     rank, world_rank, size = 0, 0, 1
 
     def agree(
-        self, step: Any, *, error: Any, refused: Any, word: int | None, stop: bool
+        self,
+        step: Any,
+        *,
+        error: Any,
+        refused: Any,
+        unwritten: Any,
+        word: int | None,
+        reader: int,
+        stop: bool,
     ) -> Agreement:
         if error:
             raise error
-        return Agreement(stop, () if word is None else (word,), refused)
-
-    def bcast_bytes(self, data: bytes | None, root: int) -> bytes:
-        assert data is not None
-        assert root == 0
-        return data
+        assert reader == self.rank
+        return Agreement(stop, () if word is None else (word,), refused, unwritten)
 
 
 class Executor:

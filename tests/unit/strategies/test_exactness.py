@@ -59,6 +59,27 @@ def test_any_partition(
     check(Plan(problem, strategy, ranks, partition=anyhow), seed)
 
 
+@settings(max_examples=120, deadline=None)
+@given(
+    data=st.data(),
+    problem=problems(),
+    nodes=st.integers(1, 5),
+    node_size=st.integers(1, 4),
+    seed=seeds,
+)
+def test_a_ring_of_nodes_of_any_size(
+    data: st.DataObject, problem: AttentionProblem, nodes: int, node_size: int, seed: int
+) -> None:
+    ranks = nodes * node_size
+    anyhow = Partition(
+        query=data.draw(owners(problem.q_tokens, ranks)),
+        kv=data.draw(owners(problem.kv_tokens, ranks)),
+    )
+    partition = data.draw(st.sampled_from([None, anyhow]))
+    plan = Plan(problem, "hierarchical", ranks, partition=partition, node_size=node_size)
+    check(plan, seed)
+
+
 @pytest.mark.parametrize("strategy", NAMES)
 @pytest.mark.parametrize("causal", ["none", "upper_left", "lower_right"])
 @pytest.mark.parametrize(("head_dim", "v_head_dim"), [(256, 256), (256, 1), (3, 192)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, get_args
@@ -33,6 +34,7 @@ class Spy(LoopbackDevice):
         super().__init__(*place)
         self.verbs: list[str] = []
         self.sent = 0
+        self.sent_to: Counter[int] = Counter()
         self.calls = 0
         self.live = 0
         self.peak = 0
@@ -51,7 +53,9 @@ class Spy(LoopbackDevice):
         self, send: Sequence[Message[Array]], receive: Sequence[Message[Array]]
     ) -> LoopbackTransfer:
         self.verbs.append("exchange")
-        self.sent += sum(array.nbytes for array, peer in send if peer != self.rank)
+        for array, peer in send:
+            self.sent_to[peer] += array.nbytes
+            self.sent += array.nbytes if peer != self.rank else 0
         return super().exchange(send, receive)
 
     def wait(self, transfer: LoopbackTransfer) -> None:
@@ -65,9 +69,12 @@ class Spy(LoopbackDevice):
         super().attend(accumulator, blocks, k, v)
 
 
-def watch(problem: AttentionProblem, strategy: StrategyName, ranks: int) -> list[Spy]:
+def watch(
+    problem: AttentionProblem, strategy: StrategyName, ranks: int, node_size: int = 1
+) -> list[Spy]:
     """Run a strategy; return the devices with their notes."""
-    plan, inputs = Plan(problem, strategy, ranks), random_inputs(problem, 1)
+    plan = Plan(problem, strategy, ranks, node_size=node_size)
+    inputs = random_inputs(problem, 1)
     owners = partition(problem, strategy, ranks)
 
     def run(device: Spy) -> Spy:
@@ -114,7 +121,7 @@ def test_transfers_are_under_way_before_the_yield_and_nothing_is_computed(
         shards = [take(array, owners.kv[device.rank]) for array in inputs]
         steps = STRATEGIES[strategy](device, plan, *shards)
         next(steps)
-        assert device.verbs == ["exchange"]
+        assert set(device.verbs) == {"exchange"}
         with pytest.raises(StopIteration):
             next(steps)
 
@@ -163,6 +170,29 @@ def test_bytes_sent_by_a_rank(ranks: int) -> None:
         ("ulysses", (ranks - 1) * heads),
     ):
         assert {spy.sent for spy in watch(problem, strategy, ranks)} == {expected}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("nodes", "node_size"), [(1, 4), (2, 2), (3, 2), (2, 4), (4, 1)])
+def test_between_nodes_a_shard_travels_once(nodes: int, node_size: int) -> None:
+    """Of a plain ring or gathering, a node's ranks are each sent all that is on other nodes."""
+    ranks = nodes * node_size
+    problem = AttentionProblem(24 * ranks, 24 * ranks, 4, 2, 16, 16, causal="upper_left")
+    shard = problem.kv_bytes // ranks
+    for spy in watch(problem, "hierarchical", ranks, node_size):
+        node = range(spy.rank // node_size * node_size, (spy.rank // node_size + 1) * node_size)
+        for peer in range(ranks):
+            expected = nodes * shard if peer in node else 0
+            if peer not in node and (peer - spy.rank) % ranks == node_size:
+                expected = (nodes - 1) * shard
+            assert spy.sent_to[peer] == expected
+        assert spy.peak <= (2 * node_size + 3) * shard  # two gathered; sent, being sent, coming
+        assert spy.calls <= nodes + 1
+
+
+def test_a_ring_of_nodes_has_the_next_shards_under_way_while_it_attends() -> None:
+    first, last = ["exchange"] * 2, ["wait", "wait", "exchange", "attend", "wait", "attend"]
+    for spy in watch(full(72), "hierarchical", 6, 2):
+        assert spy.verbs == [*first, "wait", "wait", "exchange", "exchange", "attend", *last]
 
 
 @pytest.mark.parametrize("causal", ["none", "lower_right"])
