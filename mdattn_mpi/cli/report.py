@@ -11,6 +11,7 @@ Every job keeps what it did in OUT.h5.run/; a resumed job's runs are in one repo
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,13 +37,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> int:
     """Write the page, and the trace if it is wanted."""
+    from mdattn_mpi.report.markup import DOCTYPE
     from mdattn_mpi.report.page import page
-    from mdattn_mpi.report.trace import trace
+    from mdattn_mpi.report.trace import HEAD, trace
 
     job = _job(arguments.output, arguments.plan)
-    _write(arguments.html or f"{arguments.output}.html", page(job))
+    _write(arguments.html or f"{arguments.output}.html", [page(job)], DOCTYPE)
     if arguments.trace:
-        _write(arguments.trace, "".join(trace(job.runs, job.name_of)))
+        _write(arguments.trace, trace(job.runs, job.name_of), HEAD)
     return 0
 
 
@@ -79,14 +81,28 @@ def _job(path: str, plan: str | None) -> Job:
     )
 
 
-def _write(path: str, text: str) -> None:
-    from mdattn_mpi.files import write_whole
+def _write(path: str, pieces: Iterable[str], start: str) -> None:
+    """Write a file; what is there already must begin with `start`, as what we write does."""
+    from mdattn_mpi.files import whole_file
 
-    raw = text.encode(errors="backslashreplace")
     try:
-        write_whole(Path(path), raw)
+        if Path(path).exists() and not _begins_with(Path(path), start):
+            raise RejectedError(
+                "is there, and no report or trace of ours", file=path, fix="name another place"
+            )
+        with (
+            whole_file(Path(path)) as temporary,
+            temporary.open("w", encoding="utf-8", errors="backslashreplace") as file,
+        ):
+            file.writelines(pieces)
+        nbytes = Path(path).stat().st_size
     except OSError as error:
         raise RejectedError(
             f"can't be written: {error.strerror}", file=path, fix="name another place"
         ) from error
-    show(f"{path}: {memory_size(len(raw))}")
+    show(f"{path}: {memory_size(nbytes)}")
+
+
+def _begins_with(path: Path, start: str) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(start)) == start.encode()

@@ -103,8 +103,7 @@ def main(arguments: argparse.Namespace) -> int:
     print(f"submitted job {job} with {path}")
     print(f"log:    {job_name(arguments)}-{_log_number(arguments, job)}.log")
     print(f"watch:  squeue --jobs {job}")
-    if not arguments.array:
-        print(f"        mdattn status {shlex.quote(arguments.output)}")
+    print(f"        mdattn status {shlex.quote(arguments.output)} --watch")
     return 0
 
 

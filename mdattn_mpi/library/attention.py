@@ -69,7 +69,8 @@ def attention(
         The first tokens of documents that are packed into the sequence, ascending from 0: a query
         sees those of its own document alone. Sq = Skv.
     strategy
-        ``ring``, ``allgather``, ``ulysses``, or ``auto``, which picks one of them.
+        ``ring``, ``allgather``, ``ulysses``, ``hierarchical`` (where the ranks are several nodes of
+        as many each, node after node), or ``auto``, which picks one of them.
     kernel
         What attends on GPUs: ``cudnn``, ``flash`` (FlashAttention 4), or ``auto``, the faster one
         of those that are there. Each that is used opens the GPU once more, with memory of its own.

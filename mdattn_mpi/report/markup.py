@@ -7,7 +7,9 @@ from xml.etree.ElementTree import Element, SubElement, tostring
 
 from mdattn_mpi.text import printable
 
-__all__ = ["Element", "add", "document", "table"]
+__all__ = ["DOCTYPE", "Element", "add", "document", "table"]
+
+DOCTYPE = "<!doctype html>\n"
 
 
 def add(parent: Element, tag: str, text: object = "", /, **attributes: object) -> Element:
@@ -37,4 +39,4 @@ def table(
 
 def document(root: Element) -> str:
     """Write the whole page."""
-    return "<!doctype html>\n" + tostring(root, encoding="unicode", method="html") + "\n"
+    return DOCTYPE + tostring(root, encoding="unicode", method="html") + "\n"

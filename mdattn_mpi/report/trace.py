@@ -16,12 +16,14 @@ from mdattn_mpi.report.runs import PARTS, Rank, Run
 from mdattn_mpi.runner.events import THREADS as OWN_THREADS
 from mdattn_mpi.text import printable
 
+HEAD = '{"displayTimeUnit":"ms","traceEvents":[\n'
+
 Event = dict[str, Any]
 
 
 def trace(runs: Sequence[Run], name_of: Callable[[int], str]) -> Iterator[str]:
     """Write the trace piece by piece: one JSON object, an event a line."""
-    yield '{"displayTimeUnit":"ms","traceEvents":[\n'
+    yield HEAD
     comma = ""
     for event in _events(runs, name_of):
         yield comma + json.dumps(event, separators=(",", ":"))

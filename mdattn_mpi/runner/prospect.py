@@ -27,11 +27,10 @@ from mdattn_mpi.planning.forecast import (
     STARTING,
     Hardware,
     Work,
-    usable_gpu_memory,
-    usable_host_memory,
 )
 from mdattn_mpi.planning.gpus import GPUS, Gpu, like
 from mdattn_mpi.planning.kernel_times import read_kernel_times
+from mdattn_mpi.planning.memory import usable_gpu_memory, usable_host_memory
 from mdattn_mpi.planning.schedule import ATTENTION, Measure
 from mdattn_mpi.problem import DTYPES, AttentionProblem
 from mdattn_mpi.runner.jobspec import JobSpec
@@ -166,11 +165,12 @@ def gpus(
     room = usable_gpu_memory(gpu.memory)
     preparing = 0.0 if flash or spec.model else PREPARING
     near, far = (gpu.costs(near=near, memory=room, preparing=preparing) for near in (True, False))
+    far = replace(far, node_size=per_node, near_bandwidth=near.bandwidth)
     return Hardware(
         near,
         far,
         typical_costs("cuda", room, preparing=preparing),
-        starting("GPUs", "flash" if flash else "", "model" if spec.model else ""),
+        starting("GPUs", "flash" if flash else "", "model on GPUs" if spec.model else ""),
         gains=GAIN.get(gpu.sm[0], {}) if flash else {},
         times=read_kernel_times(times, kernel) if times else None,
         disk=_disk(spec, per_node, notes),
@@ -206,7 +206,7 @@ def cores(spec: JobSpec, prospect: Prospect, per_node: int, threads: int) -> Har
         dense = core_dense_flops(prospect.width, DTYPES[spec.dtype])
         costs = replace(costs, dense=dense * threads)
         prospect.notes.append(f"and {quantity(dense, 'FLOP/s')} of the model's matrix products")
-    begin = starting("cores", "model" if spec.model else "")
+    begin = starting("cores", "model on cores" if spec.model else "")
     return Hardware(costs, costs, typical, begin, disk=_disk(spec, per_node, prospect.notes))
 
 

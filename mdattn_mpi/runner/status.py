@@ -76,8 +76,8 @@ def _without_output(
 ) -> Facts:
     """Look at a job that has no output yet, or not here any more."""
     facts = {"path": path, "slurm": str(job) if job else None}
-    if job and job.waits:
-        return {**facts, "state": "queued"}
+    if job and (job.waits or not records):
+        return {**facts, "state": "queued" if job.waits else "starting"}
     total = max((record.total for record in records), default=0)
     done = max((record.done for record in records), default=0)
     state = _state(records, note, {"todo": total - done, "failed": 0}, now)

@@ -208,6 +208,9 @@ def test_what_can_not_be_reported_on(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["report", str(out)]) == 0
     assert "No rank has kept what it did" in Path(f"{out}.html").read_text()
     assert "name another place" in refused(str(out), "-o", str(tmp_path / "no" / "page.html"))
+    for place in (("-o", str(out)), ("--trace", str(out))):
+        assert "no report or trace of ours" in refused(str(out), *place)
+    assert main(["status", str(out)]) == 0
     folder = Path(f"{out}.run")
     folder.mkdir()
     (folder / "events-0000.jsonl").write_text('{"run":1,"rank":0,"main":{}}\n')

@@ -227,6 +227,10 @@ def test_a_job_in_the_queue(
     capsys.readouterr()
     assert main(["status", "out.h5"]) == 0
     assert capsys.readouterr().out == "out.h5: queued\n  Slurm's job 4711: PENDING (Priority)\n"
+    (folder / "queue").write_text("RUNNING None\n")
+    assert main(["status", "out.h5"]) == 0
+    assert capsys.readouterr().out == "out.h5: starting\n  Slurm's job 4711: RUNNING\n"
+    (folder / "queue").write_text("PENDING Priority\n")
     assert main(command) == 2
     assert "a job writes this output already: job 4711" in complaint(capsys)
     assert (folder / "out.h5.sbatch").read_text() == script

@@ -174,7 +174,8 @@ def test_every_item_is_right_and_a_finished_job_does_nothing(folder: Path) -> No
     assert (folder / "out.h5").read_bytes() == before
     summary = json.loads((folder / "out.h5.run/summary.json").read_text())
     assert summary["items"]["done_now"] == 0
-    assert (folder / "out.h5.run/rank-0001.log").exists()
+    assert (folder / "out.h5.run/rank-0000.log").exists()
+    assert not (folder / "out.h5.run/rank-0001.log").exists()  # it has nothing to say
 
 
 def test_tokens_that_change_hands_are_noticed(folder: Path) -> None:

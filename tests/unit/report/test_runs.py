@@ -130,9 +130,12 @@ def test_a_trace_has_every_span_in_its_place(tmp_path: Path) -> None:
         *(f"run 2, rank {rank} on node0" for rank in range(3)),
     ]
     took: dict[int, int] = defaultdict(int)
+    until: dict[tuple[int, int], int] = defaultdict(int)
     for event in events:
         if event["ph"] == "X":
-            assert event["ts"] >= 0
+            thread = event["pid"], event["tid"]
+            assert event["ts"] >= until[thread]  # spans that overlap would be drawn as calls
+            until[thread] = event["ts"] + event["dur"]
             assert event["args"]["item"] in NAMES
             took[event["pid"]] += event["dur"]
     ranks = [rank for run in runs for rank in run.ranks]

@@ -105,6 +105,8 @@ def test_what_no_strategy_can() -> None:
     assert "full TensorRT" in caught.value.fix
     with pytest.raises(RejectedError, match="strategy 'star'"):
         choose(PROBLEM, "star", 4, RTX, (9, 0))
+    with pytest.raises(RejectedError, match=r"'hierarchical'.*use auto, ring, ulysses, allgather"):
+        choose(PROBLEM, "hierarchical", 16, FULL, (10, 0))
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 9, 64])

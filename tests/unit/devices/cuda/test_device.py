@@ -147,6 +147,25 @@ def test_a_batch_is_right_in_whatever_order_streams_run(
 
 @settings(max_examples=10, deadline=None)
 @given(
+    st.lists(problems(max_tokens=40), min_size=1, max_size=3),
+    st.sampled_from([(2, 2), (3, 2), (2, 3), (1, 3)]),
+    st.integers(0, 1000),
+    st.sampled_from(["cudnn", "flash"]),
+)
+def test_so_is_one_over_nodes(
+    batch: list[AttentionProblem], nodes: tuple[int, int], seed: int, kernel: str
+) -> None:
+    """What is gathered must not be overwritten before it was attended to, nor sent on too early."""
+    count, size = nodes
+    plans = [
+        Plan(for_kernel(problem, kernel), "hierarchical", count * size, node_size=size)
+        for problem in batch
+    ]
+    check(plans, seed, kernel=kernel)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
     problems(max_tokens=40),
     st.integers(1, 4),
     st.integers(0, 1000),
