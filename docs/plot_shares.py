@@ -113,8 +113,7 @@ def panel(picture: Picture, title: str, rows: list[dict[str, Any]]) -> Iterator[
     def up(share: float) -> float:
         return HEIGHT - 24 - (HEIGHT - 40) * (share - low) / (picture.high - low)
 
-    yield f'<text x="0" y="4"><tspan class="h">{title}</tspan>: share of ideal</text>'
-    yield f'<text x="{WIDTH / 6:.1f}" y="{HEIGHT - 4}" text-anchor="middle">GPUs</text>'
+    yield f'<text x="0" y="4"><tspan class="h">{title}</tspan>: share of ideal by GPUs</text>'
     for percent in range(round(100 * low), round(100 * picture.high) + 1, picture.grid):
         y = up(percent / 100)
         yield f'<path class="g" d="M0 {y:.1f}h{WIDTH}"/>'
