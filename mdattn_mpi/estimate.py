@@ -31,11 +31,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
-from mdattn_mpi.costs import PREPARING as PREPARING
-from mdattn_mpi.costs import Costs as Costs
-from mdattn_mpi.costs import cpu_costs as cpu_costs
-from mdattn_mpi.costs import gpu_costs as gpu_costs
-from mdattn_mpi.costs import typical_costs as typical_costs
+from mdattn_mpi.costs import Costs
 from mdattn_mpi.mask import Mask
 from mdattn_mpi.partition import busiest_share, head_shards, token_count
 from mdattn_mpi.problem import (

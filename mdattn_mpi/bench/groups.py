@@ -87,7 +87,7 @@ def _on_paper(arguments: argparse.Namespace) -> Iterator[dict[str, float]]:
 
 def _play(count: int, spread: float, ranks: int, seed: int) -> tuple[float, float, float]:
     """Last rank over the mean, whole over ideal, and the seconds of scheduling."""
-    from mdattn_mpi.estimate import typical_costs
+    from mdattn_mpi.costs import typical_costs
     from mdattn_mpi.planning.schedule import expected_seconds, finish_times, make_schedule
 
     draw, costs = random.Random(seed), typical_costs("cuda")

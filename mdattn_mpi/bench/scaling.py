@@ -20,7 +20,7 @@ from mdattn_mpi.bench.options import add_shapes, numbers, problems
 from mdattn_mpi.errors import RejectedError
 
 if TYPE_CHECKING:
-    from mdattn_mpi.estimate import Costs
+    from mdattn_mpi.costs import Costs
     from mdattn_mpi.problem import AttentionProblem
 
 SM, MULTIPROCESSORS = 9, 132  # of an H100 or H200
@@ -60,7 +60,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _costs(ranks: int, gpus_per_node: int, network: float) -> Costs:
     """Costs of a GPU of `ranks`; `network` in bytes/s."""
-    from mdattn_mpi.estimate import gpu_costs
+    from mdattn_mpi.costs import gpu_costs
 
     if ranks <= gpus_per_node:
         return gpu_costs(SM, MULTIPROCESSORS, exact_merge=True)

@@ -20,7 +20,7 @@ from mdattn_mpi.problem import AttentionProblem, Plan
 if TYPE_CHECKING:
     import numpy as np
 
-    from mdattn_mpi.estimate import Costs
+    from mdattn_mpi.costs import Costs
 
 R = TypeVar("R")
 HostArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"

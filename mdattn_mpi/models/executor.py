@@ -12,8 +12,9 @@ import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.backends import HostArray, StrategyBackend
+from mdattn_mpi.costs import Costs
 from mdattn_mpi.errors import DeviceError, RejectedError
-from mdattn_mpi.estimate import Costs, enough_ranks
+from mdattn_mpi.estimate import enough_ranks
 from mdattn_mpi.models.attention import SharedAttention, StrategyWish
 from mdattn_mpi.models.network import Network
 from mdattn_mpi.models.outputs import Pool, outputs_of

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mdattn_mpi.estimate import Costs, Estimate, beside_files, contenders, estimate
+from mdattn_mpi.costs import Costs
+from mdattn_mpi.estimate import Estimate, beside_files, contenders, estimate
 from mdattn_mpi.models.folder import ModelFolder, Weight
 from mdattn_mpi.models.outputs import LOGIT_BYTES, given_tensors
 from mdattn_mpi.models.pieces import PIECE

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import Any, Literal
 
-from mdattn_mpi.estimate import Costs
+from mdattn_mpi.costs import Costs
 from mdattn_mpi.planning.gpus import speed_at
 from mdattn_mpi.planning.kernel_times import KernelTimes
 from mdattn_mpi.planning.schedule import (

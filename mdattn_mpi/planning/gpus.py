@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from mdattn_mpi.estimate import Costs, gpu_costs
+from mdattn_mpi.costs import Costs, gpu_costs
 
 GB = 10**9
 PCIE = 50e9  # bytes/s each way, of the fourth generation and about

@@ -21,8 +21,9 @@ from itertools import pairwise
 from math import gcd
 from typing import Any
 
+from mdattn_mpi.costs import Costs
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import Costs, enough_ranks, item_seconds, least_memory
+from mdattn_mpi.estimate import enough_ranks, item_seconds, least_memory
 from mdattn_mpi.problem import AnyProblem, digest_of
 from mdattn_mpi.text import counted
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
+from mdattn_mpi.costs import PREPARING, typical_costs
 from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset, scan_file
-from mdattn_mpi.estimate import PREPARING, typical_costs
 from mdattn_mpi.lockstep import Group, World, gather_together, together
 from mdattn_mpi.partition import partition_of
 from mdattn_mpi.planning.schedule import make_schedule

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import cast
 
 from mdattn_mpi.backends import HostArray, StrategyBackend, open_backend
+from mdattn_mpi.costs import typical_costs
 from mdattn_mpi.dataset import AnyItem, scan_file
 from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.dataset.named import longest, open_tensors, tensor_names
 from mdattn_mpi.errors import ItemError, RejectedError
-from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.partition import equal_shards
 from mdattn_mpi.planning.schedule import Queue, Schedule, make_schedule

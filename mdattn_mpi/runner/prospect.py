@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from pathlib import Path
 
+from mdattn_mpi.costs import PREPARING, typical_costs
 from mdattn_mpi.dataset import AnyItem, open_dataset, open_output, open_tokens
 from mdattn_mpi.dataset.writer import file_bytes
 from mdattn_mpi.devices.cuda.choice import GAIN, takes_flash
@@ -22,7 +23,7 @@ from mdattn_mpi.devices.presence import (
     gpu_sm,
 )
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import PREPARING, input_bytes, typical_costs
+from mdattn_mpi.estimate import input_bytes
 from mdattn_mpi.planning.forecast import (
     STARTING,
     Hardware,

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import cast
 
 from mdattn_mpi.backends import HostArray, StrategyBackend, backend_name, open_backend
+from mdattn_mpi.costs import typical_costs
 from mdattn_mpi.dataset import AnyItem, scan_file
 from mdattn_mpi.dataset.tokens import TokenFile, open_tokens
 from mdattn_mpi.errors import ItemError, RejectedError
-from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, gather_together, together
 from mdattn_mpi.models.executor import Transformer
 from mdattn_mpi.models.folder import ModelFolder, open_folder

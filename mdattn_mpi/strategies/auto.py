@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal
 
+from mdattn_mpi.costs import Costs
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import Costs, Estimate, contenders, estimate, least_ranks
+from mdattn_mpi.estimate import Estimate, contenders, estimate, least_ranks
 from mdattn_mpi.problem import STRATEGY_NAMES, AttentionProblem, Partition, StrategyName
 from mdattn_mpi.text import counted, duration
 

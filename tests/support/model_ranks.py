@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mdattn_mpi.estimate import Costs, cpu_costs
+from mdattn_mpi.costs import Costs, cpu_costs
 from mdattn_mpi.models.folder import open_folder
 from mdattn_mpi.models.load import load
 from mdattn_mpi.models.network import Network

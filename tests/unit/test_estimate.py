@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdattn_mpi.costs import cpu_costs, gpu_costs, typical_costs
 from mdattn_mpi.estimate import (
     ASKING,
     REPLAYING,
-    cpu_costs,
     estimate,
-    gpu_costs,
     head_start,
     host_seconds,
     input_bytes,
@@ -21,7 +20,6 @@ from mdattn_mpi.estimate import (
     least_memory,
     least_ranks,
     output_bytes,
-    typical_costs,
 )
 from mdattn_mpi.mask import Mask
 from mdattn_mpi.partition import partition

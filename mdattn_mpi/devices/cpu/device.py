@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mdattn_mpi.costs import Costs, cpu_costs
 from mdattn_mpi.devices.cpu.host import Array, HostDevice, libraries, processor
 from mdattn_mpi.devices.protocol import Message
-from mdattn_mpi.estimate import Costs, cpu_costs
 from mdattn_mpi.lockstep import board
 
 if TYPE_CHECKING:

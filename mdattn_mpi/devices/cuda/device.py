@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdattn_mpi.costs import Costs, gpu_costs
 from mdattn_mpi.devices.cuda.arena import Arena
 from mdattn_mpi.devices.cuda.clock import Clock
 from mdattn_mpi.devices.cuda.copies import Carrier
@@ -28,7 +29,7 @@ from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, extend, latest
 from mdattn_mpi.devices.cuda.packing import Offsets
 from mdattn_mpi.devices.cuda.partials import Partials
 from mdattn_mpi.devices.protocol import NO_ROWS, Message, Rehearsed
-from mdattn_mpi.estimate import Costs, gpu_costs, head_start
+from mdattn_mpi.estimate import head_start
 from mdattn_mpi.mask import Span
 from mdattn_mpi.partition import Block
 from mdattn_mpi.problem import AttentionProblem, Plan

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mdattn_mpi.estimate import typical_costs
+from mdattn_mpi.costs import typical_costs
 from mdattn_mpi.models.folder import ModelFolder, Weight
 from mdattn_mpi.models.size import ModelSize, Shape
 from mdattn_mpi.problem import ModelProblem

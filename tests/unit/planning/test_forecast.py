@@ -8,8 +8,9 @@ from math import inf
 
 import pytest
 
+from mdattn_mpi.costs import Costs, typical_costs
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import Costs, input_bytes, output_bytes, typical_costs
+from mdattn_mpi.estimate import input_bytes, output_bytes
 from mdattn_mpi.planning.forecast import Hardware, Work, forecast
 from mdattn_mpi.planning.gpus import GPUS, like
 from mdattn_mpi.planning.memory import usable_gpu_memory

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdattn_mpi.costs import Costs, typical_costs
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import Costs, item_seconds, least_memory, typical_costs
+from mdattn_mpi.estimate import item_seconds, least_memory
 from mdattn_mpi.planning.schedule import (
     Measure,
     Queue,

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdattn_mpi.costs import Costs, gpu_costs
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.estimate import Costs, estimate, gpu_costs
+from mdattn_mpi.estimate import estimate
 from mdattn_mpi.problem import FLAT_STRATEGIES, STRATEGY_NAMES, AttentionProblem
 from mdattn_mpi.strategies import STRATEGIES, choose
 from mdattn_mpi.strategies.auto import TIE
