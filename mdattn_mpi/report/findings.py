@@ -17,6 +17,8 @@ STAGES = {
     "writing": (("write", "write"), ("write", "sync")),
 }
 
+NOTHING = 0.01  # of a run, spent on waiting for others
+
 
 class Slow(NamedTuple):
     """An item, and the stage of it that took longest: seconds, and on which rank."""
@@ -99,6 +101,8 @@ def verdict(run: Run) -> str:
     wait, whole = found.get(("main", "agree")), run.until / 1e6
     if len(run.ranks) < 2 or wait is None or not whole:
         return ""
+    if wait.most < NOTHING * whole:
+        return f"No rank waited for the others for more than {100 * NOTHING:g} % of the run."
     patient = min(run.ranks, key=lambda rank: rank.seconds["main"].get("agree", 0.0))
     busiest = max(patient.seconds["main"].items(), key=lambda each: each[1] * (each[0] != "agree"))
     return (

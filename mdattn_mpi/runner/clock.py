@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
 from time import monotonic_ns
 
 from mdattn_mpi.lockstep import Board, Deadlines
+from mdattn_mpi.runner.events import Note
 
 OFTEN = 50_000_000  # nanoseconds after which what phases took is looked at
 
@@ -30,15 +30,10 @@ class PhaseClock:
     ends a phase and begins the next, with one look at the time, and leaves the rest for later.
     """
 
-    def __init__(
-        self,
-        board: Board,
-        deadlines: Deadlines,
-        note: Callable[[tuple[str, str, int, int]], None] | None = None,
-    ) -> None:
+    def __init__(self, board: Board, deadlines: Deadlines, note: Note | None = None) -> None:
         self.board = board
         self.deadlines = deadlines
-        self._note = note  # of every phase that is over: its name, item, and from when to when
+        self._note = note
         self._item = ""
         self.seconds: dict[str, float] = defaultdict(float)
         self._timers: dict[tuple[str, int], Timer] = {}

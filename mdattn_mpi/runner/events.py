@@ -17,14 +17,13 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mdattn_mpi.errors import LOGGER
 
@@ -38,8 +37,9 @@ GRAIN = 100_000  # nanoseconds: the first length below which spans are put toget
 SAMPLE = 5_000_000  # nanoseconds between two looks at what the device has done
 
 Span = tuple[str, str, int, int]  # phase, item, and nanoseconds from and to
+Note = Callable[[Span], None]  # what is called with every span that is over
 Line = dict[str, Any]
-Column = NDArray[np.int64]
+Column = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Events:

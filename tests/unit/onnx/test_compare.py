@@ -11,9 +11,9 @@ import pytest
 from mdattn_mpi.errors import RejectedError
 
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
-pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
-from mdattn_mpi.onnx import lengths  # noqa: E402
+from mdattn_mpi.onnx import lengths, segments  # noqa: E402
 from mdattn_mpi.onnx import ranks as in_one_process  # noqa: E402
 from mdattn_mpi.onnx.compare import compare  # noqa: E402
 from mdattn_mpi.onnx.shard import shard_model  # noqa: E402
@@ -103,6 +103,22 @@ def test_cast_as_people_write_it(written: Any, monkeypatch: pytest.MonkeyPatch) 
     assert onnx.TensorProto.INT8 not in kinds  # TensorRT has no such constants
     found = held(model, 2, dtype="float16")
     assert found.verdict == "right", found
+
+
+def test_weights_that_are_handed_over_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay what they were, whatever becomes of the memory that they came from."""
+    monkeypatch.setattr(segments, "LARGE", 64)
+    found = held(decoder(), 2)
+    assert found.verdict == "right", found
+    model, ids = decoder(), {"ids": np.arange(17)[None]}
+    whole = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    session = segments.open_session(model)
+    (words,) = (tensor for tensor in model.graph.initializer if tensor.name == "words")
+    assert not words.raw_data
+    np.ones(1 << 20).sum()  # where the weights were there may be something else now
+    assert np.allclose(session.run(None, ids)[0], whole.run(None, ids)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["allgather", "ulysses"])

@@ -10,6 +10,7 @@ from mdattn_mpi.lockstep import Deadlines
 from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.runner import clock
 from mdattn_mpi.runner.clock import PhaseClock
+from mdattn_mpi.runner.events import Span
 
 
 @pytest.fixture(params=["looks at once", "looks at the end"])
@@ -73,3 +74,21 @@ def test_the_deadline_of_a_phase_that_is_in_hand_at_every_look_follows_too() -> 
     record = phases.board.record()
     assert record.phase == "enqueue"
     assert record.deadline - record.since < 1000
+
+
+def test_every_phase_is_noted_once_it_is_over() -> None:
+    spans: list[Span] = []
+    phases = PhaseClock(Board(), Deadlines(), spans.append)
+    phases.enter("read", "a")
+    phases.enter("enqueue", "a")
+    phases.enter("agree", "b")
+    assert [span[:2] for span in spans] == [("read", "a"), ("enqueue", "a")]
+    phases.stop()
+    assert spans[2][:2] == ("agree", "b")
+    starts, ends = ([span[at] for span in spans] for at in (2, 3))
+    assert starts[1:] == ends[:-1]
+    assert starts[0] < ends[-1]
+    phases.enter("read", "c")
+    phases.stop()
+    assert len(spans) == 4
+    assert spans[3][2] >= ends[-1]
