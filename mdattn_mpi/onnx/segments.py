@@ -6,6 +6,7 @@ whoever drives it decides what ranks are: threads of MPI, or the generators of o
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from mdattn_mpi.onnx.model import ATTENTION, import_onnx, operator, reads
 OUTSIDE = frozenset((*ATTENTION, "DistCollective"))
 
 LARGE = 1 << 16  # bytes of a weight that a session gets beside its model
+MUCH = 1 << 24  # bytes of a segment's outputs, after which memory is given back
 Arrays = dict[str, Any]
 Run = Generator["Call", Any, Arrays]
 
@@ -94,6 +96,12 @@ def _hand_over_weights(model: Any, options: Any, runtime: Any) -> list[Any]:
     return values
 
 
+def _give_memory_back() -> None:
+    """Return what glibc keeps of arrays that are gone: it would be more with every segment."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+
+
 class Segments:
     """A model, cut at its attentions and collectives.
 
@@ -162,6 +170,8 @@ class Segments:
                 given = {name: values[name] for name in step.inputs}
                 found = step.session.run(step.outputs, given) if step.outputs else []
                 values.update(zip(step.outputs, found, strict=True))
+                if sum(array.nbytes for array in found) >= MUCH:
+                    _give_memory_back()
             else:
                 values[step.output[0]] = yield Call(step, [values.get(name) for name in step.input])
             for name in [*values]:

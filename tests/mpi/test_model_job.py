@@ -104,6 +104,7 @@ def test_an_engine_whose_collectives_do_nothing_is_not_used(world: World, folder
         assert "TensorRT 11.2" in caught.value.fix
 
 
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="the extra `fast` isn't installed")
 @on_ranks(2, 3)
 def test_a_model_is_proven_against_onnx_runtime(world: World, folder: Path) -> None:
     """What is right passes; zeros, own tokens alone, nothing and another model don't."""

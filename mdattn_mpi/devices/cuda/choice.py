@@ -16,8 +16,8 @@ from mdattn_mpi.problem import KERNEL_NAMES
 GAIN: dict[int, dict[int, float]] = {9: {64: 1.21, 128: 1.09, 256: 1.11}}
 
 
-# For which wishes a call may have many documents: it was right in single calls on an H200, but hasn't
-# been run there by strategies, or recorded, so one has to ask.
+# For which wishes a call may have many documents: it was right in single calls on an H200, but
+# strategies haven't run it there, nor recorded it, so one has to ask.
 PACKED_BY = ("flash",)
 
 

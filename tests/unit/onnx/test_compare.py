@@ -19,6 +19,7 @@ from mdattn_mpi.onnx.compare import compare  # noqa: E402
 from mdattn_mpi.onnx.shard import shard_model  # noqa: E402
 from mdattn_mpi.onnx.sharding import read_sharding  # noqa: E402
 from tests.support.onnx_decoder import HEADS, WIDTH, decoder, normal  # noqa: E402
+from tests.support.onnx_graph import graph, node  # noqa: E402
 
 
 def held(model: Any, ranks: int, strategy: Any = "allgather", **more: Any) -> Any:
@@ -39,6 +40,18 @@ def test_right(ranks: int, strategy: Any, window: int | None) -> None:
     controls = [each.control for each in found.tensors if each.control is not None]
     assert len(controls) == 2
     assert max(each.error for each in found.tensors) < 2e-5 < 0.05 < min(controls)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(3, "allgather"), (4, "ulysses")])
+def test_keys_of_two_sequences_are_counted_apart(ranks: int, strategy: Any) -> None:
+    heads = {"q_num_heads": 4, "kv_num_heads": 4}
+    nodes = [
+        node("Attention", "xxx", "a", is_causal=1, **heads),
+        node("Attention", "acc", "o", **heads),
+    ]
+    whole = graph(nodes, {"x": [1, "S", 32], "c": [1, "T", 32]}, {"o": [1, "S", 32]})
+    found = held(whole, ranks, strategy)
+    assert found.verdict == "right", found
 
 
 def fixed(tokens: int) -> Any:
