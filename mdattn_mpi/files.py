@@ -7,7 +7,6 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from secrets import token_hex
 
 
 @contextmanager
@@ -22,7 +21,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         The folder can't be written, or has no room.
 
     """
-    temporary = path.with_name(f".{token_hex(4)}.{path.name}")
+    temporary = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -214,15 +214,18 @@ def tokens_of(spans: tuple[Span, ...], rows: Sequence[Span]) -> tuple[Span, ...]
     )
 
 
-def common(one: tuple[Span, ...], other: tuple[Span, ...]) -> Iterator[tuple[Span, Span]]:
-    """Yield where each run that two shards have in common lies in either."""
-    for local, tokens in pieces(one):
-        for other_local, other_tokens in pieces(other):
-            if len(both := tokens.meet(other_tokens)):
-                yield (
-                    both.shift(local.start - tokens.start),
-                    both.shift(other_local.start - other_tokens.start),
-                )
+@lru_cache(1 << 12)
+def common(one: tuple[Span, ...], other: tuple[Span, ...]) -> tuple[tuple[Span, Span], ...]:
+    """Return where each run that two shards have in common lies in either."""
+    return tuple(
+        (
+            both.shift(local.start - tokens.start),
+            both.shift(other_local.start - other_tokens.start),
+        )
+        for local, tokens in pieces(one)
+        for other_local, other_tokens in pieces(other)
+        if len(both := tokens.meet(other_tokens))
+    )
 
 
 @lru_cache(1 << 12)

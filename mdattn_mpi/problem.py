@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from math import prod, sqrt
 from typing import Any, Literal, get_args
@@ -215,8 +215,8 @@ class AttentionProblem:
     def facts(self) -> dict[str, Any]:
         """Return all fields by name; masks and options that came later only where they are used."""
         later = {"window": UNBOUNDED, "softcap": 0.0, "sinks": False, "segments": ()}
-        facts = asdict(self).items()
-        return {name: value for name, value in facts if name not in later or value != later[name]}
+        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        return {name: value for name, value in values if name not in later or value != later[name]}
 
     def __str__(self) -> str:
         """For example ``8192 tokens, 8 query and 2 kv heads of 128, bfloat16, upper_left``."""

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 CALLS = 50  # a burst is shorter than a slice of the scheduler's time
 STEPS = 4
 PAIR = 2  # ranks between which a hop is measured
-RANKS = (64, 128, 256, 1024)
+RANKS = (64, 256, 512, 1024)
 PHASES = ("agree", "begin", "enqueue")  # of the batch loop, where no file is waited for
 
 
@@ -43,7 +43,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Declare how many bursts of each kind, and what to predict."""
     add_rounds(parser, 400)
     add = parser.add_argument
-    add("--ranks", type=numbers, default=RANKS, metavar="P,P", help="to predict: 64,128,256,1024")
+    add("--ranks", type=numbers, default=RANKS, metavar="P,P", help="to predict: 64,256,512,1024")
     add("--latency", type=float, default=2.0, metavar="US", help="of the network (default: 2 µs)")
 
 
@@ -90,7 +90,7 @@ def _calls(world: World, rounds: int) -> dict[str, float]:
 
 def _predicted(world: World, arguments: argparse.Namespace) -> dict[str, float]:
     """Microseconds of an agreement by number of ranks; on the one that commits, of the gather."""
-    from mdattn_mpi.lockstep.agreement import HEAD_WORDS, SLOTS
+    from mdattn_mpi.lockstep.agreement import HEAD_WORDS
 
     hops = _hops(world, arguments.rounds, [HEAD_WORDS, *(HEAD_WORDS + p for p in arguments.ranks)])
     found = {}
@@ -103,9 +103,8 @@ def _predicted(world: World, arguments: argparse.Namespace) -> dict[str, float]:
         }  # fmt: skip
         gather = doublings * (1e-6 * arguments.latency + hops["gather"])
         found[f"slots_{ranks}_us"] = by_words[HEAD_WORDS + ranks]
-        if ranks > SLOTS:
-            found[f"gathered_{ranks}_us"] = by_words[HEAD_WORDS]
-            found[f"gather_{ranks}_us"] = gather
+        found[f"gathered_{ranks}_us"] = by_words[HEAD_WORDS]
+        found[f"gather_{ranks}_us"] = gather
     return {name: round(1e6 * seconds, 1) for name, seconds in found.items()}
 
 

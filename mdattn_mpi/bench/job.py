@@ -242,7 +242,8 @@ def _in_memory(job: Job, files: Files) -> Files:
         files,
         read=lambda task, room: Read(task, shards[task.item.problem]),
         write=write,
-        commit=lambda task, checksums: None,
+        sync=lambda: None,
+        commit=lambda finished: None,
     )
 
 

@@ -16,7 +16,7 @@ from contextlib import redirect_stderr, redirect_stdout, suppress
 from importlib import import_module
 
 from mdattn_mpi import __version__
-from mdattn_mpi.cli.options import add_command
+from mdattn_mpi.cli.options import HelpFormatter, add_command
 from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.lockstep import launcher
 from mdattn_mpi.text import stop_showing, wrapped
@@ -85,19 +85,22 @@ def make_parser(wanted: Collection[str] = tuple(COMMANDS)) -> argparse.ArgumentP
     """
     parser = argparse.ArgumentParser(
         prog="mdattn",
+        formatter_class=HelpFormatter,
         description="Exact attention over very long sequences on many ranks, in batch, under MPI.",
         epilog="Exit codes: 0 done, 1 some items failed, 2 rejected, 3 ranks disagreed, "
         "4 device or engine error or a bug, 75 interrupted: run the same command again to resume.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(
+        prog=parser.prog, title="commands", metavar="COMMAND", required=True
+    )
     for name, about in COMMANDS.items():
         if name in wanted:
             command = import_module(f"mdattn_mpi.cli.{name.replace('-', '_')}")
             its_own = add_command(commands, name, command, about)
             its_own.set_defaults(main=command.main, parser=its_own)
         else:
-            commands.add_parser(name, help=about)
+            commands.add_parser(name, help=about, formatter_class=HelpFormatter)
     return parser
 
 

@@ -231,6 +231,7 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 def _model(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[BuiltEngine, str]:
+    from mdattn_mpi.onnx.model import load_model
     from mdattn_mpi.trt.onnx_import import build_model
 
     if arguments.adopt:
@@ -242,7 +243,7 @@ def _model(arguments: argparse.Namespace, library: Library, sm: SM) -> tuple[Bui
     except ValueError as error:
         raise RejectedError(f"--tokens {error}", fix="use A:B, or one number") from error
     path = Path(arguments.onnx)
-    return build_model(library, path, arguments.ranks, tokens, sm), "built"
+    return build_model(library, load_model(path), path, arguments.ranks, tokens, sm), "built"
 
 
 def known_faults(manifest: Manifest) -> Iterator[str]:

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import textwrap
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
 from mdattn_mpi.problem import DTYPES as DTYPES
 
 
-class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Fills paragraphs, but leaves those that are indented, examples, as they are."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, width=columns() - 2)  # left out, argparse imports shutil, always
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         paragraphs = text.strip("\n").split("\n\n")
@@ -21,6 +27,17 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         )
 
 
+def columns() -> int:
+    """How wide the terminal is, as `shutil.get_terminal_size` tells it."""
+    with suppress(KeyError, ValueError):
+        if (given := int(os.environ["COLUMNS"])) > 0:
+            return given
+    with suppress(AttributeError, ValueError, OSError):
+        if sys.__stdout__ and (found := os.get_terminal_size(sys.__stdout__.fileno()).columns):
+            return found
+    return 80
+
+
 def add_command(commands: Any, name: str, module: ModuleType, about: str) -> Any:
     """Declare a command: its module's docstring is its help, its `add_options` adds the rest."""
     parser = commands.add_parser(
@@ -28,7 +45,7 @@ def add_command(commands: Any, name: str, module: ModuleType, about: str) -> Any
         help=about,
         description=module.__doc__,
         epilog=getattr(module, "EPILOG", None),
-        formatter_class=_HelpFormatter,
+        formatter_class=HelpFormatter,
     )
     module.add_options(parser)
     return parser

@@ -5,9 +5,10 @@
 
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
 output. With --model it is a whole transformer that they run over token ids (or an ONNX model, on
-CPUs); with --engine and --bind, a model's TensorRT engine. The same command again does only what
-isn't done. Beside the output, OUT.h5.run/ gets one log a rank, summary.json, what `mdattn report`
-makes a page of, and a death note if a rank is lost.
+CPUs or by -b tensorrt); with --engine and --bind, a model's TensorRT engine. The same command again
+does only what isn't done. Beside the output, OUT.h5.run/ gets summary.json, what `mdattn report`
+makes a page of, the log of the first rank and of any other that has something to say, and a death
+note if a rank is lost.
 """
 
 from __future__ import annotations
@@ -83,6 +84,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--deadline", type=duration, metavar="T", help="longest wait (default: scaled to the work)")
     add("--max-time", type=duration, metavar="T", help="stop after the item in hand when T is over")
+    together = "sync short items together, every T (default: none waits for the next)"
+    add("--commit-every", type=duration, metavar="T", help=together)
     add("--chaos", help=argparse.SUPPRESS)
 
 
@@ -115,11 +118,12 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _work(arguments: argparse.Namespace) -> int:
     from mdattn_mpi.lockstep import board, start
-    from mdattn_mpi.lockstep.chaos import arm
 
     if "deadline" in arguments and arguments.deadline:
         board().patience = arguments.deadline
     if "chaos" in arguments:
+        from mdattn_mpi.lockstep.chaos import arm
+
         arm(arguments.chaos, board())
     world = start()
     from mdattn_mpi.runner.main import run_job

@@ -23,7 +23,7 @@ from mdattn_mpi.dataset.layout import (
 from mdattn_mpi.dataset.ledger import ledger_columns
 from mdattn_mpi.dataset.positioned import Region
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.problem import AttentionProblem, ModelProblem, TensorSpec
+from mdattn_mpi.problem import AnyProblem, AttentionProblem, ModelProblem, TensorSpec
 
 P = TypeVar("P")
 
@@ -90,15 +90,15 @@ def _item(group: Node, name: str) -> tuple[AnyItem, dict[str, Region]]:
     return item, {tensor.name: node.region(tensor, _ANEW) for tensor in outputs}
 
 
-def describe(item: AnyItem) -> dict[str, Value]:
+def describe(problem: AnyProblem) -> dict[str, Value]:
     """Put what is to be computed of an item into attributes, from which it is read again."""
-    if isinstance(item, Item):
-        return {"problem": json.dumps(item.problem.facts())}
+    if isinstance(problem, AttentionProblem):
+        return {"problem": json.dumps(problem.facts())}
     outputs = {
         each.name: {"shape": each.shape, "dtype": each.dtype, "token_dim": each.token_dim}
-        for each in item.problem.outputs
+        for each in problem.outputs
     }
-    return {"tensors": json.dumps({"tokens": item.problem.tokens, "outputs": outputs})}
+    return {"tensors": json.dumps({"tokens": problem.tokens, "outputs": outputs})}
 
 
 def _from_json(node: Node, attribute: str, make: Callable[[Any], P]) -> P:

@@ -6,7 +6,6 @@ of it. From then on the file is a tree in memory and a file descriptor for `os.p
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -21,15 +20,14 @@ from mdattn_mpi.dataset import scanner
 from mdattn_mpi.dataset.chunks import CHUNK, DECODED_HERE, Filter, read_chunks
 from mdattn_mpi.dataset.dtypes import Stored, numpy_dtype
 from mdattn_mpi.dataset.kinds import must_be_regular
-from mdattn_mpi.dataset.positioned import Region, read_exactly
+from mdattn_mpi.dataset.positioned import Region
+from mdattn_mpi.dataset.seen import Seen, fingerprint_of
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import TensorSpec
 
 Value = str | int | float
 
 ANY = -1  # in a shape: the file decides
-FINGERPRINT_BLOCKS = 256
-FINGERPRINT_BYTES = 4096
 WHOLE_TREE = 16  # levels of a file of unknown structure
 
 
@@ -129,7 +127,7 @@ class File(LinkedFile):
         self.allow = allow
         self.select = select
         must_be_regular(self.path)
-        before = os.fstat(self.fd)
+        self._before = before = os.fstat(self.fd)
         if catalog is None:
             catalog = scanner.scan_file(self.path, allow, select=select, depth=depth)
             after = os.stat(self.path)
@@ -163,17 +161,14 @@ class File(LinkedFile):
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the size and some blocks of all files, the first and last among them."""
-        digest = hashlib.sha256()
-        for file in self.files:
-            size = file.size
-            digest.update(size.to_bytes(8, "little"))
-            last = max(0, size - FINGERPRINT_BYTES)
-            blocks = min(FINGERPRINT_BLOCKS, -(-size // FINGERPRINT_BYTES))
-            for block in range(blocks):
-                content = np.empty(min(size, FINGERPRINT_BYTES), np.uint8)
-                read_exactly(file.fd, last * block // max(1, blocks - 1), content)
-                digest.update(content.data)
-        return digest.hexdigest()
+        return fingerprint_of([file.fd for file in self.files])
+
+    @property
+    def seen(self) -> Seen | None:
+        """The file as it was before it was looked at; None where links led to others."""
+        if len(self.files) > 1:
+            return None
+        return Seen.of(self.path, self._before, self.fingerprint)
 
 
 class Node:

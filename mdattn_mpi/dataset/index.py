@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import zip_longest
 from typing import TypeVar
@@ -115,6 +114,8 @@ def chosen_names(names: Collection[str], patterns: Sequence[str], file: str) -> 
 
 
 def _no_match(pattern: str, names: Sequence[str], file: str) -> RejectedError:
+    from difflib import get_close_matches
+
     close = get_close_matches(pattern, [shown(name) for name in names[:10_000]], 3)
     hint = f"did you mean {' or '.join(close)}?" if close else "see `mdattn inspect`"
     return RejectedError(f"no item matches {pattern!r}", fix=hint, file=file)

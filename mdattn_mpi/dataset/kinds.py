@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import zipfile
 from typing import BinaryIO, NamedTuple
 
 from mdattn_mpi.errors import RejectedError
@@ -90,6 +89,8 @@ def _has_superblock(file: BinaryIO) -> bool:
 
 def _kind_of_zip(path: str) -> Kind:
     """PyTorch and NumPy both write zip archives, with members of their own."""
+    import zipfile
+
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()

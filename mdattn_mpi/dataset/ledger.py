@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -36,6 +36,11 @@ def ledger_columns(items: int, width: int, runs: int) -> tuple[TensorSpec, ...]:
         TensorSpec("strategy", (items,), "uint8"),
         TensorSpec("reason", (items,), f"S{REASON_BYTES}"),
     )
+
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ROWS = 8192  # of the ledger that are looked at together
 
 
 class Entry(NamedTuple):
@@ -98,6 +103,15 @@ class Ledger:
         column = self._column("state", Span(0, len(self.items)))
         return [STATES[state] if state < len(STATES) else "todo" for state in column]
 
+    def done(self) -> Iterator[bool]:
+        """Say of every item, in order, whether it is done: as `entries` does, many at once."""
+        for start in range(0, len(self.items), ROWS):
+            stop = min(start + ROWS, len(self.items))
+            names = ("state", "crc32", "spans", "ranks", "strategy")
+            columns = [self._column(name, Span(start, stop)) for name in names]
+            tokens = [item.problem.tokens for item in self.items[start:stop]]
+            yield from _done(np.array(tokens, np.uint64), *columns).tolist()
+
     def commit(
         self,
         item: AnyItem,
@@ -110,6 +124,24 @@ class Ledger:
         `crc32s` are what `Output.write` returned on each rank of the group, `shards` the tokens
         that it was given there; `strategy` is how the group shared the item.
         """
+        self.commit_all([(item, crc32s, strategy, shards)])
+
+    def commit_all(
+        self, finished: Iterable[tuple[AnyItem, Sequence[int], str, Sequence[Sequence[Span]]]]
+    ) -> None:
+        """Declare items done, each as in `commit`, with no more syncs than for one."""
+        rows = list(finished)
+        for item, crc32s, strategy, shards in rows:
+            self._write_row(item, crc32s, strategy, shards)
+        self._set_states([item for item, *_ in rows], "done")
+
+    def _write_row(
+        self,
+        item: AnyItem,
+        crc32s: Sequence[int],
+        strategy: str,
+        shards: Sequence[Sequence[Span]],
+    ) -> None:
         if not 1 <= len(crc32s) <= self.width:
             raise RejectedError(
                 f"{len(crc32s)} ranks, and the ledger has room for {self.width}",
@@ -135,23 +167,23 @@ class Ledger:
         self._write(item, "ranks", len(crc32s))
         self._write(item, "strategy", STRATEGIES.index(strategy))
         self._write(item, "reason", b"")
-        self._set_state(item, "done")
 
     def fail(self, item: AnyItem, reason: str) -> None:
         """Note why `item` couldn't be done; the next run tries again."""
         text = reason.encode(errors="replace")[:REASON_BYTES]
         text = text.decode(errors="ignore").encode()  # may have been cut inside a character
         self._write(item, "reason", text)
-        self._set_state(item, "failed")
+        self._set_states([item], "failed")
 
     def reopen(self, item: AnyItem) -> None:
         """Declare `item` not done: it is to be computed again."""
-        self._set_state(item, "todo")
+        self._set_states([item], "todo")
 
-    def _set_state(self, item: AnyItem, state: State) -> None:
-        self._sync(item)
-        self._write(item, "state", STATES.index(state))
-        self._sync(item)
+    def _set_states(self, items: Sequence[AnyItem], state: State) -> None:
+        self._sync(items[0])
+        for item in items:
+            self._write(item, "state", STATES.index(state))
+        self._sync(items[0])
 
     def _write(self, item: AnyItem, name: str, row: Any) -> None:
         column, number = self.columns[name], self._rows[item.name]
@@ -207,6 +239,27 @@ def _entry(
     if not _cover(sorted(chain(*shards)), tokens):
         return damaged
     return Entry("done", STRATEGIES[strategy], tuple(int(crc) for crc in crc32[:ranks]), shards)
+
+
+def _done(
+    tokens: Array, state: Array, crc32: Array, spans: Array, ranks: Array, strategy: Array
+) -> Array:
+    """Which rows `_entry` would call done."""
+    there = np.arange(crc32.shape[1]) < ranks[:, None]
+    done: Array = (state == STATES.index("done")) & (strategy < len(STRATEGIES))
+    done &= (ranks >= 1) & (ranks <= crc32.shape[1])
+    done &= (crc32 != 0).any(1) & ((crc32 != 0) <= there).all(1)
+    done &= (spans.any(axis=(2, 3)) == there).all(1)
+    # By their starts, with empty ones last, each span begins where the one before it ends.
+    used = spans[:, : max(1, int(ranks[done].max(initial=1)))].reshape(len(spans), -1, 2)
+    starts, stops = used[..., 0], used[..., 1]
+    empty = stops <= starts
+    order = np.argsort(np.where(empty, np.iinfo(np.uint64).max, starts), axis=1)
+    starts, stops, empty = (np.take_along_axis(x, order, 1) for x in (starts, stops, empty))
+    before = np.concatenate([np.zeros_like(stops[:, :1]), stops[:, :-1]], axis=1)
+    done &= ((starts == before) | empty).all(1)
+    done &= np.where(empty, 0, stops).max(1) == tokens
+    return done
 
 
 def _cover(spans: Sequence[Span], tokens: int) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import hdf5_type
+from mdattn_mpi.dataset.hdf5_types import hdf5_type
 from mdattn_mpi.dataset.layout import (
     BESIDE,
     DATASET_FORMAT,

@@ -50,6 +50,16 @@ def tensor_names(file: File) -> list[str]:
     return sorted(first.names()) if first.is_group else []
 
 
+def longest(file: File) -> int:
+    """Count the tokens of the longest tensor of all selected items; tokens come first in each."""
+    lengths = [1]
+    for item in _items(file):
+        nodes = (item.child(name) for name in item.names())
+        shapes = [node.storage().shape for node in nodes if node is not None and node.is_dataset]
+        lengths += [next((dim for dim in shape if dim != 1), 1) for shape in shapes]
+    return max(lengths)
+
+
 def _items(file: File) -> Iterator[Node]:
     """Find the items that are selected, in natural order."""
     group = file.root.child(ITEMS)

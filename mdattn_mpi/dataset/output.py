@@ -122,8 +122,8 @@ class Output:
 
     def left(self, items: Sequence[AnyItem]) -> list[int]:
         """Return the positions of those of a job's `items` that aren't done."""
-        rows = zip(self.items, self.ledger.entries(), strict=True)
-        done = {item.name for item, entry in rows if entry.state == "done"}
+        rows = zip(self.items, self.ledger.done(), strict=True)
+        done = {item.name for item, is_done in rows if is_done}
         return [number for number, item in enumerate(items) if item.name not in done]
 
     def match(self, attributes: Mapping[str, Value]) -> dict[str, tuple[Value | None, Value]]:

@@ -29,7 +29,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from mdattn_mpi.dataset.dtypes import stored_as
+from mdattn_mpi.dataset.hdf5_types import stored_as
 from mdattn_mpi.dataset.index import may_match, patterns_of
 from mdattn_mpi.dataset.layout import ITEMS, MAX_CHUNK_BYTES, MAX_ITEMS, MAX_NODES, shown
 from mdattn_mpi.dataset.scanner import DAMAGED, PAGE_BYTES

@@ -11,7 +11,6 @@ import json
 import mmap
 import os
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -44,6 +43,8 @@ class _Child:
     """The process, and a page on which it notes what it looks at."""
 
     def __init__(self, allow: Sequence[str]) -> None:
+        import subprocess
+
         self.allow = tuple(allow)
         self.owner, self.folder = os.getpid(), _folder()
         page, self._errors = os.memfd_create("mdattn-page"), os.memfd_create("mdattn-errors")

@@ -21,6 +21,7 @@ import numpy as np
 from mdattn_mpi.dataset.hdf5 import File, Node, Storage
 from mdattn_mpi.dataset.layout import AnyItem, Layout
 from mdattn_mpi.dataset.positioned import Region, checksum
+from mdattn_mpi.dataset.seen import Seen
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.problem import Span, digest_of
 
@@ -228,6 +229,11 @@ class TensorFile:
         """
         return self._file.fingerprint
 
+    @property
+    def seen(self) -> Seen | None:
+        """The file as it was opened; None where it leads to other files."""
+        return self._file.seen
+
     @cached_property
     def digest(self) -> str:
         """SHA-256 over the items' layout and samples of their content, whatever the path.
@@ -236,7 +242,10 @@ class TensorFile:
         file may go unseen, a changed file of the same shapes won't.
         """
         digest = hashlib.sha256()
-        problems = {item.problem: self._meaning(item) for item in self.items}
+        problems: dict[Any, int] = {}
+        for item in self.items:
+            if item.problem not in problems:
+                problems[item.problem] = self._meaning(item)
         tensors = [
             (item, name, data)
             for item in self.items

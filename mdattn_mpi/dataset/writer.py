@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
 from math import prod
 from typing import Any
 
@@ -19,8 +20,9 @@ import h5py
 import numpy as np
 
 from mdattn_mpi.dataset.contents import describe
-from mdattn_mpi.dataset.dtypes import NUMPY, hdf5_type, numpy_dtype
+from mdattn_mpi.dataset.dtypes import NUMPY, numpy_dtype
 from mdattn_mpi.dataset.hdf5 import Value
+from mdattn_mpi.dataset.hdf5_types import hdf5_type
 from mdattn_mpi.dataset.layout import (
     ITEMS,
     LEDGER,
@@ -34,7 +36,7 @@ from mdattn_mpi.dataset.ledger import ledger_columns
 from mdattn_mpi.dataset.positioned import write_exactly
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.mask import MAX_RUNS
-from mdattn_mpi.problem import TensorSpec
+from mdattn_mpi.problem import AnyProblem, AttentionProblem, TensorSpec
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -69,35 +71,44 @@ def create_output(
             },
         )
         group = add_group(file, ITEMS)
+        about = cache(lambda problem: _about(problem, lse))  # many items pose one problem
         for index, item in enumerate(items):
-            folder = add_group(group, item.name)
-            put_attributes(folder.id, {"index": index, **describe(item)})
-            for tensor in outputs_of(item, lse):
-                allocate(folder, tensor.name, tensor.shape, _stored(tensor))
+            described, tensors = about(item.problem)
+            folder = h5py.h5g.create(group.id, item.name.encode(), gcpl=_of_group())
+            put_attributes(folder, {"index": index, **described})
+            for tensor in tensors:
+                _allocate(folder, tensor.name, tensor.shape, _stored(tensor.dtype))
         columns = ledger_columns(len(items), max(ranks, MIN_LEDGER_WIDTH), _runs(items))
         _create_ledger(add_group(file, LEDGER), columns)
 
 
-def outputs_of(item: AnyItem, lse: bool) -> tuple[TensorSpec, ...]:
-    """Name the tensors of an item, in their order."""
-    return item.problem.outputs(lse) if isinstance(item, Item) else item.problem.outputs
+def outputs_of(problem: AnyProblem, lse: bool) -> tuple[TensorSpec, ...]:
+    """Name the tensors that come out, in their order."""
+    return problem.outputs(lse) if isinstance(problem, AttentionProblem) else problem.outputs
 
 
 def file_bytes(items: Sequence[AnyItem], lse: bool) -> int:
     """Bytes that an output takes, about."""
-    return sum(output_bytes(item, lse) for item in items) + 4096 * (len(items) + 1)
+    nbytes = cache(lambda problem: output_bytes(problem, lse))
+    return sum(nbytes(item.problem) for item in items) + 4096 * (len(items) + 1)
 
 
-def output_bytes(item: AnyItem, lse: bool) -> int:
+def output_bytes(problem: AnyProblem, lse: bool) -> int:
     """Bytes of one item's results."""
-    return sum(tensor.nbytes for tensor in outputs_of(item, lse))
+    return sum(tensor.nbytes for tensor in outputs_of(problem, lse))
 
 
-def _stored(tensor: TensorSpec) -> Any:
-    dtype = numpy_dtype(tensor.dtype)
-    if tensor.dtype in NUMPY:
-        return hdf5_type(tensor.dtype)  # type: ignore[arg-type]
-    return h5py.h5t.py_create(dtype.newbyteorder("<"))
+def _about(problem: AnyProblem, lse: bool) -> tuple[dict[str, Value], tuple[TensorSpec, ...]]:
+    """What the attributes of an item say of its problem, and its tensors."""
+    return describe(problem), outputs_of(problem, lse)
+
+
+@cache
+def _stored(name: str) -> Any:
+    """Make the HDF5 type that stores the dtype `name`."""
+    if name in NUMPY:
+        return hdf5_type(name)  # type: ignore[arg-type]
+    return h5py.h5t.py_create(numpy_dtype(name).newbyteorder("<"))
 
 
 def _runs(items: Sequence[AnyItem]) -> int:
@@ -109,7 +120,7 @@ def _runs(items: Sequence[AnyItem]) -> int:
 def _create_ledger(group: Any, columns: Sequence[TensorSpec]) -> None:
     """Make the ledger, all zeros: every item is to be done."""
     for column in columns:
-        stored = _stored(column)
+        stored = _stored(column.dtype)
         offset = allocate(group, column.name, column.shape, stored)
         nbytes = prod(column.shape) * stored.get_size()
         write_exactly(group.file.id.get_vfd_handle(), offset, bytes(nbytes))
@@ -161,9 +172,14 @@ def _create(path: str) -> h5py.File:
 
 def add_group(parent: Any, name: str) -> Any:
     """Make a group, without the time at which it was made."""
+    return h5py.Group(h5py.h5g.create(parent.id, name.encode(), gcpl=_of_group()))
+
+
+@cache
+def _of_group() -> Any:
     created = h5py.h5p.create(h5py.h5p.GROUP_CREATE)
     created.set_obj_track_times(False)
-    return h5py.Group(h5py.h5g.create(parent.id, name.encode(), gcpl=created))
+    return created
 
 
 def check_place(path: str | os.PathLike[str], nbytes: int, *, overwrite: bool = False) -> None:
@@ -240,14 +256,41 @@ def sync_folder(folder: str) -> None:
 
 def allocate(group: Any, name: str, shape: tuple[int, ...], stored: Any) -> int:
     """Make a contiguous dataset, allocated now and not filled; return its offset in the file."""
+    offset: int = _allocate(group.id, name, shape, stored).get_offset()
+    return offset
+
+
+def _allocate(group: Any, name: str, shape: tuple[int, ...], stored: Any) -> Any:
+    return h5py.h5d.create(group, name.encode(), stored, _space(shape), _of_dataset())
+
+
+@cache
+def _of_dataset() -> Any:
     created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     created.set_layout(h5py.h5d.CONTIGUOUS)
     created.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     created.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
     created.set_obj_track_times(False)
-    space = h5py.h5s.create_simple(shape)
-    offset: int = h5py.h5d.create(group.id, name.encode(), stored, space, created).get_offset()
-    return offset
+    return created
+
+
+@lru_cache(1024)
+def _space(shape: tuple[int, ...]) -> Any:
+    return h5py.h5s.create_simple(shape) if shape else h5py.h5s.create(h5py.h5s.SCALAR)
+
+
+@cache
+def _number(dtype: np.dtype[Any]) -> Any:
+    return h5py.h5t.py_create(dtype)
+
+
+@lru_cache(1024)
+def _text(nbytes: int) -> Any:
+    stored = h5py.h5t.C_S1.copy()
+    stored.set_size(nbytes)
+    stored.set_cset(h5py.h5t.CSET_UTF8)
+    stored.set_strpad(h5py.h5t.STR_NULLPAD)
+    return stored
 
 
 def write_array(group: Any, name: str, array: np.ndarray[Any, Any]) -> None:
@@ -264,14 +307,9 @@ def put_attributes(target: Any, attributes: Mapping[str, Value | np.ndarray[Any,
     for name, value in attributes.items():
         if isinstance(value, str):
             data = np.array(value.encode(errors="surrogateescape"))
-            stored = h5py.h5t.C_S1.copy()
-            stored.set_size(max(1, data.dtype.itemsize))
-            stored.set_cset(h5py.h5t.CSET_UTF8)
-            stored.set_strpad(h5py.h5t.STR_NULLPAD)
+            stored = _text(max(1, data.dtype.itemsize))
         else:
             data = np.asarray(value)
-            stored = h5py.h5t.py_create(data.dtype)
-        space = (
-            h5py.h5s.create_simple(data.shape) if data.ndim else h5py.h5s.create(h5py.h5s.SCALAR)
-        )
-        h5py.h5a.create(target, name.encode(), stored, space).write(data, mtype=stored)
+            stored = _number(data.dtype)
+        made = h5py.h5a.create(target, name.encode(), stored, _space(data.shape))
+        made.write(data, mtype=stored)

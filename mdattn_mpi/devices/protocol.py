@@ -90,9 +90,9 @@ class Device(Protocol[A, T, P]):
         """Collective. Start sending and receiving; return at once.
 
         Messages between the same two ranks arrive in the order in which they were given. Arrays
-        are contiguous; an empty one is skipped on both sides. A message to the rank itself is
-        allowed. What is sent may not be written, and what is received not be touched, before
-        `wait`.
+        are contiguous, but for those of messages to the rank itself, which are allowed; an empty
+        one is skipped on both sides. What is sent may not be written, and what is received not be
+        touched, before `wait`.
         """
         ...
 

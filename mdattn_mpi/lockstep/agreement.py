@@ -1,10 +1,11 @@
 """Agreement: a barrier that is also a check that all ranks are about to do the same.
 
 One all-reduce of a few 64-bit words carries everything: two that show whether all ranks hold the
-same digest, one for a pending error, two for items that are refused, one for a wish to stop, and in
-groups of up to `SLOTS` ranks one a rank for a number of its own, such as the checksum of what it
-wrote. In larger groups such numbers are gathered once all have agreed, so that the all-reduce
-doesn't grow. Only when something is wrong do the ranks exchange sentences.
+same digest, one for a pending error, two for items that are refused, one for a wish to stop, one
+for the least of a count, and in groups of up to `SLOTS` ranks one a rank for a number of its own,
+such as the checksum of what it wrote. In larger groups such numbers are gathered once all have
+agreed, so that the all-reduce doesn't grow. Only when something is wrong do the ranks exchange
+sentences.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from mdattn_mpi.lockstep.mpi import MPI
 
 MASK = (1 << 64) - 1
 ODD = 0x9E3779B97F4A7C15  # multiplication by an odd number loses nothing modulo 2⁶⁴
-# Digest and complement; ranks of an error, a refused, an unwritten item; wish to stop.
-HEAD_WORDS = 6
-SLOTS = 64  # 560 bytes with the head. To gather 64 numbers takes longer than to reduce them.
+# Digest and complement; ranks of an error, a refused, an unwritten item; wish to stop; a count.
+HEAD_WORDS = 7
+SLOTS = 256  # 2 KiB with the head: more is reduced no faster than gathered (docs/reliability.md)
 HEAD = Struct(f"={HEAD_WORDS}Q")
 WORD = Struct("=Q")
 
@@ -48,13 +49,14 @@ class Agreement(NamedTuple):
 
     ``words`` has one a rank where words were given, on the ranks that they are for, else nothing.
     ``refused`` says what is wrong with the item ahead, ``unwritten`` with the one behind, on the
-    lowest rank that found something.
+    lowest rank that found something. ``least`` is the least count that any rank gave.
     """
 
     stop: bool
     words: tuple[int, ...] = ()
     refused: ItemError | None = None
     unwritten: ItemError | None = None
+    least: int = 0
 
 
 class Ballot:
@@ -75,7 +77,14 @@ class Ballot:
         self._reduce, self.free = _reduction(comm, self._sent, received)
 
     def cast(
-        self, step: Step, failed: bool, refuses: bool, unwritten: bool, stop: bool, word: int
+        self,
+        step: Step,
+        failed: bool,
+        refuses: bool,
+        unwritten: bool,
+        stop: bool,
+        count: int,
+        word: int,
     ) -> tuple[int, ...]:
         """Collective. Give this rank's words; return the greatest that any rank gave, of each."""
         # After a millisecond of other work none of this is in the processor's caches, and what it
@@ -84,7 +93,7 @@ class Ballot:
         digest = (step.facts_digest ^ _phase_word(step.phase) ^ (step.item_index + 1) * ODD) & MASK
         HEAD.pack_into(
             self._sent, 0, digest, digest ^ MASK, number if failed else 0,
-            number if refuses else 0, number if unwritten else 0, stop,
+            number if refuses else 0, number if unwritten else 0, stop, MASK - count,
         )  # fmt: skip
         if self._slot is not None:
             WORD.pack_into(self._sent, self._slot, word)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mdattn_mpi.errors import DisagreementError, ItemError, MdattnError
 from mdattn_mpi.lockstep.agreement import HEAD_WORDS, MASK, Agreement, Ballot, Step, differences
@@ -23,6 +22,8 @@ from mdattn_mpi.problem import digest_of
 PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
 
 T = TypeVar("T")
+
+Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Group:
@@ -76,6 +77,7 @@ class Group:
         word: int | None = None,
         reader: int | None = None,
         stop: bool = False,
+        count: int = 0,
     ) -> Agreement:
         """Collective. Make sure that all ranks are about to do the same; a barrier that checks.
 
@@ -96,6 +98,8 @@ class Group:
             The rank of this group that the words are for; None stands for all.
         stop
             Whether this rank wants to stop.
+        count
+            A number below 2⁶⁴, of which all learn the least.
 
         Raises
         ------
@@ -109,9 +113,15 @@ class Group:
         """
         self._arrive(step.phase)
         cast = self._ballot.cast(
-            step, error is not None, refused is not None, unwritten is not None, stop, word or 0
+            step,
+            error is not None,
+            refused is not None,
+            unwritten is not None,
+            stop,
+            count,
+            word or 0,
         )
-        high, low, failed, refusing, lacking, stops = cast[:HEAD_WORDS]
+        high, low, failed, refusing, lacking, stops, most = cast[:HEAD_WORDS]
         if failed:
             raise self._error_of(self.size - failed, error) from error
         if high ^ low != MASK:
@@ -121,7 +131,7 @@ class Group:
             refused = self._item_error_of(self.size - refusing, refused)
         if lacking:
             unwritten = self._item_error_of(self.size - lacking, unwritten)
-        return Agreement(stops != 0, words, refused, unwritten)
+        return Agreement(stops != 0, words, refused, unwritten, MASK - most)
 
     def _arrive(self, phase: str) -> None:
         """Collective. Say that this rank waits; where there is a deadline, wait for all with it."""
@@ -191,16 +201,16 @@ class Group:
         self.control.Allgatherv([data, MPI.BYTE], [gathered, (lengths, None), MPI.BYTE])
         return [json.loads(bytes(each)) for each in np.split(gathered, lengths.cumsum()[:-1])]
 
-    def sum_in_order(self, own: NDArray[np.float64]) -> NDArray[np.float64]:
+    def sum_in_order(self, own: Floats) -> Floats:
         """Collective. Sum arrays of one shape, rank after rank: always the same last bit."""
         if self.deadline is not None:
             self._await_all("sum", self.deadline)
         gathered = np.empty((self.size, *own.shape))
         self.control.Allgather(np.ascontiguousarray(own), gathered)
-        total = gathered[0]
+        total: Floats = gathered[0]
         for part in gathered[1:]:
             total += part
-        return cast(NDArray[np.float64], total)
+        return total
 
     def node_size(self) -> int:
         """Collective. Ranks of a node, where the group is several nodes, in order; see there."""

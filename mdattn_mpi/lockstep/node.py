@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import os
 import stat
-import tempfile
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -45,7 +44,7 @@ class NodeBoard:
         self._file = self._open(f"mdattn-{os.getuid()}-{digest[:16]}")
 
     def _open(self, name: str) -> int:
-        places = (MEMORY, tempfile.gettempdir(), self.folder)
+        places = (MEMORY, os.environ.get("TMPDIR", "/tmp"), self.folder)
         _sweep(Path(MEMORY))
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         for place in places:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections.abc import Sequence
 from types import TracebackType
@@ -45,7 +44,7 @@ class World(Group):
         mine = (
             os.environ.get("SLURMD_NODENAME") or self.hostname,
             " ".join(map(str, sorted(os.sched_getaffinity(0)))),
-            secrets.randbits(63),
+            int.from_bytes(os.urandom(8), "little") >> 1,
         )
         self.nodes, allowed, numbers = zip(*self.allgather(mine), strict=True)
         self.node = self.nodes[self.rank]

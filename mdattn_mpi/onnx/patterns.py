@@ -15,6 +15,7 @@ from mdattn_mpi.onnx.graph import Links, prune
 from mdattn_mpi.onnx.lengths import Lengths
 from mdattn_mpi.onnx.masks import BLOCKED
 from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of, operator
+from mdattn_mpi.onnx.nodes import Nodes
 
 ANY = 37  # what symbols count while heads are looked for
 SCALES = ("Mul", "Div", "Cast")
@@ -170,30 +171,17 @@ def _check_dims(pattern: Pattern, shapes: Any) -> None:
 
 def _replace(model: Any, pattern: Pattern) -> None:
     """Write the attention; the keys, which come transposed, are turned back."""
-    onnx = import_onnx()
-    make = onnx.helper.make_node
     query, transposed = pattern.first.input
     name = pattern.softmax.name or pattern.softmax.output[0]
-    key, value = f"{name}_key", pattern.second.input[1]
-    nodes = [make("Transpose", [transposed], [key], name=key, perm=[0, 1, 3, 2])]
-    if pattern.scale != 1.0:
-        factor = onnx.numpy_helper.from_array(np.float32(pattern.scale), f"{name}_scale")
-        model.graph.initializer.append(factor)
-        wide, product, query_16 = f"{name}_wide", f"{name}_product", f"{name}_query"
-        nodes += [
-            make("Cast", [query], [wide], name=wide, to=onnx.TensorProto.FLOAT),
-            make("Mul", [wide, factor.name], [product], name=product),
-            make("CastLike", [product, query], [query_16], name=query_16),
-        ]
-        query = query_16
-    given = [query, key, value]
+    nodes = Nodes(f"{name}_mdattn")
+    key = nodes.add("Transpose", transposed, perm=[0, 1, 3, 2])
+    given = [nodes.scaled(query, pattern.scale), key, pattern.second.input[1]]
     if pattern.mask:
         mask = pattern.mask.tensor
-        if pattern.mask.kind == "blocked":
-            nodes.append(make("Not", [mask], [f"{name}_seen"], name=f"{name}_seen"))
-            mask = f"{name}_seen"
-        given.append(mask)
-    nodes.append(make("TRT_Attention", given, pattern.second.output, name=f"{name}_attention"))
+        given.append(nodes.add("Not", mask) if pattern.mask.kind == "blocked" else mask)
+    nodes.add("TRT_Attention", *given, output=pattern.second.output[0])
+    nodes.made[-1].name = f"{name}_attention"
+    model.graph.initializer.extend(nodes.constants)
     gone = {*pattern.first.output, *pattern.softmax.output, *pattern.second.output}
     gone.update(name for node in pattern.between for name in node.output)
     kept: list[Any] = []
@@ -201,7 +189,7 @@ def _replace(model: Any, pattern: Pattern) -> None:
         if gone.isdisjoint(node.output):
             kept.append(node)
         elif node.output[0] == pattern.second.output[0]:
-            kept += nodes
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in kept]
+            kept += nodes.made
+    copies = [import_onnx().NodeProto.FromString(node.SerializeToString()) for node in kept]
     del model.graph.node[:]
     model.graph.node.extend(copies)

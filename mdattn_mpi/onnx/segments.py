@@ -6,6 +6,7 @@ whoever drives it decides what ranks are: threads of MPI, or the generators of o
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from mdattn_mpi.onnx.model import ATTENTION, import_onnx, operator, reads
 
 OUTSIDE = frozenset((*ATTENTION, "DistCollective"))
 
+LARGE = 1 << 16  # bytes of a weight that a session gets beside its model
+MUCH = 1 << 24  # bytes of a segment's outputs, after which memory is given back
 Arrays = dict[str, Any]
 Run = Generator["Call", Any, Arrays]
 
@@ -45,15 +48,21 @@ def import_onnxruntime() -> Any:
 
 
 def open_session(model: Any, threads: int = 0) -> Any:
-    """Load a model into ONNX Runtime, on the CPU."""
+    """Load a model into ONNX Runtime, on the CPU.
+
+    Large weights are handed over beside the model, which holds them once then and not twice.
+    """
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
     options.use_deterministic_compute = True
+    # Every session has an arena of its own, and keeps in it the most that it ever needed.
+    options.enable_cpu_mem_arena = False
     # The highest level (1.32) crashes on some parts of models.
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
+        weights = _hand_over_weights(model, options, runtime)  # noqa: F841 it must live so long
         return runtime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
@@ -62,6 +71,35 @@ def open_session(model: Any, threads: int = 0) -> Any:
             f"ONNX Runtime can't load the model: {' '.join(str(error).split())}",
             fix="use another precision, or TensorRT",
         ) from error
+
+
+def _hand_over_weights(model: Any, options: Any, runtime: Any) -> list[Any]:
+    """Take large weights out of a model, as if they lay in a file, and put them into `options`.
+
+    Return them: a session copies them when it is made, and nobody else holds them until then.
+    """
+    onnx = import_onnx()
+    names, values = [], []
+    for tensor in model.graph.initializer:
+        size = len(tensor.raw_data)
+        if size < LARGE:
+            continue
+        names.append(tensor.name)
+        array = onnx.numpy_helper.to_array(tensor)
+        values.append(runtime.OrtValue.ortvalue_from_numpy(array))
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in (("location", "given"), ("offset", 0), ("length", size)):
+            tensor.external_data.add(key=key, value=str(value))
+    if names:
+        options.add_external_initializers(names, values)
+    return values
+
+
+def _give_memory_back() -> None:
+    """Return what glibc keeps of arrays that are gone: it would be more with every segment."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 class Segments:
@@ -132,6 +170,8 @@ class Segments:
                 given = {name: values[name] for name in step.inputs}
                 found = step.session.run(step.outputs, given) if step.outputs else []
                 values.update(zip(step.outputs, found, strict=True))
+                if sum(array.nbytes for array in found) >= MUCH:
+                    _give_memory_back()
             else:
                 values[step.output[0]] = yield Call(step, [values.get(name) for name in step.input])
             for name in [*values]:

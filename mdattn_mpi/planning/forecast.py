@@ -7,7 +7,6 @@ and the disk, which all ranks share.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
@@ -26,8 +25,6 @@ from mdattn_mpi.planning.schedule import (
 )
 from mdattn_mpi.problem import AnyProblem, AttentionProblem
 
-USABLE = 0.8  # of a GPU's memory; of the host's, half: the page cache needs some too
-
 # Seconds from the launcher to the first item: Python and MPI, 1.5 on two cores of an EPYC; with a
 # GPU's libraries and context 1.6 to 3.8 on two H200s (docs/performance.md), with FlashAttention's,
 # PyTorch among them, 2 to 4 more; with a model's, and its proof, 3.5 more on cores and 20 in all on
@@ -40,16 +37,6 @@ PROCESS_GPU, PROCESS_CPU = 2 << 30, 160 << 20
 STAGED = 3  # items whose input, and whose output, a GPU's rank holds in the host's memory
 
 Bound = Literal["files", "GPUs", "cores"]
-
-
-def usable_gpu_memory(nbytes: int) -> int:
-    """Bytes of a GPU's memory that arrays may take."""
-    return int(nbytes * USABLE)
-
-
-def usable_host_memory(ranks: int) -> int:
-    """Bytes of this node's memory that arrays of each of so many ranks may take."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // (2 * ranks)
 
 
 @dataclass(frozen=True)

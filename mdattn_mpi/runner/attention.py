@@ -8,7 +8,6 @@ from typing import Any, cast
 
 from mdattn_mpi.backends import Backend, HostArray, backend_name, open_backend
 from mdattn_mpi.dataset import TENSORS, AnyItem, Dataset, Item, open_dataset, scan_file
-from mdattn_mpi.devices.cuda.choice import needs_no_preparing
 from mdattn_mpi.estimate import PREPARING, typical_costs
 from mdattn_mpi.lockstep import Group, World, gather_together, together
 from mdattn_mpi.partition import partition_of
@@ -19,7 +18,6 @@ from mdattn_mpi.runner.groups import JobGroup, memory_of_a_rank, open_groups
 from mdattn_mpi.runner.job import Job, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.work import Shard, Task
-from mdattn_mpi.trt.store import sha256_of
 
 
 class Attention:
@@ -79,7 +77,7 @@ class Attention:
             "strategy": spec.strategy,
             "kernel": spec.kernel,
             "transfer": spec.transfer,  # `auto` chooses its strategy by it
-            "engine": sha256_of(Path(spec.engine).read_bytes()) if spec.engine else "",
+            "engine": _digest_of_engine(spec),
             "items": spec.items,
             "lse": str(spec.lse).lower(),
             "layout": spec.layout,
@@ -111,7 +109,7 @@ def open_attention(spec: JobSpec, world: World) -> Job:
     )
     name = backend_name(spec.backend, world)
     memory = gather_together(world, "schedule", lambda: memory_of_a_rank(name, world))
-    ready = gather_together(world, "kernels", lambda: needs_no_preparing(name, spec.kernel))
+    ready = gather_together(world, "kernels", lambda: _needs_no_preparing(name, spec.kernel))
     costs = typical_costs(name, min(memory), preparing=0.0 if all(ready) else PREPARING)
     problems = [item.problem for item in dataset.items]
     schedule = together(
@@ -136,6 +134,23 @@ def open_attention(spec: JobSpec, world: World) -> Job:
         items = [dataset.items[item] for item in schedule.queues[group.queue].items]
         plan_attention(spec, world, group, items)
     return Job(spec, world, Attention(spec, dataset), dataset, dataset.items, schedule, groups)
+
+
+def _needs_no_preparing(backend: str, kernel: str) -> bool:
+    """Whether no length of this rank's calls needs preparing."""
+    if backend != "cuda":
+        return False
+    from mdattn_mpi.devices.cuda.choice import needs_no_preparing
+
+    return needs_no_preparing(backend, kernel)
+
+
+def _digest_of_engine(spec: JobSpec) -> str:
+    if not spec.engine:
+        return ""
+    from mdattn_mpi.trt.store import sha256_of
+
+    return sha256_of(Path(spec.engine).read_bytes())
 
 
 def plan_attention(spec: JobSpec, world: World, group: JobGroup, items: Sequence[Item]) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from time import monotonic_ns, perf_counter
+from typing import TYPE_CHECKING
 
 from mdattn_mpi.backends import HostArray
 from mdattn_mpi.dataset import AnyItem, Output
 from mdattn_mpi.errors import LOGGER, ItemError, MdattnError
 from mdattn_mpi.lockstep import Deadlines, Step, TimeLimit, launcher, terminal, together
-from mdattn_mpi.lockstep.counter import SharedCounter
 from mdattn_mpi.runner.clock import PhaseClock
 from mdattn_mpi.runner.events import Events
-from mdattn_mpi.runner.folder import provenance, run_folder
+from mdattn_mpi.runner.folder import provenance, run_folder, tell_all
 from mdattn_mpi.runner.groups import JobGroup
 from mdattn_mpi.runner.job import Job, add_seconds, say
 from mdattn_mpi.runner.loop import Files, Loop
 from mdattn_mpi.runner.progress import Progress
 from mdattn_mpi.runner.work import Enqueued, Read, Task, Written
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep.counter import SharedCounter
 
 LOOK = 1.0  # seconds between two looks at what other groups have done
 
@@ -84,6 +87,8 @@ def run_groups(job: Job, batch: Batch) -> None:
     """Collective. Do the items in groups; see `run_items`."""
     world, queues = job.world, len(job.groups)
     error: MdattnError | None = None
+    from mdattn_mpi.lockstep.counter import SharedCounter
+
     with SharedCounter(world.comm, queues, meanwhile=batch.look_around) as counter:
         for group in job.groups:
             if job.stopped or error:
@@ -146,7 +151,10 @@ class Batch:
             finished=lambda task: self.finished(task, group),
             failed=lambda item, error: self.failed(item, error, group),
             note=self.events.main.append,
+            commit_every=job.spec.commit_every,
         )
+        if group.group.rank == 0:
+            tell_all()  # its items are the group's
         self.events.device_starts_at(group.executor.timings())
         loop.run(self.tasks(group, counter, loop.clock))
         self.events.device_is_at(group.executor.timings())
@@ -208,6 +216,7 @@ class Batch:
 
 def files_of(job: Job, output: Output, events: Events) -> Files:
     """What the loop reads and writes."""
+    written = ""  # the item that the next sync comes after
 
     def read(task: Task, room: Sequence[HostArray]) -> Read:
         began = monotonic_ns()
@@ -229,18 +238,24 @@ def files_of(job: Job, output: Output, events: Events) -> Files:
             if shard.here
         }
         checksum = output.write(task.item, task.writes[0].spans, named)
-        written = monotonic_ns()
-        output.sync()
         events.write += [
             ("collect", task.item.name, began, collected),
-            ("write", task.item.name, collected, written),
-            ("sync", task.item.name, written, monotonic_ns()),
+            ("write", task.item.name, collected, monotonic_ns()),
         ]
+        nonlocal written
+        written = task.item.name
         return Written(task, checksum)
 
-    def commit(task: Task, checksums: list[int]) -> None:
+    def sync() -> None:
         began = monotonic_ns()
-        output.ledger.commit(task.item, checksums, task.plan.strategy, task.tokens)
-        events.write.append(("commit", task.item.name, began, monotonic_ns()))
+        output.sync()
+        events.write.append(("sync", written, began, monotonic_ns()))
 
-    return Files(read, write, commit, output.ledger.fail)
+    def commit(finished: Sequence[tuple[Task, list[int]]]) -> None:
+        began = monotonic_ns()
+        output.ledger.commit_all(
+            (task.item, checksums, task.plan.strategy, task.tokens) for task, checksums in finished
+        )
+        events.write.append(("commit", finished[-1][0].item.name, began, monotonic_ns()))
+
+    return Files(read, write, sync, commit, output.ledger.fail)

@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mdattn_mpi.errors import LOGGER
 
@@ -40,7 +39,7 @@ SAMPLE = 5_000_000  # nanoseconds between two looks at what the device has done
 Span = tuple[str, str, int, int]  # phase, item, and nanoseconds from and to
 Note = Callable[[Span], None]  # what is called with every span that is over
 Line = dict[str, Any]
-Column = NDArray[np.int64]
+Column = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Events:

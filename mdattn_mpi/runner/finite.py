@@ -12,13 +12,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from mdattn_mpi.dataset import TENSORS, Dataset, Item
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.problem import AttentionProblem, Span
 
-Array = NDArray[Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 # Without its sign, the pattern of a number that is not finite is at least that of infinity.
 INFINITY = {np.dtype(ml_dtypes.bfloat16): 0x7F80, np.dtype(np.float16): 0x7C00}

@@ -1,4 +1,4 @@
-"""The run folder, ``OUT.h5.run/``: its lock, a log a rank, and the summary of how the job went.
+"""The run folder, ``OUT.h5.run/``: its lock, its logs, and the summary of how the job went.
 
 The watchdogs' board and the death note lie there too; these belong to lockstep.
 """
@@ -12,14 +12,13 @@ import logging
 import os
 import platform
 import shlex
-import shutil
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from mdattn_mpi.text import counted, duration, quantity
 LOCK = "lock"
 LOCK_PATIENCE = 5.0  # seconds: the job before this one may still be dying
 
+LINES_BEFORE = 200  # of what a rank kept to itself before it had something to say
 LOG_LINE = "%(asctime)s %(levelname)-7s %(message)s"
 
 PACKAGES = ("mdattn_mpi", "numpy", "h5py", "mpi4py", "ml_dtypes")
@@ -45,6 +45,46 @@ TIMES = ("read", "wait", "exchange", "compute", "merge", "write")
 def run_folder(spec: JobSpec) -> Path:
     """Logs, summary and death note live beside the output."""
     return Path(f"{spec.output}.run")
+
+
+class RankLog(logging.FileHandler):
+    """A rank's log: a file from the first warning or error on, with the lines that came before it.
+
+    A thousand ranks that do the same, and well, make no thousand files. The one that tells what is
+    done keeps its file from the start: see `tell_all`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, encoding="utf-8", errors="surrogateescape", delay=True)
+        self._before: deque[logging.LogRecord] = deque(maxlen=LINES_BEFORE)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or keep it until there is a file."""
+        self._before.append(record)
+        if self.stream is not None or record.levelno >= logging.WARNING:
+            with suppress(OSError):  # what is to be said is said on the terminal too
+                self.tell_all()
+
+    def tell_all(self) -> None:
+        """Write what was kept, and from now on every line at once."""
+        if self.stream is None:
+            self.stream = self._open()
+        while self._before:
+            super().emit(self._before.popleft())
+
+
+def tell_all() -> None:
+    """Have this rank's log written from now on, whatever there is to say.
+
+    Raises
+    ------
+    OSError
+        The file can't be made.
+
+    """
+    for handler in LOGGER.handlers:
+        if isinstance(handler, RankLog):
+            handler.tell_all()
 
 
 @contextmanager
@@ -123,6 +163,8 @@ def _remove_empty_run(spec: JobSpec, world: World, made: bool) -> None:
         _close_log()
     world.barrier()
     if made and refused:
+        import shutil
+
         shutil.rmtree(run_folder(spec), ignore_errors=True)
 
 
@@ -143,7 +185,7 @@ def use_folder(spec: JobSpec, world: World) -> None:
     path = folder.resolve() / f"rank-{world.rank:04}.log"
     if any(getattr(old, "baseFilename", "") == str(path) for old in LOGGER.handlers):
         return
-    handler = logging.FileHandler(path, encoding="utf-8", errors="surrogateescape")
+    handler = RankLog(path)
     handler.setFormatter(logging.Formatter(LOG_LINE))
     _close_log()
     LOGGER.addHandler(handler)
@@ -157,6 +199,8 @@ def use_folder(spec: JobSpec, world: World) -> None:
     LOGGER.propagate = False  # the terminal belongs to rank 0's progress
     command = shlex.join(sys.argv)
     LOGGER.info("rank %d of %d on %s: %s", world.rank, world.size, world.hostname, command)
+    if world.rank == 0:
+        tell_all()
 
 
 def _close_log() -> None:
@@ -180,6 +224,11 @@ def provenance(executor: Executor) -> dict[str, str]:
 
 def package_version(package: str) -> str:
     """Version of an installed package, or that it isn't."""
+    found: str | None = getattr(sys.modules.get(package), "__version__", None)
+    if found:
+        return found
+    from importlib.metadata import PackageNotFoundError, version  # it imports a mail parser
+
     try:
         return version(package)
     except PackageNotFoundError:
@@ -225,7 +274,9 @@ def summarize(
 ) -> dict[str, Any]:
     """Everything worth keeping of a job that came to its end; `ranks` as in `time_table`."""
     elapsed = job.seconds["items"]
-    finished = [item for item in job.todo if job.output and job.output.ledger.state(item) == "done"]
+    assert job.output is not None
+    left = set(job.output.left(job.todo))
+    finished = [item for number, item in enumerate(job.todo) if number not in left]
     return {
         "exit_code": code,
         "config": asdict(job.spec),
@@ -264,6 +315,23 @@ def closing_words(summary: Mapping[str, Any], path: Path) -> str:
     output = shlex.quote(summary["config"]["output"])
     lines.append(f"mdattn: summary in {path}; for a page: mdattn report {output}")
     return "\n".join(lines)
+
+
+def nothing_left(spec: JobSpec, before: Mapping[str, Any]) -> dict[str, Any]:
+    """Make the summary of a job that finds everything done, from that of the job that did it."""
+    nothing = {"seconds": dict.fromkeys(TIMES, 0.0), "background": {}}
+    done = before["items"]["all"]
+    return {
+        **before,
+        "config": asdict(spec),
+        "command": shlex.join(sys.argv),
+        "ended": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "seconds": dict.fromkeys(before["seconds"], 0.0),
+        "items": {"all": done, "done_before": done, "done_now": 0, "failed": []},
+        "tokens_per_second": 0.0,
+        "flops_per_second": 0.0,
+        "ranks": [{**rank, **nothing} for rank in before["ranks"]],
+    }
 
 
 def _rate(summary: Mapping[str, Any]) -> str:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.backends import Executor
 from mdattn_mpi.dataset import AnyItem
 from mdattn_mpi.devices.presence import gpu_memory
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Board, Group, World, together
-from mdattn_mpi.lockstep.counter import SharedCounter
-from mdattn_mpi.planning.forecast import usable_gpu_memory, usable_host_memory
+from mdattn_mpi.planning.memory import usable_gpu_memory, usable_host_memory
 from mdattn_mpi.planning.schedule import Schedule
 from mdattn_mpi.problem import AnyPlan, digest_of
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep.counter import SharedCounter
 
 NO_ITEM = -1
 

@@ -10,11 +10,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from mdattn_mpi.errors import RejectedError
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 MAX_JOB_FILE = 1 << 20
 
 
@@ -38,6 +33,7 @@ class JobSpec:
     threads: int = 0
     deadline: float = 0.0
     max_time: float = 0.0
+    commit_every: float = 0.0
     group_size: str = "all"
     transfer: Literal["auto", "copy", "nccl"] = "auto"
     kernel: Literal["auto", "cudnn", "flash"] = "auto"
@@ -59,7 +55,7 @@ class JobSpec:
             value, choices = getattr(self, name), get_args(hint)
             if get_origin(hint) is Literal and value not in choices:
                 raise RejectedError(f"{name} is {value!r}", fix=f"use one of {', '.join(choices)}")
-        for name in ("threads", "deadline", "max_time"):
+        for name in ("threads", "deadline", "max_time", "commit_every"):
             if getattr(self, name) < 0:
                 raise RejectedError(
                     f"{name} is {getattr(self, name)}", fix="use 0 (automatic) or more"
@@ -95,6 +91,11 @@ def load_job_file(path: str) -> dict[str, Any]:
         Not there, too large, not TOML, an unknown key, or a value of the wrong type.
 
     """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+
     try:
         raw = Path(path).read_bytes()
         if len(raw) > MAX_JOB_FILE:

@@ -8,9 +8,11 @@ about the item that was written as well as about the one that begins.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Generic, TypeVar
 
 from mdattn_mpi.backends import Executor, HostArray
@@ -25,6 +27,10 @@ from mdattn_mpi.runner.work import Begun, Enqueued, Read, Task, Written
 S = TypeVar("S", Read, Written)
 
 MEANWHILE = ("agree", "read", "begin", "enqueue", "write")  # what others may do while one agrees
+
+# Items whose outputs are so small together may be under way to the disk, but at most so many.
+SMALL_BYTES = 1 << 20
+MOST_BEHIND, LEAST_BEHIND = 16, 2
 
 
 @dataclass(frozen=True)
@@ -46,12 +52,15 @@ class Files:
     """What the loop needs from the files; every callable raises an `MdattnError`.
 
     ``read`` and ``write`` run in threads of their own; an `ItemError` of theirs lets the other
-    items go on. ``commit`` and ``fail`` are called on the group's first rank only.
+    items go on. ``sync`` makes what was written last. ``commit`` takes items that are on all ranks'
+    disks, each with the checksums of all ranks; it and ``fail`` are called on the group's first
+    rank only.
     """
 
     read: Callable[[Task, Sequence[HostArray]], Read]
     write: Callable[[Enqueued], Written]
-    commit: Callable[[Task, list[int]], None]
+    sync: Callable[[], None]
+    commit: Callable[[Sequence[tuple[Task, list[int]]]], None]
     fail: Callable[[AnyItem, str], None]
 
 
@@ -70,6 +79,7 @@ class Loop:
         finished: Callable[[Task], None],
         failed: Callable[[AnyItem, ItemError], None],
         note: Note | None = None,
+        commit_every: float = 0.0,
     ) -> None:
         self.group = group
         self.executor = executor
@@ -81,6 +91,10 @@ class Loop:
         self.every_phase = board.on_enter is not None  # faults on purpose want every phase
         self.stopped = False
         self.work = 0  # of the item in hand
+        self.commit_every = commit_every
+        self.synced = 0  # pieces that all ranks have on the disk
+        self.agreed: deque[tuple[int, Task, list[int]]] = deque()  # and not committed yet
+        self.ready: deque[tuple[Task, list[int]]] = deque()  # for the thread that commits
 
     def run(self, tasks: Iterable[Task]) -> None:
         """Collective. Compute and commit all `tasks`, or those before a stop was agreed on.
@@ -92,7 +106,9 @@ class Loop:
 
         """
         self.reads = ReadAhead(tasks, self._room, self.files.read)
-        self.writes: WriteBehind[Task, Enqueued, Written] = WriteBehind(self.files.write)
+        self.writes: WriteBehind[Task, Enqueued, Written] = WriteBehind(
+            self.files.write, self.files.sync, lag=most_behind, every=self.commit_every
+        )
         try:
             current = self._advance()
             while current is not None:
@@ -101,6 +117,7 @@ class Loop:
                 current = following
             while self.writes.under_way:
                 self._advance(drain=True)
+            self._agree(None, None, self._sync_error())  # after it, all ranks have all on the disk
             self._agree(None, None, self._ledger_error(drain=True))
             self.writes.close(wait=True)
         except BaseException:
@@ -116,12 +133,12 @@ class Loop:
 
     def _advance(self, *, drain: bool = False) -> Begun | None:
         """Agree on what was written and on what comes next: commit the one, begin the other."""
+        if self.synced > self.writes.taken + 1:  # the disk was slow: what has gathered goes first
+            self._agree(None, self._outcome("write", self.writes.oldest(synced=self.synced)))
         while True:
             ahead = self._outcome("read", None if self.stopped else next(self.reads, None))
-            behind = self._outcome("write", self.writes.oldest(drain=drain))
-            agreement = self._agree(ahead, behind, self._ledger_error())
-            if behind is not None:
-                self._finish(behind.task, agreement)
+            oldest = self.writes.oldest(synced=self.synced, drain=drain)
+            agreement = self._agree(ahead, self._outcome("write", oldest))
             if ahead is None:
                 return None  # a wish to stop that comes now finds nothing to stop
             if agreement.refused is not None:
@@ -154,25 +171,45 @@ class Loop:
             return error
         return None
 
+    def _sync_error(self) -> MdattnError | None:
+        """Have all that was written on the disk; what went wrong with it on this rank."""
+        self.clock.enter("write")
+        try:
+            self.writes.sync()
+        except Exception as error:
+            return MdattnError.wrap(error, rank=self.group.world_rank)
+        return None
+
     def _agree(
         self,
         ahead: Outcome[Read] | None,
         behind: Outcome[Written] | None,
-        error: MdattnError | None,
+        error: MdattnError | None = None,
     ) -> Agreement:
-        """Agree on the item ahead and the one behind; the barrier before and after an enqueue."""
+        """Agree on the item ahead and the one behind; the barrier before and after an enqueue.
+
+        What was agreed on before and is on all disks now is committed.
+        """
+        synced = self.writes.synced  # before the look at the ledger: a failure there may void it
+        error = error or self._ledger_error()
         shown = ahead or behind
         name, work = (shown.task.item.name, shown.task.item.problem.work) if shown else ("", 0)
         self.clock.enter("agree", name, max(self.work, work), MEANWHILE)
-        return self.group.agree(
+        agreement = self.group.agree(
             step_of(ahead.task if ahead else None, behind.task if behind else None),
             error=_failure(behind) or error or _failure(ahead),
             refused=ahead.refused if ahead else None,
             unwritten=behind.refused if behind else None,
             word=_checksum(behind) if behind else None,
             reader=0,
+            count=synced,
             stop=self.wants_to_stop(),
         )
+        self.synced = agreement.least
+        if behind is not None:
+            self._finish(behind.task, agreement)
+        self._commit()
+        return agreement
 
     def _begin(self, read: Read) -> Begun:
         task = read.task
@@ -187,13 +224,27 @@ class Loop:
         self.writes.put(task, Enqueued(task, self.executor.collect(begun.running)))
 
     def _finish(self, task: Task, agreement: Agreement) -> None:
-        """Commit an item that all ranks have written, or give it up on all."""
+        """Take an item that all ranks have written as done, or give it up on all."""
         if agreement.unwritten is not None:
             self._fail(task.item, agreement.unwritten)
             return
         if self.group.rank == 0:
-            self.writes.run(self.files.commit, task, list(agreement.words))
+            self.agreed.append((self.writes.taken, task, list(agreement.words)))
         self.finished(task)
+
+    def _commit(self) -> None:
+        """Have items committed that are on all disks, as many at once as there are by then."""
+        if not self.agreed or self.agreed[0][0] > self.synced:
+            return
+        while self.agreed and self.agreed[0][0] <= self.synced:
+            _, task, checksums = self.agreed.popleft()
+            self.ready.append((task, checksums))
+        self.writes.run(self._commit_ready)
+
+    def _commit_ready(self) -> None:
+        batch = [self.ready.popleft() for _ in range(len(self.ready))]
+        if batch:
+            self.files.commit(batch)
 
     def _fail(self, item: AnyItem, error: ItemError) -> None:
         if self.group.rank == 0:
@@ -204,6 +255,12 @@ class Loop:
 def _failure(outcome: Outcome[Any] | None) -> MdattnError | None:
     """What ends the job."""
     return outcome.error if outcome and not outcome.refused else None
+
+
+def most_behind(task: Task) -> int:
+    """How many items like this one may be under way to the disk; the same on all ranks."""
+    nbytes = sum(prod(each.tensor.shape) * each.dtype.itemsize for each in task.writes)
+    return max(LEAST_BEHIND, min(MOST_BEHIND, SMALL_BYTES // max(1, nbytes)))
 
 
 def _checksum(behind: Outcome[Written]) -> int:

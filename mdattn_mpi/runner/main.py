@@ -11,8 +11,10 @@ from typing import Any
 from mdattn_mpi.lockstep import World, board, gather_together, together
 from mdattn_mpi.lockstep.process import Process
 from mdattn_mpi.runner.batch import run_items
+from mdattn_mpi.runner.finished import finished_before, remember
 from mdattn_mpi.runner.folder import (
     closing_words,
+    nothing_left,
     rank_times,
     run_folder,
     summarize,
@@ -51,6 +53,13 @@ def run_job(make_spec: Callable[[], JobSpec], world: World) -> int:
 
 def _run(spec: JobSpec, world: World, began: float) -> int:
     launching = seconds_since_launch()
+    before = finished_before(spec, world)
+    if before is not None:
+        count = before["items"]["all"]
+        world.board.progress(count, count)
+        summary = nothing_left(spec, before)
+        together(world, "summary", lambda: conclude(spec, summary) if world.rank == 0 else None)
+        return 0
     job = open_job(spec, world)
     try:
         say(spec, world, describe_plans(job))
@@ -86,16 +95,23 @@ def close_job(job: Job) -> int:
     failed = {each["item"]: each for rank in ranks for each in rank.pop("failed")}
     code = 75 if any(stopped) else 1 if failed else 0
 
-    def conclude() -> None:
+    def close() -> None:
         summary = summarize(job, ranks, list(failed.values()), code)
-        path = write_summary(run_folder(job.spec), summary)
-        if code or not job.spec.quiet:
-            tell(closing_words(summary, path))
-        if job.spec.json:
-            show(json.dumps(summary))
+        if code == 0:
+            remember(job, summary)
+        conclude(job.spec, summary)
 
-    together(world, "summary", lambda: conclude() if world.rank == 0 else None)
+    together(world, "summary", lambda: close() if world.rank == 0 else None)
     return code
+
+
+def conclude(spec: JobSpec, summary: dict[str, Any]) -> None:
+    """Keep the summary, and tell the user."""
+    path = write_summary(run_folder(spec), summary)
+    if summary["exit_code"] or not spec.quiet:
+        tell(closing_words(summary, path))
+    if spec.json:
+        show(json.dumps(summary))
 
 
 def _report(job: Job) -> dict[str, Any]:

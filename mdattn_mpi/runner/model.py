@@ -11,13 +11,13 @@ from typing import cast
 from mdattn_mpi.backends import HostArray, StrategyBackend, open_backend
 from mdattn_mpi.dataset import AnyItem, scan_file
 from mdattn_mpi.dataset.hdf5 import File
-from mdattn_mpi.dataset.named import open_tensors, tensor_names
+from mdattn_mpi.dataset.named import longest, open_tensors, tensor_names
 from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.estimate import typical_costs
 from mdattn_mpi.lockstep import Group, World, together
 from mdattn_mpi.partition import equal_shards
 from mdattn_mpi.planning.schedule import Queue, Schedule, make_schedule
-from mdattn_mpi.problem import AnyPlan, ModelPlan, ModelProblem, TensorSpec
+from mdattn_mpi.problem import DTYPES, AnyPlan, ModelPlan, ModelProblem, TensorSpec
 from mdattn_mpi.runner.finite import first_nonfinite
 from mdattn_mpi.runner.groups import JobGroup, open_groups
 from mdattn_mpi.runner.job import Job, scan_once
@@ -25,8 +25,11 @@ from mdattn_mpi.runner.jobspec import JobSpec
 from mdattn_mpi.runner.segmented import SegmentedModel
 from mdattn_mpi.runner.work import Shard, Task
 from mdattn_mpi.trt.bindings import Binding, check_bindings, parse_bindings
+from mdattn_mpi.trt.build import BuiltEngine
 from mdattn_mpi.trt.model import Model
-from mdattn_mpi.trt.runtime import open_runtime
+from mdattn_mpi.trt.onnx_import import make_model
+from mdattn_mpi.trt.runtime import Runtime, open_runtime
+from mdattn_mpi.trt.store import Cache
 
 AnyModel = Model | SegmentedModel
 
@@ -108,18 +111,47 @@ def _sized(tensor: TensorSpec, tokens: int) -> TensorSpec:
 
 
 def open_model(spec: JobSpec, world: World) -> Job:
-    """Collective. Open engine and inputs; plan every item, or refuse before any work.
+    """Collective. Open file and model; plan every item, or refuse before any work.
 
-    The engine comes first: only it knows what is an input and what an output.
+    The items come after the model: only it knows what is an input and what an output.
     """
     cut = together(world, "schedule", lambda: _one_size(spec, world))
+    file = _open_file(spec, world)
 
     def open_one(group: Group) -> AnyModel:
-        if spec.model:
-            return _open_segmented(spec, group, world)
-        return Model(open_runtime(group), Path(spec.engine))
+        if not spec.model:
+            runtime = open_runtime(group)
+            return Model(runtime, runtime.share_file(Path(spec.engine)), spec.engine)
+        if spec.backend == "tensorrt":
+            return _build(spec, open_runtime(group), longest(file))
+        return _open_segmented(spec, group, world)
 
-    return _open(spec, world, cut, open_groups(world, cut, open_one))
+    return _open(spec, world, cut, file, open_groups(world, cut, open_one))
+
+
+def _open_file(spec: JobSpec, world: World) -> File:
+    """Collective. Open the dataset; rank 0 has looked at it for all."""
+    catalog = scan_once(
+        world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
+    )
+    return together(
+        world,
+        "dataset",
+        lambda: File(spec.data, spec.allow, select=spec.items, catalog=catalog),
+        lambda file: {"dataset": file.path, "digest": file.fingerprint, "bytes": file.size},
+    )
+
+
+def _build(spec: JobSpec, runtime: Runtime, tokens: int) -> Model:
+    """Collective. Build the engine of an ONNX model, or take it from the cache, and load it."""
+    library, sm, ranks = runtime.library, runtime.gpu.sm, runtime.group.size
+    path, dtype = Path(spec.model), DTYPES[spec.dtype]
+
+    def make() -> BuiltEngine:
+        cache = Cache.default()
+        return make_model(library, path, ranks, spec.strategy, dtype, tokens, sm, cache)
+
+    return Model(runtime, runtime.share("build engine", make), spec.model)
 
 
 def _open_segmented(spec: JobSpec, group: Group, world: World) -> SegmentedModel:
@@ -150,10 +182,10 @@ def _check_segmented(spec: JobSpec) -> None:
     wrong = next((name for name, given in others.items() if given), None)
     if wrong:
         raise RejectedError(f"{wrong} with --model {spec.model}", fix=f"leave {wrong} out")
-    if spec.backend not in ("auto", "cpu"):
+    if spec.backend == "cuda":
         raise RejectedError(
-            f"-b {spec.backend} with --model {spec.model}: its segments run on CPUs",
-            fix="leave -b out; for GPUs: mdattn shard, mdattn build, then --engine and --bind",
+            f"-b cuda with --model {spec.model}: its segments run on CPUs",
+            fix="leave -b out, or run it as a TensorRT engine: -b tensorrt",
         )
 
 
@@ -187,25 +219,16 @@ def check_options(spec: JobSpec) -> None:
 
 def _one_size(spec: JobSpec, world: World) -> Schedule:
     """Cut the world into groups of the size that was asked for; the items come later."""
-    costs = typical_costs("cpu" if spec.model else Model.name)
+    costs = typical_costs("cpu" if spec.model and spec.backend != "tensorrt" else Model.name)
     schedule = make_schedule((), world.nodes, spec.group_size, costs)
     size = world.size if spec.group_size == "all" else int(spec.group_size)
     return replace(schedule, queues=(Queue(size, ()),))
 
 
-def _open(spec: JobSpec, world: World, cut: Schedule, groups: list[JobGroup]) -> Job:
-    """Collective. Bind the engine that the groups have loaded to the file."""
+def _open(spec: JobSpec, world: World, cut: Schedule, file: File, groups: list[JobGroup]) -> Job:
+    """Collective. Bind the model that the groups have loaded to the file."""
     (group,) = groups
     model = cast(AnyModel, group.executor)
-    catalog = scan_once(
-        world, "dataset", lambda: scan_file(spec.data, spec.allow, select=spec.items)
-    )
-    file = together(
-        world,
-        "dataset",
-        lambda: File(spec.data, spec.allow, select=spec.items, catalog=catalog),
-        lambda file: {"dataset": file.path, "digest": file.fingerprint, "bytes": file.size},
-    )
     work = together(
         world,
         "bindings",

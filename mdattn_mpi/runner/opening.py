@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from mdattn_mpi.dataset import Output, create_output, open_output, scan_file
+from mdattn_mpi.dataset import Output, open_output, scan_file
 from mdattn_mpi.dataset.index import select_items
-from mdattn_mpi.dataset.writer import check_place, file_bytes
 from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
@@ -115,6 +114,8 @@ def check_output(job: Job) -> None:
     spec = job.spec
 
     def check() -> None:
+        from mdattn_mpi.dataset.writer import check_place, file_bytes
+
         if spec.overwrite or not Path(spec.output).exists():
             nbytes = file_bytes(job.items, spec.lse)
             check_place(spec.output, nbytes, overwrite=spec.overwrite)
@@ -170,6 +171,8 @@ def _made_output(job: Job) -> bytes:
     if spec.redo:
         _reopen_items(job)
     elif spec.overwrite or not Path(spec.output).exists():
+        from mdattn_mpi.dataset import create_output
+
         remove_events(run_folder(spec))
         create_output(
             spec.output,

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 W = TypeVar("W")
 R = TypeVar("R")
+
+MOST_UNSYNCED = 0.05  # seconds; pieces that are written in less share a sync
 
 
 class Background:
@@ -61,18 +63,42 @@ class ReadAhead(Background, Generic[T, R]):
 
 
 class WriteBehind(Background, Generic[T, W, R]):
-    """Run `write` on finished work, at most `lag` pieces behind the caller.
+    """Run `write` on finished work, behind the caller.
 
     What it returns comes back from `oldest`, in the order of `put`, beside the task that it was put
     for; nothing keeps the work itself once it is written.
+
+    `sync` makes what was written last. It follows a piece after which none waits to be written, or
+    comes `MOST_UNSYNCED` seconds after the one before: pieces that come faster than a disk syncs
+    share one. With ``every`` it comes just every so many seconds, and where there are none left.
+
+    Attributes
+    ----------
+    taken
+        Pieces that `oldest` has given.
+    synced
+        Pieces, the first so many, that are on the disk: all that can be written of them.
+
     """
 
-    def __init__(self, write: Callable[[W], R], lag: int = 2) -> None:
+    def __init__(
+        self,
+        write: Callable[[W], R],
+        sync: Callable[[], None] = lambda: None,
+        *,
+        lag: Callable[[T], int] = lambda _: 2,
+        every: float = 0.0,
+    ) -> None:
         super().__init__("mdattn-write")
         self._write = write
+        self._sync = sync
         self._lag = lag
+        self._every = every
         self._pending: deque[tuple[T, Future[R]]] = deque()
         self._others: deque[Future[None]] = deque()
+        self._put = self._written = self.taken = self.synced = 0
+        self._last_sync = monotonic()
+        self._lost: Exception | None = None
 
     @property
     def under_way(self) -> int:
@@ -81,17 +107,52 @@ class WriteBehind(Background, Generic[T, W, R]):
 
     def put(self, task: T, work: W) -> None:
         """Start writing `work` after all that was put before."""
-        self._pending.append((task, self.submit(self._write, work)))
+        self._put += 1
+        self._pending.append((task, self.submit(self._write_one, work)))
 
-    def oldest(self, *, drain: bool = False) -> tuple[T, Future[R]] | None:
-        """Take the oldest piece, once more than `lag` are under way (or any, to drain)."""
-        if not self._pending or (len(self._pending) <= self._lag and not drain):
+    def _write_one(self, work: W) -> R:
+        try:
+            result = self._write(work)
+        finally:
+            self._written += 1
+        waited = monotonic() - self._last_sync
+        nothing_waits = self._written == self._put and not self._every
+        if nothing_waits or waited >= (self._every or MOST_UNSYNCED):
+            self._sync_all()
+        return result
+
+    def _sync_all(self) -> None:
+        """Sync, or raise what an earlier sync did: the kernel tells of a lost page only once."""
+        if self._lost is not None:
+            raise self._lost
+        written = self._written
+        try:
+            self._sync()
+        except Exception as error:
+            self._lost = error
+            raise
+        self.synced, self._last_sync = written, monotonic()
+
+    def oldest(self, *, synced: int = 0, drain: bool = False) -> tuple[T, Future[R]] | None:
+        """Take the oldest piece, if it is among the first `synced`, or one too many is under way.
+
+        To drain, take any.
+        """
+        if not self._pending:
             return None
+        too_many = len(self._pending) > self._lag(self._pending[0][0])
+        if not (drain or too_many or self.taken < synced):
+            return None
+        self.taken += 1
         return self._pending.popleft()
 
     def run(self, function: Callable[..., None], *arguments: Any) -> None:
         """Call `function` in the writing thread too; what it raises comes from `check`."""
         self._others.append(self.submit(function, *arguments))
+
+    def sync(self) -> None:
+        """Wait until all that was put is on the disk."""
+        self.submit(self._sync_all).result()
 
     def check(self, *, drain: bool = False) -> None:
         """Raise what a call of `run` has raised; wait for all of them to drain."""

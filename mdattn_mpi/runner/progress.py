@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TextIO
 
-from tqdm import tqdm
-
 from mdattn_mpi.lockstep import Terminal
 from mdattn_mpi.problem import AnyProblem
 from mdattn_mpi.text import counted, duration, quantity, wrapped
@@ -169,6 +167,8 @@ def bar(
         facts = facts[:-1]
     text = ", ".join(facts)
     meter = "|{bar}|" if columns - len("100%||  ") - len(text) >= LEAST_METER else ""
+    from tqdm import tqdm  # it imports a mail parser: only where a bar is drawn
+
     drawn: str = tqdm.format_meter(
         count, total, 0, ncols=columns, ascii=ascii_only,
         bar_format=f"{{percentage:3.0f}}%{meter} {text}",

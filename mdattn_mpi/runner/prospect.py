@@ -27,11 +27,10 @@ from mdattn_mpi.planning.forecast import (
     STARTING,
     Hardware,
     Work,
-    usable_gpu_memory,
-    usable_host_memory,
 )
 from mdattn_mpi.planning.gpus import GPUS, Gpu, like
 from mdattn_mpi.planning.kernel_times import read_kernel_times
+from mdattn_mpi.planning.memory import usable_gpu_memory, usable_host_memory
 from mdattn_mpi.planning.schedule import ATTENTION, Measure
 from mdattn_mpi.problem import DTYPES, AttentionProblem
 from mdattn_mpi.runner.jobspec import JobSpec

@@ -57,9 +57,11 @@ def _gather_tokens(
         tokens = sum(map(token_count, owners))
         whole = device.empty((tokens, len(heads[device.rank]), *shard.shape[2:]), shard)
         wholes.append(whole)
-        packed = {some: _pack(device, shard, some) for some in dict.fromkeys(heads)}
+        others = (some for peer, some in enumerate(heads) if peer != device.rank)
+        packed = {some: _pack(device, shard, some) for some in dict.fromkeys(others)}
         for peer, some in enumerate(heads):
-            send += [(packed[some][rows.slice], peer) for rows, _ in pieces(owners[device.rank])]
+            part = shard[:, some.slice] if peer == device.rank else packed[some]
+            send += [(part[rows.slice], peer) for rows, _ in pieces(owners[device.rank])]
             receive += [(whole[run.slice], peer) for _, run in pieces(owners[peer])]
     return wholes, device.exchange(send, receive)
 
@@ -76,10 +78,13 @@ def _gather_heads(
 ) -> tuple[A, A]:
     """Collective. Turn all tokens of some heads back into some tokens of all heads."""
     own = pieces(owners[device.rank])
-    tokens = token_count(owners[device.rank])
+    tokens, count = token_count(owners[device.rank]), sum(map(len, heads))
+    out, lse = (device.empty((tokens, count, *whole.shape[2:]), whole) for whole in wholes)
     parts = [
         [device.empty((tokens, len(some), *whole.shape[2:]), whole) for whole in wholes]
-        for some in heads
+        if peer != device.rank
+        else [out[:, some.slice], lse[:, some.slice]]
+        for peer, some in enumerate(heads)
     ]
     returning = device.exchange(
         send=[
@@ -95,10 +100,9 @@ def _gather_heads(
             for rows, _ in own
         ],
     )
-    count = sum(map(len, heads))
-    out, lse = (device.empty((tokens, count, *whole.shape[2:]), whole) for whole in wholes)
     device.wait(returning)
-    for some, from_peer in zip(heads, parts, strict=True):
-        for part, shard in zip(from_peer, (out, lse), strict=True):
-            device.copy(part, shard[:, some.slice])
+    for peer, (some, from_peer) in enumerate(zip(heads, parts, strict=True)):
+        if peer != device.rank:
+            for part, shard in zip(from_peer, (out, lse), strict=True):
+                device.copy(part, shard[:, some.slice])
     return out, lse

@@ -29,7 +29,7 @@ UNPROVEN = (
 
 
 class Model(EngineExecutor):
-    """Collective. A model's engine, loaded on the ranks of one group, and tried once.
+    """Collective. A model's engine, as all ranks of a group have it; loaded, and tried once.
 
     Where the engine brings a known run (see `onnx.known`), it is held against that. Else what the
     model should give isn't known; that collectives do nothing is: then no rank's output depends on
@@ -50,14 +50,13 @@ class Model(EngineExecutor):
 
     """
 
-    def __init__(self, runtime: Runtime, path: Path) -> None:
+    def __init__(self, runtime: Runtime, built: BuiltEngine, file: str) -> None:
         super().__init__(runtime)
-        built = runtime.share_file(path)
         self.manifest = built.manifest
         if self.manifest.spec:
             raise RejectedError(
                 "this is an engine of plain attention, not of a model",
-                file=str(path),
+                file=file,
                 fix="leave --bind out",
             )
         self._engine = runtime.load(built)
@@ -66,9 +65,9 @@ class Model(EngineExecutor):
         self._given = {name: kind for name, kind in kinds.items() if kind}
         self.inputs = self._tensors(name for name in names if name not in self._given)
         self.outputs = self._tensors(self._engine.outputs)
-        self._tried = self._prove(built) if built.known else self._try_collectives()
+        self._tried = self._prove(built, file) if built.known else self._try_collectives()
 
-    def _prove(self, built: BuiltEngine) -> str:
+    def _prove(self, built: BuiltEngine, file: str) -> str:
         """Collective. Run it on inputs for which it is known what comes out; see `model_proof`."""
         group, manifest, began = self._group, self.manifest, perf_counter()
         seconds = dict(self._timings)
@@ -92,8 +91,9 @@ class Model(EngineExecutor):
             found = dict(zip(names, arrays, strict=True))
             return judge_model(known, manifest, group.rank, found)
 
-        path = Path("known")
-        known = together(group, "known", lambda: KnownRun.from_bytes(bytes(built.known), path))
+        known = together(
+            group, "known", lambda: KnownRun.from_bytes(bytes(built.known), Path(file))
+        )
         own = equal_shards(known.tokens, manifest.ranks)[group.rank]
         execution = together(group, "begin proof", begin)
         together(group, "enqueue proof", lambda: self.enqueue(execution))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.onnx.cast import has_float32_attention
 from mdattn_mpi.onnx.compare import LONGEST
 from mdattn_mpi.onnx.known import known_run
 from mdattn_mpi.onnx.model import (
@@ -20,19 +20,26 @@ from mdattn_mpi.onnx.model import (
     load_model,
     operator,
 )
-from mdattn_mpi.onnx.sharding import POSITIONS, Sharding, read_sharding
+from mdattn_mpi.onnx.segments import load_weights
+from mdattn_mpi.onnx.shard import shard_model
+from mdattn_mpi.onnx.sharding import NOTE, POSITIONS, Sharding, read_sharding
 from mdattn_mpi.partition import shard_length
-from mdattn_mpi.trt.build import BuiltEngine, Profile, build_network
+from mdattn_mpi.problem import DTypeName, StrategyName
+from mdattn_mpi.trt.build import BuiltEngine, Profile, build_network, cache_key
 from mdattn_mpi.trt.choice import check_target
 from mdattn_mpi.trt.library import SM, Library, Log, uncollected
-from mdattn_mpi.trt.store import describe, sha256_of
+from mdattn_mpi.trt.store import Cache, describe, sha256_of
 
 KNOWN_TOKENS = 16  # a rank, of a known run, where the engine takes so few
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
 
 
-def parse_model(library: Library, builder: Any, log: Log, path: Path) -> tuple[Any, Sharding]:
+def parse_model(
+    library: Library, builder: Any, log: Log, model: Any, path: Path
+) -> tuple[Any, Sharding]:
     """Parse a sharded model into a network whose attentions have the rank count they declare.
+
+    `path` tells where its external data lies.
 
     Returns
     -------
@@ -41,15 +48,13 @@ def parse_model(library: Library, builder: Any, log: Log, path: Path) -> tuple[A
     Raises
     ------
     RejectedError
-        Not ONNX, not sharded, or nothing that TensorRT's parser takes; with its words.
+        Not sharded, or nothing that TensorRT's parser takes; with its words.
 
     """
-    model = load_model(path)
     sharding = read_sharding(model, path)
     api = library.api
     network = builder.create_network(1 << int(api.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = api.OnnxParser(network, log.sink)
-    # The path tells where external data lies; the bytes are the model with its spelling mended.
     if not parser.parse(model.SerializeToString(), str(path)):
         words = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         raise RejectedError(
@@ -143,11 +148,12 @@ def profile_of(network: Any, sharding: Sharding, tokens: tuple[int, int]) -> Pro
     return profile
 
 
-@uncollected()
 def build_model(
-    library: Library, path: Path, ranks: int, tokens: tuple[int, int], sm: SM
+    library: Library, model: Any, path: Path, ranks: int, tokens: tuple[int, int], sm: SM
 ) -> BuiltEngine:
-    """Build the engine of a sharded model.
+    """Build the engine of a sharded model, and find out what it must give for known inputs.
+
+    `path` tells where its external data lies; `tokens` are the shortest and the longest sequence.
 
     Raises
     ------
@@ -155,9 +161,7 @@ def build_model(
         The model is sharded for another number of ranks; see `parse_model`, `build_network`.
 
     """
-    log = Log(library)
-    builder = library.api.Builder(log.sink)
-    network, sharding = parse_model(library, builder, log, path)
+    sharding = read_sharding(model, path)
     if sharding.ranks != ranks:
         raise RejectedError(
             f"the model is sharded for {sharding.ranks} ranks, -n says {ranks}",
@@ -165,14 +169,85 @@ def build_model(
             fix=f"use -n {sharding.ranks}, or shard the original model for {ranks}",
         )
     check_target(library, sharding.strategy, ranks, sm)
-    profile = profile_of(network, sharding, tokens)
-    engine = build_network(library, builder, network, log, sm, profile, path.name)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    model = load_model(path)
+    engine = serialize(library, model, path, tokens, sm)
     known, why = known_of(model, path, sharding, tokens)
+    digest = sha256_of(model.SerializeToString())
     manifest = describe(engine, library, sm, sharding, digest, declared_collectives(model))
     manifest = replace(manifest, known=sha256_of(known) if known else "", unproven=why)
     return BuiltEngine(engine, manifest, known=known)
+
+
+@uncollected()
+def serialize(library: Library, model: Any, path: Path, tokens: tuple[int, int], sm: SM) -> bytes:
+    """Parse a sharded model and build its engine."""
+    log = Log(library)
+    builder = library.api.Builder(log.sink)
+    network, sharding = parse_model(library, builder, log, model, path)
+    profile = profile_of(network, sharding, tokens)
+    return build_network(library, builder, network, log, sm, profile, path.name)
+
+
+def make_model(
+    library: Library,
+    path: Path,
+    ranks: int,
+    strategy: str,
+    dtype: DTypeName,
+    longest: int,
+    sm: SM,
+    cache: Cache | None,
+) -> BuiltEngine:
+    """Take the engine of a model from `cache`, or build it; shard the model first if it isn't yet.
+
+    Parameters
+    ----------
+    library, sm
+        What builds, and for which GPU.
+    path
+        The model as an exporter wrote it, or sharded.
+    ranks, strategy
+        That run it together, and how; ``auto`` gathers keys and values.
+    dtype
+        Of products and attentions that are in float32.
+    longest
+        Tokens of the longest sequence.
+    cache
+        Where engines are kept; None for nowhere.
+
+    Raises
+    ------
+    RejectedError, DeviceError
+        It can't be sharded so, or is for other ranks or another strategy; nothing was built.
+
+    """
+    model = load_model(path)
+    if any(entry.key == NOTE for entry in model.metadata_props):
+        shared_by = read_sharding(model, path).strategy
+        if strategy not in ("auto", shared_by):
+            raise RejectedError(
+                f"-s {strategy} with a model that is sharded for {shared_by}",
+                file=str(path),
+                fix=f"use -s {shared_by}, or the model as it was exported",
+            )
+    else:
+        name = cast(StrategyName, "allgather" if strategy == "auto" else strategy)
+        model = _sharded(load_weights(model, path), name, ranks, dtype)
+    digest = sha256_of(model.SerializeToString())
+    key = cache_key(library, f"{digest} {longest}", sm)
+    found = cache.get(key) if cache else None
+    if cache and found:
+        return BuiltEngine(*found, cached=True, known=cache.get_known(key, found[1]))
+    built = build_model(library, model, path, ranks, (1, longest), sm)
+    if cache:
+        cache.put(key, built.engine, built.manifest, bytes(built.known))
+    return built
+
+
+def _sharded(model: Any, strategy: StrategyName, ranks: int, dtype: DTypeName) -> Any:
+    sharded, _ = shard_model(model, strategy, ranks, {})
+    if has_float32_attention(sharded):
+        sharded, _ = shard_model(model, strategy, ranks, {}, dtype)
+    return sharded
 
 
 def known_of(

@@ -39,7 +39,7 @@ class Manifest:
     ranks: int
     axes: dict[str, int]  # see `Sharding`
     spec: dict[str, Any]  # the attention that it computes, as `EngineSpec.facts`; {} for a model
-    model: str = ""  # SHA-256 of the ONNX file that it was built from
+    model: str = ""  # SHA-256 of the sharded ONNX model that it was built from
     collectives: dict[str, int] = field(default_factory=dict)  # of the network, by operation
     known: str = ""  # SHA-256 of what a model gives for known inputs, in a file beside; see `known`
     unproven: str = ""  # why there is no such file
@@ -251,11 +251,20 @@ class Cache:
         except (OSError, RejectedError):
             return None
 
-    def put(self, key: str, engine: bytes | memoryview, manifest: Manifest) -> None:
+    def get_known(self, key: str, manifest: Manifest) -> bytes:
+        """Return the known run of an engine that is here; empty where it can't be read."""
+        try:
+            return read_known(self._path(key), manifest)
+        except RejectedError:
+            return b""
+
+    def put(
+        self, key: str, engine: bytes | memoryview, manifest: Manifest, known: bytes = b""
+    ) -> None:
         """Keep an engine. A cache that can't be written is no cache: nothing is raised."""
         with suppress(OSError, RejectedError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_engine(self._path(key), engine, manifest)
+            write_engine(self._path(key), engine, manifest, known)
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}.engine"

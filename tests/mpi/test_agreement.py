@@ -44,6 +44,7 @@ def test_all_alike_gives_everybodys_words(world: World) -> None:
                 found = group.agree(step(item), word=word, reader=reader)
                 assert found.words == (everybodys if world.rank == reader else ())
             assert group.agree(step(), word=0).words == (0,) * world.size
+            assert group.agree(step(), count=world.rank + 3).least == 3
             assert group.agree(step()).words == ()
 
 

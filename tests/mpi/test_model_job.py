@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +74,17 @@ def poison(folder: Path, number: int) -> None:
         file[f"items/item{number}/hidden"][-1, 0, 3] = np.nan
 
 
+def opened(runtime: Any, folder: Path) -> Any:
+    """Collective. Load the engine that lies in `folder`."""
+    from mdattn_mpi.trt.model import Model
+
+    path = folder / "block.engine"
+    return Model(runtime, runtime.share_file(path), str(path))
+
+
 @on_ranks(2, 3)
 def test_an_engine_whose_collectives_do_nothing_is_not_used(world: World, folder: Path) -> None:
     from mdattn_mpi.errors import DeviceError
-    from mdattn_mpi.trt.model import Model
     from tests.support.tensorrt import library
     from tests.support.tensorrt_double import DoubleRuntime
 
@@ -87,20 +95,20 @@ def test_an_engine_whose_collectives_do_nothing_is_not_used(world: World, folder
         runtime = DoubleRuntime(world, library())
         runtime.double.tape.lies = lies
         if not lies:
-            model = Model(runtime, folder / "block.engine")
+            model = opened(runtime, folder)
             assert "ranks hear of each other" in model._tried
             assert "aren't proven" in model._tried
             continue
         with pytest.raises(DeviceError, match="without its collectives") as caught:
-            Model(runtime, folder / "block.engine")
+            opened(runtime, folder)
         assert "TensorRT 11.2" in caught.value.fix
 
 
+@pytest.mark.skipif(find_spec("onnxruntime") is None, reason="the extra `fast` isn't installed")
 @on_ranks(2, 3)
 def test_a_model_is_proven_against_onnx_runtime(world: World, folder: Path) -> None:
     """What is right passes; zeros, own tokens alone, nothing and another model don't."""
     from mdattn_mpi.errors import DeviceError
-    from mdattn_mpi.trt.model import Model
     from tests.support.tensorrt import library
     from tests.support.tensorrt_double import DoubleRuntime
 
@@ -118,11 +126,40 @@ def test_a_model_is_proven_against_onnx_runtime(world: World, folder: Path) -> N
         runtime.double.tape.lies = lies
         if lies:
             with pytest.raises(DeviceError, match=told) as caught:
-                Model(runtime, folder / "block.engine")
+                opened(runtime, folder)
             assert "computes the model wrongly (allgather" in str(caught.value)
             assert "mdattn shard -s" in caught.value.fix
         else:
-            assert "proven against ONNX Runtime" in Model(runtime, folder / "block.engine")._tried
+            assert "proven against ONNX Runtime" in opened(runtime, folder)._tried
+
+
+@pytest.mark.parametrize("written", ["as exported", "sharded"])
+def test_an_onnx_file_is_built_kept_and_run(
+    written: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine of the double is the model itself; all else of `run -b tensorrt` is real."""
+    from mdattn_mpi.onnx.shard import shard_model
+    from tests.support.model_job import model
+
+    monkeypatch.setenv("MDATTN_CACHE", str(folder / "cache"))
+    whole = model() if written == "as exported" else shard_model(model(), "allgather", 2, {})[0]
+    (folder / "model.onnx").write_bytes(whole.SerializeToString())
+    first = run(folder, model="model.onnx")
+    assert first.returncode == 0, first.stderr
+    assert max(errors(folder)) < TOLERANCE
+    log = (folder / "out.h5.run/rank-0000.log").read_text()
+    there = find_spec("onnxruntime") is not None
+    assert ("proven against ONNX Runtime" if there else "aren't proven") in " ".join(log.split())
+    (kept,) = (folder / "cache").glob("**/*.engine")
+    before = kept.stat().st_mtime_ns
+    again = run(folder, "--overwrite", model="model.onnx")
+    assert again.returncode == 0, again.stderr
+    assert max(errors(folder)) < TOLERANCE
+    assert kept.stat().st_mtime_ns == before  # it came from the cache
+    if written == "sharded":
+        refused = run(folder, "--overwrite", "-s", "ulysses", model="model.onnx")
+        assert refused.returncode == 2
+        assert "sharded for allgather" in " ".join(refused.stderr.split())
 
 
 def test_every_item_is_right_and_a_finished_job_does_nothing(folder: Path) -> None:
@@ -138,7 +175,8 @@ def test_every_item_is_right_and_a_finished_job_does_nothing(folder: Path) -> No
     assert (folder / "out.h5").read_bytes() == before
     summary = json.loads((folder / "out.h5.run/summary.json").read_text())
     assert summary["items"]["done_now"] == 0
-    assert (folder / "out.h5.run/rank-0001.log").exists()
+    assert (folder / "out.h5.run/rank-0000.log").exists()
+    assert not (folder / "out.h5.run/rank-0001.log").exists()  # it has nothing to say
 
 
 def test_tokens_that_change_hands_are_noticed(folder: Path) -> None:

@@ -129,8 +129,9 @@ class LoopbackDevice(HostDevice):
         self, send: Sequence[Message[Array]], receive: Sequence[Message[Array]]
     ) -> LoopbackTransfer:
         """Start sending copies; fill with NaN what will be received."""
-        for array, _ in (*send, *receive):
-            _require(array.flags.c_contiguous, "a message isn't contiguous")
+        for array, peer in (*send, *receive):
+            whole = array.flags.c_contiguous or peer == self.rank
+            _require(whole, "a message isn't contiguous")
         transfer = LoopbackTransfer()
         self._under_way.append(transfer)
         for array, peer in receive:
@@ -257,8 +258,8 @@ def _overlaps(array: Array, posted: Sequence[Posted]) -> bool:
 
 
 def _bytes(array: Array) -> Array:
-    return array.reshape(-1).view(np.uint8)
+    return array.view(np.uint8)  # heads may be some of an array's
 
 
 def _checksum(array: Array) -> int:
-    return zlib.crc32(_bytes(array).data)
+    return zlib.crc32(np.ascontiguousarray(_bytes(array)).data)

@@ -70,11 +70,13 @@ def expected(folder: Path, number: int) -> Any:
     return evaluate(model(), hidden, HEADS, causal=True)
 
 
-def command(folder: Path, *options: str, bind: Sequence[str] = BIND) -> list[str]:
-    """Arguments for ``python`` that run the job."""
+def command(folder: Path, *options: str, bind: Sequence[str] = BIND, model: str = "") -> list[str]:
+    """Arguments for ``python`` that run the job: the engine, or an ONNX file `model`."""
     files = [str(folder / "data.h5"), "-o", str(folder / "out.h5")]
     bound = [word for each in bind for word in ("--bind", each)]
     engine = ["--engine", str(folder / "block.engine")]
+    if model:
+        engine = ["--model", str(folder / model), "-b", "tensorrt"]
     return ["-m", "tests.support.model_job", "run", *files, *engine, *bound, *options]
 
 
@@ -87,6 +89,7 @@ def main() -> int:
     def with_doubles(arguments: argparse.Namespace) -> int:
         """Only in the rank: its watchdog must not import NumPy."""
         from mdattn_mpi.runner import model as module
+        from mdattn_mpi.trt import onnx_import
         from tests.support.tensorrt import library
         from tests.support.tensorrt_double import DoubleRuntime
 
@@ -94,6 +97,7 @@ def main() -> int:
             return DoubleRuntime(group, library())
 
         module.open_runtime = open_double  # type: ignore[attr-defined]
+        onnx_import.serialize = lambda library, model, *rest: model.SerializeToString()
         return work(arguments)
 
     run._work = with_doubles

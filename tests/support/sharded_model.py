@@ -18,7 +18,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from mdattn_mpi.onnx.model import ATTENTION, RANK_COUNT, attribute_of, operator
+from mdattn_mpi.onnx.model import ATTENTION, RANK_COUNT, attribute_of, load_model, operator
 from mdattn_mpi.onnx.patterns import fuse_patterns
 from mdattn_mpi.onnx.shard import shard_model
 from mdattn_mpi.onnx.sharding import CAUSAL_KEYS, KEYS, POSITIONS, Sharding, read_sharding
@@ -259,7 +259,9 @@ class Comparison:
         path = folder / "sharded.onnx"
         path.write_bytes(self.sharded.SerializeToString())
         log = Log(library)
-        network, _ = parse_model(library, library.api.Builder(log.sink), log, path)
+        network, _ = parse_model(
+            library, library.api.Builder(log.sink), log, load_model(path), path
+        )
         collectives = {
             node.name: attribute_of(node, "collective_operation").decode().upper()
             for node in self.sharded.graph.node

@@ -113,7 +113,7 @@ ONLY: dict[str, set[str]] = {
     "h5py": {
         "dataset.scan",  # a process of its own, the only one that reads by h5py
         "dataset.source",
-        "dataset.dtypes",
+        "dataset.hdf5_types",
         "dataset.writer",
     },
     "tensorrt": {"trt"},

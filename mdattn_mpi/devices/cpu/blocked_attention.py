@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from mdattn_mpi.devices.cpu.exponential import Exponential, fastest_exp
+from mdattn_mpi.devices.cpu import exponential
+from mdattn_mpi.devices.cpu.exponential import Exponential
 from mdattn_mpi.devices.cpu.partial import Array, Floats, Partial
 from mdattn_mpi.devices.cpu.tile import Exp, Poll, Sight, Tile
 from mdattn_mpi.mask import Band, Span
@@ -38,7 +39,7 @@ class BlockedAttention:
 
     def __init__(self, threads: int, poll: Poll, exp: Exponential | None = None) -> None:
         self._poll = poll
-        self._exp = (exp or fastest_exp()).apply
+        self._exp = exp.apply if exp else exponential.exp
         self._helpers = threads - 1
         self._pool = ThreadPoolExecutor(self._helpers, "attention") if self._helpers else None
 

@@ -2,7 +2,8 @@
 
 Much of attention's time on a CPU is exp. ONNX Runtime's takes a half to a third of the time of
 NumPy's, and is used if it is installed: the extra ``fast``. `mdattn bench attention` shows what
-that gains: most with AVX2 alone, least with AVX-512 and long head dims.
+that gains: most with AVX2 alone, least with AVX-512 and long head dims. Importing it
+opens 65 files, so that waits until there are numbers enough.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from mdattn_mpi.devices.cpu.partial import Floats
 
 # An ONNX model of one node, y = Exp(x), over vectors of any length; opset 17.
 MODEL = (
@@ -28,12 +30,31 @@ class Exponential(NamedTuple):
     """Replaces contiguous float32 numbers by their exp; any number of threads may call it."""
 
     library: str
-    apply: Callable[[NDArray[np.float32]], Any]
+    apply: Callable[[Floats], Any]
 
 
 def numpy_exp() -> Exponential:
     """The one that is always there."""
     return Exponential(f"numpy {np.__version__}", lambda numbers: np.exp(numbers, out=numbers))
+
+
+def exp(numbers: Floats) -> None:
+    """Replace contiguous numbers by their exp, by the library that is faster for so many."""
+    if numbers.size < FEW:
+        np.exp(numbers, out=numbers)
+    else:
+        fastest_exp().apply(numbers)
+
+
+def prepare_exp(numbers: int) -> None:
+    """Load what is faster for so many numbers at once."""
+    if numbers >= FEW:
+        fastest_exp()
+
+
+def loaded_exp() -> Exponential:
+    """What computes exp so far: ONNX Runtime's if it was needed, else NumPy's."""
+    return fastest_exp() if fastest_exp.cache_info().currsize else numpy_exp()
 
 
 @cache
@@ -58,10 +79,7 @@ def _onnxruntime_exp() -> Exponential:
 
     bound = Bound()
 
-    def apply(numbers: NDArray[np.float32]) -> None:
-        if numbers.size < FEW:
-            np.exp(numbers, out=numbers)
-            return
+    def apply(numbers: Floats) -> None:
         place = ("cpu", 0, np.float32, [numbers.size], numbers.ctypes.data)
         bound.io.bind_input("x", *place)
         bound.io.bind_output("y", *place)

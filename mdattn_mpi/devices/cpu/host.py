@@ -10,18 +10,18 @@ from contextlib import contextmanager, suppress
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from mdattn_mpi.devices.cpu.blocked_attention import BlockedAttention
-from mdattn_mpi.devices.cpu.exponential import Exponential, fastest_exp
+from mdattn_mpi.devices.cpu.blocked_attention import TILE_ROWS, BlockedAttention
+from mdattn_mpi.devices.cpu.exponential import Exponential, loaded_exp, prepare_exp
 from mdattn_mpi.devices.cpu.partial import Partial
+from mdattn_mpi.devices.cpu.tile import BLOCK_KEYS
 from mdattn_mpi.devices.protocol import NO_ROWS, Rehearsed
 from mdattn_mpi.mask import Span
 from mdattn_mpi.partition import Block
 from mdattn_mpi.problem import AttentionProblem, Plan
 
-Array = NDArray[Any]
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class HostDownload(NamedTuple):
@@ -128,7 +128,9 @@ class HostDevice:
         return ()
 
     def prepare(self, problem: AttentionProblem, calls: Iterable[Rehearsed]) -> None:
-        """Do nothing: every call is ready."""
+        """Load what the largest block of scores will need."""
+        rows = min(problem.q_tokens * problem.group_heads, TILE_ROWS)
+        prepare_exp(rows * min(problem.kv_tokens, BLOCK_KEYS))
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """An array for `upload`, with undefined contents."""
@@ -194,7 +196,7 @@ def libraries() -> dict[str, str]:
     return {
         "numpy": np.__version__,
         "blas": " ".join(filter(None, parts)) or "unknown",
-        "exp": fastest_exp().library,
+        "exp": loaded_exp().library,
     }
 
 

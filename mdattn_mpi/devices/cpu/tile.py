@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from mdattn_mpi.devices.cpu.partial import Array, Floats, Partial
 from mdattn_mpi.mask import Span
 
-Wide = NDArray[np.floating[Any]]  # float32 or float64
+Wide = np.ndarray[Any, np.dtype[np.floating[Any]]]  # float32 or float64
 Poll = Callable[[], None]
 Exp = Callable[[Any], Any]
 
@@ -309,7 +308,7 @@ def _longest(vectors: Wide) -> np.floating[Any]:
 
 
 @lru_cache(maxsize=64)
-def _hidden(rows: int, keys: int, group: int, sight: Sight) -> NDArray[np.bool_]:
+def _hidden(rows: int, keys: int, group: int, sight: Sight) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Where a row of a strip must not look."""
     after = np.arange(keys) - np.arange(rows)[:, None] // group
     return (after < sight.low) | (after > sight.high)

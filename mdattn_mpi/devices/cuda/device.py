@@ -205,6 +205,7 @@ class CudaDevice:
         own, kept = away.pop(self._rank, []), coming.pop(self._rank, [])
         received = [array for arrays in coming.values() for array in arrays]
         sent = [array for arrays in away.values() for array in arrays]
+        assert all(array.is_contiguous for array in (*sent, *received)), "a message is contiguous"
         near_out, far_out = self._split(away)
         near_in, far_in = self._split(coming)
         copies, last = None, None

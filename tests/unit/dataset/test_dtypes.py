@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from mdattn_mpi.dataset.dtypes import NUMPY, Stored, hdf5_type, stored_as
+from mdattn_mpi.dataset.dtypes import NUMPY, Stored
+from mdattn_mpi.dataset.hdf5_types import hdf5_type, stored_as
 
 ALL_BITS = np.arange(1 << 16, dtype=np.uint16)
 

@@ -20,9 +20,9 @@ import numpy as np
 import pytest
 
 from mdattn_mpi.dataset import open_dataset, open_output, scanner
-from mdattn_mpi.dataset.dtypes import bfloat16_type
 from mdattn_mpi.dataset.foreign.open import open_foreign
 from mdattn_mpi.dataset.hdf5 import File
+from mdattn_mpi.dataset.hdf5_types import bfloat16_type
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import Span
 from tests.support.dataset_files import How, random_tensors, same_bits, write_dataset, write_tensor

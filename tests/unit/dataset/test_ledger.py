@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from mdattn_mpi.dataset import Item, Ledger, Output, create_output, open_output
+from mdattn_mpi.dataset.ledger import _done, _entry
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem, Span
 
@@ -155,3 +156,58 @@ def test_a_plain_reader_finds_the_same(output: Output) -> None:
         np.testing.assert_array_equal(file["ledger/crc32"][3, :4], [1, 2, 3, 0])
         assert file["ledger/spans"][3, 0].tolist() == [[0, 3], [9, 10]]
         assert file["ledger/ranks"][3] == 3
+
+
+def test_many_rows_at_once_are_judged_as_one_by_one() -> None:
+    """Rows as they are written, most of them with one number changed."""
+    draw = np.random.default_rng()
+    rows, width, runs = 4000, 4, 2
+    state, strategy = np.ones(rows, np.uint8), draw.integers(0, 3, rows).astype(np.uint8)
+    ranks = draw.integers(1, width + 1, rows).astype(np.uint32)
+    tokens = draw.integers(1, 9, rows)
+    crc32 = np.zeros((rows, width), np.uint32)
+    spans = np.zeros((rows, width, runs, 2), np.uint64)
+    for row in range(rows):
+        crc32[row, : ranks[row]] = draw.integers(0, 3, ranks[row])
+        cuts = np.sort(draw.integers(0, tokens[row] + 1, ranks[row] * runs - 1))
+        ends = np.array([0, *cuts, tokens[row]])
+        pairs = np.stack([ends[:-1], ends[1:]], axis=1)
+        spans[row, : ranks[row]] = draw.permutation(pairs).reshape(ranks[row], runs, 2)
+        spans[row, : ranks[row]][pairs_without_tokens(spans[row, : ranks[row]])] = tokens[row]
+    for changed in (state, strategy, ranks, crc32, spans):
+        at = draw.random(changed.shape) < 0.1 / (changed.size // rows)
+        changed[at] = draw.integers(0, 6, int(at.sum()))
+    singly = [
+        _entry(*row, reason=b"").state == "done"
+        for row in zip(tokens.tolist(), state, crc32, spans, ranks, strategy, strict=True)
+    ]
+    at_once = _done(tokens.astype(np.uint64), state, crc32, spans, ranks, strategy)
+    assert at_once.tolist() == singly
+    assert 500 < sum(singly) < rows - 500
+
+
+def pairs_without_tokens(spans: Any) -> Any:
+    return spans[..., 0] == spans[..., 1]
+
+
+def test_which_are_done_is_read_in_blocks(output: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    output.ledger.commit(output.items[2], [4, 5, 6], "ring", SHARDS)
+    output.ledger.fail(output.items[1], "once")
+    monkeypatch.setattr("mdattn_mpi.dataset.ledger.ROWS", 3)
+    assert list(output.ledger.done()) == [False, False, True, False]
+
+
+def test_items_that_are_committed_together_share_two_syncs(
+    output: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    syncs: list[list[str]] = []
+    sync = os.fdatasync
+
+    def counted(fd: int) -> None:
+        sync(fd)
+        syncs.append([entry.state for entry in fresh(output).entries()])
+
+    monkeypatch.setattr(os, "fdatasync", counted)
+    output.ledger.commit_all((item, [4, 5, 6], "ring", SHARDS) for item in output.items[1:])
+    # Checksums and spans reach the disk before the states do.
+    assert syncs == [["todo"] * 4, ["todo", "done", "done", "done"]]

@@ -25,8 +25,9 @@ from mdattn_mpi.dataset import (
     scan_file,
     scanner,
 )
-from mdattn_mpi.dataset.hdf5 import FINGERPRINT_BLOCKS, File
+from mdattn_mpi.dataset.hdf5 import File
 from mdattn_mpi.dataset.named import open_tensors, tensor_names
+from mdattn_mpi.dataset.seen import FINGERPRINT_BLOCKS
 from mdattn_mpi.errors import ItemError, RejectedError
 from mdattn_mpi.problem import ModelProblem, Span, TensorSpec
 from tests.support.dataset_files import How, random_tensors, same_bits, write_dataset

@@ -37,6 +37,7 @@ CASES = [(form, 4) for form in FORMS] + [("operator", 1), ("operator", 2)]
 @pytest.mark.parametrize(("form", "ranks"), CASES)
 def test_block(tmp_path: Path, form: str, strategy: Any, ranks: int) -> None:
     from mdattn_mpi.errors import RejectedError
+    from mdattn_mpi.onnx.model import load_model
     from mdattn_mpi.onnx.shard import shard_model
     from mdattn_mpi.trt.library import Log
     from mdattn_mpi.trt.onnx_import import attentions, parse_model
@@ -55,7 +56,7 @@ def test_block(tmp_path: Path, form: str, strategy: Any, ranks: int) -> None:
 
     found = library()
     log = Log(found)
-    network, sharding = parse_model(found, found.api.Builder(log.sink), log, path)
+    network, sharding = parse_model(found, found.api.Builder(log.sink), log, load_model(path), path)
     assert sharding.axes == {"hidden": 0, "output": 0}
     expected_ranks = ranks if strategy == "ring" else 1
     assert [a.num_ranks for a in attentions(found.api, network)] == [expected_ranks]

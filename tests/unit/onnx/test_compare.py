@@ -11,14 +11,15 @@ import pytest
 from mdattn_mpi.errors import RejectedError
 
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
-pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
-from mdattn_mpi.onnx import lengths  # noqa: E402
+from mdattn_mpi.onnx import lengths, segments  # noqa: E402
 from mdattn_mpi.onnx import ranks as in_one_process  # noqa: E402
 from mdattn_mpi.onnx.compare import compare  # noqa: E402
 from mdattn_mpi.onnx.shard import shard_model  # noqa: E402
 from mdattn_mpi.onnx.sharding import read_sharding  # noqa: E402
 from tests.support.onnx_decoder import HEADS, WIDTH, decoder, normal  # noqa: E402
+from tests.support.onnx_graph import graph, node  # noqa: E402
 
 
 def held(model: Any, ranks: int, strategy: Any = "allgather", **more: Any) -> Any:
@@ -39,6 +40,18 @@ def test_right(ranks: int, strategy: Any, window: int | None) -> None:
     controls = [each.control for each in found.tensors if each.control is not None]
     assert len(controls) == 2
     assert max(each.error for each in found.tensors) < 2e-5 < 0.05 < min(controls)
+
+
+@pytest.mark.parametrize(("ranks", "strategy"), [(3, "allgather"), (4, "ulysses")])
+def test_keys_of_two_sequences_are_counted_apart(ranks: int, strategy: Any) -> None:
+    heads = {"q_num_heads": 4, "kv_num_heads": 4}
+    nodes = [
+        node("Attention", "xxx", "a", is_causal=1, **heads),
+        node("Attention", "acc", "o", **heads),
+    ]
+    whole = graph(nodes, {"x": [1, "S", 32], "c": [1, "T", 32]}, {"o": [1, "S", 32]})
+    found = held(whole, ranks, strategy)
+    assert found.verdict == "right", found
 
 
 def fixed(tokens: int) -> Any:
@@ -103,6 +116,22 @@ def test_cast_as_people_write_it(written: Any, monkeypatch: pytest.MonkeyPatch) 
     assert onnx.TensorProto.INT8 not in kinds  # TensorRT has no such constants
     found = held(model, 2, dtype="float16")
     assert found.verdict == "right", found
+
+
+def test_weights_that_are_handed_over_beside_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stay what they were, whatever becomes of the memory that they came from."""
+    monkeypatch.setattr(segments, "LARGE", 64)
+    found = held(decoder(), 2)
+    assert found.verdict == "right", found
+    model, ids = decoder(), {"ids": np.arange(17)[None]}
+    whole = onnxruntime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    session = segments.open_session(model)
+    (words,) = (tensor for tensor in model.graph.initializer if tensor.name == "words")
+    assert not words.raw_data
+    np.ones(1 << 20).sum()  # where the weights were there may be something else now
+    assert np.allclose(session.run(None, ids)[0], whole.run(None, ids)[0], atol=1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["allgather", "ulysses"])

@@ -10,8 +10,9 @@ import pytest
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.estimate import Costs, input_bytes, output_bytes, typical_costs
-from mdattn_mpi.planning.forecast import Hardware, Work, forecast, usable_gpu_memory
+from mdattn_mpi.planning.forecast import Hardware, Work, forecast
 from mdattn_mpi.planning.gpus import GPUS, like
+from mdattn_mpi.planning.memory import usable_gpu_memory
 from mdattn_mpi.planning.schedule import ATTENTION
 from mdattn_mpi.problem import AttentionProblem
 

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
 
-from mdattn_mpi.runner.folder import TIMES, rank_times, time_table, write_summary
+from mdattn_mpi.runner.folder import (
+    LINES_BEFORE,
+    TIMES,
+    RankLog,
+    rank_times,
+    time_table,
+    write_summary,
+)
 
 
 def test_the_table_names_the_slowest_rank_of_every_phase() -> None:
@@ -36,3 +44,39 @@ def test_a_summary_is_replaced_whole(tmp_path: Path) -> None:
         path = write_summary(tmp_path, {"number": number})
     assert json.loads(path.read_text()) == {"number": 1}
     assert [each.name for each in tmp_path.iterdir()] == ["summary.json"]
+
+
+def record(level: int, text: str) -> logging.LogRecord:
+    return logging.LogRecord("mdattn_mpi", level, "", 0, text, (), None)
+
+
+def test_a_rank_that_has_nothing_to_say_makes_no_log(tmp_path: Path) -> None:
+    log = RankLog(tmp_path / "rank-0007.log")
+    for number in range(3):
+        log.handle(record(logging.INFO, f"item {number} done"))
+    assert list(tmp_path.iterdir()) == []
+    log.handle(record(logging.WARNING, "asked to stop"))
+    log.handle(record(logging.INFO, "item 3 done"))
+    log.close()
+    lines = (tmp_path / "rank-0007.log").read_text().splitlines()
+    assert lines == [
+        *(f"item {number} done" for number in range(3)),
+        "asked to stop",
+        "item 3 done",
+    ]
+
+
+def test_what_came_long_before_is_forgotten(tmp_path: Path) -> None:
+    log = RankLog(tmp_path / "rank-0007.log")
+    for number in range(2 * LINES_BEFORE):
+        log.handle(record(logging.INFO, f"item {number} done"))
+    log.handle(record(logging.ERROR, "lost"))
+    log.close()
+    lines = (tmp_path / "rank-0007.log").read_text().splitlines()
+    assert lines[0] == f"item {LINES_BEFORE + 1} done"
+    assert lines[-1] == "lost"
+
+
+def test_a_log_without_a_place_stops_nobody(tmp_path: Path) -> None:
+    log = RankLog(tmp_path / "gone" / "rank-0007.log")
+    log.handle(record(logging.ERROR, "lost"))

@@ -1,7 +1,7 @@
 """When the loop stops, and what an item that can't be read, or not be written, costs."""
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -28,12 +28,13 @@ class Alone:
         unwritten: Any,
         word: int | None,
         reader: int,
+        count: int,
         stop: bool,
     ) -> Agreement:
         if error:
             raise error
         assert reader == self.rank
-        return Agreement(stop, () if word is None else (word,), refused, unwritten)
+        return Agreement(stop, () if word is None else (word,), refused, unwritten, count)
 
 
 class Executor:
@@ -78,10 +79,14 @@ class Run:
         bad: Collection[int] = (),
         unwritten: Collection[int] = (),
         spoiled: Collection[int] = (),
+        commit_every: float = 0.0,
     ) -> None:
         agreements = itertools.count()
         self.bad, self.unwritten, self.spoiled = bad, unwritten, spoiled
         self.told: list[MdattnError] = []
+        self.written: list[int] = []
+        self.synced: list[int] = []
+        self.commits = 0
         self.committed: list[str] = []
         self.failed: list[str] = []
         self.executor = Executor()
@@ -91,6 +96,7 @@ class Run:
             Files(
                 read=self.read,
                 write=self.write,
+                sync=self.sync,
                 commit=self.commit,
                 fail=lambda item, why: self.failed.append(item.name),
             ),
@@ -99,6 +105,7 @@ class Run:
             wants_to_stop=lambda: next(agreements) >= stop_from,
             finished=lambda task: None,
             failed=lambda item, error: self.told.append(error),
+            commit_every=commit_every,
         )
         self.loop.run(items(count))
 
@@ -114,11 +121,18 @@ class Run:
             raise OutputError("disk full")
         if index in self.spoiled:
             raise ItemError("came out as NaN")
+        self.written.append(index)
         return Written(enqueued.task, 7 + index)
 
-    def commit(self, task: Task, checksums: list[int]) -> None:
-        self.committed.append(task.item.name)
-        assert checksums == [7 + task.item.index]
+    def sync(self) -> None:
+        self.synced = list(self.written)
+
+    def commit(self, finished: Sequence[tuple[Task, list[int]]]) -> None:
+        self.commits += 1
+        for task, checksums in finished:
+            assert task.item.index in self.synced
+            assert checksums == [7 + task.item.index]
+            self.committed.append(task.item.name)
 
 
 def committed(count: int, stop_from: float) -> tuple[list[str], bool]:
@@ -189,3 +203,11 @@ def test_an_item_begins_before_the_one_ahead_of_it_computes() -> None:
     assert [call for call in calls if not call.startswith("collect")] == [
         "begin 0", "begin 1", "enqueue 0", "begin 2", "enqueue 1", "enqueue 2",
     ]  # fmt: skip
+
+
+def test_items_are_committed_together_where_that_is_wanted() -> None:
+    """Whatever was computed before it stops is committed at the end."""
+    run = Run(9, commit_every=3600)
+    assert (run.committed, run.commits) == (names(9), 1)
+    run = Run(9, stop_from=7, commit_every=3600)
+    assert (run.committed, run.commits) == (names(7), 1)

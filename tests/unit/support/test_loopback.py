@@ -137,7 +137,7 @@ def of_another_shape(device: Any) -> None:
 
 
 def not_contiguous(device: Any) -> None:
-    device.exchange([(ONE[:, :1], 0)], [])
+    device.exchange([(ONE[:, :1], 1 - device.rank)], [])
 
 
 def fewer_keys_than_rows(device: Any) -> None:

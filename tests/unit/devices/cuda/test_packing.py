@@ -77,9 +77,10 @@ def test_flash_takes_documents_in_few_calls(strategy: StrategyName) -> None:
     for made in calls_made(PROBLEM, "flash", strategy):
         assert len(made) <= 3  # one that a border cuts has another number of keys
         assert any(len(call.documents[0]) > 3 for call in made)
-    for made in calls_made(PROBLEM, "cudnn", strategy):
-        assert len(made) >= 4  # of distinct lengths
-        assert {call.documents for call in made} == {ONE}
+    for kernel in ("cudnn", "auto"):
+        for made in calls_made(PROBLEM, kernel, strategy):
+            assert len(made) >= 4  # of distinct lengths
+            assert {call.documents for call in made} == {ONE}
 
 
 @pytest.mark.parametrize("window", [(-1, -1), (2, 0), (2, 1)])
