@@ -60,10 +60,11 @@ def test_groups_of_one_size_end_together(groups: int, size: int) -> None:
         problems = long_tailed(1000, 0.5, seed)
         schedule = make_schedule(problems, cluster(groups * size), size, GPU)
         expected = expected_seconds(problems, groups * size, GPU)
-        longest = max(expected(item, size) for item in range(1000))
-        fair = sum(expected(item, size) for item in range(1000)) / groups
-        assert longest < fair, "this draw could not be balanced by anybody"
-        assert lateness(schedule, problems, 0.1, seed) <= 1.04
+        seconds = [expected(item, size) for item in range(1000)]
+        fair = sum(seconds) / groups
+        assert max(seconds) < fair, "this draw could not be balanced by anybody"
+        # Where even the shortest item is longer than 3 % of a share, as far apart as that one is.
+        assert lateness(schedule, problems, 0.1, seed) <= 1 + max(0.03, min(seconds) / fair)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8, 16, 24, 32, 48, 64])
@@ -72,7 +73,7 @@ def test_auto_ends_together_however_long_the_tail(ranks: int, sigma: float) -> N
     for seed in range(3):
         problems = long_tailed(1000, sigma, seed)
         schedule = make_schedule(problems, cluster(ranks), "auto", GPU)
-        assert lateness(schedule, problems, 0.1, seed) <= 1.04
+        assert lateness(schedule, problems, 0.1, seed) <= 1.03
 
 
 def test_auto_gives_long_items_many_ranks_and_short_ones_few() -> None:
