@@ -196,9 +196,10 @@ class Group:
         if self.deadline is not None:
             self._await_all("allgather", self.deadline)
         data, lengths = json.dumps(own, default=str).encode(), np.empty(self.size, np.int64)
-        self.control.Allgather(np.array([len(data)], np.int64), lengths)
-        gathered = np.empty(lengths.sum(), np.uint8)
-        self.control.Allgatherv([data, MPI.BYTE], [gathered, (lengths, None), MPI.BYTE])
+        with self.board.waiting():
+            self.control.Allgather(np.array([len(data)], np.int64), lengths)
+            gathered = np.empty(lengths.sum(), np.uint8)
+            self.control.Allgatherv([data, MPI.BYTE], [gathered, (lengths, None), MPI.BYTE])
         return [json.loads(bytes(each)) for each in np.split(gathered, lengths.cumsum()[:-1])]
 
     def sum_in_order(self, own: Floats) -> Floats:
@@ -206,7 +207,8 @@ class Group:
         if self.deadline is not None:
             self._await_all("sum", self.deadline)
         gathered = np.empty((self.size, *own.shape))
-        self.control.Allgather(np.ascontiguousarray(own), gathered)
+        with self.board.waiting():
+            self.control.Allgather(np.ascontiguousarray(own), gathered)
         total: Floats = gathered[0]
         for part in gathered[1:]:
             total += part
