@@ -18,7 +18,7 @@ from tests.support.complaint import complaint
 from tests.support.finished import finished
 
 ROOT = Path(__file__).parents[2]
-GPUS = ["--nodes", "1", "--gpus-per-node", "4"]
+GPUS = ["--nodes", "1", "--gpus-per-node", "4", "--kernel", "cudnn"]
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,11 @@ def reason_elsewhere(command: str) -> str:
     return next(found, "")
 
 
+def text_of(document: str) -> str:
+    """The text of one of `DOCUMENTS`."""
+    return (ROOT / document).read_text("utf-8")
+
+
 def run(command: str, folder: Path) -> str:
     """Run one command; what it printed.
 
@@ -87,9 +92,9 @@ def run(command: str, folder: Path) -> str:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("document", DOCUMENTS)
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if commands(text_of(name))])
 def test_commands_of(document, tmp_path, record_property):
-    found = commands((ROOT / document).read_text("utf-8"))
+    found = commands(text_of(document))
     here = [command for command in found if not reason_elsewhere(command)]
     for command in found:
         if reason := reason_elsewhere(command):
@@ -99,7 +104,7 @@ def test_commands_of(document, tmp_path, record_property):
         pytest.skip(f"none of its {len(found)} commands can run here")
     shutil.copytree(ROOT / "data", tmp_path / "data")
     lacking = [command for command in found if "needs the extra" in reason_elsewhere(command)]
-    for name, program in PROGRAM.findall((ROOT / document).read_text("utf-8")):
+    for name, program in PROGRAM.findall(text_of(document)):
         assert any(name in command for command in (*here, *lacking)), f"nothing runs {name}"
         (tmp_path / name).write_text(program)
     for command in here:
@@ -148,5 +153,5 @@ def test_a_command_that_fails_is_reported_with_what_it_printed(tmp_path):
 
 @pytest.mark.parametrize("document", ["README.md", "docs/library.md", "docs/tutorial.md"])
 def test_every_program_that_people_copy_is_run(document):
-    text = (ROOT / document).read_text("utf-8")
+    text = text_of(document)
     assert len(PROGRAM.findall(text)) == text.count("```python") > 0
