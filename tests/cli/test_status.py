@@ -17,6 +17,7 @@ from mdattn_mpi.lockstep import Board
 from mdattn_mpi.lockstep.board import BoardFile
 from mdattn_mpi.lockstep.record import ENDED, PAGE
 from mdattn_mpi.problem import AttentionProblem
+from mdattn_mpi.runner.loop import MOST_BEHIND
 from tests.support.finished import finished
 from tests.support.mpirun import kill_all, mark_of, mpirun, start
 
@@ -48,10 +49,12 @@ def test_a_job_from_its_middle_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = tmp_path / "data.h5", tmp_path / "out.h5"
-    assert main(["make-data", str(data), "--items", "8", "--length", "50", "--head-dim", "16"]) == 0
+    shape = ["--length", "50", "--head-dim", "16"]
+    assert main(["make-data", str(data), "--items", "24", *shape]) == 0
     capsys.readouterr()
     command = ["-m", "mdattn_mpi", "run", str(data), "-o", str(out), "-b", "cpu"]
-    process = start(2, [*command, "--chaos", "sleep@enqueue:item5:1"])
+    assert MOST_BEHIND + 3 < 20  # by then an item is done, however slow the disk is
+    process = start(2, [*command, "--chaos", "sleep@enqueue:item20:1"])
     try:
         end = time.monotonic() + 60
         facts: dict[str, Any] = {}
@@ -60,25 +63,25 @@ def test_a_job_from_its_middle_to_its_end(
         while time.monotonic() < end:
             facts = status(out, capsys)
             phases = [(rank["phase"], rank["item"]) for rank in facts["ranks"]]
-            if len(phases) == 2 and phases[1] == ("enqueue", "item5") and facts["items_per_second"]:
+            if phases[1:] == [("enqueue", "item20")] and facts["items_per_second"]:
                 break  # rank 0's page may come later than what it has written
             time.sleep(0.1)
         assert facts["state"] == "running", facts
-        assert facts["items"]["todo"] + facts["items"]["done"] == 8
+        assert facts["items"]["todo"] + facts["items"]["done"] == 24
         assert facts["items"]["failed"] == 0
         assert facts["items_per_second"] > 0
         assert facts["seconds_left"] > 0
         assert facts["death_note"] is None
         assert facts["ranks"][0]["host"] == os.uname().nodename
         assert main(["status", str(out)]) == 0
-        assert "rank 1: enqueue 'item5' for" in capsys.readouterr().out
+        assert "rank 1: enqueue 'item20' for" in capsys.readouterr().out
         os.kill(facts["ranks"][1]["pid"], signal.SIGKILL)
         process.communicate(timeout=60)
     finally:
         kill_all(mark_of(process))
     facts = status(out, capsys)
     assert facts["state"] == "lost a rank"
-    assert (facts["death_note"]["rank"], facts["death_note"]["item"]) == (1, "item5")
+    assert (facts["death_note"]["rank"], facts["death_note"]["item"]) == (1, "item20")
     assert main(["status", str(out)]) == 0
     assert "killed by signal 9" in capsys.readouterr().out
     assert f"mpirun -n 2 python -m mdattn_mpi run {data} -o {out} -b cpu\n" in said(capsys, out)

@@ -130,7 +130,7 @@ def test_a_lost_rank(screen: Screen, library: Library, tmp_path: Path) -> None:
     """What is said of it isn't torn by the bar, nor by a stop that nobody asked for."""
     if library.program:
         pytest.skip("one MPI is enough")
-    job = Watched(library, screen, tmp_path, "sleep@enqueue:item5:1")
+    job = Watched(library, screen, tmp_path)
     try:
         job.until(lambda lines: has_bar(lines) and "ETA" in lines[-1])
         record = BoardFile(f"{tmp_path}/out.h5.run").records()[1]

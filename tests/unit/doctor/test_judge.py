@@ -34,6 +34,7 @@ def ranks(tmp_path: Path) -> list[dict[str, Any]]:
     facts["limits"] = {"memlock": -1, "nofile": 1 << 16, "stack": 8 << 20}
     facts["shm"] = {"size": 1 << 40, "free": 1 << 40}
     facts["nccl"] = []
+    facts["sessions"] = []
     facts["gpus"] = {"count": -1, "visible": None, "nodes": 0}
     return [
         {**copy.deepcopy(facts), "node": host, "local_rank": rank % 2, "local_size": 2}
