@@ -41,9 +41,7 @@ LIBRARIES = {
 class Watched:
     """A job in front of a terminal."""
 
-    def __init__(
-        self, library: Library, screen: Screen, folder: Path, chaos: str = "slow@enqueue::1"
-    ) -> None:
+    def __init__(self, library: Library, screen: Screen, folder: Path) -> None:
         data = folder / "data.h5"
         made = "--items 8 --length 40 --q-heads 2 --kv-heads 1 --head-dim 16"
         assert main(["make-data", str(data), *made.split()]) == 0
@@ -52,7 +50,7 @@ class Watched:
             2,
             [
                 *("-m", "mdattn_mpi", "run", str(data), "-o", str(folder / "out.h5")),
-                *("-b", "cpu", "--threads", "1", "--chaos", chaos),
+                *("-b", "cpu", "--threads", "1", "--chaos", "slow@enqueue::1"),
             ],
             program=library.program,
             env={"TERM": "xterm", **library.env},
