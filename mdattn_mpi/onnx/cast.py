@@ -12,13 +12,13 @@ import numpy as np
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import at_lengths
-from mdattn_mpi.onnx.graph import prune
-from mdattn_mpi.onnx.lengths import Lengths
+from mdattn_mpi.onnx.graph import prune, set_nodes
+from mdattn_mpi.onnx.lengths import ANY, Lengths
 from mdattn_mpi.onnx.model import ATTENTION, all_nodes, import_onnx, operator, subgraphs
 from mdattn_mpi.problem import DTypeName
 
 NARROW = frozenset(("MatMul", "Gemm", *ATTENTION))
-PROBES = (1, 37)  # what symbols count while types are looked up: a batch may be 1 already
+PROBES = (1, ANY)  # what symbols count while types are looked up: a batch may be 1 already
 
 
 def types_of(model: Any) -> dict[str, int]:
@@ -50,22 +50,20 @@ def cast_products(model: Any, dtype: DTypeName) -> int:
     return _Caster(model, dtype).run()
 
 
-def in_float32(model: Any) -> Any:
-    """Copy a model, whose weights are in it, with everything that is in 16 bits in float32."""
+def widen(model: Any) -> None:
+    """Turn everything that is in 16 bits into float32, in place; weights are in the model."""
     onnx = import_onnx()
     wide, narrow = onnx.TensorProto.FLOAT, (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
-    copied = onnx.ModelProto()
-    copied.CopyFrom(model)
 
-    def widen(tensor: Any) -> None:
+    def widen_values(tensor: Any) -> None:
         if tensor.data_type in narrow:
             values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
 
-    graphs = [copied.graph, *(g for n in all_nodes(copied.graph) for _, g in subgraphs(n))]
+    graphs = [model.graph, *(g for n in all_nodes(model.graph) for _, g in subgraphs(n))]
     for graph in graphs:
         for tensor in graph.initializer:
-            widen(tensor)
+            widen_values(tensor)
         for value in (*graph.input, *graph.output, *graph.value_info):
             if value.type.tensor_type.elem_type in narrow:
                 value.type.tensor_type.elem_type = wide
@@ -73,8 +71,7 @@ def in_float32(model: Any) -> Any:
             if attribute.name in ("to", "dtype") and attribute.i in narrow:
                 attribute.i = wide
             if attribute.HasField("t"):
-                widen(attribute.t)
-    return copied
+                widen_values(attribute.t)
 
 
 class _Caster:
@@ -99,9 +96,7 @@ class _Caster:
             if numbers:
                 count += 1
                 self._widen(node, nodes)
-        copies = [self.onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self.graph.node[:]
-        self.graph.node.extend(copies)
+        set_nodes(self.graph, nodes)
         prune(self.graph)
         return count
 

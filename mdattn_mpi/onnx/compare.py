@@ -19,6 +19,7 @@ from mdattn_mpi.onnx.graph import Links
 from mdattn_mpi.onnx.model import (
     ATTENTION,
     INNER_HEADS,
+    copied,
     graph_inputs,
     import_onnx,
     labels_of,
@@ -108,7 +109,7 @@ def compare(
         ONNX Runtime is missing, or can't run one of the two.
 
     """
-    whole, sharded = (load_weights(_copied(each), path) for each in (model, sharded))
+    whole, sharded = (load_weights(copied(each), path) for each in (model, sharded))
     tokens = tokens or check_length(whole, sharded, sharding)
     inputs = random_inputs(whole, sharding, tokens, seed)
     outputs = [value.name for value in whole.graph.output]
@@ -197,12 +198,6 @@ def _fixed_length(whole: Any, sharding: Sharding) -> int | None:
         if (axis := sharding.axes.get(value.name)) is not None
     ]
     return next((dim for dim in dims if isinstance(dim, int)), None)
-
-
-def _copied(model: Any) -> Any:
-    copied = import_onnx().ModelProto()
-    copied.CopyFrom(model)
-    return copied
 
 
 def _run_whole(model: Any, inputs: Mapping[str, Any], wanted: Sequence[str]) -> Arrays:

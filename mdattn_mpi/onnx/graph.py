@@ -194,16 +194,12 @@ class Writer:
                 if id(each) not in seen:
                     seen.add(id(each))
                     nodes.append(each)
-        nodes = [
-            onnx.NodeProto.FromString(node.SerializeToString()) for node in (*self._first, *nodes)
-        ]
         tensors = [onnx.numpy_helper.from_array(v, n) for n, v in self._constants.items()]
         for name, symbol in self.position_inputs.items():
             value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.INT64, [symbol])
             graph.input.append(value)
         graph.initializer.extend(tensors)
-        del graph.node[:]
-        graph.node.extend(nodes)
+        set_nodes(graph, (*self._first, *nodes))
         for name in inputs:
             (value,) = (each for each in graph.input if each.name == name)
             graph.input.remove(value)
@@ -254,6 +250,13 @@ class Writer:
         return name
 
 
+def set_nodes(graph: Any, nodes: Iterable[Any]) -> None:
+    """Let a graph have `nodes` and no others; some may be its own, which protobuf would drop."""
+    copies = [import_onnx().NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
 def prune(graph: Any) -> None:
     """Drop the nodes that no output needs, and the constants that no node reads."""
     needed = {value.name for value in graph.output}
@@ -262,8 +265,6 @@ def prune(graph: Any) -> None:
         if needed.intersection(node.output):
             kept.append(node)
             needed.update(reads(node))
-    copies = [import_onnx().NodeProto.FromString(node.SerializeToString()) for node in kept]
-    del graph.node[:]
-    graph.node.extend(reversed(copies))
+    set_nodes(graph, reversed(kept))
     for tensor in [each for each in graph.initializer if each.name not in needed]:
         graph.initializer.remove(tensor)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.cast import in_float32
+from mdattn_mpi.onnx.cast import widen
+from mdattn_mpi.onnx.model import copied
 from mdattn_mpi.onnx.ranks import random_inputs, run_ranks
 from mdattn_mpi.onnx.segments import Arrays, load_weights
 from mdattn_mpi.onnx.sharding import Sharding
@@ -88,15 +89,12 @@ def known_run(model: Any, path: Path, sharding: Sharding, tokens: int, seed: int
     """
     drawn = random_inputs(model, sharding, tokens, seed)
     inputs = {name: _wide(array) for name, array in drawn.items()}
-    wide = in_float32(load_weights(_copied(model), path))
+    wide = load_weights(copied(model), path)
+    widen(wide)
     found = run_ranks(wide, sharding, inputs, tokens)
     outputs, alone = (_joined(each, sharding, tokens) for each in found)
     own = {name: array for name, array in inputs.items() if sharding.given_by_rank(name) is None}
     return KnownRun(tokens, own, outputs, alone)
-
-
-def _copied(model: Any) -> Any:
-    return type(model).FromString(model.SerializeToString())
 
 
 def _wide(array: Any) -> Any:

@@ -30,6 +30,7 @@ from mdattn_mpi.onnx.model import (
     subgraphs,
 )
 
+ANY = 37  # what symbols count where any number will do
 LARGEST = 1 << 22  # elements of a constant that is looked into
 WEIGHTS = 1 << 18  # elements of one of floats; larger ones are weights
 SHAPE_LIKE = 1 << 10  # elements of a value that shape inference is told

@@ -211,6 +211,13 @@ def constant_of(graph: Any, name: str) -> Any:
     return None
 
 
+def copied(model: Any) -> Any:
+    """Copy a model."""
+    found = import_onnx().ModelProto()
+    found.CopyFrom(model)
+    return found
+
+
 def save_model(model: Any, source: Path, target: Path) -> None:
     """Write `model`, which was read from `source`, whole or not at all.
 

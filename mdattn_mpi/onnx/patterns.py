@@ -11,13 +11,12 @@ import numpy as np
 
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.onnx.axes import at_lengths
-from mdattn_mpi.onnx.graph import Links, prune
-from mdattn_mpi.onnx.lengths import Lengths
+from mdattn_mpi.onnx.graph import Links, prune, set_nodes
+from mdattn_mpi.onnx.lengths import ANY, Lengths
 from mdattn_mpi.onnx.masks import BLOCKED
-from mdattn_mpi.onnx.model import attribute_of, constant_of, import_onnx, name_of, operator
+from mdattn_mpi.onnx.model import attribute_of, constant_of, name_of, operator
 from mdattn_mpi.onnx.nodes import Nodes
 
-ANY = 37  # what symbols count while heads are looked for
 SCALES = ("Mul", "Div", "Cast")
 
 
@@ -190,6 +189,4 @@ def _replace(model: Any, pattern: Pattern) -> None:
             kept.append(node)
         elif node.output[0] == pattern.second.output[0]:
             kept += nodes.made
-    copies = [import_onnx().NodeProto.FromString(node.SerializeToString()) for node in kept]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
+    set_nodes(model.graph, kept)

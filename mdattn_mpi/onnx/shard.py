@@ -16,6 +16,7 @@ from mdattn_mpi.onnx.model import (
     ATTENTION,
     STANDARD,
     all_nodes,
+    copied,
     graph_inputs,
     import_onnx,
     name_of,
@@ -66,12 +67,12 @@ def shard_model(
 
     """
     if ranks > 1:
-        prepared = prepare(_copied(model), named_axes, dtype)
+        prepared = prepare(copied(model), named_axes, dtype)
         sharded, tokens, done = prepared.model, prepared.tokens, prepared.done
         done += _share(sharded, tokens, strategy, ranks)
     else:
         _check_opset(model)
-        sharded = _copied(model)
+        sharded = copied(model)
         attentions = _attentions(sharded)
         tokens = _trace(sharded, token_dims(sharded, attentions, named_axes))
         done = ["one rank has all tokens; the model is left as it is"]
@@ -177,12 +178,6 @@ def outer_places(model: Any, tokens: Tokens) -> dict[str, TokenDim]:
         for value in (*graph_inputs(model), *model.graph.output)
         if not value.name.startswith(POSITIONS) and (place := tokens.place(value.name))
     }
-
-
-def _copied(model: Any) -> Any:
-    copied = import_onnx().ModelProto()
-    copied.CopyFrom(model)
-    return copied
 
 
 def _attentions(model: Any) -> list[Any]:

@@ -13,12 +13,10 @@ from mdattn_mpi.onnx.axes import at_lengths
 from mdattn_mpi.onnx.contrib import attention, layers
 from mdattn_mpi.onnx.contrib.call import Call
 from mdattn_mpi.onnx.contrib.rotary import rotary
-from mdattn_mpi.onnx.graph import prune
-from mdattn_mpi.onnx.lengths import Lengths
-from mdattn_mpi.onnx.model import STANDARD, import_onnx, operator, reads
+from mdattn_mpi.onnx.graph import prune, set_nodes
+from mdattn_mpi.onnx.lengths import ANY, Lengths
+from mdattn_mpi.onnx.model import STANDARD, operator, reads
 from mdattn_mpi.onnx.nodes import Nodes
-
-ANY = 37  # what symbols count while shapes are looked up
 
 Rule = tuple[Callable[[Call], None], str]  # what writes a node out; the names of its inputs
 
@@ -91,9 +89,7 @@ def write_out(model: Any) -> list[str]:
         for each in made:
             shapes.run(each)
         nodes += made
-    copies = [import_onnx().NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
+    set_nodes(model.graph, nodes)
     prune(model.graph)
     count = sum(kind in RULES for kind in kinds)
     names = ", ".join(kind.removeprefix("com.microsoft::") for kind in found)
