@@ -17,6 +17,7 @@ import numpy as np
 from mdattn_mpi.errors import DeviceError
 from mdattn_mpi.onnx.known import KnownRun
 from mdattn_mpi.partition import equal_shards
+from mdattn_mpi.trt.proof import no_answer
 from mdattn_mpi.trt.store import Manifest
 
 TOLERANCE = 5e-2  # what 16 bits may make of a deep model
@@ -63,12 +64,8 @@ def _distance(truth: Any, found: Any) -> float:
 
 def _name(found: Any, alone: Any) -> str:
     """Say in words what came out instead of the right thing."""
-    if np.isnan(found).all():
-        return "NaN in every row, as if nothing was written"
-    if not np.isfinite(found).all():
-        return "numbers that aren't finite"
-    if not found.any():
-        return "zeros"
+    if plain := no_answer(found):
+        return plain
     if _distance(alone, found) <= TOLERANCE:
         return "what its own tokens alone would make"
     return "other numbers"

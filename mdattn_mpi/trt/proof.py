@@ -227,14 +227,19 @@ def _attend(query: Array, key: Array, value: Array, seen: Array, scale: float) -
     return found
 
 
-def _name(item: KnownItem, rank: int, truth: Reference, found: Array) -> str:
-    """Say in words what came out instead of the right thing."""
+def no_answer(found: Array) -> str:
+    """Say in words why numbers are no answer to anything; empty where they may be one."""
     if np.isnan(found).all():
         return "NaN in every row, as if nothing was written"
     if not np.isfinite(found).all():
         return "numbers that aren't finite"
-    if not found.any():
-        return "zeros"
+    return "" if found.any() else "zeros"
+
+
+def _name(item: KnownItem, rank: int, truth: Reference, found: Array) -> str:
+    """Say in words what came out instead of the right thing."""
+    if plain := no_answer(found):
+        return plain
     for what, guess in _guesses(item, rank):
         if _distance(item.problem, replace(truth, output=guess), found) <= 1:
             return what
