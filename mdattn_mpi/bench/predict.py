@@ -23,12 +23,13 @@ from mdattn_mpi.bench.options import add_shapes, numbers, problems
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.files import write_whole
 from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
-from mdattn_mpi.problem import FLAT_STRATEGIES, AttentionProblem, Plan
+from mdattn_mpi.problem import FLAT_STRATEGIES, AttentionProblem, Plan, StrategyName
 
 if TYPE_CHECKING:
     from mdattn_mpi.bench.timeline import Call, Timings
     from mdattn_mpi.lockstep import World
 
+LABELS = ("S", "N", "mask", "P", "strategy", "ms")
 STREAM = 8  # items of a batch
 NAMES = ("bandwidth", "latency", "memory", "merge", "launch", "host")  # in the file
 
@@ -70,6 +71,23 @@ def measure(world: World, arguments: argparse.Namespace) -> None:
         report({"rows": rows}, list(_table(rows)), {}, as_json=arguments.json)
 
 
+def labels(problem: AttentionProblem, ranks: int, strategy: StrategyName) -> dict[str, Any]:
+    """Say what a row is about."""
+    return {
+        "tokens": problem.q_tokens,
+        "heads": f"{problem.q_heads}/{problem.kv_heads}",
+        "mask": "full" if problem.causal == "none" else "causal",
+        "ranks": ranks,
+        "strategy": strategy,
+    }
+
+
+def labelled(row: Mapping[str, Any]) -> list[str]:
+    """The first cells of a row: what it is about, and its milliseconds; see `LABELS`."""
+    about = (str(row[name]) for name in ("tokens", "heads", "mask", "ranks", "strategy"))
+    return [*about, f"{row['seconds'] * 1e3:.3f}"]
+
+
 def _alone(plan: Plan) -> Plan:
     return Plan(plan.problem, "ring", 1)
 
@@ -85,13 +103,8 @@ def _predict(plan: Plan, timings: Timings) -> dict[str, Any]:
     host = host_seconds(single, timings)
     each = max((all_of_them - one) / (STREAM - 1), host)
     one = max(one, host)
-    problem = plan.problem
     return {
-        "tokens": problem.q_tokens,
-        "heads": f"{problem.q_heads}/{problem.kv_heads}",
-        "mask": "full" if problem.causal == "none" else "causal",
-        "ranks": plan.ranks,
-        "strategy": plan.strategy,
+        **labels(plan.problem, plan.ranks, plan.strategy),
         "alone_seconds": alone,
         "seconds": one,
         "host_seconds": host,
@@ -137,7 +150,7 @@ def _rows_of(ranks: int, result: dict[str, Any]) -> Iterator[tuple[Plan, dict[st
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
     compared = any("measured_seconds" in row for row in rows)
     yield [
-        *("S", "N", "mask", "P", "strategy", "ms", "host", "share", "in a batch"),
+        *(*LABELS, "host", "share", "in a batch"),
         *(("measured", "predicted / it", "in a batch") if compared else ()),
     ]
     for row in rows:
@@ -146,12 +159,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
 
 def _predicted(row: Mapping[str, Any]) -> list[str]:
     return [
-        str(row["tokens"]),
-        row["heads"],
-        row["mask"],
-        str(row["ranks"]),
-        row["strategy"],
-        f"{row['seconds'] * 1e3:.3f}",
+        *labelled(row),
         f"{row['host_seconds'] * 1e3:.3f}",
         f"{row['share']:.3f}",
         f"{row['batch_share']:.3f}",

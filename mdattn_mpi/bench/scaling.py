@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.bench.measure import report
 from mdattn_mpi.bench.options import add_shapes, numbers, problems
+from mdattn_mpi.bench.predict import LABELS, labelled, labels
 from mdattn_mpi.errors import RejectedError
 
 if TYPE_CHECKING:
@@ -75,11 +76,7 @@ def _predict(problem: AttentionProblem, ranks: int, costs: Costs) -> Iterator[di
     for name in contenders(problem, ranks, costs):
         one, each = (estimate(problem, ranks, name, costs, batch=b) for b in (False, True))
         yield {
-            "tokens": problem.q_tokens,
-            "heads": f"{problem.q_heads}/{problem.kv_heads}",
-            "mask": "full" if problem.causal == "none" else "causal",
-            "ranks": ranks,
-            "strategy": name,
+            **labels(problem, ranks, name),
             "seconds": one.seconds,
             "share": alone / (ranks * one.seconds),
             "batch_share": alone / (ranks * each.seconds),
@@ -88,15 +85,10 @@ def _predict(problem: AttentionProblem, ranks: int, costs: Costs) -> Iterator[di
 
 
 def _table(rows: list[dict[str, Any]]) -> Iterator[list[str]]:
-    yield ["S", "N", "mask", "P", "strategy", "ms", "share", "in a batch", "GiB a GPU"]
+    yield [*LABELS, "share", "in a batch", "GiB a GPU"]
     for row in rows:
         yield [
-            str(row["tokens"]),
-            row["heads"],
-            row["mask"],
-            str(row["ranks"]),
-            row["strategy"],
-            f"{row['seconds'] * 1e3:.3f}",
+            *labelled(row),
             f"{row['share']:.3f}",
             f"{row['batch_share']:.3f}",
             f"{row['memory'] / 2**30:.2f}",
