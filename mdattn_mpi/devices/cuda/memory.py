@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import count
@@ -136,17 +136,12 @@ class Memory:
             self._spare.setdefault(size, deque()).append(spare)
 
     def _take_spare(self, size: int) -> tuple[BlockRange, Fence] | None:
-        similar = [
-            (spare, spares)
-            for n, spares in self._spare.items()
-            if size <= n <= SIMILAR * size
-            for spare in spares
-            if not _is_leaving(spare.fence)
-        ]
-        if not similar:
+        similar = (spares for n, spares in self._spare.items() if size <= n <= SIMILAR * size)
+        oldest = [spare for spares in similar if (spare := _first_to_take(spares))]
+        if not oldest:
             return None
-        spare, spares = min(similar, key=lambda found: found[0].turn)
-        spares.remove(spare)
+        spare = min(oldest, key=lambda each: each.turn)
+        self._spare[spare.piece.stop - spare.piece.start].remove(spare)
         return spare.piece, spare.fence
 
     def _cut_hole(self, size: int) -> tuple[BlockRange, Fence]:
@@ -228,6 +223,11 @@ class Memory:
             f"{self._in_use / gib:.3g} GiB hold arrays of this rank",
             fix="use more ranks, or -s ring, which holds 1/P of K and V",
         )
+
+
+def _first_to_take(spares: Iterable[_Spare]) -> _Spare | None:
+    """Find what was given back first and isn't on its way to the host."""
+    return next((spare for spare in spares if not _is_leaving(spare.fence)), None)
 
 
 def _is_leaving(fence: Fence) -> bool:
