@@ -6,7 +6,8 @@ Everything on the wire is a buffer or JSON bytes; nothing is pickled.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -139,6 +140,17 @@ class Group:
         if self.deadline is not None:
             self._await_all(phase, self.deadline)
 
+    @contextmanager
+    def _gathering(self, what: str) -> Iterator[None]:
+        """Collective. Say that this rank waits in the block; with a deadline, wait for all first.
+
+        It is no agreement: who waits for whom is told by the phase that the ranks are in.
+        """
+        if self.deadline is not None:
+            self._await_all(what, self.deadline)
+        with self.board.waiting():
+            yield
+
     def _await_all(self, what: str, deadline: float) -> None:
         if self._arrivals is None:
             self._arrivals = Arrivals(self.control)
@@ -193,10 +205,8 @@ class Group:
 
     def allgather(self, own: Any) -> list[Any]:
         """Collective. Give every rank what all have, as JSON says it, in rank order."""
-        if self.deadline is not None:
-            self._await_all("allgather", self.deadline)
         data, lengths = json.dumps(own, default=str).encode(), np.empty(self.size, np.int64)
-        with self.board.waiting():
+        with self._gathering("allgather"):
             self.control.Allgather(np.array([len(data)], np.int64), lengths)
             gathered = np.empty(lengths.sum(), np.uint8)
             self.control.Allgatherv([data, MPI.BYTE], [gathered, (lengths, None), MPI.BYTE])
@@ -204,10 +214,8 @@ class Group:
 
     def sum_in_order(self, own: Floats) -> Floats:
         """Collective. Sum arrays of one shape, rank after rank: always the same last bit."""
-        if self.deadline is not None:
-            self._await_all("sum", self.deadline)
         gathered = np.empty((self.size, *own.shape))
-        with self.board.waiting():
+        with self._gathering("sum"):
             self.control.Allgather(np.ascontiguousarray(own), gathered)
         total: Floats = gathered[0]
         for part in gathered[1:]:
