@@ -117,7 +117,7 @@ def place(world: World) -> dict[str, Any]:
 
     launched = launcher()
     return {
-        "node": world.nodes[world.rank],
+        "node": world.node,
         "local_rank": world.local_rank,
         "local_size": world.local_size,
         "launcher": str(launched) if launched.name else "",

@@ -3,9 +3,8 @@
 Launchers give their ranks pipes, and Open MPI's passes on what comes through them in whole lines
 (seen with 5.0.11): a line that is drawn again and again would arrive when it is over. So it is
 drawn where the launcher's standard error leads to, by those on its node. All other text goes the
-launcher's way, and may come from any rank, at any time. The
-cursor therefore rests two rows above the line, where there is room for it until the line is drawn
-again.
+launcher's way, and may come from any rank, at any time. The cursor therefore rests two rows above
+the line, where there is room for it until the line is drawn again.
 """
 
 from __future__ import annotations

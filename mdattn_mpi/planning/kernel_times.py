@@ -16,6 +16,7 @@ from mdattn_mpi.mask import FULL, LOWER_RIGHT, Band
 from mdattn_mpi.problem import AttentionProblem
 
 SIDES = {"cudnn": ("cuDNN",), "flash": ("flash, float32", "flash")}  # as `bench kernels` names them
+_MADE_BY = "make one on such a GPU: mdattn bench kernels --json > FILE"
 
 
 class KernelTime(NamedTuple):
@@ -63,13 +64,13 @@ def read_kernel_times(path: str, kernel: str) -> KernelTimes:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RejectedError(
             f"no file of kernel times ({type(error).__name__}: {error})",
-            fix="make one on such a GPU: mdattn bench kernels --json > FILE",
+            fix=_MADE_BY,
             file=path,
         ) from None
     if not calls:
         raise RejectedError(
             f"holds no times of {kernel}",
-            fix="make one on such a GPU: mdattn bench kernels --json > FILE",
+            fix=_MADE_BY,
             file=path,
         )
     return KernelTimes(calls)

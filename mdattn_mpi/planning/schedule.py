@@ -164,10 +164,9 @@ def expected_seconds(
     Each group plans a shape once: items that are alike share what that takes, the less the fewer
     groups there are.
     """
+    # By numbers of their own, because a problem's hash takes longer than all the rest.
     kinds = {problem: kind for kind, problem in enumerate(dict.fromkeys(problems))}
-    kind_of = [
-        kinds[problem] for problem in problems
-    ]  # a problem's hash takes longer than the rest
+    kind_of = [kinds[problem] for problem in problems]
     distinct, alike = tuple(kinds), Counter(kind_of)
 
     @cache

@@ -69,15 +69,10 @@ def _spans(run: Run, rank: Rank, name_of: Callable[[int], str]) -> Iterator[Even
 
 
 def _device(rank: Rank) -> Iterator[Event]:
-    for start, length, *parts in rank.device.tolist():
+    samples = rank.device.tolist()
+    if samples:
+        samples.append([sum(samples[-1][:2]), 0, *(0 for _ in PARTS)])  # then it is idle
+    for start, length, *parts in samples:
         percent = [round(100 * part / max(length, 1), 1) for part in parts]
         shares = dict(zip(PARTS, percent, strict=True))
         yield {"ph": "C", "name": "device, % of the time", "ts": start, "args": shares}
-    if len(rank.device):
-        end = int(rank.device[-1, :2].sum())
-        yield {
-            "ph": "C",
-            "name": "device, % of the time",
-            "ts": end,
-            "args": dict.fromkeys(PARTS, 0),
-        }

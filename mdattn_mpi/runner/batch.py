@@ -50,9 +50,7 @@ def recorded(job: Job) -> Iterator[Events]:
     assert output is not None
 
     def open_events() -> Events:
-        path = (
-            run_folder(job.spec) / f"events-{world.nodes.index(world.nodes[world.rank]):04}.jsonl"
-        )
+        path = run_folder(job.spec) / f"events-{world.nodes.index(world.node):04}.jsonl"
         with suppress(OSError):
             return Events(path, world.size, {item.name: item.index for item in output.items})
         return Events()

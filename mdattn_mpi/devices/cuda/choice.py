@@ -15,7 +15,6 @@ from mdattn_mpi.problem import KERNEL_NAMES
 # H200, 64k to 128k tokens, the smaller of full and causal. What isn't here wasn't measured.
 GAIN: dict[int, dict[int, float]] = {9: {64: 1.21, 128: 1.09, 256: 1.11}}
 
-
 # For which wishes a call may have many documents: it was right in single calls on an H200, but
 # strategies haven't run it there, nor recorded it, so one has to ask.
 PACKED_BY = ("flash",)
