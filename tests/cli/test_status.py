@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -17,9 +16,8 @@ from mdattn_mpi.lockstep import Board
 from mdattn_mpi.lockstep.board import BoardFile
 from mdattn_mpi.lockstep.record import ENDED, PAGE
 from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.runner.loop import MOST_BEHIND
 from tests.support.finished import finished
-from tests.support.mpirun import kill_all, mark_of, mpirun, start
+from tests.support.underway import STANDS, StandingJob, until, until_an_item_is_done
 
 PROBLEM = AttentionProblem(40, 40, 2, 1, 16, 16)
 
@@ -48,24 +46,18 @@ def test_no_such_output(tmp_path: Path) -> None:
 def test_a_job_from_its_middle_to_its_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = tmp_path / "data.h5", tmp_path / "out.h5"
-    shape = ["--length", "50", "--head-dim", "16"]
-    assert main(["make-data", str(data), "--items", "24", *shape]) == 0
-    capsys.readouterr()
-    command = ["-m", "mdattn_mpi", "run", str(data), "-o", str(out), "-b", "cpu"]
-    assert MOST_BEHIND + 3 < 20  # by then an item is done, however slow the disk is
-    process = start(2, [*command, "--chaos", "sleep@enqueue:item20:1"])
-    try:
-        end = time.monotonic() + 60
+    with StandingJob(tmp_path) as job:
+        out, stands = job.out, f"item{STANDS}"
+        until_an_item_is_done(out)
+        capsys.readouterr()
         facts: dict[str, Any] = {}
-        while not out.exists() and time.monotonic() < end:
-            time.sleep(0.05)
-        while time.monotonic() < end:
-            facts = status(out, capsys)
+
+        def shows_all() -> bool:  # rank 0's page may come later than what it has written
+            facts.update(status(out, capsys))
             phases = [(rank["phase"], rank["item"]) for rank in facts["ranks"]]
-            if phases[1:] == [("enqueue", "item20")] and facts["items_per_second"]:
-                break  # rank 0's page may come later than what it has written
-            time.sleep(0.1)
+            return phases[1:] == [("enqueue", stands)] and bool(facts["items_per_second"])
+
+        until(shows_all)
         assert facts["state"] == "running", facts
         assert facts["items"]["todo"] + facts["items"]["done"] == 24
         assert facts["items"]["failed"] == 0
@@ -74,18 +66,15 @@ def test_a_job_from_its_middle_to_its_end(
         assert facts["death_note"] is None
         assert facts["ranks"][0]["host"] == os.uname().nodename
         assert main(["status", str(out)]) == 0
-        assert "rank 1: enqueue 'item20' for" in capsys.readouterr().out
-        os.kill(facts["ranks"][1]["pid"], signal.SIGKILL)
-        process.communicate(timeout=60)
-    finally:
-        kill_all(mark_of(process))
+        assert f"rank 1: enqueue '{stands}' for" in capsys.readouterr().out
+        job.kill_rank(1)
     facts = status(out, capsys)
     assert facts["state"] == "lost a rank"
-    assert (facts["death_note"]["rank"], facts["death_note"]["item"]) == (1, "item20")
+    assert (facts["death_note"]["rank"], facts["death_note"]["item"]) == (1, stands)
     assert main(["status", str(out)]) == 0
     assert "killed by signal 9" in capsys.readouterr().out
-    assert f"mpirun -n 2 python -m mdattn_mpi run {data} -o {out} -b cpu\n" in said(capsys, out)
-    mpirun(2, command, check=True)
+    assert f"mpirun -n 2 python -m mdattn_mpi run {job.data} -o {out} -b cpu\n" in said(capsys, out)
+    job.finish()
     facts = status(out, capsys)
     assert facts["state"] == "finished"
     assert facts["death_note"] is None

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mpirun import kill_all, launcher, mark_of, start
+from tests.support.underway import until
 
 pytestmark = pytest.mark.skipif(not shutil.which("strace"), reason="there is no strace here")
 
@@ -24,9 +25,7 @@ def test_the_board_of_a_young_job_is_opened_by_one_for_all(tmp_path: Path) -> No
     job = ["-m", "tests.support.small_job", str(folder), "--items", "100000", "--step", "0.05"]
     process = start(4, job, program=(*traced, *launcher()))
     try:
-        end = time.monotonic() + 60
-        while not (folder / "board").exists() and time.monotonic() < end:
-            time.sleep(0.1)
+        until((folder / "board").exists)
         time.sleep(SECONDS)
     finally:
         kill_all(mark_of(process))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from mdattn_mpi.cli import main
 from tests.support.mpirun import kill_all, launcher, mark_of, mpirun, processes, start
 from tests.support.namespaces import Hosts, hosts, why_not
 from tests.support.storm import done, results
+from tests.support.underway import until
 
 RUN = ("-b", "cpu", "-s", "ring", "--threads", "1")
 
@@ -89,11 +89,11 @@ def test_a_host_is_cut_off(two: Hosts, data: Path, tmp_path: Path) -> None:
     )
     mark = mark_of(process)
     try:
-        wait_until(lambda: done(out) >= 1, 60.0)
+        until(lambda: done(out) >= 1, 60.0)
         two.cut(two.names[1])
-        wait_until(lambda: not ranks_of(mark), deadline + 30.0)
+        until(lambda: not ranks_of(mark), deadline + 30.0)
         note = Path(f"{out}.run/death-note.json")
-        wait_until(lambda: any(Path(f"{out}.run").glob("death*")), 5.0)
+        until(lambda: any(Path(f"{out}.run").glob("death*")), 5.0)
         text = "".join(path.read_text() for path in note.parent.glob("death*"))
         assert "deadline" in text or "launcher" in text, text
         assert any(name in text for name in two.names), text
@@ -117,11 +117,3 @@ def ranks_of(mark: str) -> list[int]:
         and b"mdattn_mpi\0run" in Path(f"/proc/{pid}/cmdline").read_bytes()
         and b"--host" not in Path(f"/proc/{pid}/cmdline").read_bytes()
     ]
-
-
-def wait_until(happened: object, patience: float) -> None:
-    assert callable(happened)
-    end = time.monotonic() + patience
-    while not happened():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.1)

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from mdattn_mpi.cli import main
-from mdattn_mpi.lockstep.board import BoardFile
 from mdattn_mpi.report.runs import read_runs
-from mdattn_mpi.runner.loop import MOST_BEHIND
-from tests.support.mpirun import kill_all, mark_of, mpirun, start
-
-# More items are never under way to the disk: by then one is done, however slow the disk is.
-SLEEPS = MOST_BEHIND + 4
+from tests.support.underway import STANDS, StandingJob, until, until_an_item_is_done
 
 
 def report(out: Path) -> str:
@@ -29,33 +21,22 @@ def report(out: Path) -> str:
 def test_a_killed_job_and_its_resumption(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data, out = tmp_path / "data.h5", tmp_path / "out.h5"
-    shape = ["--length", "50", "--head-dim", "16"]
-    assert main(["make-data", str(data), "--items", "24", *shape]) == 0
-    command = ["-m", "mdattn_mpi", "run", str(data), "-o", str(out), "-b", "cpu"]
-    process = start(2, [*command, "--chaos", f"sleep@enqueue:item{SLEEPS}:1"])
-    try:
-        end, folder = time.monotonic() + 60, Path(f"{out}.run")
-        while time.monotonic() < end:
-            runs = read_runs(folder) if folder.exists() else []
-            if runs and runs[0].done and len(runs[0].ranks) == 2:
-                break
-            time.sleep(0.05)
+    with StandingJob(tmp_path) as job:
+        out, folder = job.out, Path(f"{job.out}.run")
+        until_an_item_is_done(out)
+        until(lambda: (runs := read_runs(folder)) and runs[0].done and len(runs[0].ranks) == 2)
         assert "out.h5: running" in report(out)
-        os.kill(BoardFile(folder).records()[1].pid, signal.SIGKILL)
-        process.communicate(timeout=60)
-    finally:
-        kill_all(mark_of(process))
+        job.kill_rank(1)
     text = report(out)
     assert "A rank was lost" in text
     assert "killed by signal 9" in text
     assert "still running, or killed" in text
     (run,) = read_runs(folder)
     lost = len(run.done)
-    assert 0 < lost <= SLEEPS
+    assert 0 < lost <= STANDS
     assert any(len(rank.spans["main"].start) for rank in run.ranks)
 
-    mpirun(2, command, check=True)
+    job.finish()
     first, second = read_runs(folder)
     assert len(first.done) == lost
     assert sorted({done.item for run in (first, second) for done in run.done}) == [*range(24)]

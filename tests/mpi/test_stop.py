@@ -12,13 +12,9 @@ import pytest
 
 from mdattn_mpi.cli import main
 from mdattn_mpi.lockstep import death_note
-from mdattn_mpi.lockstep.board import BoardFile
-from mdattn_mpi.runner.loop import MOST_BEHIND
 from tests.support.mpirun import kill_all, mark_of, mpirun, start
 from tests.support.storm import check, finish, results
-
-# More items are never under way to the disk: by then one is done, however slow the disk is.
-SLEEPS = MOST_BEHIND + 4
+from tests.support.underway import STANDS, until_an_item_is_done
 
 
 class Job:
@@ -55,13 +51,13 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.fixture
 def long_job(tmp_path: Path) -> Job:
-    return Job(tmp_path, SLEEPS + 2)
+    return Job(tmp_path, STANDS + 2)
 
 
 def test_a_second_job_keeps_its_hands_off(long_job: Job) -> None:
-    process = start(2, long_job.command(long_job.out, "--chaos", f"sleep@enqueue:#{SLEEPS}:1"))
+    process = start(2, long_job.command(long_job.out, "--chaos", f"sleep@enqueue:#{STANDS}:1"))
     try:
-        until_an_item_is_done(long_job)
+        until_an_item_is_done(long_job.out)
         second = mpirun(2, long_job.command(long_job.out, "--overwrite"))
     finally:
         kill_all(mark_of(process))
@@ -70,20 +66,11 @@ def test_a_second_job_keeps_its_hands_off(long_job: Job) -> None:
     long_job.is_resumed()  # the lock went with its owner
 
 
-def until_an_item_is_done(job: Job) -> None:
-    """Wait for a job that was started to be in the middle of its work."""
-    end = time.monotonic() + 60
-    while not any(record.done for record in BoardFile(f"{job.out}.run").records()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("to", ["mpirun", "one rank", "one watchdog"])
 def test_a_signal(job: Job, to: str) -> None:
     process = start(2, job.slowly(), stdout=subprocess.DEVNULL)
     try:
-        until_an_item_is_done(job)
-        record = BoardFile(f"{job.out}.run").records()[1]
+        record = until_an_item_is_done(job.out)[1]
         pids = {"mpirun": process.pid, "one rank": record.pid, "one watchdog": record.watchdog_pid}
         os.kill(pids[to], signal.SIGUSR1)
         code, said = finish(process)
@@ -110,10 +97,10 @@ def test_a_launcher_that_kills_what_it_interrupts(
             pytest.skip("there is no MPICH")
         program = (str(MPICH / "bin" / "mpirun"),)
         env = {"MPI4PY_LIBMPI": str(MPICH / "lib" / "libmpi.so.12")}
-    command = long_job.command(long_job.out, "--chaos", f"sleep@enqueue:#{SLEEPS}:1")
+    command = long_job.command(long_job.out, "--chaos", f"sleep@enqueue:#{STANDS}:1")
     process = start(2, command, stdout=subprocess.DEVNULL, program=program, env=env)
     try:
-        until_an_item_is_done(long_job)
+        until_an_item_is_done(long_job.out)
         assert state(long_job, capsys) == "running"
         process.send_signal(number)
         end = time.monotonic() + 3

@@ -13,12 +13,12 @@ from typing import NamedTuple
 import pytest
 
 from mdattn_mpi.cli import main
-from mdattn_mpi.lockstep.board import BoardFile
 from tests.support.mpirun import kill_all, mark_of, start
 
 pytest.importorskip("pyte", reason="the emulator of a terminal isn't installed: pip install pyte")
 
 from tests.support.screen import Screen
+from tests.support.underway import until_an_item_is_done
 
 MPICH = Path(sys.prefix) / "mpich"  # where `make test` puts the wheel
 
@@ -110,18 +110,23 @@ def test_a_bar_that_goes_away(library: Library, screen: Screen, tmp_path: Path) 
     assert text.startswith("mdattn: 8 items of")
 
 
-def test_ctrl_c(library: Library, screen: Screen, tmp_path: Path) -> None:
-    job = Watched(library, screen, tmp_path)
+def ended_by(act: Callable[[], object], job: Watched) -> str:
+    """What is on the screen once `act` has ended a job in its middle, as one line."""
     try:
         job.until(lambda lines: has_bar(lines) and "ETA" in lines[-1])
-        screen.type(b"\x03")
+        act()
         code, lines = job.end()
     finally:
         kill_all(mark_of(job.process))
     text = " ".join(" ".join(lines).split())
     assert code, text
     assert "/8 item" not in text
-    assert "asked to stop" in text
+    return text
+
+
+def test_ctrl_c(library: Library, screen: Screen, tmp_path: Path) -> None:
+    job = Watched(library, screen, tmp_path)
+    assert "asked to stop" in ended_by(lambda: screen.type(b"\x03"), job)
 
 
 def test_a_lost_rank(screen: Screen, library: Library, tmp_path: Path) -> None:
@@ -129,16 +134,11 @@ def test_a_lost_rank(screen: Screen, library: Library, tmp_path: Path) -> None:
     if library.program:
         pytest.skip("one MPI is enough")
     job = Watched(library, screen, tmp_path)
-    try:
-        job.until(lambda lines: has_bar(lines) and "ETA" in lines[-1])
-        record = BoardFile(f"{tmp_path}/out.h5.run").records()[1]
-        os.kill(record.pid, signal.SIGKILL)
-        code, lines = job.end()
-    finally:
-        kill_all(mark_of(job.process))
-    text = " ".join(" ".join(lines).split())
-    assert code, text
-    assert "/8 item" not in text
+
+    def kill_one() -> None:
+        os.kill(until_an_item_is_done(tmp_path / "out.h5")[1].pid, signal.SIGKILL)
+
+    text = ended_by(kill_one, job)
     assert "asked to stop" not in text
     assert "(SIGKILL) in phase" in text
     assert "To go on, run the same command again: mpirun -n 2 python -m mdattn_mpi run" in text

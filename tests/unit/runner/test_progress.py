@@ -6,7 +6,7 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -19,6 +19,7 @@ from mdattn_mpi.runner.progress import Progress, bar
 pytest.importorskip("pyte", reason="the emulator of a terminal isn't installed: pip install pyte")
 
 from tests.support.screen import Screen
+from tests.support.underway import until
 
 PROBLEM = AttentionProblem(4000, 4000, 2, 1, 16, 16)
 FACTS = ["421/1000 items", "3 failed", "ETA 1 h 02 min", "12.3 Mtok/s", "GPU 93%", "455 TFLOP/s"]
@@ -66,13 +67,6 @@ def made(screen: Screen, *, total: int = 10, **options: object) -> Progress:
         total, 0, total * PROBLEM.work, shown=True, terminal=terminal_of(screen), stream=stream,
         **options,  # type: ignore[arg-type]
     )  # fmt: skip
-
-
-def until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("columns", [80, 40])
