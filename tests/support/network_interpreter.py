@@ -169,37 +169,42 @@ def _dtype(api: Any, dtype: Any) -> Any:
     return np.dtype(api.nptype(dtype))
 
 
+def typed_layer(api: Any, layer: Any) -> Any:
+    """Give a layer the attributes of its own class, which ``get_layer`` hides."""
+    classes = {
+        "SHUFFLE": api.IShuffleLayer,
+        "SLICE": api.ISliceLayer,
+        "ELEMENTWISE": api.IElementWiseLayer,
+        "CONSTANT": api.IConstantLayer,
+        "CONCATENATION": api.IConcatenationLayer,
+        "GATHER": api.IGatherLayer,
+        "DIST_COLLECTIVE": api.IDistCollectiveLayer,
+        "ATTENTION_INPUT": api.IAttentionBoundaryLayer,
+        "MATRIX_MULTIPLY": api.IMatrixMultiplyLayer,
+        "SOFTMAX": api.ISoftMaxLayer,
+        "REDUCE": api.IReduceLayer,
+        "UNARY": api.IUnaryLayer,
+        "ACTIVATION": api.IActivationLayer,
+        "NORMALIZATION": api.INormalizationLayer,
+    }
+    if layer.type.name in classes:
+        layer.__class__ = classes[layer.type.name]
+    return layer
+
+
 class _Layer:
-    """A layer with the attributes of its own class, which ``get_layer`` hides."""
+    """A layer, and what executes it besides its inputs."""
 
     def __init__(self, api: Any, layer: Any, ranks: Ranks, operation: str) -> None:
         self.api, self.ranks, self.operation = api, ranks, operation
-        classes = {
-            "SHUFFLE": api.IShuffleLayer,
-            "SLICE": api.ISliceLayer,
-            "ELEMENTWISE": api.IElementWiseLayer,
-            "CONSTANT": api.IConstantLayer,
-            "CONCATENATION": api.IConcatenationLayer,
-            "GATHER": api.IGatherLayer,
-            "DIST_COLLECTIVE": api.IDistCollectiveLayer,
-            "ATTENTION_INPUT": api.IAttentionBoundaryLayer,
-            "MATRIX_MULTIPLY": api.IMatrixMultiplyLayer,
-            "SOFTMAX": api.ISoftMaxLayer,
-            "REDUCE": api.IReduceLayer,
-            "UNARY": api.IUnaryLayer,
-            "ACTIVATION": api.IActivationLayer,
-            "NORMALIZATION": api.INormalizationLayer,
-        }
-        if layer.type.name in classes:
-            layer.__class__ = classes[layer.type.name]
-        self.of = layer
+        self.of = typed_layer(api, layer)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.of, name)
 
 
-def _constant(layer: _Layer) -> Any:
-    dtype = _dtype(layer.api, layer.get_output(0).dtype)
+def constant_values(layer: Any, dtype: Any) -> Any:
+    """Return what a constant layer holds, in the dtype of its output."""
     shape = tuple(layer.shape)
     weights = layer.weights
     if not isinstance(weights, np.ndarray):  # bfloat16: NumPy has no such type
@@ -354,7 +359,7 @@ def _shape_of(layer: _Layer, data: Any) -> Any:
 
 
 LAYERS: dict[str, Callable[..., Any]] = {
-    "CONSTANT": _constant,
+    "CONSTANT": lambda layer: constant_values(layer, _dtype(layer.api, layer.get_output(0).dtype)),
     "SHUFFLE": _shuffle,
     "SLICE": _slice,
     "ELEMENTWISE": _elementwise,
