@@ -99,7 +99,8 @@ def _found(
     if found := _sequences(labels, arriving):
         return labels, found
     by_length = _with_symbols(labels, lambda name, dim, length: f"{length}_tokens")
-    found = _sequences(by_length, [[f"{dim}_tokens" for dim in three] for three in arriving])
+    counts = [[dim if dim == 1 else f"{dim}_tokens" for dim in three] for three in arriving]
+    found = _sequences(by_length, counts)  # where one token arrives, a batch of 1 isn't meant
     if not found or any(sum(dim in found for dim in dims) > 1 for dims in by_length.values()):
         by_dim = _with_symbols(labels, lambda name, dim, length: f"{name}_dim{dim}")
         if apart := _sequences(by_dim, _attention_dims(model, by_dim, attentions)):

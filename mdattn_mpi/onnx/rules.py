@@ -69,11 +69,21 @@ def elementwise(node: Any, tokens: Tokens) -> Dims:
 
     One that isn't cut must have no dim of tokens: neither a length, nor a symbol that counts 1.
     """
+    _check_aligned(node, node.input, tokens)
+    return ()
+
+
+def expand(node: Any, tokens: Tokens) -> Dims:
+    """The same, but for the second input, which is a shape."""
+    _check_aligned(node, node.input[:1], tokens)
+    return ()
+
+
+def _check_aligned(node: Any, names: Iterable[str], tokens: Tokens) -> None:
     for output in filter(None, node.output):
         place = tokens.place(output)
         if place:
-            _check_uncut(node, node.input, tokens, place.dim - len(_shape(output, tokens)))
-    return ()
+            _check_uncut(node, names, tokens, place.dim - len(_shape(output, tokens)))
 
 
 def _check_uncut(node: Any, names: Iterable[str], tokens: Tokens, from_end: int) -> None:
@@ -192,6 +202,16 @@ def look_up(node: Any, tokens: Tokens) -> Dims:
     return [axis] if tokens.place(node.input[0]) else ()
 
 
+def look_up_each(node: Any, tokens: Tokens) -> Dims:
+    """One look-up a token, as long as no index is one of several tokens."""
+    if attribute_of(node, "batch_dims", 0) or tokens.place(node.input[0]):
+        raise tokens.refuse(node, "looks up by tokens in what is cut, or one of a batch")
+    place = tokens.place(node.input[1])
+    if place and place.dim == len(_shape(node.input[1], tokens)) - 1:
+        raise tokens.refuse(node, "makes one index of several tokens")
+    return ()
+
+
 def part(node: Any, tokens: Tokens) -> Dims:
     """A part of other dims; a part of the tokens would be one of every shard."""
     if len(node.input) > 3 and node.input[3]:
@@ -283,10 +303,11 @@ RULES: dict[str, Rule] = {
     "BatchNormalization": batch_normalization,
     "ConstantOfShape": transpose,
     "GatherElements": look_up,
+    "GatherND": look_up_each,
     "CumSum": lambda node, tokens: _constants(node, 1, tokens),
     "Dropout": dropout,
     "Einsum": einsum,
-    "Expand": elementwise,
+    "Expand": expand,
     # Of what isn't cut it is an embedding: one look-up a token.
     "Gather": lambda node, tokens: along(0)(node, tokens) if tokens.place(node.input[0]) else (),
     "RotaryEmbedding": rotary,

@@ -162,7 +162,7 @@ class _Simplifier:
         def look(tokens: int, positions: Any = None) -> masks.Mask | str:
             lengths = {each: tokens + number for number, each in enumerate(self.sequences)}
             found = self._probe(lengths, positions, nodes).values.get(name)
-            if found is None or found.ndim < 2:
+            if found is None or found.ndim < 2 or not found.size:
                 return "can't be computed for every number of tokens"
             return masks.mask_from_values(found, positions)
 

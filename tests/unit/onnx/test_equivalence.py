@@ -293,6 +293,23 @@ def buffered() -> Form:
     return counted(cut, node("Add", "xp", "y"), weights={"t": normal(1, 90, HEADS * DIM)})
 
 
+def picked() -> Form:
+    """Positions that GatherND looks up, each by an index of its own."""
+    nodes = [
+        *POSITIONS,
+        node("Unsqueeze", ["p", "one"], "i"),
+        node("GatherND", "ti", "w"),
+        node("Add", "xw", "y"),
+    ]
+    return counted(*nodes, weights={"t": normal(90, HEADS * DIM)})
+
+
+def expanded() -> Form:
+    """Tokens that are given the shape that they have."""
+    shape = node("Concat", ["one", "count", "width"], "s", axis=0)
+    return counted(shape, node("Expand", "xs", "y"), weights={"width": np.array([HEADS * DIM])})
+
+
 def summed() -> Form:
     """Positions are sums of ones."""
     nodes = [
@@ -365,7 +382,9 @@ PADDED = [node("Cast", "h", "c", to=BOOL), node("LessOrEqual", "pr", "e"), node(
 FORMS: dict[str, Callable[[], Form]] = {
     "positions": embedded,
     "a table of positions": buffered,
+    "positions, each by an index": picked,
     "sums of ones": summed,
+    "a shape of its own": expanded,
     "a mask of all": lambda: masked(EVERY),
     "a causal mask": lambda: masked(CAUSAL, refused=("ring",)),
     "a window": lambda: masked(NEAR, refused=("ring",)),

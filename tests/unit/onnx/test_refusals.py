@@ -151,6 +151,22 @@ def function() -> Any:
     return whole
 
 
+def part_of(first: int, step: int) -> Any:
+    """Some of the tokens, of few one or none, and a mask of as many."""
+    nodes = [
+        bad("Slice", ["x", "first", "end", "one", "step"], "y"),
+        node("Shape", "y", ["count"], start=1, end=2),
+        node("Squeeze", ["count"], "n"),
+        node("Range", ["start", "n", "next"], "p"),
+        node("Unsqueeze", ["p", "one"], "r"),
+        node("LessOrEqual", "pr", "m"),
+        node("Attention", "yyym", "o", name="att", **HEADS),
+    ]
+    weights = {"first": integers(first), "end": integers(1 << 40), "one": integers(1)}
+    weights |= {"step": integers(step), "start": np.int64(0), "next": np.int64(1)}
+    return graph(nodes, {"x": SEQUENCE}, {"o": SEQUENCE}, weights)
+
+
 def foreign(kind: str, domain: str) -> Any:
     """An operator of another domain, with the name of one of ONNX's own."""
     whole = before(bad(kind, "x", domain=domain))
@@ -228,6 +244,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         }),
         "cuts along the tokens",
     ),
+    "every 64th token": (lambda: part_of(0, 64), "cuts along the tokens"),
     "group norm": (
         lambda: sandwiched(
             "GroupNormalization", "g", "b", weights={"g": ONES, "b": ONES}, num_groups=4
@@ -376,6 +393,12 @@ def test_a_node_that_is_not_the_same_on_a_shard(name: str, strategy: Any, tmp_pa
     with pytest.raises(RejectedError, match=rf"node 'bad' .*({why})") as caught:
         shard_model(load_model(path), strategy, 2, {})
     assert caught.value.fix
+
+
+def test_a_mask_of_no_tokens() -> None:
+    """As there is where a model makes fewer tokens of its input, of a few samples none."""
+    with pytest.raises(RejectedError, match=r"(?s)'att' .*has a mask that can't .*'bad' .*cuts"):
+        shard_model(part_of(64, 1), "allgather", 2, {})
 
 
 def test_a_mean_in_a_function(tmp_path: Path) -> None:
