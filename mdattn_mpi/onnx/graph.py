@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mdattn_mpi.onnx.model import graph_inputs, import_onnx, operator, reads
+from mdattn_mpi.onnx.model import constant_of, graph_inputs, import_onnx, operator, reads
 
 _SAME = frozenset(["Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"])
 
@@ -77,6 +77,17 @@ class Links:
                 found += [name for name in node.input[:1] if self.is_weight(name)]
             elif operator(node) in _SAME:
                 found += self.tables(node.output[0])
+        return found
+
+    def compared_with(self, tensor: str) -> dict[str, int]:
+        """Return the constants, and their one number, that an input's values are compared with."""
+        found = {}
+        for node in self.readers(tensor) if tensor in self._inputs else ():
+            if operator(node) == "Equal":
+                (other,) = [name for name in node.input if name != tensor][:1] or [tensor]
+                value = constant_of(self.graph, other)
+                if value is not None and value.size == 1:
+                    found[other] = int(value.reshape(()))
         return found
 
     def reaches_output(self, tensor: str, ends: Callable[[Any, str], bool]) -> bool:

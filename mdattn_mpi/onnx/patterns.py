@@ -18,6 +18,13 @@ from mdattn_mpi.onnx.model import attribute_of, constant_of, name_of, operator
 from mdattn_mpi.onnx.nodes import Nodes
 
 SCALES = ("Mul", "Div", "Cast")
+# What may stand between products and Softmax in attentions of any kind.
+_CHANGES = """
+Add Cast Clip Concat Div Expand Gather GatherElements Identity Max Min Mul Reshape Slice Squeeze Sub
+Tanh Transpose Unsqueeze Where
+"""
+CHANGES = frozenset(_CHANGES.split())
+PRODUCTS = ("MatMul", "Einsum")
 
 
 class Mask(NamedTuple):
@@ -35,7 +42,15 @@ class Pattern(NamedTuple):
     second: Any
     between: list[Any]
     scale: float
-    mask: Mask | None
+    softcap: float  # 0: none
+    masks: list[Mask]
+
+
+class Unknown(NamedTuple):
+    """A Softmax between two products that is no attention as we know it."""
+
+    products: list[str]  # what the first ones make
+    error: RejectedError
 
 
 def fuse_patterns(model: Any) -> list[str]:
@@ -65,16 +80,70 @@ def fuse_patterns(model: Any) -> list[str]:
     return done
 
 
+def unknown_attentions(model: Any) -> list[Unknown]:
+    """List the Softmaxes that `fuse_patterns` left, and that stand between two products."""
+    links = Links(model)
+    found = []
+    for node in model.graph.node:
+        if operator(node) == "Softmax" and _feeds_product(links, node.output[0]):
+            changes = _from_products(links, node.input[0])
+            products = [each for each in changes if operator(each) in PRODUCTS]
+            if any(not any(map(links.is_weight, each.input)) for each in products):
+                error = RejectedError(
+                    f"{name_of(node)} is of an attention {_difference(links, changes)}",
+                    fix="use a model without that, or -n 1",
+                )
+                found.append(Unknown([each.output[0] for each in products], error))
+    return found
+
+
+def _difference(links: Links, changes: list[Any]) -> str:
+    """Say what an attention does to its scores, and ours don't."""
+    for node in changes:
+        if operator(node) == "Add" and all(_from_products(links, each) for each in node.input):
+            return f"to whose scores {name_of(node)} adds others, as for relative positions"
+    for node in changes:
+        known = operator(node) in (*PRODUCTS, "Add", "Tanh", "Where") or _unscale(links, node)
+        if not known:
+            return f"whose scores go through {name_of(node)}"
+    return "in an order of steps that isn't known"
+
+
+def _from_products(links: Links, tensor: str) -> list[Any]:
+    """List what makes scores, from a tensor up to products: of keys, or of learned positions."""
+    node = links.maker(tensor)
+    if node is None or operator(node) in PRODUCTS:
+        return [] if node is None else [node]
+    if operator(node) not in CHANGES:
+        return []
+    found = {id(each): each for name in node.input for each in _from_products(links, name)}
+    return [node, *found.values()] if found else []
+
+
+def _feeds_product(links: Links, weights: str) -> bool:
+    """Whether what a Softmax gives is multiplied by something that is no weight."""
+    for node in links.readers(weights):
+        if operator(node) in CHANGES and _feeds_product(links, node.output[0]):
+            return True
+        if operator(node) in PRODUCTS and not any(map(links.is_weight, node.input)):
+            return True
+    return False
+
+
 def _match(links: Links, softmax: Any) -> Pattern | None:
     """Walk up from a Softmax to the product of queries and keys, and down to that with values."""
     between: list[Any] = []
-    scale, mask = 1.0, None
+    masks: list[Mask] = []
+    scale, softcap = 1.0, 0.0
     node = links.maker(softmax.input[0])
     while node is not None and not _is_product(links, node):
         if scaled := _unscale(links, node):
             node_before, scale = scaled[0], scale * scaled[1]
-        elif mask is None and (found := _unmask(links, node)):
-            node_before, mask = found
+        elif operator(node) == "Tanh" and not softcap:  # cap · tanh(scores / cap)
+            node_before, softcap = node.input[0], scale
+        elif found := _unmask(links, node):
+            node_before = found[0]
+            masks.append(found[1])
         else:
             return None
         between.append(node)
@@ -84,7 +153,7 @@ def _match(links: Links, softmax: Any) -> Pattern | None:
         return None
     if any(links.only_reader(each.output[0]) is None for each in (node, *between)):
         return None
-    return Pattern(node, softmax, after, between, scale, mask)
+    return Pattern(node, softmax, after, between, scale, softcap, masks)
 
 
 def _is_product(links: Links, node: Any) -> bool:
@@ -97,10 +166,16 @@ def _is_product(links: Links, node: Any) -> bool:
 
 
 def _comes_from_product(links: Links, tensor: str) -> bool:
+    """Whether a tensor is scores, which may be scaled, capped and masked already."""
     node = links.maker(tensor)
-    while node is not None and (scaled := _unscale(links, node)):
-        node = links.maker(scaled[0])
-    return _is_product(links, node)
+    while node is not None and not _is_product(links, node):
+        if operator(node) == "Tanh":
+            node = links.maker(node.input[0])
+        elif found := _unscale(links, node) or _unmask(links, node):
+            node = links.maker(found[0])
+        else:
+            return False
+    return node is not None
 
 
 def _unscale(links: Links, node: Any) -> tuple[str, float] | None:
@@ -121,7 +196,7 @@ def _unmask(links: Links, node: Any) -> tuple[str, Mask] | None:
     """Return the scores that an Add or Where masks, and the mask."""
     if operator(node) == "Add":
         for scores, added in (node.input, reversed(node.input)):
-            if _comes_from_product(links, scores):
+            if _comes_from_product(links, scores) and not _from_products(links, added):
                 return scores, Mask(added, "added")
     if operator(node) == "Where":
         condition, *sides = node.input
@@ -175,10 +250,10 @@ def _replace(model: Any, pattern: Pattern) -> None:
     nodes = Nodes(f"{name}_mdattn")
     key = nodes.add("Transpose", transposed, perm=[0, 1, 3, 2])
     given = [nodes.scaled(query, pattern.scale), key, pattern.second.input[1]]
-    if pattern.mask:
-        mask = pattern.mask.tensor
-        given.append(nodes.add("Not", mask) if pattern.mask.kind == "blocked" else mask)
-    nodes.add("TRT_Attention", *given, output=pattern.second.output[0])
+    if pattern.masks:
+        given.append(_one_mask(nodes, pattern.masks))
+    cap = {"softcap": pattern.softcap} if pattern.softcap else {}
+    nodes.add("TRT_Attention", *given, output=pattern.second.output[0], **cap)
     nodes.made[-1].name = f"{name}_attention"
     model.graph.initializer.extend(nodes.constants)
     gone = {*pattern.first.output, *pattern.softmax.output, *pattern.second.output}
@@ -190,3 +265,19 @@ def _replace(model: Any, pattern: Pattern) -> None:
         elif node.output[0] == pattern.second.output[0]:
             kept += nodes.made
     set_nodes(model.graph, kept)
+
+
+def _one_mask(nodes: Nodes, masks: list[Mask]) -> str:
+    """Put masks together: a condition that is true where all are, or a sum that blocks the rest."""
+    seen = ""
+    added = ""
+    for mask in masks:
+        if mask.kind == "added":
+            added = nodes.add("Add", added, mask.tensor) if added else mask.tensor
+        else:
+            own = nodes.add("Not", mask.tensor) if mask.kind == "blocked" else mask.tensor
+            seen = nodes.add("And", seen, own) if seen else own
+    if not seen or not added:
+        return seen or added
+    lowest = nodes.narrow(nodes.constant(np.float32(-np.inf)), added)
+    return nodes.add("Where", seen, added, lowest)

@@ -28,7 +28,10 @@ Exchange = Callable[[str, list[Any], int], list[Any]]  # operation, arrays, dim 
 
 
 def random_inputs(model: Any, sharding: Sharding, tokens: int, seed: int) -> Arrays:
-    """Draw inputs: ids that are in their tables, positions in order, masks of ones, or normal."""
+    """Draw inputs: ids that are in their tables, positions in order, masks of ones, or normal.
+
+    An id that the model compares ids with, such as that of padding, isn't drawn.
+    """
     random = np.random.default_rng(seed)
     links, kinds = Links(model), import_onnx().helper.tensor_dtype_to_np_dtype
     rows = {tensor.name: tensor.dims[0] for tensor in model.graph.initializer if tensor.dims}
@@ -53,7 +56,9 @@ def random_inputs(model: Any, sharding: Sharding, tokens: int, seed: int) -> Arr
                 np.arange(tokens).reshape([-1 if n == axis else 1 for n in range(len(dims))]), dims
             )
         else:
-            array = random.integers(0, min(tables, default=2), dims)
+            special = list(links.compared_with(value.name).values())
+            ids = np.setdiff1d(np.arange(min(tables, default=2)), special)
+            array = random.choice(ids if ids.size else np.arange(2), dims)
         found[value.name] = np.ascontiguousarray(array.astype(kind))
     return found
 

@@ -23,7 +23,8 @@ from mdattn_mpi.onnx.model import (
     operator,
     reads,
 )
-from mdattn_mpi.onnx.patterns import fuse_patterns
+from mdattn_mpi.onnx.patterns import fuse_patterns, unknown_attentions
+from mdattn_mpi.onnx.positions import count_all_tokens
 from mdattn_mpi.onnx.sharding import POSITIONS, Sharding, write_sharding
 from mdattn_mpi.onnx.simplify import simplify
 from mdattn_mpi.onnx.site import Site, mask_of
@@ -137,21 +138,28 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
     """
     _raise_opset(model)
     done = write_out(model) + fuse_patterns(model)
-    attentions = _attentions(model)
+    attentions, unknown = _attentions(model), unknown_attentions(model)
+    faults = Faults()
     if not attentions:
+        for each in unknown:
+            faults.add(each.error)
+        faults.end()
         raise RejectedError(
             "the model has no attention: no node Attention, TRT_Attention, MultiHeadAttention "
             "or GroupQueryAttention, and no MatMul–Softmax–MatMul",
             fix="export it with scaled dot-product attention (opset 23 has the operator)",
         )
     places: Places = token_dims(model, attentions, named_axes)
-    faults = Faults()
+    done += count_all_tokens(model, places)
     told, added = simplify(model, places, faults)
     done += told
     places = {name: each for name, each in {**places, **added}.items() if each}
     if dtype:
         done.append(f"{cast_products(model, dtype)} nodes in {dtype}, the rest in float32")
     tokens = _trace(model, places)
+    for each in unknown:
+        if not all(map(tokens.follows, each.products)):
+            faults.add(each.error, each.products)
     check(tokens, faults)
     faults.end(_end_before(tokens, faults))
     return Prepared(model, tokens, places, done)

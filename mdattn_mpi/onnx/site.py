@@ -41,6 +41,11 @@ class Site:
         self._onnx = import_onnx()
         if attribute_of(node, RANK_COUNT, 1) != 1:
             raise self._refuse("is shared already", "shard the original model")
+        if attribute_of(node, "softcap", 0.0):  # which TensorRT's parser refuses, or ignores
+            raise self._refuse(
+                "has a softcap, which TensorRT's attention hasn't",
+                "run the model as it is, on CPUs: mdattn run … --model",
+            )
         self._suffix = suffix
         self._shapes = tuple(self._shape(tokens, name) for name in node.input[:3])
         self._dtype = tokens.dtype(node.input[0])
@@ -160,8 +165,6 @@ class Site:
         """Take the operator that alone has ``lower_right``, and that has no scale."""
         if operator(self.node) == "TRT_Attention":
             return
-        if attribute_of(self.node, "softcap", 0.0):
-            raise self._refuse("has a softcap, which TensorRT's attention hasn't")
         scale = float(attribute_of(self.node, "scale", 1 / sqrt(self._dims[0])))
         self.node.input[0] = self._times(self.node.input[0], scale)
         self.node.op_type = "TRT_Attention"

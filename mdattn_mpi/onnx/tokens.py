@@ -97,6 +97,14 @@ class Tokens:
         node = next((node for node in self.graph.node if tensor in node.output), None)
         raise self.refuse(node, f"makes {which}") if node else self.refuse(None, f"takes {which}")
 
+    def follows(self, tensor: str) -> bool:
+        """Whether a tensor has at most one dim that depends on the number of tokens, and is it."""
+        try:
+            self.place(tensor)
+        except RejectedError:
+            return False
+        return True
+
     def show(self, tensor: str) -> str:
         """Write a shape with the names of sequences for their probes."""
         names = {probe[0]: name for name, probe in self._probes.items()}
