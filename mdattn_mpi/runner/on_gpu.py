@@ -1,8 +1,8 @@
 """Segments of an ONNX model on a GPU: ONNX Runtime's CUDA provider, beside our own device.
 
-Nothing comes to the host between two segments, and the host waits for nothing: ONNX Runtime
-computes in one stream that the device lends it, so who waits for whom is what
-`devices.cuda.interop` says of any library that shows its stream.
+Nothing comes to the host between two segments: ONNX Runtime computes in one stream that the device
+lends it, so who waits for whom is what `devices.cuda.interop` says of any library that shows its
+stream. The host waits only while a session gives back what it no longer needs, as the driver does.
 """
 
 from __future__ import annotations
