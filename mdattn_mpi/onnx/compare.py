@@ -3,12 +3,15 @@
 The whole model runs in ONNX Runtime, and so do the ranks (see `ranks`). At the output of every
 attention the same with every exchange forgotten is the negative control: it must be seen to be
 wrong, or nothing is proved.
+
+A model that is cast is held against the same cast on one rank, so that what 16 bits make of its
+values doesn't hide an error of sharding; how much that is, the whole model tells.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +30,13 @@ from mdattn_mpi.onnx.model import (
 )
 from mdattn_mpi.onnx.ranks import random_inputs, run_ranks
 from mdattn_mpi.onnx.segments import Arrays, load_weights, open_session
+from mdattn_mpi.onnx.shard import prepare
 from mdattn_mpi.onnx.sharding import Sharding
+from mdattn_mpi.problem import DTypeName
 
 TOLERANCE = {"float32": 2e-4, "float16": 2e-3}  # of values up to 1; larger ones in proportion
 LONGEST = 4096  # tokens of a check
-ROUNDED = 5e-2  # what 16 bits may make of the values of a deep model, and no error of sharding
+ROUNDED = 5e-2  # what 16 bits may make of the values of a deep model
 CONTROL = 10  # how many times the error the control must be
 
 
@@ -69,11 +74,14 @@ class Comparison:
 
     tokens: int
     tensors: tuple[Tensor, ...]
+    rounding: float | None = None  # between the cast model on one rank and the whole one
 
     @property
     def verdict(self) -> str:
         """The worst of all; without an attention whose control is seen nothing is proved."""
         found = {each.verdict for each in self.tensors}
+        if self.rounding is not None and self.rounding > ROUNDED:
+            found.add("wrong")
         if all(each.control is None for each in self.tensors):
             found.add("inconclusive")
         return next((each for each in ("wrong", "inconclusive") if each in found), "right")
@@ -82,9 +90,10 @@ class Comparison:
         """One line for the model, one for each tensor that isn't right."""
         error = max(each.error for each in self.tensors)
         controls = [each.control for each in self.tensors if each.control is not None]
+        rounding = "" if self.rounding is None else f"; casting makes {self.rounding:.1e}"
         lines = [
             f"checked with ONNX Runtime on {self.tokens} tokens: {self.verdict} (error {error:.1e};"
-            f" with exchanges forgotten at least {min(controls, default=0):.1e})"
+            f" with exchanges forgotten at least {min(controls, default=0):.1e}{rounding})"
         ]
         return "\n  ".join(lines + [str(each) for each in self.tensors if each.verdict != "right"])
 
@@ -95,13 +104,13 @@ def compare(
     sharded: Any,
     sharding: Sharding,
     tokens: int | None = None,
-    dtype: str | None = None,
+    dtype: DTypeName | None = None,
+    named_axes: Mapping[str, int] | None = None,
     seed: int = 0,
 ) -> Comparison:
     """Run both on the same random inputs of `tokens` tokens (default: as many as show windows).
 
-    `dtype` is what the sharded one was cast to: then it is rounding that is seen, and sharding only
-    as far as it makes larger errors. The models are left as they are.
+    `dtype` and `named_axes` are what the sharded one was made with. The models stay as they are.
 
     Raises
     ------
@@ -120,20 +129,24 @@ def compare(
         for name in [_shown(node.output[0], whole)]
         if name
     ]
-    expected = _run_whole(whole, inputs, list(dict.fromkeys([*shown, *outputs])))
-    right, control = run_ranks(sharded, sharding, inputs, tokens, list(expected))
+    names = list(dict.fromkeys([*shown, *outputs]))
+    expected, rounding = _run_whole(whole, inputs, names), None
+    if dtype:
+        alone = prepare(load_weights(copied(model), path), named_axes or {}, dtype).model
+        ((cast,), _) = run_ranks(alone, replace(sharding, ranks=1), inputs, tokens, names)
+        rounding = max(_relative(name, expected[name], [cast[name]], tokens) for name in names)
+        expected = cast
+    right, control = run_ranks(sharded, sharding, inputs, tokens, names)
     tensors = []
     for name, array in expected.items():
-        size = max(1.0, float(np.abs(array).max(initial=0)))
-        errors = [
-            _error(name, array, [each[name] for each in found], tokens) / size
+        error, forgotten = (
+            _relative(name, array, [each[name] for each in found], tokens)
             for found in (right, control)
-        ]
-        kind = str(array.dtype)
-        tolerance = ROUNDED if dtype else TOLERANCE.get(kind, 0.0)
-        seen = errors[1] if name in shown else None
-        tensors.append(Tensor(name, errors[0], seen, tolerance, kind != "float32"))
-    return Comparison(tokens, tuple(tensors))
+        )
+        kind = dtype or str(array.dtype)
+        seen = forgotten if name in shown else None
+        tensors.append(Tensor(name, error, seen, TOLERANCE.get(kind, 0.0), kind != "float32"))
+    return Comparison(tokens, tuple(tensors), rounding)
 
 
 def _shown(name: str, whole: Any) -> str:
@@ -215,6 +228,11 @@ def _run_whole(model: Any, inputs: Mapping[str, Any], wanted: Sequence[str]) -> 
             f"ONNX Runtime can't run the whole model: {' '.join(str(error).split())}",
             fix="leave the check out: --no-check",
         ) from error
+
+
+def _relative(name: str, whole: Any, shards: Sequence[Any], tokens: int) -> float:
+    """Return the largest difference in units of the largest value, at least 1."""
+    return _error(name, whole, shards, tokens) / max(1.0, float(np.abs(whole).max(initial=0)))
 
 
 def _error(name: str, whole: Any, shards: Sequence[Any], tokens: int) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mdattn_mpi.onnx.graph import Links
 from mdattn_mpi.onnx.lengths import Lengths
+from mdattn_mpi.onnx.masks import window_of
 from mdattn_mpi.onnx.model import (
     RANK_COUNT,
     attribute_of,
@@ -174,6 +175,10 @@ def attend(node: Any, q: Any, k: Any, v: Any, mask: Any = None, *_rest: Any) -> 
     if attribute_of(node, "is_causal", 0) or causal != b"none":
         diagonal = columns - rows if causal == b"lower_right" else 0
         scores = np.where(np.tri(rows, columns, diagonal, dtype=bool), scores, -np.inf)
+    if window := window_of(node):
+        before, after = (side if side >= 0 else rows + columns for side in window)
+        seen = np.tri(rows, columns, after, bool) & ~np.tri(rows, columns, -before - 1, bool)
+        scores = np.where(seen, scores, -np.inf)
     if mask is not None:
         scores = np.where(mask, scores, -np.inf) if mask.dtype == bool else scores + mask
     highest = scores.max(-1, keepdims=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto, helper
 
+from mdattn_mpi.onnx.lengths import Lengths
 from mdattn_mpi.onnx.model import attribute_of
 from mdattn_mpi.onnx.nodes import Nodes
 from mdattn_mpi.onnx.segments import Segments
@@ -66,7 +67,7 @@ class NetworkInOnnxRuntime:
         opsets = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
         dims = {name: np.shape(inputs[name]) for name in self._kinds}
-        self._segments = Segments(model, dims, threads=1)
+        self._segments = Segments(model, Lengths(model, dims).types, threads=1)
 
     def run(self, inputs: Arrays, ranks: Ranks) -> Arrays:
         """Execute it on this rank; return its outputs by name, bfloat16 as float32.

@@ -15,6 +15,7 @@ onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
 pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
 from mdattn_mpi.onnx.compare import compare  # noqa: E402
+from mdattn_mpi.onnx.lengths import Lengths  # noqa: E402
 from mdattn_mpi.onnx.model import ATTENTION, attribute_of, copied, operator  # noqa: E402
 from mdattn_mpi.onnx.ranks import attend  # noqa: E402
 from mdattn_mpi.onnx.segments import Segments, open_session  # noqa: E402
@@ -84,7 +85,8 @@ def capped(*after: Any) -> Any:
 def run(model: Any, inputs: dict[str, Any]) -> tuple[Any, Any]:
     """Prepare a model, and run it in segments on one rank; return its attention too."""
     prepared = prepare(copied(model), {}).model
-    steps = Segments(prepared, {name: array.shape for name, array in inputs.items()}).run(inputs)
+    dims = {name: array.shape for name, array in inputs.items()}
+    steps = Segments(prepared, Lengths(prepared, dims).types).run(inputs)
     answer = None
     try:
         while True:
