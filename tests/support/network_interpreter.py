@@ -134,8 +134,10 @@ def interpret(
         value = np.asarray(inputs[tensor.name])
         _check(api, tensor, value)
         values[tensor.name] = value
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
+    waiting = [network.get_layer(index) for index in range(network.num_layers)]
+    while waiting:  # the parser lists a Range before what makes its inputs
+        layer = next(each for each in waiting if _reads(each) <= values.keys())
+        waiting.remove(layer)
         kind = layer.type.name
         if kind not in layers:
             raise NotImplementedError(f"layer {layer.name!r} of type {kind}")
@@ -153,6 +155,11 @@ def interpret(
             values[tensor.name] = value
     outputs = (network.get_output(i).name for i in range(network.num_outputs))
     return {name: values[name] for name in outputs}
+
+
+def _reads(layer: Any) -> set[str]:
+    tensors = (layer.get_input(number) for number in range(layer.num_inputs))
+    return {tensor.name for tensor in tensors if tensor is not None}
 
 
 def _check(api: Any, tensor: Any, value: Any) -> None:
@@ -186,6 +193,7 @@ def typed_layer(api: Any, layer: Any) -> Any:
         "UNARY": api.IUnaryLayer,
         "ACTIVATION": api.IActivationLayer,
         "NORMALIZATION": api.INormalizationLayer,
+        "FILL": api.IFillLayer,
     }
     if layer.type.name in classes:
         layer.__class__ = classes[layer.type.name]
@@ -253,8 +261,19 @@ ELEMENTWISE = {
     "POW": np.power,
     "MAX": np.maximum,
     "MIN": np.minimum,
+    "AND": np.logical_and,
+    "OR": np.logical_or,
+    "LESS": np.less,
+    "EQUAL": np.equal,
 }
-UNARY = {"SQRT": np.sqrt, "RECIP": np.reciprocal, "EXP": np.exp, "NEG": np.negative, "ABS": np.abs}
+UNARY = {
+    "SQRT": np.sqrt,
+    "RECIP": np.reciprocal,
+    "EXP": np.exp,
+    "NEG": np.negative,
+    "ABS": np.abs,
+    "SIN": np.sin,
+}
 REDUCE: dict[str, Any] = {
     "SUM": np.sum,
     "AVG": np.mean,
@@ -299,8 +318,10 @@ def _matmul(layer: _Layer, a: Any, b: Any) -> Any:
 
 
 def _gather(layer: _Layer, data: Any, indices: Any) -> Any:
-    assert layer.mode.name == "DEFAULT"
     assert layer.num_elementwise_dims == 0
+    if layer.mode.name == "ND":
+        return data[tuple(np.moveaxis(indices, -1, 0))]
+    assert layer.mode.name == "DEFAULT"
     return np.take(data, indices, axis=layer.axis)
 
 
@@ -321,10 +342,18 @@ def exchange(ranks: Ranks, data: Any, operation: str) -> Any:
     raise NotImplementedError(f"collective {operation!r}")
 
 
-def attention(layer: Any, query: Any, key: Any, value: Any) -> Any:
-    """Attend in float64, ``[B, N, S, H]``; with ``num_ranks`` to the keys of all ranks."""
+def _fill(layer: _Layer, shape: Any = None, start: Any = None, step: Any = None) -> Any:
+    assert layer.of.operation.name == "LINSPACE"
+    (count,) = layer.shape if shape is None else shape
+    return start + np.arange(int(count)) * step
+
+
+def attention(layer: Any, query: Any, key: Any, value: Any, mask: Any = None) -> Any:
+    """Attend in float64, ``[B, N, S, H]``; with ``num_ranks`` to the keys of all ranks.
+
+    Of a mask, which is of booleans, those are seen for which it is true.
+    """
     of = layer.attention
-    assert of.mask is None
     assert of.norm_op.name == "SOFTMAX"
     assert of.query_form.name == of.key_value_form.name == "PADDED_BHND"
     kind = of.causal_kind.name
@@ -342,6 +371,9 @@ def attention(layer: Any, query: Any, key: Any, value: Any) -> Any:
         seen = np.arange(columns) <= np.arange(rows)[:, None] + diagonal
         assert seen.any(axis=1).all(), "a row sees no key: TensorRT divides by zero"
         scores = np.where(seen, scores, -np.inf)
+    if mask is not None:
+        assert mask.dtype == bool
+        scores = np.where(mask, scores, -np.inf)
     return softmax(scores) @ v
 
 
@@ -376,6 +408,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "UNARY": lambda layer, data: UNARY[layer.of.op.name](data),
     "NORMALIZATION": _normalization,
     "SHAPE": _shape_of,
+    "FILL": _fill,
     "UNSQUEEZE": lambda layer, data, axes: np.expand_dims(data, tuple(int(a) for a in axes)),
     "SQUEEZE": lambda layer, data, axes: np.squeeze(data, tuple(int(a) for a in axes)),
 }

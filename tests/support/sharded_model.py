@@ -275,6 +275,34 @@ class Comparison:
 
         return execute
 
+    def execute_in_onnx_runtime(self, given: Arrays) -> dict[str, Any]:
+        """Run the sharded file on the rank of this thread: segments there, exchanges between.
+
+        Attentions are computed densely, with the keys of all ranks where they say so.
+        """
+        from mdattn_mpi.onnx.lengths import Lengths
+        from mdattn_mpi.onnx.ranks import attend as attend_to
+        from mdattn_mpi.onnx.segments import Segments
+
+        names = {value.name for value in self.sharded.graph.input}
+        own = {name: np.asarray(array) for name, array in given.items() if name in names}
+        shapes = Lengths(self.sharded, {name: array.shape for name, array in own.items()})
+        run, answer = Segments(self.sharded, shapes.types, threads=1).run(own), None
+        ranks = _THREAD.ranks
+        try:
+            while True:
+                node, inputs = run.send(answer)
+                if operator(node) == "DistCollective":
+                    kind = attribute_of(node, "collective_operation").decode().upper()
+                    answer = exchange(ranks, inputs[0], kind)
+                    continue
+                if attribute_of(node, RANK_COUNT, 1) > 1:
+                    inputs[1:3] = [np.concatenate(ranks.all_gather(x), -2) for x in inputs[1:3]]
+                answer = attend_to(node, *inputs)
+        except StopIteration as end:
+            outputs: dict[str, Any] = end.value
+            return outputs
+
     def check(
         self, key_sequence: str = "tokens", execute: Any = None, control: bool = True
     ) -> None:

@@ -21,7 +21,7 @@ from mdattn_mpi.onnx.compare import compare  # noqa: E402
 from mdattn_mpi.onnx.shard import shard_model  # noqa: E402
 from mdattn_mpi.onnx.sharding import read_sharding  # noqa: E402
 from tests.support.onnx_decoder import HEADS, WIDTH, decoder, normal  # noqa: E402
-from tests.support.onnx_graph import graph, node  # noqa: E402
+from tests.support.onnx_graph import INT64, graph, node  # noqa: E402
 
 
 def held(model: Any, ranks: int, strategy: Any = "allgather", **more: Any) -> Any:
@@ -145,6 +145,26 @@ def test_cast(strategy: Any, window: int | None) -> None:
     assert found.rounding is not None
     assert 1e-4 < found.rounding < 5e-2  # it is another precision
     assert "casting makes" in str(found)
+
+
+def test_cast_of_what_products_make_of_each_other() -> None:
+    """A table's rows, products and an attention that read each other, with nothing between."""
+    heads = {"q_num_heads": 4, "kv_num_heads": 4}
+    nodes = [
+        node("Gather", ["words", "ids"], "x"),
+        *(node("MatMul", ["x", f"w{name}"], name) for name in "qkv"),
+        node("Attention", "qkv", "a", is_causal=1, **heads),
+        node("MatMul", ["a", "wo"], "o"),
+    ]
+    random = np.random.default_rng(5)
+    weights = {f"w{name}": random.standard_normal((32, 32)) / 4 for name in "qkvo"}
+    weights["words"] = random.standard_normal((50, 32))
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    whole = graph(nodes, {"ids": ([1, "S"], INT64)}, {"o": [1, "S", 32]}, weights)
+    found = held(whole, 2, dtype="float16")
+    assert found.verdict == "right", found
+    sharded, _ = shard_model(whole, "allgather", 2, {}, "float16")
+    assert sum(node.op_type == "Cast" for node in sharded.graph.node) == 1  # of the output
 
 
 def test_rounding_does_not_hide_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

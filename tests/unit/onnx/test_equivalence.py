@@ -267,7 +267,7 @@ def counted(*nodes: Any, weights: dict[str, Any] | None = None, **attributes: An
         **(weights or {}),
     }
     whole = graph([first, *nodes, last], {"x": shape}, {"o": shape}, constants)
-    return Form(whole, {"x": normal(1, TOKENS, HEADS * DIM)}, tensorrt=False)
+    return Form(whole, {"x": normal(1, TOKENS, HEADS * DIM)})
 
 
 POSITIONS = [node("Squeeze", ["count"], "n"), node("Range", ["start", "n", "step"], "p")]
@@ -367,8 +367,7 @@ def masked(
     if padding:
         arrays["h"] = np.ones((1, TOKENS), np.int64)
     whole = graph(nodes, inputs, {"o": shape}, constants)
-    # The interpreter of networks doesn't know what TensorRT's parser makes of a window.
-    return Form(whole, arrays, refused=refused, tensorrt=seen not in (NEAR, BEFORE))
+    return Form(whole, arrays, refused=refused)
 
 
 CAUSAL = [node("LessOrEqual", "pr", "m")]
@@ -481,6 +480,35 @@ def test_what_tensorrt_makes_of_a_form(form: str, strategy: str, tmp_path: Path)
     comparison = compared(made, strategy, 2, tmp_path)
     if comparison:
         comparison.check(made.keys, comparison.execute_network(library(), tmp_path))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("form", FORMS)
+def test_onnx_runtime_on_a_form(form: str, strategy: str, tmp_path: Path) -> None:
+    """The very file that TensorRT gets, on 3 ranks."""
+    pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+    made = FORMS[form]()
+    comparison = compared(made, strategy, 3, tmp_path)
+    if comparison:
+        comparison.check(made.keys, comparison.execute_in_onnx_runtime)
+
+
+@needs_tensorrt
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("form", [name for name, make in FORMS.items() if make().tensorrt])
+def test_onnx_runtime_and_the_interpreter_agree(form: str, strategy: str, tmp_path: Path) -> None:
+    """On all that comes out of 2 ranks, at every attention, filled up rows included."""
+    pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+    made = FORMS[form]()
+    comparison = compared(made, strategy, 2, tmp_path)
+    if not comparison:
+        return
+    interpreted = comparison.run(made.keys, comparison.execute_network(library(), tmp_path))
+    executed = comparison.run(made.keys, comparison.execute_in_onnx_runtime)
+    assert set(executed) == set(interpreted)
+    for name, array in interpreted.items():
+        size = max(1.0, np.abs(array).max(initial=0))
+        assert np.abs(executed[name] - array).max(initial=0) < 1e-4 * size, name
 
 
 def test_a_forgotten_exchange_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
