@@ -145,9 +145,9 @@ class _Caster:
         return self.onnx.numpy_helper.from_array(narrow, self.cast[name])
 
     def _widen(self, node: Any, nodes: list[Any]) -> None:
-        """Give the readers of a node what they had in float32."""
+        """Give the readers of a node what they had in float32, but those in 16 bits."""
         output = node.output[0]
-        node.output[0] = f"{output}_{self.dtype}"
+        node.output[0] = self.cast[output] = f"{output}_{self.dtype}"
         nodes.append(self._cast(node.output[0], output, self.wide))
 
     def _cast(self, name: str, output: str, kind: int) -> Any:

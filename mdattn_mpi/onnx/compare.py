@@ -10,7 +10,7 @@ values doesn't hide an error of sharding; how much that is, the whole model tell
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,18 +129,20 @@ def compare(
         for name in [_shown(node.output[0], whole)]
         if name
     ]
-    names = list(dict.fromkeys([*shown, *outputs]))
-    expected, rounding = _run_whole(whole, inputs, names), None
+    names = _stored(dict.fromkeys([*shown, *outputs]), sharded, dtype)
+    expected, rounding = _run_whole(whole, inputs, list(names)), None
+    wanted = list(names.values())
     if dtype:
         alone = prepare(load_weights(copied(model), path), named_axes or {}, dtype).model
-        ((cast,), _) = run_ranks(alone, replace(sharding, ranks=1), inputs, tokens, names)
+        ((found,), _) = run_ranks(alone, replace(sharding, ranks=1), inputs, tokens, wanted)
+        cast = {name: found[own] for name, own in names.items()}
         rounding = max(_relative(name, expected[name], [cast[name]], tokens) for name in names)
         expected = cast
-    right, control = run_ranks(sharded, sharding, inputs, tokens, names)
+    right, control = run_ranks(sharded, sharding, inputs, tokens, wanted)
     tensors = []
     for name, array in expected.items():
         error, forgotten = (
-            _relative(name, array, [each[name] for each in found], tokens)
+            _relative(name, array, [each[names[name]] for each in found], tokens)
             for found in (right, control)
         )
         kind = dtype or str(array.dtype)
@@ -157,6 +159,15 @@ def _shown(name: str, whole: Any) -> str:
         if name in made:
             return name
     return ""
+
+
+def _stored(names: Iterable[str], sharded: Any, dtype: str | None) -> dict[str, str]:
+    """Return what tensors are called in a model that is cast.
+
+    What only products and attentions read is there in 16 bits alone.
+    """
+    made = {each for node in sharded.graph.node for each in node.output}
+    return {name: name if name in made else f"{name}_{dtype}" for name in names}
 
 
 def check_length(whole: Any, sharded: Any, sharding: Sharding) -> int:
