@@ -138,13 +138,32 @@ def _external(model: Any) -> list[Any]:
 
 
 def _check_external(tensor: Any, path: Path) -> None:
-    named = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
-    folder = path.resolve().parent
+    """Refuse data outside of the model's folder, or that isn't there in full."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    named, folder = entries.get("location", ""), path.resolve().parent
     if not named or not (folder / named).resolve().is_relative_to(folder):
         raise RejectedError(
             f"initializer {tensor.name!r} has its data in {named!r}, outside the model's folder",
             file=str(path),
             fix="put the data file beside the model, and save it so",
+        )
+    data = folder / named
+    if not data.is_file():
+        raise RejectedError(
+            f"initializer {tensor.name!r} has its data in {named!r}, which isn't there",
+            file=str(path),
+            fix=f"copy {named} from where the model comes from into its folder",
+        )
+    try:
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+    except ValueError:
+        end = 0  # onnx tells when it reads
+    if end > (size := data.stat().st_size):
+        raise RejectedError(
+            f"initializer {tensor.name!r} has its data in {named!r} up to byte {end}, which "
+            f"has {size}",
+            file=str(path),
+            fix=f"copy {named} from where the model comes from again",
         )
 
 

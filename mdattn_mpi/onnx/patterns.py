@@ -20,8 +20,8 @@ from mdattn_mpi.onnx.nodes import Nodes
 SCALES = ("Mul", "Div", "Cast")
 # What may stand between products and Softmax in attentions of any kind.
 _CHANGES = """
-Add Cast Clip Concat Div Expand Gather GatherElements Identity Max Min Mul Reshape Slice Squeeze Sub
-Tanh Transpose Unsqueeze Where
+Add Cast Clip Concat DequantizeLinear Div Expand Flatten Gather GatherElements Identity Max Min Mul
+QuantizeLinear Reshape Slice Squeeze Sub Tanh Transpose Unsqueeze Where
 """
 CHANGES = frozenset(_CHANGES.split())
 PRODUCTS = ("MatMul", "Einsum")

@@ -139,6 +139,15 @@ def quantization(node: Any, tokens: Tokens) -> Dims:
     return [attribute_of(node, "axis", 1)] if prod(scale) != 1 else ()
 
 
+def quantization_by_range(node: Any, tokens: Tokens) -> Dims:
+    """One scale for all tokens, made of the largest and the smallest of their values."""
+    raise tokens.refuse(
+        node,
+        "scales by the range of all tokens",
+        "shard the model as it was before it was quantized; --dtype makes 16 bits of it",
+    )
+
+
 def product(node: Any, tokens: Tokens) -> Dims:
     """A sum over one dim of each operand, which mustn't be the tokens."""
     if operator(node) == "MatMul":
@@ -299,6 +308,7 @@ RULES: dict[str, Rule] = {
         lambda node, tokens: range(1, len(_shape(node.input[0], tokens))),
     ),
     **dict.fromkeys(("QuantizeLinear", "DequantizeLinear"), quantization),
+    "DynamicQuantizeLinear": quantization_by_range,
     **dict.fromkeys(("MatMul", "Gemm"), product),
     "BatchNormalization": batch_normalization,
     "ConstantOfShape": transpose,

@@ -211,7 +211,7 @@ def _check_opset(model: Any) -> None:
     if opset < OLDEST:
         raise RejectedError(
             f"the model uses opset {opset}; {OLDEST} is needed",
-            fix="convert it with onnx.version_converter",
+            fix=f"export it again, with opset {ALIKE} or later",
         )
 
 

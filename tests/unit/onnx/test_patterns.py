@@ -156,6 +156,17 @@ UNKNOWN = {
         r"to whose scores node 'w' \(Add\) adds others",
     ),
     "Einsum": (lambda: steps(*RELATIVE, product="Einsum"), r"node 'w' \(Add\) adds others"),
+    "quantized": (
+        lambda: steps(
+            node("QuantizeLinear", ["s", "half"], "b"),
+            node("DequantizeLinear", ["b", "half"], "w"),
+        ),
+        r"whose scores go through node 'w' \(DequantizeLinear\)",
+    ),
+    "Softmax over two dims, as before opset 13": (
+        lambda: steps(node("Flatten", "s", "w", axis=3), out="c"),
+        r"whose scores go through node 'w' \(Flatten\)",
+    ),
     "sinks": (
         lambda: steps(
             node("Slice", ["q", "zero", "one", "last"], "e"),

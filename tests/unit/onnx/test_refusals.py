@@ -268,6 +268,13 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         "is in training mode|doesn't take every number",
     ),
+    "quantized by its range": (
+        lambda: before(
+            bad("DynamicQuantizeLinear", "x", ["b", "scale", "zero"]),
+            node("DequantizeLinear", ["b", "scale", "zero"], "y"),
+        ),
+        "scales by the range of all tokens",
+    ),
     "triangle": (lambda: before(bad("Trilu", "x")), UNKNOWN),
     "padding": (
         lambda: before(bad("Pad", "xp"), weights={"p": integers(0, 1, 0, 0, 0, 0)}), UNKNOWN

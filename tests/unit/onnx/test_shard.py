@@ -176,6 +176,26 @@ def test_external_data_stays_where_it_is(tmp_path: Path) -> None:
     assert load_model(tmp_path / "out.onnx").graph.initializer[-1].name == "w"
 
 
+@pytest.mark.parametrize(
+    ("data", "why"), [(None, "which isn't there"), (b"1234", "up to byte 8, which has 4")]
+)
+def test_external_data_that_is_missing(data: bytes | None, why: str, tmp_path: Path) -> None:
+    """It is told as the file is read, and not from inside of onnx in the middle of a command."""
+    whole = attention()
+    weight = whole.graph.initializer.add(name="w", data_type=HALF, dims=[4])
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", "weights"), ("length", "8")):
+        weight.external_data.add(key=key, value=value)
+    (tmp_path / "model.onnx").write_bytes(whole.SerializeToString())
+    if data:
+        (tmp_path / "weights").write_bytes(data)
+    with pytest.raises(RejectedError, match=rf"'w' has its data in 'weights'.* {why}") as caught:
+        load_model(tmp_path / "model.onnx")
+    assert "copy weights" in caught.value.fix
+    (tmp_path / "weights").write_bytes(b"12345678")
+    load_model(tmp_path / "model.onnx")
+
+
 def test_sharding_travels_in_the_file(tmp_path: Path) -> None:
     path = tmp_path / "out.onnx"
     with pytest.raises(RejectedError, match="nothing in this model tells how it is sharded"):
@@ -287,5 +307,6 @@ def test_causal_and_full_attention_in_one_model_count_keys_apart() -> None:
 def test_an_old_opset() -> None:
     old = attention("TRT_Attention")
     old.opset_import[0].version = 12
-    with pytest.raises(RejectedError, match="uses opset 12; 13 is needed"):
+    with pytest.raises(RejectedError, match="uses opset 12; 13 is needed") as caught:
         shard_model(old, "allgather", 2, {})
+    assert caught.value.fix == "export it again, with opset 17 or later"
