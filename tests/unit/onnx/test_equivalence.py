@@ -305,9 +305,14 @@ def picked() -> Form:
 
 
 def expanded() -> Form:
-    """Tokens that are given the shape that they have."""
-    shape = node("Concat", ["one", "count", "width"], "s", axis=0)
-    return counted(shape, node("Expand", "xs", "y"), weights={"width": np.array([HEADS * DIM])})
+    """Tokens, in the last dim, that are given the shape that they have."""
+    nodes = [
+        node("Transpose", "x", "t", perm=[0, 2, 1]),
+        node("Concat", ["one", "width", "count"], "s", axis=0),
+        node("Expand", "ts", "e"),
+        node("Transpose", "e", "y", perm=[0, 2, 1]),
+    ]
+    return counted(*nodes, weights={"width": np.array([HEADS * DIM])})
 
 
 def summed() -> Form:
