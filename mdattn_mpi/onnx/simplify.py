@@ -164,6 +164,8 @@ class _Simplifier:
             found = self._probe(lengths, positions, nodes).values.get(name)
             if found is None or found.ndim < 2 or not found.size:
                 return "can't be computed for every number of tokens"
+            if len(self.sequences) == 1 and found.shape[-1] not in (1, tokens):
+                return f"is of {found.shape[-1]} tokens only, as it is without a dynamic number"
             return masks.mask_from_values(found, positions)
 
         dense = look(min([largest, masks.MOST, *tables]))

@@ -408,6 +408,16 @@ def test_a_mask_of_no_tokens() -> None:
         shard_model(part_of(64, 1), "allgather", 2, {})
 
 
+def test_a_mask_of_one_number_of_tokens() -> None:
+    """As there is where a model was exported without a dynamic length."""
+    mask = node("Greater", ["triangle", "half"], "m")
+    weights = {"triangle": np.tri(9, dtype=np.float32), "half": np.float32(0.5)}
+    attend = node("Attention", "xxxm", "o", name="att", **HEADS)
+    whole = graph([mask, attend], {"x": SEQUENCE}, {"o": SEQUENCE}, weights)
+    with pytest.raises(RejectedError, match=r"'att' .*has a mask that is of 9 tokens only"):
+        shard_model(whole, "allgather", 2, {})
+
+
 def test_a_mean_in_a_function(tmp_path: Path) -> None:
     """It is written out where it is called, whatever its name."""
     path = tmp_path / "model.onnx"
