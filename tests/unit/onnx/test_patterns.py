@@ -189,3 +189,23 @@ def test_scores_that_no_attention_of_ours_makes(name: str, others: Sequence[Any]
         model.graph.output[0].name = "out"
     with pytest.raises(RejectedError, match=rf"^node 'bad' \(Softmax\) is of an attention .*{why}"):
         shard_model(model, "allgather", 2, {})
+
+
+def test_an_attention_inside_of_each_token() -> None:
+    """Between a token's own heads: it may do to its scores what it likes."""
+    nodes = [
+        node("Reshape", ["x", "apart"], "h"),
+        node("Transpose", "h", "t", perm=[0, 2, 1]),
+        node("MatMul", "ht", "s"),
+        node("Clip", ["s", "", "half"], "w"),
+        node("Softmax", "w", "a", axis=-1),
+        node("MatMul", "ah", "y"),
+        node("Reshape", ["y", "joined"], "z"),
+        node("Attention", "zzz", "o", q_num_heads=HEADS, kv_num_heads=HEADS),
+    ]
+    shape = [1, "S", HEADS * DIM]
+    shapes = {"apart": np.array([-1, HEADS, DIM]), "joined": np.array([1, -1, HEADS * DIM])}
+    model = graph(nodes, {"x": shape}, {"o": shape}, {**WEIGHTS, **shapes})
+    sharded, _ = shard_model(model, "allgather", 3, {})
+    found = compare(model, Path(), sharded, read_sharding(sharded, Path()))
+    assert found.verdict == "right", found
