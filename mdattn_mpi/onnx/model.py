@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.files import write_whole
+from mdattn_mpi.files import whole_file, write_whole
 from mdattn_mpi.text import install
 
 LOGGER = logging.getLogger("mdattn_mpi.onnx")
@@ -21,6 +21,8 @@ WINDOW = "mdattn_window"  # of an attention: keys before and after a query that 
 INNER_HEADS = "_mdattn_heads"  # ends the name of an attention's output before heads are joined
 _RANDOM = "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
 RANDOM = frozenset(_RANDOM.split())
+LARGE = 1 << 16  # bytes of a weight that may be handed over, or lie, beside its model
+LARGEST = 2**31 - 2**24  # bytes of weights in a file: protobuf writes less than 2 GiB
 STANDARD = ("", "ai.onnx")  # the domain of ONNX's own operators
 ATTENTION = ("Attention", "TRT_Attention")
 
@@ -237,8 +239,20 @@ def copied(model: Any) -> Any:
     return found
 
 
+def take_out(tensor: Any, location: str, offset: int) -> bytes:
+    """Take the data out of a tensor, say where it lies instead, and return it."""
+    data: bytes = tensor.raw_data
+    tensor.ClearField("raw_data")
+    tensor.data_location = import_onnx().TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", len(data))):
+        tensor.external_data.add(key=key, value=str(value))
+    return data
+
+
 def save_model(model: Any, source: Path, target: Path) -> None:
     """Write `model`, which was read from `source`, whole or not at all.
+
+    Weights that are too many for one file are taken out of it, into ``X.onnx.data`` beside it.
 
     Raises
     ------
@@ -253,6 +267,8 @@ def save_model(model: Any, source: Path, target: Path) -> None:
             fix=f"write to {source.resolve().parent / target.name}",
         )
     try:
+        if sum(len(tensor.raw_data) for tensor in _tensors(model.graph)) > LARGEST:
+            _save_weights(model, target.with_name(f"{target.name}.data"))
         write_whole(target, model.SerializeToString())
     except OSError as error:
         raise RejectedError(
@@ -260,3 +276,11 @@ def save_model(model: Any, source: Path, target: Path) -> None:
             file=str(target),
             fix="name a folder that is there, may be written and has room",
         ) from error
+
+
+def _save_weights(model: Any, path: Path) -> None:
+    offset = 0
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        for tensor in model.graph.initializer:
+            if len(tensor.raw_data) >= LARGE:
+                offset += file.write(take_out(tensor, path.name, offset))

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import ATTENTION, import_onnx, operator, reads
+from mdattn_mpi.onnx.model import ATTENTION, LARGE, import_onnx, operator, reads, take_out
 
 OUTSIDE = frozenset((*ATTENTION, "DistCollective"))
 
-LARGE = 1 << 16  # bytes of a weight that a session gets beside its model
 MUCH = 1 << 24  # bytes of a segment's outputs, after which memory is given back
 Arrays = dict[str, Any]
 Run = Generator["Call", Any, Arrays]
@@ -96,16 +95,12 @@ def _hand_over_weights(model: Any, options: Any, runtime: Any) -> list[Any]:
     onnx = import_onnx()
     names, values = [], []
     for tensor in model.graph.initializer:
-        size = len(tensor.raw_data)
-        if size < LARGE:
+        if len(tensor.raw_data) < LARGE:
             continue
         names.append(tensor.name)
         array = onnx.numpy_helper.to_array(tensor)
         values.append(runtime.OrtValue.ortvalue_from_numpy(array))
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", "given"), ("offset", 0), ("length", size)):
-            tensor.external_data.add(key=key, value=str(value))
+        take_out(tensor, "given", 0)
     if names:
         options.add_external_initializers(names, values)
     return values
@@ -222,8 +217,10 @@ class Segments:
             return onnx.helper.make_tensor_value_info(name, self._types[name], None)
 
         graph = onnx.helper.make_graph(
-            nodes, "segment", [*map(value, inputs)], [*map(value, outputs)], weights
+            nodes, "segment", [*map(value, inputs)], [*map(value, outputs)]
         )
+        for weight in weights:
+            graph.initializer.add().CopyFrom(weight)  # `extend` takes up to 2 GiB
         model = onnx.helper.make_model(
             graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version
         )

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.model import load_model, mend, save_model
+from mdattn_mpi.onnx.model import copied, load_model, mend, save_model
 from mdattn_mpi.onnx.shard import shard_model
 from mdattn_mpi.onnx.sharding import read_sharding
 from tests.support.tensorrt import library, needs_tensorrt
 
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
+from tests.support.onnx_decoder import decoder  # noqa: E402
+
 helper, numpy_helper = onnx.helper, onnx.numpy_helper
 HALF = onnx.TensorProto.FLOAT16
 
@@ -174,6 +176,25 @@ def test_external_data_stays_where_it_is(tmp_path: Path) -> None:
         save_model(sharded, tmp_path / "model.onnx", tmp_path / "other" / "out.onnx")
     save_model(sharded, tmp_path / "model.onnx", tmp_path / "out.onnx")
     assert load_model(tmp_path / "out.onnx").graph.initializer[-1].name == "w"
+
+
+def test_weights_too_many_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They lie beside it, and small ones, such as shapes, stay where they are read."""
+    from mdattn_mpi.onnx import model as module
+    from mdattn_mpi.onnx.segments import load_weights
+
+    whole, path = decoder(), tmp_path / "out.onnx"
+    monkeypatch.setattr(module, "LARGEST", 1 << 12)
+    monkeypatch.setattr(module, "LARGE", 1 << 10)
+    save_model(copied(whole), path, path)
+    found = onnx.load(path, load_external_data=False)
+    assert len(found.SerializeToString()) < 1 << 12 < (tmp_path / "out.onnx.data").stat().st_size
+    outside = {each.name for each in found.graph.initializer if each.external_data}
+    assert {"words", "wq"} <= outside
+    assert not {"heads", "flat"} & outside
+    read = load_weights(load_model(path), path)
+    for one, other in zip(read.graph.initializer, whole.graph.initializer, strict=True):
+        assert np.array_equal(*map(onnx.numpy_helper.to_array, (one, other)))
 
 
 @pytest.mark.parametrize(
