@@ -56,7 +56,9 @@ def load_model(path: Path) -> Any:
         ) from error
     except Exception as error:  # protobuf's own DecodeError, or a wrong text format
         raise RejectedError(
-            f"not an ONNX file ({type(error).__name__})", file=str(path), fix="name an ONNX model"
+            f"not an ONNX file, or a part of one ({type(error).__name__})",
+            file=str(path),
+            fix="name an ONNX model that is there in full, and no pointer of Git LFS to one",
         ) from error
     if not model.ir_version or not model.graph.node:
         raise RejectedError(

@@ -147,7 +147,8 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
         raise RejectedError(
             "the model has no attention: no node Attention, TRT_Attention, MultiHeadAttention "
             "or GroupQueryAttention, and no MatMul–Softmax–MatMul",
-            fix="export it with scaled dot-product attention (opset 23 has the operator)",
+            fix="export it with scaled dot-product attention (opset 23 has the operator); a model "
+            "without any stays whole: -n 1",
         )
     places: Places = token_dims(model, attentions, named_axes)
     done += count_all_tokens(model, places)

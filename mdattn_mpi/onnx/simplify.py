@@ -34,6 +34,8 @@ from mdattn_mpi.onnx.sharding import POSITIONS
 SHAPES = {"Reshape": 1, "Expand": 1, "ConstantOfShape": 0}  # where a node takes a shape
 PROBES = (41, 43, 47, 53, 59, 61, 67, 71, 73, 79, 83, 89)  # lengths that no fixed dim has
 SMALL = 1 << 12  # elements of a constant that is written down rather than computed
+ONE_LENGTH = "is of one number of tokens only"  # what a mask is that was stored
+WITHOUT = "export the model without it, or use -n 1"
 
 Places = Mapping[str, Sequence[TokenDim]]
 
@@ -139,7 +141,9 @@ class _Simplifier:
                 known[name] = self._mask(name)
             mask = known[name]
             if isinstance(mask, str):
-                self._fault(node, f"has a mask that {mask}")
+                dynamic = "export the model with a dynamic number of tokens"
+                fix = dynamic if mask == ONE_LENGTH else WITHOUT
+                self._fault(node, f"has a mask that {mask}", fix)
                 continue
             masks.set_mask(node, masks.narrowed(node, mask))
             self.done.append(f"{name_of(node)}: its mask is an attribute now: {mask}")
@@ -165,7 +169,7 @@ class _Simplifier:
             if found is None or found.ndim < 2 or not found.size:
                 return "can't be computed for every number of tokens"
             if len(self.sequences) == 1 and found.shape[-1] not in (1, tokens):
-                return f"is of {found.shape[-1]} tokens only, as it is without a dynamic number"
+                return ONE_LENGTH
             return masks.mask_from_values(found, positions)
 
         dense = look(min([largest, masks.MOST, *tables]))
@@ -355,12 +359,8 @@ class _Simplifier:
             fix="make it an input of the model, cut like the tokens; or use -n 1",
         )
 
-    def _fault(self, node: Any, why: str) -> None:
-        error = RejectedError(
-            f"{name_of(node)} {why}",
-            fix="export the model without it, or use -n 1",
-        )
-        self.faults.add(error, node.output)
+    def _fault(self, node: Any, why: str, fix: str = WITHOUT) -> None:
+        self.faults.add(RejectedError(f"{name_of(node)} {why}", fix=fix), node.output)
 
 
 def _open_shape(count: Count) -> list[int]:

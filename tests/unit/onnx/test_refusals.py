@@ -414,8 +414,9 @@ def test_a_mask_of_one_number_of_tokens() -> None:
     weights = {"triangle": np.tri(9, dtype=np.float32), "half": np.float32(0.5)}
     attend = node("Attention", "xxxm", "o", name="att", **HEADS)
     whole = graph([mask, attend], {"x": SEQUENCE}, {"o": SEQUENCE}, weights)
-    with pytest.raises(RejectedError, match=r"'att' .*has a mask that is of 9 tokens only"):
+    with pytest.raises(RejectedError, match=r"'att' .*has a mask that is of one") as caught:
         shard_model(whole, "allgather", 2, {})
+    assert "with a dynamic number of tokens" in str(caught.value)
 
 
 def test_a_mean_in_a_function(tmp_path: Path) -> None:
