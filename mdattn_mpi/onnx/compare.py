@@ -80,14 +80,18 @@ class Comparison:
     def verdict(self) -> str:
         """The worst of all; without an attention whose control is seen nothing is proved."""
         found = {each.verdict for each in self.tensors}
-        if self.rounding is not None and self.rounding > ROUNDED:
+        if self._too_coarse:
             found.add("wrong")
         if all(each.control is None for each in self.tensors):
             found.add("inconclusive")
         return next((each for each in ("wrong", "inconclusive") if each in found), "right")
 
+    @property
+    def _too_coarse(self) -> bool:
+        return self.rounding is not None and self.rounding > ROUNDED
+
     def __str__(self) -> str:
-        """One line for the model, one for each tensor that isn't right."""
+        """One line for the model, one for each tensor that isn't right, one for a bad cast."""
         error = max(each.error for each in self.tensors)
         controls = [each.control for each in self.tensors if each.control is not None]
         rounding = "" if self.rounding is None else f"; casting makes {self.rounding:.1e}"
@@ -95,7 +99,13 @@ class Comparison:
             f"checked with ONNX Runtime on {self.tokens} tokens: {self.verdict} (error {error:.1e};"
             f" with exchanges forgotten at least {min(controls, default=0):.1e}{rounding})"
         ]
-        return "\n  ".join(lines + [str(each) for each in self.tensors if each.verdict != "right"])
+        lines += [str(each) for each in self.tensors if each.verdict != "right"]
+        if self._too_coarse:
+            lines.append(
+                f"the cast alone moves values by more than {ROUNDED:.0%} of the largest: leave them"
+                " in float32 (--dtype fp32), or accept it (--no-check)"
+            )
+        return "\n  ".join(lines)
 
 
 def compare(

@@ -198,6 +198,7 @@ def test_a_cast_that_changes_the_model_is_wrong(monkeypatch: pytest.MonkeyPatch)
     found = held(decoder(), 2, dtype="float16")
     assert max(each.error for each in found.tensors) < 2e-3
     assert found.verdict == "wrong"
+    assert "the cast alone moves values by more than 5%" in str(found)
 
 
 def test_a_weight_that_float16_cannot_hold() -> None:
