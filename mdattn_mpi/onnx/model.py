@@ -137,8 +137,17 @@ def _external(model: Any) -> list[Any]:
     return [tensor for tensor in _tensors(model.graph) if tensor.data_location == outside]
 
 
+def external_files(model: Any, path: Path) -> list[Path]:
+    """List the files beside `path` that hold data of `model`, which was read from it."""
+    return [path.resolve().parent / name for name in sorted(set(map(_location, _external(model))))]
+
+
+def _location(tensor: Any) -> str:
+    return {entry.key: str(entry.value) for entry in tensor.external_data}.get("location", "")
+
+
 def _check_external(tensor: Any, path: Path) -> None:
-    named = {entry.key: entry.value for entry in tensor.external_data}.get("location", "")
+    named = _location(tensor)
     folder = path.resolve().parent
     if not named or not (folder / named).resolve().is_relative_to(folder):
         raise RejectedError(

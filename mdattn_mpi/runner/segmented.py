@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from mdattn_mpi.backends import HostArray, StrategyBackend
+from mdattn_mpi.dataset.kinds import must_be_regular
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import Group
 from mdattn_mpi.onnx.attention import AttentionNode, attention_nodes
 from mdattn_mpi.onnx.axes import at_lengths
 from mdattn_mpi.onnx.lengths import Lengths
-from mdattn_mpi.onnx.model import graph_inputs, import_onnx, load_model
+from mdattn_mpi.onnx.model import external_files, graph_inputs, import_onnx, load_model
 from mdattn_mpi.onnx.segments import Segments, import_onnxruntime, load_weights
 from mdattn_mpi.onnx.shard import outer_places, prepare
 from mdattn_mpi.onnx.sharding import POSITIONS
@@ -89,8 +90,9 @@ class SegmentedModel:
     ) -> None:
         self.name = backend.name
         self._backend, self._group, self._strategy = backend, group, strategy
-        prepared = prepare(load_model(path), {})
-        self.digest = _digest(path)
+        loaded = load_model(path)
+        self.digest = _digest([path, *external_files(loaded, path)])
+        prepared = prepare(loaded, {})
         places = outer_places(prepared.model, prepared.tokens)
         self.axes = {name: place.dim for name, place in places.items()}
         model = load_weights(prepared.model, path)
@@ -221,11 +223,21 @@ class SegmentedModel:
         self._backend.abort()
 
 
-def _digest(path: Path) -> str:
+def _digest(paths: Iterable[Path]) -> str:
+    """SHA-256 over files, one after the other.
+
+    Raises
+    ------
+    RejectedError
+        One isn't there.
+
+    """
     found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            found.update(block)
+    for path in paths:
+        must_be_regular(str(path))
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                found.update(block)
     return found.hexdigest()
 
 

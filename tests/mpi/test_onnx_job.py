@@ -88,7 +88,33 @@ def test_a_model_on_three_ranks(kind: str, tmp_path: Path) -> None:
     assert "ranks" in again.stderr
     again = run(tmp_path)
     assert again.returncode == 0
-    assert "3 of 3 items done" in again.stdout + again.stderr
+    assert "3 of 3 items done, none of them now" in again.stderr
+    assert "backend" not in again.stderr  # nothing was opened
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    again = run(tmp_path)
+    assert again.returncode == 0
+    assert "3 of 3 items done, none of them now" in again.stderr
+    assert "backend" in again.stderr  # it might have been another model
+
+
+def test_weights_in_a_file_of_their_own_are_part_of_the_model(tmp_path: Path) -> None:
+    model = prepare(tmp_path, "decoder")
+    weights = tmp_path / "weights.bin"
+    onnx.save(
+        model, str(tmp_path / "model.onnx"), save_as_external_data=True, location=weights.name
+    )
+    assert run(tmp_path, ranks=2).returncode == 0
+    again = run(tmp_path, ranks=2)
+    assert again.returncode == 0
+    assert "backend" not in again.stderr  # nothing was opened
+    weights.write_bytes(weights.read_bytes()[::-1])
+    other = run(tmp_path, ranks=2)
+    assert other.returncode == 2
+    assert "engine_sha256" in other.stderr
+    weights.unlink()
+    lost = run(tmp_path, ranks=2)
+    assert lost.returncode == 2
+    assert str(weights) in "".join(lost.stderr.split())
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
