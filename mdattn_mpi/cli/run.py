@@ -61,7 +61,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     give = "last_hidden_state (default), embedding, logprobs; several with commas"
     add("--give", metavar="NAMES", help=give)
     add("--pool", metavar="HOW", help="of an embedding: mean (default), last, first")
-    add("--dtype", metavar="T", help="of weights and hidden states: bf16 (default), fp16")
+    dtype = "of weights and hidden states (ONNX on GPUs: of products): bf16 (default), fp16"
+    add("--dtype", metavar="T", help=dtype)
     beyond = "take sequences longer than the model's positions, if it computes these"
     add("--beyond-positions", action="store_true", help=beyond)
 

@@ -172,13 +172,15 @@ class _Table:
 
     def __init__(self, quiet: bool, rows: str) -> None:
         self.quiet = quiet
-        if not quiet:
-            print(f"{'item':<28}{rows:>7}{'error':>10}{'allowed':>10}{'used':>6}  shards")
+        self._head = f"{'item':<28}{rows:>7}{'error':>10}{'allowed':>10}{'used':>6}  shards"
 
     def add(self, report: AnyReport) -> None:
         """Print one item."""
         if self.quiet or report.verdict == "by checksum":
             return
+        if self._head:  # not before: what can't be verified has no table
+            print(self._head)
+            self._head = ""
         name, found = report.item.name, report.cells
         name = name if len(name) <= 27 else name[:26] + "…"
         line = f"{name:<28}"

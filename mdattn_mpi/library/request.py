@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from mdattn_mpi.errors import MdattnError
 from mdattn_mpi.library.arrays import Shards, shards_of, tokens_of
 from mdattn_mpi.library.call import Call, begun_by_all, undone_on_error
 from mdattn_mpi.library.options import Options
-from mdattn_mpi.library.session import Session, check_comm, session_of
+from mdattn_mpi.library.session import KEPT, Session, check_comm, session_of
 from mdattn_mpi.library.spans import owners_of
 from mdattn_mpi.problem import AttentionProblem, Partition, Plan, digest_of
 
@@ -43,21 +44,17 @@ def agree_on(
     from mdattn_mpi.lockstep.arrival import DEFAULT, call_deadline
 
     error: MdattnError | None = None
-    shards, facts, seconds = None, dict[str, Any](), DEFAULT
+    shards, facts, digest, seconds = None, dict[str, Any](), 0, DEFAULT
     try:
         seconds = call_deadline(deadline)
         options = options.checked()
         shards = shards_of(*arrays)
-        facts = {
-            **options._asdict(),
-            "dtype": shards.dtype,
-            "backend": shards.backend,
-            "heads and head dims of q, k, v": [shape[1:] for shape in shards.shapes],
-        }
+        heads = tuple(shape[1:] for shape in shards.shapes)
+        facts, digest = _compared(options, shards.dtype, shards.backend, heads)
     except Exception as wrong:  # all ranks must hear of it
         error = MdattnError.wrap(wrong)
     session = session_of(comm, seconds)
-    digest, sinks, call = digest_of(facts), 0, None
+    sinks, call = 0, None
     if shards and not error:
         try:
             sinks = shards.sinks_crc32
@@ -79,6 +76,20 @@ def agree_on(
     assert shards
     tokens = [tokens_of(number) for number in agreed.words]
     return Request(session, shards, options, tokens, (digest, agreed.words), call)
+
+
+@lru_cache(KEPT)
+def _compared(
+    options: Options, dtype: str, backend: str, heads: tuple[tuple[int, ...], ...]
+) -> tuple[dict[str, Any], int]:
+    """What ranks compare of a call, and its digest: the same in all layers of a model."""
+    facts = {
+        **options._asdict(),
+        "dtype": dtype,
+        "backend": backend,
+        "heads and head dims of q, k, v": heads,
+    }
+    return facts, digest_of(facts)
 
 
 def plan_of(request: Request) -> Plan:

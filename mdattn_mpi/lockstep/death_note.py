@@ -122,9 +122,8 @@ def write(folder: str | Path, note: Note) -> bool:
         file = os.open(Path(folder) / JSON, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
         return False
-    with os.fdopen(file, "w") as stream:
-        json.dump(note, stream, indent=1)
-        stream.write("\n")
+    with os.fdopen(file, "wb", 0) as stream:  # at once: a launcher may be about to kill us
+        stream.write(json.dumps(note, indent=1).encode() + b"\n")
     (Path(folder) / TEXT).write_text(page(note), "utf-8", "surrogateescape")  # paths as they are
     return True
 

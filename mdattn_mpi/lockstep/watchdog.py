@@ -91,6 +91,8 @@ class Watchdog:
             second = arrived and arrived.si_signo in STOPS and self._second_stop()
             if second:
                 return self._stop_now()
+            if arrived and arrived.si_signo in STOPS:  # the launcher may have lost a watchdog: it
+                within_patience(self.publisher.look)  # kills the others a second later
             code = self._look()
             if code is not None:
                 within_patience(self.publisher.leave)

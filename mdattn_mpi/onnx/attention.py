@@ -1,4 +1,4 @@
-"""The attentions of a model, in the words of our own: problems, and arrays that are token-major."""
+"""The attentions of a model, in the words of our own: problems, and token-major tensors."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.onnx.graph import set_nodes
 from mdattn_mpi.onnx.lengths import Lengths
 from mdattn_mpi.onnx.masks import window_of
 from mdattn_mpi.onnx.model import ATTENTION, attribute_of, import_onnx, name_of, operator
 from mdattn_mpi.onnx.shard import Prepared
 from mdattn_mpi.problem import AttentionProblem, DTypeName
+
+ROWS = "_mdattn_rows"  # ends the name of what an attention gives that is laid out
 
 
 @dataclass(frozen=True)
@@ -48,25 +51,6 @@ class AttentionNode:
             softcap=self.softcap,
         )
 
-    def token_major(self, array: Any, number: int, tokens: int) -> Any:
-        """``[S, N, H]`` of the input of that number, for the first `tokens`."""
-        if self.joined:
-            heads, dim = self.heads[number > 0], self.dims[number > 1]
-            split = array[0, :tokens].reshape(tokens, heads, dim)
-        else:
-            split = array[0, :, :tokens].swapaxes(0, 1)
-        return np.ascontiguousarray(split)
-
-    def as_it_was(self, output: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        """Turn ``[S, N, Hv]`` into what the node gives for a query of that shape and dtype."""
-        rows = shape[1] if self.joined else shape[2]
-        if len(output) < rows:  # a rank without tokens: one of no meaning
-            output = np.zeros((rows, *output.shape[1:]), output.dtype)
-        wide = output.astype(dtype, copy=False)
-        if self.joined:
-            return np.ascontiguousarray(wide.reshape(1, rows, -1))
-        return np.ascontiguousarray(wide.swapaxes(0, 1)[None])
-
 
 def attention_nodes(prepared: Prepared, shapes: Lengths) -> Mapping[str, AttentionNode]:
     """Describe the attentions of a model, by what they give.
@@ -82,6 +66,58 @@ def attention_nodes(prepared: Prepared, shapes: Lengths) -> Mapping[str, Attenti
         for node in prepared.model.graph.node
         if operator(node) in ATTENTION
     }
+
+
+def lay_out(model: Any, nodes: Mapping[str, AttentionNode], types: dict[str, int]) -> None:
+    """Have the attentions of a model take and give ``[S, N, H]``, in place.
+
+    So whatever runs the rest of the model turns axes, where its tensors are, and an exporter's own
+    Transpose before an attention meets its opposite. `nodes` describe the attentions by what they
+    give, to whose name `ROWS` is added; the types of new tensors are added to `types`. They aren't
+    ONNX's operator any more.
+    """
+    found: list[Any] = []
+    for node in model.graph.node:
+        known = nodes.get(node.output[0])
+        if known is None:
+            found.append(node)
+        else:
+            found += _laid_out(model, node, known, types)
+    set_nodes(model.graph, found)
+
+
+def _laid_out(model: Any, node: Any, known: AttentionNode, types: dict[str, int]) -> list[Any]:
+    before: list[Any] = []
+    after: list[Any] = []
+    out, kind = node.output[0], types[node.input[0]]
+    heads = (known.heads[0], known.heads[1], known.heads[1])
+    for number, (count, dim) in enumerate(zip(heads, (known.dims[0], *known.dims), strict=True)):
+        name, turned = node.input[number], f"{out}{ROWS}{number}"
+        if not known.joined:
+            before.append(_turn(name, f"{turned}_turned"))
+            name = f"{turned}_turned"
+        before.append(_reshape(model, name, turned, (-1, count, dim)))
+        node.input[number] = turned
+    node.output[0] = f"{out}{ROWS}"
+    if known.joined:
+        after.append(_reshape(model, node.output[0], out, (1, -1, heads[0] * known.dims[1])))
+    else:
+        shape = (1, -1, heads[0], known.dims[1])
+        after.append(_reshape(model, node.output[0], f"{out}_turned", shape))
+        after.append(_turn(f"{out}_turned", out))
+    types.update({name: kind for each in (*before, node, *after) for name in each.output})
+    return [*before, node, *after]
+
+
+def _turn(name: str, output: str) -> Any:
+    """``[1, N, S, H]`` to ``[1, S, N, H]``, or back."""
+    return import_onnx().helper.make_node("Transpose", [name], [output], perm=[0, 2, 1, 3])
+
+
+def _reshape(model: Any, name: str, output: str, shape: tuple[int, ...]) -> Any:
+    onnx, dims = import_onnx(), f"{output}_shape"
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(shape, np.int64), dims))
+    return onnx.helper.make_node("Reshape", [name, dims], [output])
 
 
 def _described(node: Any, prepared: Prepared, shapes: Lengths) -> AttentionNode:

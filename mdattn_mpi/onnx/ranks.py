@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mdattn_mpi.onnx.graph import Links
+from mdattn_mpi.onnx.lengths import Lengths
 from mdattn_mpi.onnx.model import (
     RANK_COUNT,
     attribute_of,
@@ -72,7 +73,7 @@ def run_ranks(
     names = [value.name for value in graph_inputs(sharded)]
     feeds = [_shard(names, inputs, sharding, tokens, rank) for rank in range(sharding.ranks)]
     dims = {name: array.shape for name, array in feeds[0].items()}
-    segments = Segments(sharded, dims, wanted)
+    segments = Segments(sharded, Lengths(sharded, dims).types, wanted)
     return _lockstep(segments, feeds, exchange), _lockstep(segments, feeds, forget)
 
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.onnx.lengths import Lengths
 from mdattn_mpi.onnx.model import ATTENTION, import_onnx, operator, reads
 
 OUTSIDE = frozenset((*ATTENTION, "DistCollective"))
@@ -47,10 +46,18 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
-def open_session(model: Any, threads: int = 0) -> Any:
-    """Load a model into ONNX Runtime, on the CPU.
+def open_session(
+    model: Any, threads: int = 0, providers: Sequence[Any] = ("CPUExecutionProvider",)
+) -> Any:
+    """Load a model into ONNX Runtime, on the CPU unless other `providers` are named.
 
     Large weights are handed over beside the model, which holds them once then and not twice.
+
+    Raises
+    ------
+    RejectedError
+        It isn't installed, can't load the model, or not by the first of the providers.
+
     """
     runtime = import_onnxruntime()
     options = runtime.SessionOptions()
@@ -63,14 +70,22 @@ def open_session(model: Any, threads: int = 0) -> Any:
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     try:
         weights = _hand_over_weights(model, options, runtime)  # noqa: F841 it must live so long
-        return runtime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        session = runtime.InferenceSession(
+            model.SerializeToString(), options, providers=list(providers)
         )
     except Exception as error:
         raise RejectedError(
             f"ONNX Runtime can't load the model: {' '.join(str(error).split())}",
             fix="use another precision, or TensorRT",
         ) from error
+    first = providers[0] if isinstance(providers[0], str) else providers[0][0]
+    if session.get_providers()[0] != first:  # it goes on without what it can't load
+        raise RejectedError(
+            f"ONNX Runtime can't load its {first}; it has printed why",
+            fix="install the CUDA and cuDNN that it names: pip install 'mdattn_mpi[fast-cuda]'; or "
+            "use -b cpu",
+        )
+    return session
 
 
 def _hand_over_weights(model: Any, options: Any, runtime: Any) -> list[Any]:
@@ -102,6 +117,52 @@ def _give_memory_back() -> None:
         trim(0)
 
 
+class Place(Protocol):
+    """Where the tensors are that go from segment to segment, and what computes there.
+
+    Attributes
+    ----------
+    providers
+        ONNX Runtime's, in the order of their preference.
+
+    """
+
+    providers: Sequence[Any]
+
+    def put(self, array: Any) -> Any:
+        """Bring an array of NumPy's there."""
+        ...
+
+    def run(self, session: Any, names: list[str], given: Mapping[str, Any]) -> list[Any]:
+        """Run a segment on tensors that are there; return those of these names."""
+        ...
+
+    def take(self, tensors: Sequence[Any]) -> list[Any]:
+        """Bring tensors to the host, as arrays of NumPy's."""
+        ...
+
+
+class OnHost:
+    """Arrays of NumPy's, and ONNX Runtime on the CPU."""
+
+    providers: Sequence[Any] = ("CPUExecutionProvider",)
+
+    def put(self, array: Any) -> Any:
+        """Return it."""
+        return array
+
+    def run(self, session: Any, names: list[str], given: Mapping[str, Any]) -> list[Any]:
+        """Run a segment, and keep no more memory than its outputs need."""
+        found: list[Any] = session.run(names, dict(given))
+        if sum(array.nbytes for array in found) >= MUCH:
+            _give_memory_back()
+        return found
+
+    def take(self, tensors: Sequence[Any]) -> list[Any]:
+        """Return them."""
+        return list(tensors)
+
+
 class Segments:
     """A model, cut at its attentions and collectives.
 
@@ -109,23 +170,29 @@ class Segments:
     ----------
     model
         A sharded one, as `shard.shard_model` makes it; its weights are in it.
-    dims
-        Of every input at any length, for the types of what goes from segment to segment.
+    types
+        Of its tensors, in ONNX's numbers: what goes from segment to segment is declared.
     wanted
         Tensors to give back; the outputs of the model if None.
+    threads
+        Of ONNX Runtime; 0 for as many as there are cores.
+    place
+        Where it runs.
 
     """
 
     def __init__(
         self,
         model: Any,
-        dims: Mapping[str, Sequence[int]],
+        types: Mapping[str, int],
         wanted: Sequence[str] | None = None,
         threads: int = 0,
+        place: Place | None = None,
     ) -> None:
+        self._place: Place = place or OnHost()
         self.wanted = list(wanted or [value.name for value in model.graph.output])
         self._model: Any = model
-        self._types = dict(Lengths(model, dims).types)
+        self._types = dict(types)
         self._steps: list[_Segment | Any] = []
         self._last: dict[str, int] = {}  # the last step that reads a tensor
         groups = _levels(model.graph.node)
@@ -160,7 +227,8 @@ class Segments:
         model = onnx.helper.make_model(
             graph, opset_imports=self._model.opset_import, ir_version=self._model.ir_version
         )
-        return _Segment(open_session(model, threads), inputs, outputs)
+        session = open_session(model, threads, self._place.providers)
+        return _Segment(session, inputs, outputs)
 
     def run(self, feeds: Mapping[str, Any]) -> Run:
         """Run a rank; yield each `Call`, and be sent what its node gives."""
@@ -168,10 +236,8 @@ class Segments:
         for number, step in enumerate(self._steps):
             if isinstance(step, _Segment):
                 given = {name: values[name] for name in step.inputs}
-                found = step.session.run(step.outputs, given) if step.outputs else []
+                found = self._place.run(step.session, step.outputs, given) if step.outputs else []
                 values.update(zip(step.outputs, found, strict=True))
-                if sum(array.nbytes for array in found) >= MUCH:
-                    _give_memory_back()
             else:
                 values[step.output[0]] = yield Call(step, [values.get(name) for name in step.input])
             for name in [*values]:

@@ -142,7 +142,7 @@ def _needs_no_preparing(backend: str, kernel: str) -> bool:
         return False
     from mdattn_mpi.devices.cuda.choice import needs_no_preparing
 
-    return needs_no_preparing(backend, kernel)
+    return needs_no_preparing(kernel)
 
 
 def _digest_of_engine(spec: JobSpec) -> str:

@@ -155,8 +155,11 @@ def _build(spec: JobSpec, runtime: Runtime, tokens: int) -> Model:
 
 
 def _open_segmented(spec: JobSpec, group: Group, world: World) -> SegmentedModel:
-    """Collective. Open an ONNX model on the CPUs of a group."""
-    backend = open_backend("cpu", group, threads=spec.threads)
+    """Collective. Open an ONNX model on the CPUs or the GPUs of a group."""
+    name = "cuda" if spec.backend == "cuda" else "cpu"
+    backend = open_backend(
+        name, group, threads=spec.threads, transfer=spec.transfer, kernel=spec.kernel
+    )
     return together(
         group,
         "model",
@@ -166,6 +169,7 @@ def _open_segmented(spec: JobSpec, group: Group, world: World) -> SegmentedModel
             Path(spec.model),
             spec.strategy,
             spec.threads or world.cores,
+            DTYPES[spec.dtype],
         ),
         lambda model: {"model": model.digest},
     )
@@ -182,11 +186,6 @@ def _check_segmented(spec: JobSpec) -> None:
     wrong = next((name for name, given in others.items() if given), None)
     if wrong:
         raise RejectedError(f"{wrong} with --model {spec.model}", fix=f"leave {wrong} out")
-    if spec.backend == "cuda":
-        raise RejectedError(
-            f"-b cuda with --model {spec.model}: its segments run on CPUs",
-            fix="leave -b out, or run it as a TensorRT engine: -b tensorrt",
-        )
 
 
 def check_options(spec: JobSpec) -> None:

@@ -13,18 +13,21 @@ import numpy as np
 
 from mdattn_mpi.backends import HostArray, StrategyBackend
 from mdattn_mpi.dataset.kinds import must_be_regular
+from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import Group
-from mdattn_mpi.onnx.attention import AttentionNode, attention_nodes
+from mdattn_mpi.onnx.attention import ROWS, AttentionNode, attention_nodes, lay_out
 from mdattn_mpi.onnx.axes import at_lengths
+from mdattn_mpi.onnx.cast import has_float32_attention
 from mdattn_mpi.onnx.lengths import Lengths
 from mdattn_mpi.onnx.model import external_files, graph_inputs, import_onnx, load_model
-from mdattn_mpi.onnx.segments import Segments, import_onnxruntime, load_weights
+from mdattn_mpi.onnx.segments import OnHost, Place, Segments, import_onnxruntime, load_weights
 from mdattn_mpi.onnx.shard import outer_places, prepare
 from mdattn_mpi.onnx.sharding import POSITIONS
 from mdattn_mpi.partition import equal_shards
 from mdattn_mpi.problem import (
     AttentionProblem,
+    DTypeName,
     ModelPlan,
     ModelProblem,
     Partition,
@@ -32,6 +35,7 @@ from mdattn_mpi.problem import (
     StrategyName,
     TensorSpec,
 )
+from mdattn_mpi.strategies import STRATEGIES
 
 PROBE = 41  # tokens at which shapes are looked up
 
@@ -69,7 +73,9 @@ class SegmentedModel:
     strategy
         How attentions are shared.
     threads
-        Of ONNX Runtime.
+        Of ONNX Runtime on the CPU.
+    dtype
+        On a GPU, of products, attentions and their weights that are in float32.
 
     Attributes
     ----------
@@ -86,13 +92,22 @@ class SegmentedModel:
     """
 
     def __init__(
-        self, backend: StrategyBackend, group: Group, path: Path, strategy: str, threads: int
+        self,
+        backend: StrategyBackend,
+        group: Group,
+        path: Path,
+        strategy: str,
+        threads: int,
+        dtype: DTypeName,
     ) -> None:
         self.name = backend.name
         self._backend, self._group, self._strategy = backend, group, strategy
+        self._place = _place_of(backend)
         loaded = load_model(path)
         self.digest = _digest([path, *external_files(loaded, path)])
         prepared = prepare(loaded, {})
+        if backend.name != "cpu" and has_float32_attention(prepared.model):
+            prepared = prepare(load_weights(load_model(path), path), {}, dtype)
         places = outer_places(prepared.model, prepared.tokens)
         self.axes = {name: place.dim for name, place in places.items()}
         model = load_weights(prepared.model, path)
@@ -106,8 +121,10 @@ class SegmentedModel:
         self._positions = [
             value.name for value in graph_inputs(model) if value.name.startswith(POSITIONS)
         ]
-        self._nodes = attention_nodes(prepared, shapes)
-        self._segments = Segments(model, dims, threads=threads)
+        nodes, types = attention_nodes(prepared, shapes), dict(shapes.types)
+        lay_out(model, nodes, types)
+        self._nodes = {f"{name}{ROWS}": node for name, node in nodes.items()}
+        self._segments = Segments(model, types, threads=threads, place=self._place)
         self._plans: dict[AttentionProblem, Plan] = {}
         self._seconds = 0.0
 
@@ -149,7 +166,7 @@ class SegmentedModel:
 
     def host_empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:
         """An array for `begin`."""
-        return np.empty(shape, dtype)
+        return self._backend.host_empty(shape, dtype)
 
     def begin(self, plan: ModelPlan, *shards: HostArray) -> Running:
         """Take the rank's shards; a rank without tokens runs the segments on one of no meaning."""
@@ -161,7 +178,7 @@ class SegmentedModel:
             given = shard.reshape(tensor.with_tokens(len(span)))
             feeds[tensor.name] = given if len(span) else whole
         feeds.update((name, np.minimum(own, plan.problem.tokens - 1)) for name in self._positions)
-        return Running(plan, feeds)
+        return Running(plan, {name: self._place.put(array) for name, array in feeds.items()})
 
     def enqueue(self, running: Running) -> None:
         """Collective. Run the model, segment after segment."""
@@ -175,9 +192,10 @@ class SegmentedModel:
         except StopIteration as end:
             found = end.value
         own = len(equal_shards(running.plan.problem.tokens, running.plan.ranks)[self._group.rank])
+        arrays = self._place.take([found[tensor.name] for tensor in self.outputs])
         running.outputs = tuple(
-            np.ascontiguousarray(_first(found[tensor.name], own, cast(int, tensor.token_dim)))
-            for tensor in self.outputs
+            np.ascontiguousarray(_first(array, own, cast(int, tensor.token_dim)))
+            for tensor, array in zip(self.outputs, arrays, strict=True)
         )
         for tensor, array in zip(self.outputs, running.outputs, strict=True):
             if array.shape != tensor.with_tokens(own):
@@ -188,16 +206,17 @@ class SegmentedModel:
                 )
         self._seconds += perf_counter() - began
 
-    def _attend(self, node: AttentionNode, tokens: int, inputs: list[HostArray]) -> HostArray:
+    def _attend(self, node: AttentionNode, tokens: int, inputs: list[Any]) -> Any:
         """Collective. Attend with the rank's own tokens to those of all ranks."""
-        plan = self._plan(node.over(tokens))
+        plan, device = self._plan(node.over(tokens)), self._backend.device
         own = len(equal_shards(tokens, plan.ranks)[self._group.rank])
-        kind = np.dtype(inputs[0].dtype)
-        shards = [node.token_major(each, n, own) for n, each in enumerate(inputs[:3])]
-        execution = self._backend.begin(plan, *shards)
-        self._backend.enqueue(execution)
-        output = self._backend.collect(execution).wait()[0]
-        return cast(HostArray, node.as_it_was(output, inputs[0].shape, kind))
+        shards = [device.adopt(each)[:own] for each in inputs]
+        steps = device.perform(STRATEGIES[plan.strategy], plan, *shards)
+        next(steps)
+        output, _ = run_to_end(steps)
+        if not own:  # the segments run on a token of no meaning
+            output = device.upload(np.zeros((1, *output.shape[1:]), output.dtype))
+        return device.export(output)
 
     def collect(self, running: Running) -> Arrays:
         """Give the outputs, which are there."""
@@ -221,6 +240,15 @@ class SegmentedModel:
     def abort(self) -> None:
         """Abort the device."""
         self._backend.abort()
+
+
+def _place_of(backend: StrategyBackend) -> Place:
+    """Say where segments run: where the backend attends."""
+    if backend.name == "cpu":
+        return OnHost()
+    from mdattn_mpi.runner.on_gpu import OnGpu
+
+    return OnGpu(backend.device)  # type: ignore[arg-type]
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -9,53 +9,24 @@ import h5py
 import numpy as np
 import pytest
 
+from mdattn_mpi.devices.presence import gpu_count
 from tests.support.mpirun import mpirun
 
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
-onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
-from tests.support.onnx_decoder import HEADS, decoder  # noqa: E402
-from tests.support.onnx_graph import graph, node  # noqa: E402
-
-LENGTHS = (61, 17, 1)  # the last leaves ranks without tokens
-WINDOW = 5
-
-
-def joined() -> Any:
-    """An attention of 3-D inputs, heads in the last dim, values of another head dim."""
-    shapes = {"q": [1, "S", HEADS * 8], "k": [1, "S", 2 * 8], "v": [1, "S", 2 * 16]}
-    heads = {"q_num_heads": HEADS, "kv_num_heads": 2}
-    attend = node("Attention", "qkv", "o", is_causal=1, scale=0.5, **heads)
-    return graph([attend, node("Neg", "o", ["out"])], shapes, {"out": [1, "S", HEADS * 16]})
-
-
-MODELS = {"decoder": lambda: decoder(window=WINDOW), "joined": joined}
+from tests.support.onnx_job import LENGTHS, MODELS, random_items, whole_output
 
 
 def prepare(folder: Path, kind: str) -> Any:
     """Write ``model.onnx`` and ``data.h5``; return the model."""
     model = MODELS[kind]()
     (folder / "model.onnx").write_bytes(model.SerializeToString())
-    random = np.random.default_rng()
     with h5py.File(folder / "data.h5", "w") as file:
-        for number, tokens in enumerate(LENGTHS):
-            for value in model.graph.input:
-                width = [dim.dim_value for dim in value.type.tensor_type.shape.dim][2:]
-                array = (
-                    random.standard_normal((1, tokens, *width)).astype(np.float32)
-                    if width
-                    else random.integers(0, 50, (1, tokens))
-                )
-                file[f"items/s{number}/{value.name}"] = array
+        for number, arrays in enumerate(random_items(model)):
+            for name, array in arrays.items():
+                file[f"items/s{number}/{name}"] = array
     return model
-
-
-def outputs(model: Any, inputs: dict[str, Any]) -> Any:
-    """Run the whole model."""
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), providers=["CPUExecutionProvider"]
-    )
-    return session.run(["out"], inputs)[0]
 
 
 def run(folder: Path, *options: str, ranks: int = 3) -> Any:
@@ -63,26 +34,32 @@ def run(folder: Path, *options: str, ranks: int = 3) -> Any:
     return mpirun(ranks, ["-m", "mdattn_mpi", "run", *files, *options])
 
 
+def compare(folder: Path, model: Any, tolerance: float, ranks: int) -> None:
+    """As the whole one; and every rank's tokens alone are seen to give something else."""
+    with h5py.File(folder / "data.h5") as data, h5py.File(folder / "out.h5") as out:
+        for number, tokens in enumerate(LENGTHS):
+            inputs = {name: array[()] for name, array in data[f"items/s{number}"].items()}
+            whole = whole_output(model, inputs)
+            found = out[f"items/s{number}/out"][()].reshape(whole.shape)
+            size = max(1.0, float(np.abs(whole).max()))
+            assert np.abs(found - whole).max() < tolerance * size
+            if tokens > ranks:
+                cuts = range(0, tokens, -(-tokens // ranks))
+                alone = [
+                    whole_output(model, {n: a[:, c : c + cuts.step] for n, a in inputs.items()})
+                    for c in cuts
+                ]
+                assert np.abs(np.concatenate(alone, 1) - whole).max() > max(
+                    0.1, 2 * tolerance * size
+                )
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_model_on_three_ranks(kind: str, tmp_path: Path) -> None:
-    """As the whole one; and every rank's tokens alone are seen to give something else."""
     model = prepare(tmp_path, kind)
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr
-    with h5py.File(tmp_path / "data.h5") as data, h5py.File(tmp_path / "out.h5") as out:
-        for number, tokens in enumerate(LENGTHS):
-            inputs = {name: array[()] for name, array in data[f"items/s{number}"].items()}
-            whole = outputs(model, inputs)
-            found = out[f"items/s{number}/out"][()].reshape(whole.shape)
-            size = max(1.0, float(np.abs(whole).max()))
-            assert np.abs(found - whole).max() < 2e-4 * size
-            if tokens > 3:
-                cuts = range(0, tokens, -(-tokens // 3))
-                alone = [
-                    outputs(model, {n: a[:, c : c + cuts.step] for n, a in inputs.items()})
-                    for c in cuts
-                ]
-                assert np.abs(np.concatenate(alone, 1) - whole).max() > 0.1
+    compare(tmp_path, model, 2e-4, 3)
     again = run(tmp_path, ranks=2)
     assert again.returncode == 2  # other ranks would write other bytes
     assert "ranks" in again.stderr
@@ -117,10 +94,18 @@ def test_weights_in_a_file_of_their_own_are_part_of_the_model(tmp_path: Path) ->
     assert str(weights) in "".join(lost.stderr.split())
 
 
+@pytest.mark.skipif(gpu_count() < 2, reason="needs two GPUs, and an ONNX Runtime with CUDA")
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_on_two_gpus(kind: str, tmp_path: Path) -> None:
+    model = prepare(tmp_path, kind)
+    done = run(tmp_path, "-b", "cuda", "--dtype", "fp16", ranks=2)
+    assert done.returncode == 0, done.stderr
+    compare(tmp_path, model, 5e-2, 2)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     prepare(tmp_path, "decoder")
     for options, told in (
-        (["-b", "cuda"], "its segments run on CPUs"),
         (["--lse"], "--lse with --model"),
         (["--bind", "ids=items/*/words", "--bind", "out=items/*/out"], "matches nothing"),
     ):

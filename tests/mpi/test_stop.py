@@ -14,7 +14,7 @@ from mdattn_mpi.cli import main
 from mdattn_mpi.lockstep import death_note
 from tests.support.mpirun import kill_all, mark_of, mpirun, start
 from tests.support.storm import check, finish, results
-from tests.support.underway import STANDS, until_an_item_is_done
+from tests.support.underway import STANDS, until, until_an_item_is_done
 
 
 class Job:
@@ -80,6 +80,8 @@ def test_a_signal(job: Job, to: str) -> None:
     job.is_resumed()
 
 
+# MPICH's mpirun may crash by itself when it is told twice, on a busy machine, and gives 0 then.
+HYDRA_CRASHES = "HYD_pmcd_pmip_control_cmd_cb"
 MPICH = Path(sys.prefix) / "mpich"  # where `make test` puts the wheel
 
 
@@ -109,12 +111,12 @@ def test_a_launcher_that_kills_what_it_interrupts(
             now = state(long_job, capsys)
             assert now in ("running", "stopping", "interrupted", "lost a rank"), now
         if process.poll() is None:  # MPICH's waits for its ranks, till it is told twice
-            assert now == "stopping"
+            until(lambda: state(long_job, capsys) == "stopping", 20)
             process.send_signal(number)
         code, said = finish(process)
     finally:
         kill_all(mark_of(process))
-    assert code != 0, said
+    assert code != 0 or HYDRA_CRASHES in said, said
     assert state(long_job, capsys) in ("interrupted", "lost a rank")
     for rank in range(2):
         assert "asked to stop" in Path(f"{long_job.out}.run/rank-{rank:04}.log").read_text()

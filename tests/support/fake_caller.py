@@ -114,7 +114,7 @@ class Caller:
 
     def from_dlpack(self, exported: Any) -> Tensor:
         """Take an array of ours."""
-        array = exported._array
+        array = exported.array
         waiting = self.ready if self.hides else self.current
         capsule = exported.__dlpack__(stream=waiting.handle)
         buffer = (ctypes.c_ubyte * array.nbytes).from_address(array.address)

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from mdattn_mpi.devices.cuda.attention import ONE, AttentionCall
+from mdattn_mpi.devices.cuda.dlpack import Borrowed
 from mdattn_mpi.devices.cuda.gpu import Gpu, View
 from mdattn_mpi.devices.cuda.merge import MergeCall
 from mdattn_mpi.errors import DeviceError, RejectedError
@@ -311,6 +312,9 @@ class FakeGpu:
         return self.machine.streams[handle]
 
     def view(self, array: Any, stream: Stream | None) -> View:
+        if isinstance(array, Borrowed):
+            assert stream is None, "its stream is known"
+            return View(array.address, array.shape, array.strides, array.dtype, array)
         found: View = array.view(stream)
         return found
 

@@ -68,7 +68,7 @@ class Job:
 
     def take(self, exported: Any) -> Tensor:
         """Take an array of ours."""
-        array = exported._array
+        array = exported.array
         lender = exported.__dlpack__(stream=self.stream.handle)
         buffer = (ctypes.c_ubyte * array.nbytes).from_address(array.address)
         memory = np.frombuffer(buffer, np.uint8).view(array.dtype).reshape(array.shape)

@@ -33,8 +33,9 @@ PATIENCE = 90.0  # seconds before a run counts as hung; a busy machine is slow, 
 
 
 # Open MPI 5's mpirun may crash by itself in its PMIx server after ranks were killed, once in some
-# hundred runs: the exit code that it was about to pass on is what it had printed then.
-CRASHES = (-signal.SIGSEGV, -signal.SIGABRT)
+# hundred runs, or hang till our reaper kills it: the exit code that it was about to pass on is what
+# it had printed then.
+CRASHES = (-signal.SIGSEGV, -signal.SIGABRT, -signal.SIGKILL)
 
 
 @functools.cache

@@ -136,9 +136,9 @@ def _options(call: AttentionCall) -> str:
     return f"{band}, with a soft cap" if call.softcap else band
 
 
-def needs_no_preparing(backend: str, kernel: str) -> bool:
+def needs_no_preparing(kernel: str) -> bool:
     """Whether no length of this rank's calls needs preparing; its GPU needn't be open."""
-    return backend == "cuda" and gpu_count() > 0 and takes_flash(kernel, gpu_sm(0))
+    return gpu_count() > 0 and takes_flash(kernel, gpu_sm(0))
 
 
 def takes_flash(kernel: str, sm: tuple[int, int]) -> bool:

@@ -191,6 +191,16 @@ class CudaDevice:
         """Give an array to the library that `adopt` was last given one of; nothing is copied."""
         return self._interop.export(array)
 
+    def lend_stream(self) -> tuple[int, int]:
+        """Open a stream for a library that `adopt` is given `dlpack.Borrowed` arrays of.
+
+        Nobody waits on the host: the library's work comes after what it is given by `export`, which
+        are device arrays, and ours after what is adopted. Return the GPU's ordinal and the handle.
+        """
+        stream = self._gpu.stream()
+        self._interop.lend(stream)
+        return self._gpu.ordinal, int(stream.handle)
+
     def mark(self) -> Event:
         """Record all kernels so far; marks give milliseconds by ``-`` once they are past."""
         self.kernels.join()

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
 
 CUDA = 2
 NAME = b"dltensor"
-CODES = {"int32": 0, "float16": 2, "float32": 2, "bfloat16": 4}
+CODES = {
+    **dict.fromkeys(("int8", "int16", "int32", "int64"), 0),
+    **dict.fromkeys(("uint8", "uint16", "uint32", "uint64"), 1),
+    **dict.fromkeys(("float16", "float32", "float64"), 2),
+    "bfloat16": 4,
+    "bool": 6,
+}
 
 
 class Tensor(ctypes.Structure):
@@ -85,3 +93,31 @@ def capsule(
     at = ctypes.addressof(managed)
     _shared[at] = managed, extents, steps, owner
     return _new(at, NAME, ctypes.cast(_destructor, ctypes.c_void_p))
+
+
+@dataclass(frozen=True)
+class Borrowed:
+    """A contiguous array in GPU memory of a library to which a device has lent a stream.
+
+    `owner` keeps the memory; the library computes in that stream and in no other.
+    """
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    ordinal: int
+    owner: Any
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """In elements."""
+        return tuple(prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        """CUDA, and which GPU."""
+        return CUDA, self.ordinal
+
+    def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
+        """Show the memory. Whoever asks knows the stream, and waits for it."""
+        where = self.address, self.shape, self.strides, self.dtype
+        return capsule(*where, self.ordinal, self.owner)

@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
-from mdattn_mpi.devices.cuda.dlpack import capsule
-from mdattn_mpi.devices.cuda.gpu import Event, Gpu, View
+from mdattn_mpi.devices.cuda.dlpack import Borrowed, capsule
+from mdattn_mpi.devices.cuda.gpu import Event, Gpu, Stream, View
 from mdattn_mpi.devices.cuda.memory import Allocation, DeviceArray
 from mdattn_mpi.devices.cuda.order import Fence, Held, Queue, events
 
@@ -198,6 +198,15 @@ class Interop:
         self._caller: Caller | None = None
         self._lent: list[tuple[Caller, Allocation]] = []
 
+    def lend(self, stream: Stream) -> None:
+        """Let what computes in `stream`, and shows its arrays as `Borrowed`, be known as a library.
+
+        What it is given are device arrays as they are.
+        """
+        current = lambda: (int(stream.handle), stream)  # noqa: E731 a value of `Library`
+        self._kind = Borrowed
+        self._libraries[_name_of(Borrowed)] = Library(lambda exported: exported.array, current)
+
     def adopt(self, array: Any) -> DeviceArray:
         """Take an array of another library as it is."""
         self._kind = type(array)
@@ -226,7 +235,7 @@ class Interop:
         return caller.library.from_dlpack(Exported(self._gpu, array, caller))
 
     def _caller_of(self, kind: type) -> Caller:
-        name = kind.__module__.partition(".")[0]
+        name = _name_of(kind)
         library = self._libraries.get(name)
         if library is None:
             known = LIBRARIES.get(name)
@@ -242,12 +251,17 @@ class Interop:
         return StreamCaller(self._gpu, library, handle, owner)
 
 
+def _name_of(kind: type) -> str:
+    """Return the package that a class of arrays comes from."""
+    return kind.__module__.partition(".")[0]
+
+
 class Exported:
     """A device array as other libraries take it."""
 
     def __init__(self, gpu: Gpu, array: DeviceArray, caller: Caller) -> None:
         self._gpu = gpu
-        self._array = array
+        self.array = array
         self._caller = caller
 
     def __dlpack_device__(self) -> tuple[int, int]:
@@ -256,7 +270,7 @@ class Exported:
 
     def __dlpack__(self, *, stream: int | None = None, **options: Any) -> Any:
         """Let the consumer's stream wait for this library's; then hand the memory over."""
-        array, allocation = self._array, self._array.allocation
+        array, allocation = self.array, self.array.allocation
         if not self._caller.wait(allocation.written):
             self._tell(stream, allocation)
         return capsule(

@@ -116,18 +116,16 @@ def test_what_fails_ahead_of_need_fails_when_it_is_wanted(engine: Engine, ready:
 
 
 @pytest.mark.parametrize(
-    ("backend", "kernel", "sm", "why", "needless"),
+    ("kernel", "sm", "why", "needless"),
     [
-        ("cuda", "auto", (9, 0), "", True),
-        ("cuda", "flash", (9, 0), "", True),
-        ("cuda", "cudnn", (9, 0), "", False),
-        ("cuda", "auto", (8, 0), "", False),
-        ("cuda", "auto", (9, 0), "not installed", False),
-        ("cpu", "auto", (9, 0), "", False),
+        ("auto", (9, 0), "", True),
+        ("flash", (9, 0), "", True),
+        ("cudnn", (9, 0), "", False),
+        ("auto", (8, 0), "", False),
+        ("auto", (9, 0), "not installed", False),
     ],
 )
 def test_who_needs_no_preparing(
-    backend: str,
     kernel: str,
     sm: tuple[int, int],
     why: str,
@@ -137,4 +135,4 @@ def test_who_needs_no_preparing(
     monkeypatch.setattr(choice, "gpu_count", lambda: 1)
     monkeypatch.setattr(choice, "gpu_sm", lambda ordinal: sm)
     monkeypatch.setattr(choice, "why_not", lambda found: why)
-    assert needs_no_preparing(backend, kernel) is needless
+    assert needs_no_preparing(kernel) is needless
