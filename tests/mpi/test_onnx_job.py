@@ -15,7 +15,7 @@ from tests.support.mpirun import mpirun
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
 pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
-from tests.support.onnx_job import LENGTHS, MODELS, random_items, whole_output
+from tests.support.onnx_job import LENGTHS, MODELS, random_items, whole_output  # noqa: E402
 
 
 def prepare(folder: Path, kind: str) -> Any:
