@@ -21,11 +21,18 @@ def whole_file(path: Path) -> Iterator[Path]:
         The folder can't be written, or has no room.
 
     """
-    temporary = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
-    try:
+    with _replacing(path) as temporary:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Do as `whole_file`, for a block that syncs."""
+    temporary = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
+    try:
+        yield temporary
         temporary.replace(path)
     finally:
         with suppress(OSError):  # it is in place, or was never made
@@ -34,8 +41,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, data: bytes | memoryview | str) -> None:
     """Write a file, or replace it, whole or not at all; see `whole_file`."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def cache_folder(name: str) -> Path:
