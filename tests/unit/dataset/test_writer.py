@@ -187,10 +187,10 @@ def test_a_ledger_is_all_zeros_whatever_lay_there(tmp_path: Path) -> None:
     """Only what no byte was written to yet is zero by itself."""
     with new_file(tmp_path / "o.h5", 1) as file:
         end = os.fstat(fd := file.id.get_vfd_handle()).st_size
-        os.pwrite(fd, b"\xff" * 20_000, end)  # it ends within the ledger
+        os.pwrite(fd, b"\xff" * 40_000, end)  # it ends within the ledger
         book = add_group(file, "ledger")
         writer_module._create_ledger(book, ledger_columns(100, 64, 2))
-        assert book["spans"].id.get_offset() < end + 20_000
+        assert book["spans"].id.get_offset() < end + 40_000
     with h5py.File(tmp_path / "o.h5") as file:
         for column in file["ledger"].values():
             assert not column[:].tobytes().strip(b"\0")
