@@ -13,7 +13,6 @@ import numpy as np
 
 from mdattn_mpi.backends import HostArray, StrategyBackend
 from mdattn_mpi.dataset.kinds import must_be_regular
-from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import DeviceError, RejectedError
 from mdattn_mpi.lockstep import Group
 from mdattn_mpi.onnx.attention import ROWS, AttentionNode, attention_nodes, lay_out
@@ -35,7 +34,6 @@ from mdattn_mpi.problem import (
     StrategyName,
     TensorSpec,
 )
-from mdattn_mpi.strategies import STRATEGIES
 
 PROBE = 41  # tokens at which shapes are looked up
 
@@ -211,9 +209,7 @@ class SegmentedModel:
         plan, device = self._plan(node.over(tokens)), self._backend.device
         own = len(equal_shards(tokens, plan.ranks)[self._group.rank])
         shards = [device.adopt(each)[:own] for each in inputs]
-        steps = device.perform(STRATEGIES[plan.strategy], plan, *shards)
-        next(steps)
-        output, _ = run_to_end(steps)
+        output, _ = self._backend.attend(plan, *shards)
         if not own:  # the segments run on a token of no meaning
             output = device.upload(np.zeros((1, *output.shape[1:]), output.dtype))
         return device.export(output)
