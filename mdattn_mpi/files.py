@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -45,6 +46,23 @@ def write_whole(path: Path, data: bytes | memoryview | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 in hex over the bytes of files, one after the other.
+
+    Raises
+    ------
+    OSError
+        One can't be read.
+
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                found.update(block)
+    return found.hexdigest()
 
 
 def cache_folder(name: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from mdattn_mpi.backends import HostArray, StrategyBackend
 from mdattn_mpi.dataset.kinds import must_be_regular
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.files import sha256_of_files
 from mdattn_mpi.lockstep import Group
 from mdattn_mpi.onnx.attention import ROWS, AttentionNode, attention_nodes, lay_out
 from mdattn_mpi.onnx.axes import at_lengths
@@ -102,7 +102,10 @@ class SegmentedModel:
         self._backend, self._group, self._strategy = backend, group, strategy
         self._place = _place_of(backend)
         loaded = load_model(path)
-        self.digest = _digest([path, *external_files(loaded, path)])
+        files = [path, *external_files(loaded, path)]
+        for file in files:
+            must_be_regular(str(file))
+        self.digest = sha256_of_files(files)
         prepared = prepare(loaded, {})
         if backend.name != "cpu" and has_float32_attention(prepared.model):
             prepared = prepare(load_weights(load_model(path), path), {}, dtype)
@@ -245,24 +248,6 @@ def _place_of(backend: StrategyBackend) -> Place:
     from mdattn_mpi.runner.on_gpu import OnGpu
 
     return OnGpu(backend.device)  # type: ignore[arg-type]
-
-
-def _digest(paths: Iterable[Path]) -> str:
-    """SHA-256 over files, one after the other.
-
-    Raises
-    ------
-    RejectedError
-        One isn't there.
-
-    """
-    found = hashlib.sha256()
-    for path in paths:
-        must_be_regular(str(path))
-        with path.open("rb") as file:
-            while block := file.read(1 << 24):
-                found.update(block)
-    return found.hexdigest()
 
 
 def _first(array: HostArray, count: int, dim: int) -> HostArray:
