@@ -150,6 +150,14 @@ class StrategyBackend:
         execution.result = None
         return download
 
+    def attend(self, plan: Plan, *arrays: Any) -> tuple[Any, Any]:
+        """Collective. Attend to shards that are on the device; return output and LSE there."""
+        from mdattn_mpi.strategies import STRATEGIES
+
+        steps = self.device.perform(STRATEGIES[plan.strategy], plan, *arrays)
+        next(steps)
+        return run_to_end(steps)
+
     def describe(self) -> Mapping[str, str]:
         """Ask the device."""
         return self.device.describe()

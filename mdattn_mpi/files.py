@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,11 +22,18 @@ def whole_file(path: Path) -> Iterator[Path]:
         The folder can't be written, or has no room.
 
     """
-    temporary = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
-    try:
+    with _replacing(path) as temporary:
         yield temporary
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Do as `whole_file`, for a block that syncs."""
+    temporary = path.with_name(f".{os.urandom(4).hex()}.{path.name}")
+    try:
+        yield temporary
         temporary.replace(path)
     finally:
         with suppress(OSError):  # it is in place, or was never made
@@ -34,8 +42,27 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 def write_whole(path: Path, data: bytes | memoryview | str) -> None:
     """Write a file, or replace it, whole or not at all; see `whole_file`."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    with _replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sha256_of_files(paths: Iterable[Path]) -> str:
+    """SHA-256 in hex over the bytes of files, one after the other.
+
+    Raises
+    ------
+    OSError
+        One can't be read.
+
+    """
+    found = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                found.update(block)
+    return found.hexdigest()
 
 
 def cache_folder(name: str) -> Path:

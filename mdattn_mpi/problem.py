@@ -215,7 +215,7 @@ class AttentionProblem:
     def facts(self) -> dict[str, Any]:
         """Return all fields by name; masks and options that came later only where they are used."""
         later = {"window": UNBOUNDED, "softcap": 0.0, "sinks": False, "segments": ()}
-        values = ((field.name, getattr(self, field.name)) for field in fields(self))
+        values = ((name, getattr(self, name)) for name in _FIELDS)
         return {name: value for name, value in values if name not in later or value != later[name]}
 
     def __str__(self) -> str:
@@ -233,6 +233,9 @@ class AttentionProblem:
             f"{_both(self.q_heads, self.kv_heads)} heads of {self.head_dim}{value}, "
             f"{', '.join([self.dtype, *filter(None, options)])}"
         )
+
+
+_FIELDS = tuple(field.name for field in fields(AttentionProblem))
 
 
 def _both(query: int, kv: int) -> str:

@@ -85,7 +85,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--deadline", type=duration, metavar="T", help="longest wait (default: scaled to the work)")
     add("--max-time", type=duration, metavar="T", help="stop after the item in hand when T is over")
-    together = "sync short items together, every T (default: none waits for the next)"
+    together = "sync short items together, every T, 1s at most (default: none waits for the next)"
     add("--commit-every", type=duration, metavar="T", help=together)
     add("--chaos", help=argparse.SUPPRESS)
 

@@ -10,11 +10,12 @@ import ctypes
 import errno
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
@@ -75,7 +76,9 @@ def create_output(
         for index, item in enumerate(items):
             described, tensors = about(item.problem)
             folder = h5py.h5g.create(group.id, item.name.encode(), gcpl=_of_group())
-            put_attributes(folder, {"index": index, **described})
+            _put_attribute(folder, _attribute("index", index))
+            for attribute in described:
+                _put_attribute(folder, attribute)
             for tensor in tensors:
                 _allocate(folder, tensor.name, tensor.shape, _stored(tensor.dtype))
         columns = ledger_columns(len(items), max(ranks, MIN_LEDGER_WIDTH), _runs(items))
@@ -89,8 +92,9 @@ def outputs_of(problem: AnyProblem, lse: bool) -> tuple[TensorSpec, ...]:
 
 def file_bytes(items: Sequence[AnyItem], lse: bool) -> int:
     """Bytes that an output takes, about."""
-    nbytes = cache(lambda problem: output_bytes(problem, lse))
-    return sum(nbytes(item.problem) for item in items) + 4096 * (len(items) + 1)
+    posed = Counter(item.problem for item in items)  # many items pose one problem
+    results = sum(output_bytes(problem, lse) * count for problem, count in posed.items())
+    return results + 4096 * (len(items) + 1)
 
 
 def output_bytes(problem: AnyProblem, lse: bool) -> int:
@@ -98,9 +102,10 @@ def output_bytes(problem: AnyProblem, lse: bool) -> int:
     return sum(tensor.nbytes for tensor in outputs_of(problem, lse))
 
 
-def _about(problem: AnyProblem, lse: bool) -> tuple[dict[str, Value], tuple[TensorSpec, ...]]:
-    """What the attributes of an item say of its problem, and its tensors."""
-    return describe(problem), outputs_of(problem, lse)
+def _about(problem: AnyProblem, lse: bool) -> tuple[list[_Attribute], tuple[TensorSpec, ...]]:
+    """The attributes of an item that tell its problem, and its tensors."""
+    described = [_attribute(name, value) for name, value in describe(problem).items()]
+    return described, outputs_of(problem, lse)
 
 
 @cache
@@ -113,17 +118,19 @@ def _stored(name: str) -> Any:
 
 def _runs(items: Sequence[AnyItem]) -> int:
     """How many runs of query tokens a rank may own."""
-    sparse = (item.problem.mask.hides_keys for item in items if isinstance(item, Item))
-    return MAX_RUNS if any(sparse) else 2
+    posed = {item.problem for item in items if isinstance(item, Item)}  # each makes its mask
+    return MAX_RUNS if any(problem.mask.hides_keys for problem in posed) else 2
 
 
 def _create_ledger(group: Any, columns: Sequence[TensorSpec]) -> None:
     """Make the ledger, all zeros: every item is to be done."""
+    fd = group.file.id.get_vfd_handle()
     for column in columns:
         stored = _stored(column.dtype)
         offset = allocate(group, column.name, column.shape, stored)
-        nbytes = prod(column.shape) * stored.get_size()
-        write_exactly(group.file.id.get_vfd_handle(), offset, bytes(nbytes))
+        stop = offset + prod(column.shape) * stored.get_size()
+        written = os.fstat(fd).st_size  # beyond it all is zero already: 2.6 KB an item
+        write_exactly(fd, offset, bytes(max(0, min(stop, written) - offset)))
 
 
 @contextmanager
@@ -299,17 +306,35 @@ def write_array(group: Any, name: str, array: np.ndarray[Any, Any]) -> None:
     write_exactly(group.file.id.get_vfd_handle(), offset, array.view(np.uint8).data)
 
 
-def put_attributes(target: Any, attributes: Mapping[str, Value | np.ndarray[Any, Any]]) -> None:
-    """Write attributes of an HDF5 object; text with its length fixed, in UTF-8.
+class _Attribute(NamedTuple):
+    """An attribute as HDF5 takes it, for one object or many."""
+
+    name: bytes
+    data: np.ndarray[Any, Any]
+    stored: Any
+    space: Any
+
+
+def _attribute(name: str, value: Value | np.ndarray[Any, Any]) -> _Attribute:
+    """Prepare an attribute; text with its length fixed, in UTF-8.
 
     Text of variable length would lie in a heap that carries no checksum.
     """
+    if isinstance(value, str):
+        data = np.array(value.encode(errors="surrogateescape"))
+        stored = _text(max(1, data.dtype.itemsize))
+    else:
+        data = np.asarray(value)
+        stored = _number(data.dtype)
+    return _Attribute(name.encode(), data, stored, _space(data.shape))
+
+
+def _put_attribute(target: Any, attribute: _Attribute) -> None:
+    name, data, stored, space = attribute
+    h5py.h5a.create(target, name, stored, space).write(data, mtype=stored)
+
+
+def put_attributes(target: Any, attributes: Mapping[str, Value | np.ndarray[Any, Any]]) -> None:
+    """Write attributes of an HDF5 object; see `_attribute`."""
     for name, value in attributes.items():
-        if isinstance(value, str):
-            data = np.array(value.encode(errors="surrogateescape"))
-            stored = _text(max(1, data.dtype.itemsize))
-        else:
-            data = np.asarray(value)
-            stored = _number(data.dtype)
-        made = h5py.h5a.create(target, name.encode(), stored, _space(data.shape))
-        made.write(data, mtype=stored)
+        _put_attribute(target, _attribute(name, value))

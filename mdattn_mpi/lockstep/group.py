@@ -8,17 +8,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
 from mdattn_mpi.errors import DisagreementError, ItemError, MdattnError
 from mdattn_mpi.lockstep.agreement import HEAD_WORDS, MASK, Agreement, Ballot, Step, differences
-from mdattn_mpi.lockstep.arrival import Arrivals
 from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.board import board as current_board
 from mdattn_mpi.lockstep.mpi import MPI
 from mdattn_mpi.problem import digest_of
+
+if TYPE_CHECKING:
+    from mdattn_mpi.lockstep.arrival import Arrivals
 
 PIECE = 1 << 30  # bytes a message: MPI counts in 32 bits with a sign
 
@@ -152,6 +154,8 @@ class Group:
             yield
 
     def _await_all(self, what: str, deadline: float) -> None:
+        from mdattn_mpi.lockstep.arrival import Arrivals
+
         if self._arrivals is None:
             self._arrivals = Arrivals(self.control)
         self._arrivals.wait(what, deadline)

@@ -59,6 +59,30 @@ def process_state(pid: int) -> str:
     return found.state if found else ""
 
 
+class StateFile:
+    """The kernel's letter for the state of one process, for who asks again and again.
+
+    Its file is opened once: it stays that of this process, whoever gets its number later.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._fd = -1
+        with suppress(OSError):
+            self._fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+
+    def read(self) -> str:
+        """Return the letter; "" once there is no such process."""
+        try:
+            # The letter stands after the name, in brackets, which may itself hold some.
+            return os.pread(self._fd, 4096, 0).rpartition(b")")[2].split()[0].decode()
+        except (OSError, IndexError):
+            return ""
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+
+
 def name_this(name: str) -> None:
     """Name this process for ``ps`` and ``top``."""
     with suppress(OSError), open("/proc/self/comm", "w") as file:

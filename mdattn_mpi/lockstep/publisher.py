@@ -20,7 +20,7 @@ from typing import TypeVar
 from mdattn_mpi.lockstep import death_note
 from mdattn_mpi.lockstep.board import Board, BoardFile
 from mdattn_mpi.lockstep.node import NodeBoard
-from mdattn_mpi.lockstep.process import process_state
+from mdattn_mpi.lockstep.process import StateFile, process_state
 from mdattn_mpi.lockstep.record import ENDED, Record
 
 POLL = 0.4  # seconds between two looks at the node's board
@@ -52,7 +52,7 @@ class Publisher(threading.Thread):
     def __init__(self, board: Board, child: int) -> None:
         super().__init__(name="mdattn-publisher", daemon=True)
         self.board = board
-        self.child = child
+        self.child_state = StateFile(child)
         self.hurry = threading.Event()
         self.lost = False
         self.vanished: Record | None = None
@@ -101,7 +101,7 @@ class Publisher(threading.Thread):
         if not record.folder:
             return None
         node = self._node_of(record)
-        state, now = process_state(self.child), time.monotonic()
+        state, now = self.child_state.read(), time.monotonic()
         same = bytes(self.board.page) == self._shown and state == record.process_state
         if same and now < self._heartbeat and not at_once:
             return record

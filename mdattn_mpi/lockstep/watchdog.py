@@ -32,7 +32,7 @@ from mdattn_mpi.lockstep.blame import (
 from mdattn_mpi.lockstep.board import Board, share
 from mdattn_mpi.lockstep.child import DUMP, STOPS, be_the_rank
 from mdattn_mpi.lockstep.launcher import launcher
-from mdattn_mpi.lockstep.process import WATCHDOG, name_this, process_state
+from mdattn_mpi.lockstep.process import WATCHDOG, name_this
 from mdattn_mpi.lockstep.publisher import LOOK, POLL, Publisher, within_patience
 from mdattn_mpi.lockstep.record import ENDED, PAGE, Page, Record
 from mdattn_mpi.lockstep.terminal import terminal
@@ -151,7 +151,7 @@ class Watchdog:
     def _late(self) -> int | None:
         """End the job if the rank has passed the deadline of its phase and needn't wait longer."""
         record, now = self.board.record(), time.monotonic()
-        stopped = process_state(self.child) == "T"
+        stopped = self.publisher.child_state.read() == "T"
         seconds = self.lateness.look(record, now, stopped=stopped)
         if seconds is None:
             return None

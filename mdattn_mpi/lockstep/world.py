@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from types import TracebackType
 
 from mdattn_mpi.errors import RejectedError
-from mdattn_mpi.lockstep.arrival import duplicate
 from mdattn_mpi.lockstep.board import Board
 from mdattn_mpi.lockstep.board import board as current_board
 from mdattn_mpi.lockstep.group import Group
@@ -71,6 +70,8 @@ class World(Group):
             Ranks never came: on those that did, naming the others.
 
         """
+        from mdattn_mpi.lockstep.arrival import duplicate  # which no job needs
+
         return cls(duplicate(comm, what, deadline), launcher(), current_board(), deadline)
 
     def end(self) -> None:

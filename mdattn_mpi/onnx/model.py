@@ -141,10 +141,23 @@ def _external(model: Any) -> list[Any]:
     return [tensor for tensor in _tensors(model.graph) if tensor.data_location == outside]
 
 
+def external_files(model: Any, path: Path) -> list[Path]:
+    """List the files beside `path` that hold data of `model`, which was read from it."""
+    return [path.resolve().parent / name for name in sorted(set(map(_location, _external(model))))]
+
+
+def _entries(tensor: Any) -> dict[str, str]:
+    return {entry.key: entry.value for entry in tensor.external_data}
+
+
+def _location(tensor: Any) -> str:
+    return _entries(tensor).get("location", "")
+
+
 def _check_external(tensor: Any, path: Path) -> None:
     """Refuse data outside of the model's folder, or that isn't there in full."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    named, folder = entries.get("location", ""), path.resolve().parent
+    entries = _entries(tensor)
+    named, folder = _location(tensor), path.resolve().parent
     if not named or not (folder / named).resolve().is_relative_to(folder):
         raise RejectedError(
             f"initializer {tensor.name!r} has its data in {named!r}, outside the model's folder",

@@ -12,7 +12,6 @@ from the job and its options alone.
 
 from __future__ import annotations
 
-import heapq
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -312,6 +311,8 @@ def _range(numbers: Sequence[int]) -> str:
 
 def finish_times(schedule: Schedule, seconds: Time) -> list[float]:
     """Simulate `schedule`: when each rank (in `order`) has done its last item."""
+    from heapq import heappop, heappush  # a job that runs simulates nothing
+
     turns = [0] * len(schedule.queues)
 
     def claim(queue: int) -> int:
@@ -326,11 +327,11 @@ def finish_times(schedule: Schedule, seconds: Time) -> list[float]:
     begun: tuple[float, ...] = (0.0,)
     groups = [(0.0, 0, world, -1, iter(nothing), begun)]
     while groups:
-        _, start, stop, queue, items, claimed = heapq.heappop(groups)
+        _, start, stop, queue, items, claimed = heappop(groups)
         item = next(items, None)
         if item is not None:
             claimed = (*claimed, claimed[-1] + seconds(item, stop - start))[-AHEAD - 1 :]
-            heapq.heappush(groups, (claimed[0], start, stop, queue, items, claimed))
+            heappush(groups, (claimed[0], start, stop, queue, items, claimed))
             continue
         ends[start:stop] = [claimed[-1]] * (stop - start)
         queue += 1
@@ -340,5 +341,5 @@ def finish_times(schedule: Schedule, seconds: Time) -> list[float]:
                 high = min(low + size, stop)
                 fits = high - low == size
                 items = schedule.items(queue, low // size, claim) if fits else iter(nothing)
-                heapq.heappush(groups, (free, low, high, queue, items, (free,)))
+                heappush(groups, (free, low, high, queue, items, (free,)))
     return ends

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from mdattn_mpi.backends import Executor
 from mdattn_mpi.dataset import AnyItem
-from mdattn_mpi.devices.presence import gpu_memory
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.lockstep import Board, Group, World, together
 from mdattn_mpi.planning.memory import usable_gpu_memory, usable_host_memory
@@ -121,5 +120,7 @@ def open_groups(
 def memory_of_a_rank(backend: str, world: World) -> int:
     """Bytes that an item's shards may take on this rank."""
     if backend != "cpu":
+        from mdattn_mpi.devices.presence import gpu_memory
+
         return usable_gpu_memory(gpu_memory())
     return usable_host_memory(world.local_size)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from mdattn_mpi.backends import Executor
 from mdattn_mpi.dataset import AnyItem, Output, TensorFile
+from mdattn_mpi.dataset.seen import Seen
 from mdattn_mpi.errors import ItemError
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.planning.schedule import Schedule
@@ -30,6 +31,7 @@ class Job:
     items: Sequence[AnyItem]
     schedule: Schedule
     groups: list[JobGroup]  # one a queue of the schedule
+    sources: Mapping[str, Seen] | None = None  # what goes in beside the dataset; None: not known
     output: Output | None = None
     todo: list[AnyItem] = field(default_factory=list)
     failed: list[ItemError] = field(default_factory=list)

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from mdattn_mpi.errors import RejectedError
 
 MAX_JOB_FILE = 1 << 20
+MAX_COMMIT_EVERY = 1.0  # seconds of finished items that kill -9 may cost
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,12 @@ class JobSpec:
                 raise RejectedError(
                     f"{name} is {getattr(self, name)}", fix="use 0 (automatic) or more"
                 )
+        if not self.commit_every <= MAX_COMMIT_EVERY:
+            raise RejectedError(
+                f"commit_every is {self.commit_every:g} s: after kill -9 as much of finished items "
+                "would be done again",
+                fix=f"use {MAX_COMMIT_EVERY:g} (second) at most, or leave it out",
+            )
         if self.group_size not in ("all", "auto") and not self.group_size.isdecimal():
             raise RejectedError(
                 f"group_size is {self.group_size!r}", fix="use all, auto or a number of ranks"

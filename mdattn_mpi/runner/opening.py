@@ -14,6 +14,7 @@ from mdattn_mpi.errors import LOGGER
 from mdattn_mpi.lockstep import World, together
 from mdattn_mpi.runner.attention import open_attention
 from mdattn_mpi.runner.events import remove_events
+from mdattn_mpi.runner.finished import sources_of
 from mdattn_mpi.runner.folder import provenance, run_folder, use_folder
 from mdattn_mpi.runner.job import Job, say, scan_once
 from mdattn_mpi.runner.jobspec import JobSpec
@@ -26,7 +27,10 @@ FEW_KINDS = 3  # of a job that runs: its first words and its last fit on a scree
 def open_job(spec: JobSpec, world: World) -> Job:
     """Collective. Open inputs and executors; plan every item, or refuse before any work."""
     open_kind = together(world, "options", lambda: _kind_of_work(spec))
+    # Before anything of it is read: what changes from now on isn't what the job has computed.
+    sources = together(world, "sources", lambda: sources_of(spec) if world.rank == 0 else None)
     job = open_kind(spec, world)
+    job.sources = sources
     world.board.identify(device=job.executor.describe().get("device", ""))
     return job
 

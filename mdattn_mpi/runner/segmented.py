@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,14 +11,15 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 
 from mdattn_mpi.backends import HostArray, StrategyBackend
-from mdattn_mpi.devices.protocol import run_to_end
+from mdattn_mpi.dataset.kinds import must_be_regular
 from mdattn_mpi.errors import DeviceError, RejectedError
+from mdattn_mpi.files import sha256_of_files
 from mdattn_mpi.lockstep import Group
 from mdattn_mpi.onnx.attention import ROWS, AttentionNode, attention_nodes, lay_out
 from mdattn_mpi.onnx.axes import at_lengths
 from mdattn_mpi.onnx.cast import has_float32_attention
 from mdattn_mpi.onnx.lengths import Lengths
-from mdattn_mpi.onnx.model import graph_inputs, import_onnx, load_model
+from mdattn_mpi.onnx.model import external_files, graph_inputs, import_onnx, load_model
 from mdattn_mpi.onnx.segments import OnHost, Place, Segments, import_onnxruntime, load_weights
 from mdattn_mpi.onnx.shard import outer_places, prepare
 from mdattn_mpi.onnx.sharding import POSITIONS
@@ -34,7 +34,6 @@ from mdattn_mpi.problem import (
     StrategyName,
     TensorSpec,
 )
-from mdattn_mpi.strategies import STRATEGIES
 
 PROBE = 41  # tokens at which shapes are looked up
 
@@ -102,10 +101,14 @@ class SegmentedModel:
         self.name = backend.name
         self._backend, self._group, self._strategy = backend, group, strategy
         self._place = _place_of(backend)
-        prepared = prepare(load_model(path), {})
+        loaded = load_model(path)
+        files = [path, *external_files(loaded, path)]
+        for file in files:
+            must_be_regular(str(file))
+        self.digest = sha256_of_files(files)
+        prepared = prepare(loaded, {})
         if backend.name != "cpu" and has_float32_attention(prepared.model):
             prepared = prepare(load_weights(load_model(path), path), {}, dtype)
-        self.digest = _digest(path)
         places = outer_places(prepared.model, prepared.tokens)
         self.axes = {name: place.dim for name, place in places.items()}
         model = load_weights(prepared.model, path)
@@ -209,9 +212,7 @@ class SegmentedModel:
         plan, device = self._plan(node.over(tokens)), self._backend.device
         own = len(equal_shards(tokens, plan.ranks)[self._group.rank])
         shards = [device.adopt(each)[:own] for each in inputs]
-        steps = device.perform(STRATEGIES[plan.strategy], plan, *shards)
-        next(steps)
-        output, _ = run_to_end(steps)
+        output, _ = self._backend.attend(plan, *shards)
         if not own:  # the segments run on a token of no meaning
             output = device.upload(np.zeros((1, *output.shape[1:]), output.dtype))
         return device.export(output)
@@ -247,14 +248,6 @@ def _place_of(backend: StrategyBackend) -> Place:
     from mdattn_mpi.runner.on_gpu import OnGpu
 
     return OnGpu(backend.device)  # type: ignore[arg-type]
-
-
-def _digest(path: Path) -> str:
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            found.update(block)
-    return found.hexdigest()
 
 
 def _first(array: HostArray, count: int, dim: int) -> HostArray:

@@ -17,6 +17,7 @@ PATIENCE = 2.0  # seconds
 LOOK = 0.2
 WORDS = {
     "run folder": "another job that writes this output to end",
+    "sources": "the model's files to be looked at",
     "dataset": "the dataset to be scanned",
     "output": "the output to be made",
     "open output": "the output to be opened",

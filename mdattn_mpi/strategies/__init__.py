@@ -9,12 +9,12 @@ shard: ``[Sq, Nq, Hv]`` in the dtype of the query, ``[Sq, Nq]`` in float32.
 All are collective and exact for any number of ranks, any lengths and any partition of the tokens.
 """
 
-from collections.abc import Generator, Mapping
-from typing import Protocol
+from collections.abc import Generator, Iterator, Mapping
+from importlib import import_module
+from typing import Protocol, cast
 
 from mdattn_mpi.devices.protocol import A, Device, P, T
-from mdattn_mpi.problem import Plan, StrategyName
-from mdattn_mpi.strategies import allgather, hierarchical, ring, ulysses
+from mdattn_mpi.problem import STRATEGY_NAMES, Plan, StrategyName
 from mdattn_mpi.strategies.auto import choose
 
 
@@ -28,11 +28,21 @@ class Attend(Protocol):
         ...
 
 
-STRATEGIES: Mapping[StrategyName, Attend] = {
-    "ring": ring.attend,
-    "allgather": allgather.attend,
-    "ulysses": ulysses.attend,
-    "hierarchical": hierarchical.attend,
-}
+class _Strategies(Mapping[StrategyName, Attend]):
+    """All of them by name; a job imports those that it uses."""
+
+    def __getitem__(self, name: StrategyName) -> Attend:
+        if name not in STRATEGY_NAMES:
+            raise KeyError(name)
+        return cast(Attend, import_module(f"{__name__}.{name}").attend)
+
+    def __iter__(self) -> Iterator[StrategyName]:
+        return iter(STRATEGY_NAMES)
+
+    def __len__(self) -> int:
+        return len(STRATEGY_NAMES)
+
+
+STRATEGIES: Mapping[StrategyName, Attend] = _Strategies()
 
 __all__ = ["STRATEGIES", "Attend", "choose"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from mdattn_mpi.errors import RejectedError
+from mdattn_mpi.files import sha256_of_files
 from mdattn_mpi.onnx.cast import has_float32_attention
 from mdattn_mpi.onnx.compare import LONGEST
 from mdattn_mpi.onnx.known import known_run
@@ -17,6 +18,7 @@ from mdattn_mpi.onnx.model import (
     ATTENTION,
     RANK_COUNT,
     attribute_of,
+    external_files,
     load_model,
     operator,
 )
@@ -221,6 +223,7 @@ def make_model(
 
     """
     model = load_model(path)
+    weights = sha256_of_files(external_files(model, path))  # a sharded one's stay beside it
     if any(entry.key == NOTE for entry in model.metadata_props):
         shared_by = read_sharding(model, path).strategy
         if strategy not in ("auto", shared_by):
@@ -233,7 +236,7 @@ def make_model(
         name = cast(StrategyName, "allgather" if strategy == "auto" else strategy)
         model = _sharded(load_weights(model, path), name, ranks, dtype)
     digest = sha256_of(model.SerializeToString())
-    key = cache_key(library, f"{digest} {longest}", sm)
+    key = cache_key(library, f"{digest} {weights} {longest}", sm)
     found = cache.get(key) if cache else None
     if cache and found:
         return BuiltEngine(*found, cached=True, known=cache.get_known(key, found[1]))

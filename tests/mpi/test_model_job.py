@@ -172,6 +172,7 @@ def test_every_item_is_right_and_a_finished_job_does_nothing(folder: Path) -> No
     before = (folder / "out.h5").read_bytes()
     again = run(folder)
     assert again.returncode == 0, again.stderr
+    assert "backend" not in again.stderr  # nothing was opened
     assert (folder / "out.h5").read_bytes() == before
     summary = json.loads((folder / "out.h5.run/summary.json").read_text())
     assert summary["items"]["done_now"] == 0

@@ -12,10 +12,10 @@ import pytest
 from mdattn_mpi.devices.presence import gpu_count
 from tests.support.mpirun import mpirun
 
-pytest.importorskip("onnx", reason="the package onnx isn't installed")
+onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
 pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
-from tests.support.onnx_job import LENGTHS, MODELS, random_items, whole_output
+from tests.support.onnx_job import LENGTHS, MODELS, random_items, whole_output  # noqa: E402
 
 
 def prepare(folder: Path, kind: str) -> Any:
@@ -65,7 +65,33 @@ def test_a_model_on_three_ranks(kind: str, tmp_path: Path) -> None:
     assert "ranks" in again.stderr
     again = run(tmp_path)
     assert again.returncode == 0
-    assert "3 of 3 items done" in again.stdout + again.stderr
+    assert "3 of 3 items done, none of them now" in again.stderr
+    assert "backend" not in again.stderr  # nothing was opened
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    again = run(tmp_path)
+    assert again.returncode == 0
+    assert "3 of 3 items done, none of them now" in again.stderr
+    assert "backend" in again.stderr  # it might have been another model
+
+
+def test_weights_in_a_file_of_their_own_are_part_of_the_model(tmp_path: Path) -> None:
+    model = prepare(tmp_path, "decoder")
+    weights = tmp_path / "weights.bin"
+    onnx.save(
+        model, str(tmp_path / "model.onnx"), save_as_external_data=True, location=weights.name
+    )
+    assert run(tmp_path, ranks=2).returncode == 0
+    again = run(tmp_path, ranks=2)
+    assert again.returncode == 0
+    assert "backend" not in again.stderr  # nothing was opened
+    weights.write_bytes(weights.read_bytes()[::-1])
+    other = run(tmp_path, ranks=2)
+    assert other.returncode == 2
+    assert "engine_sha256" in other.stderr
+    weights.unlink()
+    lost = run(tmp_path, ranks=2)
+    assert lost.returncode == 2
+    assert "has its data in 'weights.bin', which isn't there" in " ".join(lost.stderr.split())
 
 
 @pytest.mark.skipif(gpu_count() < 2, reason="needs two GPUs, and an ONNX Runtime with CUDA")

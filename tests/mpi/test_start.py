@@ -10,9 +10,9 @@ from tests.support.mpirun import mpirun
 COUNTED = ("-m", "tests.support.opened")
 
 # Files that Python opens for a rank and its watchdog, more than for a bare MPI program, in a short
-# job on the CPU: 90 and, where the output is made, 116; at d201c53 182. A new module counts one.
-MOST = 105
-MOST_WHERE_THE_OUTPUT_IS_MADE = 130
+# job on the CPU: 89 and, where the output is made, 118; at d201c53 182. A new module counts one.
+MOST = 92
+MOST_WHERE_THE_OUTPUT_IS_MADE = 121
 
 
 def opened(folder: Path, *program: str) -> list[int]:

@@ -87,11 +87,17 @@ def test_a_causal_model_gives_states_embeddings_and_logprobs(data: Path) -> None
 
 
 def test_an_encoder_is_pooled_as_asked(data: Path) -> None:
-    job = run(data, "bert", "--give", "embedding", "--pool", "last", "--dtype", "fp16")
+    options = ("--give", "embedding", "--pool", "last", "--dtype", "fp16")
+    job = run(data, "bert", *options)
     assert job.returncode == 0, job.stderr
     for ids, out in items_of(data):
         assert set(out) == {"embedding"}
         assert distance(out["embedding"], hidden_state(tiny_model("bert"), ids)[-1]) < 0.01
+    again = run(data, "bert", *options)
+    assert again.returncode == 0
+    assert f"{len(LENGTHS)} items done, none of them now" in again.stderr
+    assert "backend" in job.stderr
+    assert "backend" not in again.stderr  # nothing was opened
 
 
 def test_ids_beyond_the_vocabulary_fail_their_item_alone(data: Path) -> None:

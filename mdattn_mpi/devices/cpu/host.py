@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -176,6 +177,7 @@ class HostDevice:
             self.seconds[part] += time.perf_counter() - start
 
 
+@cache
 def processor() -> str:
     """The name of this machine's processor."""
     with suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
@@ -187,17 +189,17 @@ def processor() -> str:
 
 def libraries() -> dict[str, str]:
     """What computes: NumPy, its BLAS, and whose exp, with their versions."""
-    found: list[dict[str, str]] = [info for info in threadpool_info() if info["user_api"] == "blas"]
-    parts = (
-        [found[0].get(part) for part in ("internal_api", "version", "architecture")]
-        if found
-        else []
-    )
-    return {
-        "numpy": np.__version__,
-        "blas": " ".join(filter(None, parts)) or "unknown",
-        "exp": loaded_exp().library,
-    }
+    return {"numpy": np.__version__, "blas": _blas(), "exp": loaded_exp().library}
+
+
+@cache
+def _blas() -> str:
+    """Name NumPy's BLAS, its version and the processor that it was made for."""
+    for found in threadpool_info():
+        if found["user_api"] == "blas":
+            parts = (found.get(part) for part in ("internal_api", "version", "architecture"))
+            return " ".join(filter(None, parts))
+    return "unknown"
 
 
 class _BlasLimit:

@@ -20,7 +20,8 @@ import pytest
 
 from mdattn_mpi.dataset import Item, create_output, open_output
 from mdattn_mpi.dataset import writer as writer_module
-from mdattn_mpi.dataset.writer import new_file
+from mdattn_mpi.dataset.ledger import ledger_columns
+from mdattn_mpi.dataset.writer import add_group, new_file
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.problem import AttentionProblem
 
@@ -180,6 +181,19 @@ def test_space_is_reserved(tmp_path: Path) -> None:
     if about.st_blocks * 512 < about.st_size // 2:
         pytest.skip("this filesystem can't reserve")
     assert about.st_blocks * 512 >= about.st_size
+
+
+def test_a_ledger_is_all_zeros_whatever_lay_there(tmp_path: Path) -> None:
+    """Only what no byte was written to yet is zero by itself."""
+    with new_file(tmp_path / "o.h5", 1) as file:
+        end = os.fstat(fd := file.id.get_vfd_handle()).st_size
+        os.pwrite(fd, b"\xff" * 40_000, end)  # it ends within the ledger
+        book = add_group(file, "ledger")
+        writer_module._create_ledger(book, ledger_columns(100, 64, 2))
+        assert book["spans"].id.get_offset() < end + 40_000
+    with h5py.File(tmp_path / "o.h5") as file:
+        for column in file["ledger"].values():
+            assert not column[:].tobytes().strip(b"\0")
 
 
 def test_an_error_in_between_leaves_nothing(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
     monkeypatch.setattr(Clock, "now", 1000.0)
     monkeypatch.setattr(publisher.time, "monotonic", lambda: Clock.now)
     monkeypatch.setattr(publisher, "process_state", lambda pid: "S")
+    monkeypatch.setattr(publisher.StateFile, "read", lambda self: "S")
     monkeypatch.setattr(publisher.os, "kill", lambda pid, number: None)  # nobody is woken here
     return Clock
 

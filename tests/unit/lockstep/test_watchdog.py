@@ -13,7 +13,7 @@ import pytest
 from mdattn_mpi.lockstep import Board, death_note
 from mdattn_mpi.lockstep.board import pid_namespace
 from mdattn_mpi.lockstep.node import NodeBoard
-from mdattn_mpi.lockstep.process import process_state
+from mdattn_mpi.lockstep.process import StateFile, process_state
 from mdattn_mpi.lockstep.publisher import Publisher, within_patience
 
 FRAME = """
@@ -191,3 +191,20 @@ def test_a_watchdog_that_was_gone_before_it_was_met(
     publisher.look()
     publisher.look()  # the first one learns who is there
     assert (publisher.vanished is not None) == same_container
+
+
+def test_the_state_of_a_process_is_asked_of_a_file_that_is_opened_once() -> None:
+    asleep = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    state = StateFile(asleep.pid)
+    try:
+        assert state.read() in ("R", "S", "D")
+        asleep.send_signal(signal.SIGSTOP)
+        end = time.monotonic() + 60
+        while state.read() != "T" and time.monotonic() < end:
+            time.sleep(0.01)
+        assert state.read() == process_state(asleep.pid) == "T"
+    finally:
+        asleep.kill()
+        asleep.communicate()
+    assert state.read() == process_state(asleep.pid) == ""
+    assert StateFile(asleep.pid).read() == ""

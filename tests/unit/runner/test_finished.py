@@ -9,13 +9,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from mdattn_mpi.dataset import open_dataset, open_output
 from mdattn_mpi.dataset.seen import look
 from mdattn_mpi.problem import AttentionProblem
-from mdattn_mpi.runner.finished import NAME, finished_before, remember
+from mdattn_mpi.runner.finished import NAME, finished_before, remember, sources_of
 from mdattn_mpi.runner.jobspec import JobSpec
+from mdattn_mpi.trt.store import known_path, manifest_path
 from tests.support.finished import Files, finished
 
 PROBLEM = AttentionProblem(37, 23, 2, 1, 16, 8)
@@ -51,8 +53,8 @@ def spec_of(files: Files, **options: Any) -> JobSpec:
     return JobSpec(str(files.data), str(files.output), **options)
 
 
-def keep(files: Files, **options: Any) -> None:
-    """End a job."""
+def keep(files: Files, seen: Any = None, **options: Any) -> None:
+    """End a job, which has seen its model as it is now, or as it was when it began."""
     with open_dataset(files.data) as dataset, open_output(files.output) as output:
         job = SimpleNamespace(
             spec=spec_of(files, **options),
@@ -60,6 +62,7 @@ def keep(files: Files, **options: Any) -> None:
             dataset=dataset,
             output=output,
             items=dataset.items,
+            sources=seen or sources_of(spec_of(files, **options)),
         )
         remember(cast(Any, job), {"items": {"all": 3}})
 
@@ -146,6 +149,127 @@ def test_a_dataset_that_leads_to_other_files_is_never_remembered(
     record(files).unlink()
     monkeypatch.setattr("mdattn_mpi.dataset.hdf5.File.seen", None)
     keep(files)
+    assert not record(files).exists()
+
+
+def transformer(folder: Path) -> dict[str, str]:
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "model.safetensors").write_bytes(os.urandom(50000))
+    return {"model": str(folder), "give": "embedding"}
+
+
+def onnx_model(folder: Path) -> dict[str, str]:
+    """A model whose weights lie in a file of their own."""
+    onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
+    weights = onnx.numpy_helper.from_array(np.random.default_rng().random((99, 99)), "weights")
+    node = onnx.helper.make_node("Identity", ["weights"], ["out"])
+    value = onnx.helper.make_tensor_value_info("out", onnx.TensorProto.DOUBLE, [99, 99])
+    graph = onnx.helper.make_graph([node], "graph", [], [value], [weights])
+    path, outside = folder / "model.onnx", {"location": "weights.bin", "size_threshold": 0}
+    onnx.save(onnx.helper.make_model(graph), str(path), save_as_external_data=True, **outside)
+    return {"model": str(path)}
+
+
+def engine(folder: Path) -> dict[str, Any]:
+    path = folder / "model.engine"
+    for file in (path, manifest_path(path), known_path(path)):
+        file.write_bytes(os.urandom(50000))
+    return {"engine": str(path), "bind": ("hidden=items/*/hidden:0",)}
+
+
+@pytest.fixture(params=[transformer, onnx_model, engine])
+def modelled(
+    files: Files, tmp_path: Path, request: pytest.FixtureRequest
+) -> tuple[dict[str, Any], list[Path]]:
+    """Options that name a model, and all its files; the same job was finished with it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    options = request.param(folder)
+    keep(files, **options)
+    return options, sorted(folder.iterdir())
+
+
+def test_so_is_a_job_with_a_model(
+    files: Files, modelled: tuple[dict[str, Any], list[Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, parts = modelled
+    assert len(parts) > 1
+    assert known(files, **options)
+    monkeypatch.chdir(parts[0].parent)
+    for name in {"model", "engine"} & {*options}:
+        assert known(files, **{**options, name: os.path.relpath(options[name])})
+    assert not known(files)
+
+
+def test_a_model_of_which_any_file_was_changed_is_noticed(
+    files: Files, modelled: tuple[dict[str, Any], list[Path]]
+) -> None:
+    options, parts = modelled
+    for part in parts:
+        before = part.read_bytes()
+        overwrite(part, len(before) // 2, b"\x55\x2a\x55\x2a")
+        assert not known(files, **options), part
+        part.write_bytes(before)
+        keep(files, **options)
+        assert known(files, **options)
+
+
+def test_so_is_one_whose_file_is_another_one_now(
+    files: Files, modelled: tuple[dict[str, Any], list[Path]]
+) -> None:
+    options, parts = modelled
+    for part in parts:
+        moved = part.rename(part.with_name("before"))
+        assert not known(files, **options), part
+        part.symlink_to(moved)
+        assert not known(files, **options), part
+        part.unlink()
+        moved.rename(part)
+        keep(files, **options)
+
+
+def test_so_is_one_that_was_changed_while_the_job_ran(
+    files: Files, modelled: tuple[dict[str, Any], list[Path]]
+) -> None:
+    options, parts = modelled
+    seen = sources_of(spec_of(files, **options))
+    overwrite(parts[-1], 100, b"\x55\x2a\x55\x2a")
+    keep(files, seen, **options)
+    assert not known(files, **options)
+
+
+def test_another_model_is_noticed(
+    files: Files, modelled: tuple[dict[str, Any], list[Path]], tmp_path: Path
+) -> None:
+    options, parts = modelled
+    other = tmp_path / "other"
+    other.mkdir()
+    for part in parts:
+        (other / part.name).write_bytes(part.read_bytes())
+    before = str(parts[0].parent)
+    renamed = {
+        name: value.replace(before, str(other)) if isinstance(value, str) else value
+        for name, value in options.items()
+    }
+    assert renamed != options
+    assert not known(files, **renamed)
+
+
+def test_so_is_a_file_that_was_added_to_a_folder(files: Files, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    options = transformer(folder)
+    keep(files, **options)
+    (folder / "adapter_config.json").write_text("{}")  # Transformers would take it
+    assert not known(files, **options)
+
+
+def test_a_model_that_can_not_be_looked_at_is_never_remembered(
+    files: Files, tmp_path: Path
+) -> None:
+    record(files).unlink()
+    assert sources_of(spec_of(files, model=str(tmp_path / "none.onnx"))) is None
+    keep(files, model=str(tmp_path / "none.onnx"))
     assert not record(files).exists()
 
 

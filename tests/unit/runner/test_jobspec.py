@@ -133,6 +133,14 @@ def test_bad_values(fields: dict[str, object]) -> None:
     assert refused.value.fix
 
 
+@pytest.mark.parametrize("seconds", [1.001, 60.0, float("inf"), float("nan")])
+def test_no_more_than_a_second_of_finished_items_may_be_lost(seconds: float) -> None:
+    with pytest.raises(RejectedError, match=f"commit_every is {seconds:g} s") as refused:
+        JobSpec("data.h5", "out.h5", commit_every=seconds)
+    assert "use 1 (second) at most" in refused.value.fix
+    assert JobSpec("data.h5", "out.h5", commit_every=1.0).commit_every == 1  # the fix works
+
+
 def test_dataset_and_output_must_be_named() -> None:
     with pytest.raises(RejectedError, match="no output"):
         parsed("a.h5")
