@@ -32,15 +32,16 @@ class Comparison(NamedTuple):
     kind: int
 
 
-def count_all_tokens(model: Any, places: Places) -> list[str]:
+def count_all_tokens(model: Any, places: Places) -> tuple[list[str], dict[str, int]]:
     """Let what counts the tokens that aren't padding count them all, in place.
 
-    `places` are the dims of the inputs that count tokens. Return what was done, in words.
+    `places` are the dims of the inputs that count tokens. Return what was done, in words, and the
+    id that an input of the model must not hold now, by its name.
     """
     onnx, links = import_onnx(), Links(model)
     dims = {value.name: len(labels_of(value)) for value in graph_inputs(model)}
     nodes: list[Any] = []
-    done = []
+    done, paddings = [], {}
     for node in model.graph.node:
         found = _comparison(links, node.input[0]) if operator(node) == "CumSum" else None
         if found and _counts_from_the_first(links, node, places, dims):
@@ -51,14 +52,15 @@ def count_all_tokens(model: Any, places: Places) -> list[str]:
                 onnx.helper.make_node("ConstantOfShape", [shape], [ones], name=ones, value=one),
             ]
             node.input[0] = ones
+            paddings[found.ids] = found.padding
             done.append(
                 f"{name_of(node)}: counts the tokens of {found.ids!r} that aren't "
-                f"{found.padding}, which may come last only"
+                f"{found.padding}, which it must not hold"
             )
         nodes.append(node)
     if done:
         set_nodes(model.graph, nodes)
-    return done
+    return done, paddings
 
 
 def _counts_from_the_first(

@@ -69,17 +69,23 @@ def shard_model(
     """
     if ranks > 1:
         prepared = prepare(copied(model), named_axes, dtype)
-        sharded, tokens, done = prepared.model, prepared.tokens, prepared.done
+        sharded, tokens, done, paddings = (
+            prepared.model,
+            prepared.tokens,
+            prepared.done,
+            prepared.paddings,
+        )
         done += _share(sharded, tokens, strategy, ranks)
     else:
         _check_opset(model)
-        sharded = copied(model)
+        sharded, paddings = copied(model), {}
         attentions = _attentions(sharded)
         tokens = _trace(sharded, token_dims(sharded, attentions, named_axes))
         done = ["one rank has all tokens; the model is left as it is"]
     places = outer_places(sharded, tokens)
     _free_token_dims(sharded, places)
-    sharding = Sharding(strategy, ranks, {name: place.dim for name, place in places.items()})
+    axes = {name: place.dim for name, place in places.items()}
+    sharding = Sharding(strategy, ranks, axes, paddings)
     for value in graph_inputs(model):
         if sharding.given_by_rank(value.name):
             raise RejectedError(
@@ -123,6 +129,7 @@ class Prepared(NamedTuple):
     tokens: Tokens
     places: Places  # of its inputs
     done: list[str]  # in words
+    paddings: dict[str, int]  # the id that an input must not hold
 
 
 def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None = None) -> Prepared:
@@ -151,7 +158,8 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
             "without any stays whole: -n 1",
         )
     places: Places = token_dims(model, attentions, named_axes)
-    done += count_all_tokens(model, places)
+    counted, paddings = count_all_tokens(model, places)
+    done += counted
     told, added = simplify(model, places, faults)
     done += told
     places = {name: each for name, each in {**places, **added}.items() if each}
@@ -163,7 +171,7 @@ def prepare(model: Any, named_axes: Mapping[str, int], dtype: DTypeName | None =
             faults.add(each.error, each.products)
     check(tokens, faults)
     faults.end(_end_before(tokens, faults))
-    return Prepared(model, tokens, places, done)
+    return Prepared(model, tokens, places, done, paddings)
 
 
 def _end_before(tokens: Tokens, faults: Faults) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ class Sharding:
     strategy: str
     ranks: int
     axes: dict[str, int]  # the dim that counts tokens, of each input and output that has one
+    paddings: dict[str, int] = field(default_factory=dict)  # the id that an input must not hold
 
     def given_by_rank(self, tensor: str) -> str | None:
         """Tell which of `KEYS`, `CAUSAL_KEYS`, `POSITIONS` an input is; None: the model's own."""
@@ -40,9 +41,10 @@ def write_sharding(model: Any, sharding: Sharding) -> None:
     """Note in the file how it is sharded."""
     entry = model.metadata_props.add()
     entry.key = NOTE
-    entry.value = json.dumps(
-        {"strategy": sharding.strategy, "ranks": sharding.ranks, "axes": sharding.axes}
-    )
+    fields = asdict(sharding)
+    if not sharding.paddings:
+        del fields["paddings"]
+    entry.value = json.dumps(fields)
 
 
 def read_sharding(model: Any, path: Path) -> Sharding:
@@ -50,8 +52,11 @@ def read_sharding(model: Any, path: Path) -> Sharding:
     notes = [entry.value for entry in model.metadata_props if entry.key == NOTE]
     try:
         fields = json.loads(notes[-1])
-        axes = {str(name): int(axis) for name, axis in fields["axes"].items()}
-        return Sharding(str(fields["strategy"]), int(fields["ranks"]), axes)
+        axes, paddings = (
+            {str(name): int(number) for name, number in numbers.items()}
+            for numbers in (fields["axes"], fields.get("paddings", {}))
+        )
+        return Sharding(str(fields["strategy"]), int(fields["ranks"]), axes, paddings)
     except (IndexError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RejectedError(
             "nothing in this model tells how it is sharded",

@@ -39,6 +39,7 @@ class ModelWork:
 
     `inputs` and `outputs` are the engine's tensors in its order, each under the name of its
     dataset, -1 for the tokens; `bindings` is what ``--bind`` said, by the engine's own names.
+    `paddings` are ids that an input must not hold, by the name of its dataset.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class ModelWork:
         outputs: Sequence[TensorSpec],
         bindings: Mapping[str, Binding],
         engine_digest: str,
+        paddings: Mapping[str, int] | None = None,
     ) -> None:
         self.spec = spec
         self.inputs = inputs
         self.outputs = outputs
         self.bindings = bindings
         self.engine_digest = engine_digest
+        self.paddings = paddings or {}
 
     def problem(self, tokens: int) -> ModelProblem:
         """Say what comes out for a sequence of so many tokens."""
@@ -72,8 +75,19 @@ class ModelWork:
         return Task(item, plan, tuple((span,) for span in shards), reads, writes)
 
     def check(self, task: Task, shards: Sequence[HostArray]) -> None:
-        """Refuse NaN and infinity, unless they were asked for."""
+        """Refuse padding, and NaN and infinity, unless they were asked for."""
         self._check(task.item, task.reads, shards, "correct the input")
+        for shard, array in zip(task.reads, shards, strict=True):
+            padding = self.paddings.get(shard.tensor.name)
+            if padding is not None and (array == padding).any():
+                (span,) = shard.spans
+                raise ItemError(
+                    f"{shard.tensor.name} holds {padding}, which is padding to this model, within "
+                    f"tokens {span.start} to {span.stop}",
+                    fix="leave padding out of the dataset: an item has its own length",
+                    file=self.spec.data,
+                    item=task.item.name,
+                )
 
     def check_outputs(self, task: Task, arrays: Sequence[HostArray]) -> None:
         """Do the same with what came out."""
@@ -263,4 +277,6 @@ def _bind(spec: JobSpec, model: AnyModel, names: Sequence[str]) -> ModelWork:
     def renamed(tensors: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         return tuple(replace(tensor, name=bindings[tensor.name].name) for tensor in tensors)
 
-    return ModelWork(spec, renamed(model.inputs), renamed(model.outputs), bindings, model.digest)
+    paddings = {bindings[name].name: padding for name, padding in model.paddings.items()}
+    inputs, outputs = renamed(model.inputs), renamed(model.outputs)
+    return ModelWork(spec, inputs, outputs, bindings, model.digest, paddings)

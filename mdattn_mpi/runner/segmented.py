@@ -34,6 +34,7 @@ from mdattn_mpi.problem import (
     StrategyName,
     TensorSpec,
 )
+from mdattn_mpi.text import counted
 
 PROBE = 41  # tokens at which shapes are looked up
 
@@ -79,6 +80,8 @@ class SegmentedModel:
     ----------
     axes, digest
         The dim of each input and output that counts tokens; what all ranks' files must have.
+    paddings
+        The id that an input must not hold, by its name.
     inputs, outputs
         The tensors that are bound, -1 in place of the tokens.
 
@@ -111,6 +114,7 @@ class SegmentedModel:
             prepared = prepare(load_weights(load_model(path), path), {}, dtype)
         places = outer_places(prepared.model, prepared.tokens)
         self.axes = {name: place.dim for name, place in places.items()}
+        self.paddings = prepared.paddings
         model = load_weights(prepared.model, path)
         sequences = {place.sequence for each in prepared.places.values() for place in each}
         lengths = dict.fromkeys(sequences, PROBE)
@@ -154,7 +158,7 @@ class SegmentedModel:
         plans = [self._plan(node.over(problem.tokens)) for node in self._nodes.values()]
         heaviest = max(plans, key=lambda plan: plan.problem.flops)
         ranks = self._group.size
-        why = (f"model {self.digest[:12]}, {len(plans)} attentions", *heaviest.reasons)
+        why = (f"model {self.digest[:12]}, {counted(len(plans), 'attention')}", *heaviest.reasons)
         return ModelPlan(problem, heaviest.strategy, ranks, self.digest, why)
 
     def _plan(self, problem: AttentionProblem) -> Plan:

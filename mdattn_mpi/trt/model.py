@@ -151,6 +151,11 @@ class Model(EngineExecutor):
         return self.manifest.axes
 
     @property
+    def paddings(self) -> dict[str, int]:
+        """The id that an input must not hold, by its name."""
+        return self.manifest.paddings
+
+    @property
     def digest(self) -> str:
         """What all ranks' engines must have."""
         return self.manifest.sha256

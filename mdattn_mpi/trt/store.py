@@ -43,6 +43,7 @@ class Manifest:
     collectives: dict[str, int] = field(default_factory=dict)  # of the network, by operation
     known: str = ""  # SHA-256 of what a model gives for known inputs, in a file beside; see `known`
     unproven: str = ""  # why there is no such file
+    paddings: dict[str, int] = field(default_factory=dict)  # see `Sharding`
 
     def to_json(self) -> bytes:
         """Encode, readably."""
@@ -72,7 +73,7 @@ class Manifest:
     @property
     def sharding(self) -> Sharding:
         """How it is shared."""
-        return Sharding(self.strategy, self.ranks, self.axes)
+        return Sharding(self.strategy, self.ranks, self.axes, self.paddings)
 
     def attention(self) -> EngineSpec:
         """Make the `EngineSpec` of an attention engine."""
@@ -96,11 +97,11 @@ def describe(
 
     Of a model, `model` is its SHA-256, and `collectives` counts what `EngineSpec` knows by itself.
     """
-    spec, axes = {}, dict.fromkeys(ATTENTION_TENSORS, 0)
+    spec, axes, paddings = {}, dict.fromkeys(ATTENTION_TENSORS, 0), {}
     if isinstance(network, EngineSpec):
         spec, collectives = network.facts(), network.collectives
     else:
-        axes = network.axes
+        axes, paddings = network.axes, network.paddings
     return Manifest(
         sha256=sha256_of(engine),
         size=len(engine),
@@ -113,6 +114,7 @@ def describe(
         spec=spec,
         model=model,
         collectives=dict(collectives or {}),
+        paddings=paddings,
     )
 
 

@@ -13,9 +13,10 @@ from mdattn_mpi.devices.presence import gpu_count
 from tests.support.mpirun import mpirun
 
 onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
-pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
+onnxruntime = pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
 from tests.support.onnx_job import LENGTHS, MODELS, random_items, whole_output  # noqa: E402
+from tests.support.onnx_roberta import PADDING, WORDS, roberta  # noqa: E402
 
 
 def prepare(folder: Path, kind: str) -> Any:
@@ -101,6 +102,24 @@ def test_a_model_on_two_gpus(kind: str, tmp_path: Path) -> None:
     done = run(tmp_path, "-b", "cuda", "--dtype", "fp16", ranks=2)
     assert done.returncode == 0, done.stderr
     compare(tmp_path, model, 5e-2, 2)
+
+
+def test_an_item_with_padding(tmp_path: Path) -> None:
+    """It is told and left out: this model would give its tokens other positions."""
+    model = roberta()
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    ids = np.random.default_rng().choice(WORDS, (2, 1, 31))
+    ids[1, 0, 20] = PADDING  # rank 1's
+    with h5py.File(tmp_path / "data.h5", "w") as file:
+        for number in range(2):
+            file[f"items/s{number}/ids"] = ids[number]
+    done = run(tmp_path, ranks=2)
+    assert done.returncode == 1, done.stderr
+    said = " ".join(done.stderr.split())
+    assert "item 's1', rank 1: ids holds 3, which is padding to this model, within tokens" in said
+    with h5py.File(tmp_path / "out.h5") as out:
+        whole = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"ids": ids[0]})
+        assert np.abs(out["items/s0/o"][()].reshape(whole[0].shape) - whole[0]).max() < 1e-4
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

@@ -10,47 +10,18 @@ import pytest
 
 from mdattn_mpi.errors import RejectedError
 
-onnx = pytest.importorskip("onnx", reason="the package onnx isn't installed")
+pytest.importorskip("onnx", reason="the package onnx isn't installed")
 pytest.importorskip("onnxruntime", reason="the extra `fast` isn't installed")
 
-from mdattn_mpi.onnx.compare import compare  # noqa: E402
-from mdattn_mpi.onnx.ranks import random_inputs, run_ranks  # noqa: E402
-from mdattn_mpi.onnx.segments import open_session  # noqa: E402
-from mdattn_mpi.onnx.shard import shard_model  # noqa: E402
-from mdattn_mpi.onnx.sharding import read_sharding  # noqa: E402
-from tests.support.onnx_graph import INT64, graph, node  # noqa: E402
+from mdattn_mpi.onnx.compare import compare
+from mdattn_mpi.onnx.ranks import random_inputs, run_ranks
+from mdattn_mpi.onnx.segments import open_session
+from mdattn_mpi.onnx.shard import shard_model
+from mdattn_mpi.onnx.sharding import read_sharding
+from tests.support.onnx_roberta import PADDING, roberta
 
-WIDTH, PADDING, TOKENS = 32, 3, 23
+TOKENS = 23
 RANDOM = np.random.default_rng(5)
-INT32 = onnx.TensorProto.INT32
-
-
-def normal(*shape: int) -> Any:
-    return RANDOM.standard_normal(shape).astype(np.float32)
-
-
-def roberta(told: str = "Not", axis: int = 1, **attributes: Any) -> Any:
-    """Ids, positions counted from them, and one attention."""
-    nodes = [
-        node("Equal", ["ids", "padding"], ["same"]),
-        node(told, ["same"], ["other"]),
-        node("Cast", ["other"], ["one"], to=INT32),
-        node("CumSum", ["one", "axis"], ["place"], name="bad", **attributes),
-        node("Mul", ["place", "one"], ["own"]),
-        node("Cast", ["own"], ["wide"], to=INT64),
-        node("Add", ["wide", "padding"], ["row"]),
-        node("Gather", ["places", "row"], ["where"]),
-        node("Gather", ["words", "ids"], ["word"]),
-        node("Add", ["word", "where"], ["x"]),
-        node("Attention", "xxx", "o", q_num_heads=4, kv_num_heads=4),
-    ]
-    weights = {
-        "padding": np.int64(PADDING),
-        "axis": np.int64(axis),
-        "places": normal(200, WIDTH),
-        "words": normal(7, WIDTH),
-    }
-    return graph(nodes, {"ids": ([1, "S"], INT64)}, {"o": [1, "S", WIDTH]}, weights)
 
 
 @pytest.mark.parametrize(("ranks", "strategy"), [(2, "ulysses"), (3, "allgather")])
@@ -58,7 +29,8 @@ def roberta(told: str = "Not", axis: int = 1, **attributes: Any) -> Any:
 def test_counted_positions(ranks: int, strategy: Any, axis: int) -> None:
     model = roberta(axis=axis)
     sharded, done = shard_model(model, strategy, ranks, {})
-    assert any(f"'ids' that aren't {PADDING}, which may come last only" in line for line in done)
+    assert read_sharding(sharded, Path()).paddings == {"ids": PADDING}
+    assert any(f"'ids' that aren't {PADDING}, which it must not hold" in line for line in done)
     found = compare(model, Path(), sharded, read_sharding(sharded, Path()))
     assert found.verdict == "right", found
 

@@ -255,3 +255,18 @@ def test_a_span_of_ids_is_read_in_place(tmp_path: Path) -> None:
     assert np.array_equal(case.data.read(case.items[2], "input_ids", spans, out=room), ids[taken])
     found = case.data.read(case.items[2], "hidden", spans, out=np.empty((1, 7, DIM), np.float32))
     assert np.array_equal(found, hidden[:, taken])
+
+
+def test_padding_is_refused(tmp_path: Path) -> None:
+    """By the item that holds it, and by no other."""
+    case = model_case(tmp_path)
+    kind, item = case.kind, case.items[0]
+    assert isinstance(kind, ModelWork)
+    task = kind.task(item, case.plan(item.problem), 0)
+    ids, hidden = case.inputs(item)
+    kind.paddings = {"input_ids": int(ids[1]) + 1}
+    kind.check(task, [ids, hidden])
+    kind.paddings = {"input_ids": int(ids[1])}
+    with pytest.raises(ItemError, match=rf"input_ids holds {ids[1]}, which is padding") as refused:
+        kind.check(task, [ids, hidden])
+    assert refused.value.item == item.name
