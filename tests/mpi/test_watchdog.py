@@ -16,7 +16,16 @@ import pytest
 from mdattn_mpi.lockstep import death_note
 from mdattn_mpi.lockstep.board import BoardFile
 from mdattn_mpi.lockstep.chaos import DEADLY
-from tests.support.mpirun import is_open_mpi, kill_all, mark_of, mpirun, orphans, processes, start
+from tests.support.mpirun import (
+    CRASHES,
+    is_open_mpi,
+    kill_all,
+    mark_of,
+    mpirun,
+    orphans,
+    processes,
+    start,
+)
 from tests.support.small_job import PHASES
 
 JOB = ["-m", "tests.support.small_job"]
@@ -70,6 +79,9 @@ def test_a_lost_rank_ends_the_job_and_is_named(tmp_path: Path, kind: str, phase:
         assert "chaos.py" in note["stack"]
 
 
+UNREACHED = "PMIX ERROR: PMIX_ERR_UNREACH"  # what it says then
+
+
 @pytest.mark.parametrize("kind", ["kill", "sleep", "exit0", "raise"])
 @pytest.mark.parametrize("phase", ["start", "open"])
 def test_before_there_is_a_run_folder_it_ends_all_the_same(
@@ -77,7 +89,9 @@ def test_before_there_is_a_run_folder_it_ends_all_the_same(
 ) -> None:
     # MPI itself takes a while to start on a busy machine.
     done = job(tmp_path, 2, "--deadline", "8", "--chaos", f"{kind}@{phase}::1")
-    assert done.returncode == SAID[kind][1], done.stderr
+    # Open MPI's mpirun, when a rank is lost while another meets it, may crash, or hang and be reaped.
+    broken = phase == "start" and done.returncode in CRASHES and UNREACHED in done.stderr
+    assert broken or done.returncode == SAID[kind][1], done.stderr
     said = " ".join(done.stderr.split())
     assert SAID[kind][0] in said
     # No rank can read here what another one does: who waits for a sleeper may be the first to end.
