@@ -89,7 +89,7 @@ def test_before_there_is_a_run_folder_it_ends_all_the_same(
 ) -> None:
     # MPI itself takes a while to start on a busy machine.
     done = job(tmp_path, 2, "--deadline", "8", "--chaos", f"{kind}@{phase}::1")
-    # Open MPI's mpirun, when a rank is lost while another meets it, may crash, or hang and be reaped.
+    # Open MPI's mpirun may crash, or hang and be reaped, when a rank is lost while others start.
     broken = phase == "start" and done.returncode in CRASHES and UNREACHED in done.stderr
     assert broken or done.returncode == SAID[kind][1], done.stderr
     said = " ".join(done.stderr.split())
