@@ -68,13 +68,7 @@ def shard_model(
 
     """
     if ranks > 1:
-        prepared = prepare(copied(model), named_axes, dtype)
-        sharded, tokens, done, paddings = (
-            prepared.model,
-            prepared.tokens,
-            prepared.done,
-            prepared.paddings,
-        )
+        sharded, tokens, _, done, paddings = prepare(copied(model), named_axes, dtype)
         done += _share(sharded, tokens, strategy, ranks)
     else:
         _check_opset(model)

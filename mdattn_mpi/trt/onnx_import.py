@@ -223,7 +223,6 @@ def make_model(
 
     """
     model = load_model(path)
-    weights = sha256_of_files(external_files(model, path))  # a sharded one's stay beside it
     if any(entry.key == NOTE for entry in model.metadata_props):
         shared_by = read_sharding(model, path).strategy
         if strategy not in ("auto", shared_by):
@@ -236,6 +235,7 @@ def make_model(
         name = cast(StrategyName, "allgather" if strategy == "auto" else strategy)
         model = _sharded(load_weights(model, path), name, ranks, dtype)
     digest = sha256_of(model.SerializeToString())
+    weights = sha256_of_files(external_files(model, path))  # those that lie beside a sharded one
     key = cache_key(library, f"{digest} {weights} {longest}", sm)
     found = cache.get(key) if cache else None
     if cache and found:
