@@ -152,11 +152,9 @@ class StrategyBackend:
 
     def attend(self, plan: Plan, *arrays: Any) -> tuple[Any, Any]:
         """Collective. Attend to shards that are on the device; return output and LSE there."""
-        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies import attend_alone
 
-        steps = self.device.perform(STRATEGIES[plan.strategy], plan, *arrays)
-        next(steps)
-        return run_to_end(steps)
+        return attend_alone(self.device, plan, *arrays)
 
     def describe(self) -> Mapping[str, str]:
         """Ask the device."""

@@ -39,10 +39,11 @@ class Planned:
     started: deque[Call] = field(default_factory=deque)
 
     def options_on(self, device: AnyDevice) -> dict[str, Any]:
-        """Return the strategy's options: where a call stands alone it hides behind itself."""
+        """Return the strategy's options."""
         if self.options is None:
-            alone = self.plan.strategy == "allgather"
-            self.options = {"head_start": device.head_start(self.plan.problem)} if alone else {}
+            from mdattn_mpi.strategies import options_alone
+
+            self.options = options_alone(device, self.plan)
         return self.options
 
     def begin_alone(self, shards: Shards) -> Call | None:

@@ -16,7 +16,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
-from mdattn_mpi.devices.protocol import run_to_end
 from mdattn_mpi.errors import RejectedError
 from mdattn_mpi.library.arrays import shards_of
 from mdattn_mpi.partition import token_count
@@ -246,7 +245,7 @@ class SharedAttention:
 
     def _attend(self, q: Any, k: Any, v: Any, wanted: Options) -> Any:
         """Collective. Run a strategy to its end over ``[S, N, H]``."""
-        from mdattn_mpi.strategies import STRATEGIES
+        from mdattn_mpi.strategies import attend_alone
 
         shards = shards_of(q, k, v)
         layer = Layer(
@@ -267,14 +266,7 @@ class SharedAttention:
         if wanted.sinks is not None:
             sinks = wanted.sinks.detach().float()
             given.append(sinks.numpy() if self.backend == "cpu" else sinks)
-        adopted = map(self.device.adopt, given)
-        options: dict[str, Any] = {}
-        if plan.strategy == "allgather":  # nothing else hides its transfers
-            options = {"head_start": self.device.head_start(plan.problem)}
-        attend = STRATEGIES[plan.strategy]
-        steps = self.device.perform(attend, plan, *adopted, **options)
-        next(steps)
-        out, _ = run_to_end(steps)
+        out, _ = attend_alone(self.device, plan, *map(self.device.adopt, given))
         return shards.give(self.device.export(out))
 
     def plan(self, layer: Layer) -> Plan:

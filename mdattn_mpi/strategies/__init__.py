@@ -11,9 +11,9 @@ All are collective and exact for any number of ranks, any lengths and any partit
 
 from collections.abc import Generator, Iterator, Mapping
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
-from mdattn_mpi.devices.protocol import A, Device, P, T
+from mdattn_mpi.devices.protocol import A, AnyDevice, Device, P, T, run_to_end
 from mdattn_mpi.problem import STRATEGY_NAMES, Plan, StrategyName
 from mdattn_mpi.strategies.auto import choose
 
@@ -45,4 +45,21 @@ class _Strategies(Mapping[StrategyName, Attend]):
 
 STRATEGIES: Mapping[StrategyName, Attend] = _Strategies()
 
-__all__ = ["STRATEGIES", "Attend", "choose"]
+
+def options_alone(device: AnyDevice, plan: Plan) -> dict[str, Any]:
+    """Return the options of a call that no other one stands beside.
+
+    Nothing else hides the transfers of `allgather`: so it hides behind itself.
+    """
+    return {"head_start": device.head_start(plan.problem)} if plan.strategy == "allgather" else {}
+
+
+def attend_alone(device: AnyDevice, plan: Plan, *inputs: Any) -> tuple[Any, Any]:
+    """Collective. Run a strategy to its end over arrays of the device; return output and LSE."""
+    options = options_alone(device, plan)
+    steps = device.perform(STRATEGIES[plan.strategy], plan, *inputs, **options)
+    next(steps)
+    return run_to_end(steps)
+
+
+__all__ = ["STRATEGIES", "Attend", "attend_alone", "choose", "options_alone"]
