@@ -4,11 +4,11 @@
   mpirun -n 4 mdattn run tokens.h5 --model DIR -o out.h5
 
 Each rank reads its shard of an item, all ranks attend in lockstep, each writes its shard of the
-output. With --model it is a whole transformer that they run over token ids (or an ONNX model, on
-CPUs or by -b tensorrt); with --engine and --bind, a model's TensorRT engine. The same command again
-does only what isn't done. Beside the output, OUT.h5.run/ gets summary.json, what `mdattn report`
-makes a page of, the log of the first rank and of any other that has something to say, and a death
-note if a rank is lost.
+output. With --model it is a whole transformer that they run over token ids (or an ONNX model: on
+CPUs, by -b cuda or -b tensorrt); with --engine and --bind, a model's TensorRT engine. The same
+command again does only what isn't done. Beside the output, OUT.h5.run/ gets summary.json, what
+`mdattn report` makes a page of, the log of the first rank and of any other that has something to
+say, and a death note if a rank is lost.
 """
 
 from __future__ import annotations
